@@ -1,0 +1,80 @@
+"""Every error a person can cause, as a small tree; the HTTP status sits on the class.
+
+    PcaeError
+    ├── BundleError            the bundle is missing, damaged or of another schema   exit 1
+    ├── StartError             the server cannot start: port taken, no runtime       exit 1
+    └── RequestError           one request is refused; the server goes on
+        ├── UnreadableImage    400  empty, truncated or damaged
+        ├── TooLarge           413  more bytes or pixels than the server takes
+        ├── UnsupportedType    415  no image type this server reads
+        ├── InvalidParameter   422  unknown tier, senseless budget
+        ├── BudgetTooSmall     422  no allowed tier fits, even on an idle machine
+        ├── Overloaded         503  no allowed tier fits in time behind what is queued
+        ├── Draining           503  the server is starting or stopping
+        ├── EngineFailed       500  the model did not run
+        └── BudgetPassed       504  the budget passed while the request waited
+
+A message is one line that says what was wrong and what to do.
+"""
+
+from typing import ClassVar
+
+
+class PcaeError(Exception):
+    """Something a person can mend; commands print it as one line and exit with 1."""
+
+
+class BundleError(PcaeError):
+    """The bundle cannot be served."""
+
+
+class StartError(PcaeError):
+    """The server cannot start on this machine."""
+
+
+class RequestError(PcaeError):
+    """One request is refused, as RFC 9457 problem+json."""
+
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(self, detail: str, **members: float | str | list[str]) -> None:
+        """`members` join the problem document, such as needed_ms or retry_after_s."""
+        super().__init__(detail)
+        self.detail, self.members = detail, members
+
+
+class UnreadableImage(RequestError):
+    status, title = 400, "Unreadable image"
+
+
+class TooLarge(RequestError):
+    status, title = 413, "Image too large"
+
+
+class UnsupportedType(RequestError):
+    status, title = 415, "Not an image type this server reads"
+
+
+class InvalidParameter(RequestError):
+    status, title = 422, "Invalid parameter"
+
+
+class BudgetTooSmall(RequestError):
+    status, title = 422, "No tier is that fast"
+
+
+class Overloaded(RequestError):
+    status, title = 503, "Too much load to answer in time"
+
+
+class Draining(RequestError):
+    status, title = 503, "Not serving"
+
+
+class EngineFailed(RequestError):
+    status, title = 500, "The model did not run"
+
+
+class BudgetPassed(RequestError):
+    status, title = 504, "The budget passed while the request waited"

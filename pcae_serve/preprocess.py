@@ -1,0 +1,119 @@
+"""Image bytes to the uint8 pixels a model takes: one path for serving, export and evaluation.
+
+It knows image files and sizes, nothing of models: scaling and normalising happen inside the graph.
+"""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pcae_serve.errors import TooLarge, UnreadableImage, UnsupportedType
+
+#: The image types read, as Pillow names them; a body's type is told by its magic bytes.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+#: Pixels an image may have before it is decoded; four times a 12-megapixel photograph.
+MAX_PIXELS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize the shorter side, crop the centre; mean and std are per channel, of values in [0, 1]."""
+
+    image_size: int
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Preprocess":
+        """Read a Hugging Face preprocessor_config.json. Raises KeyError where a field is missing."""
+        size, crop = config["size"], config.get("crop_size", config["size"])
+        return cls(
+            image_size=int(crop["height"]),
+            resize=int(size.get("shortest_edge", size.get("height"))),
+            mean=tuple(config["image_mean"]),
+            std=tuple(config["image_std"]),
+            resample=Image.Resampling(config["resample"]),
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """The same as a Hugging Face preprocessor_config.json."""
+        return {
+            "image_processor_type": "ViTImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": self.resize},
+            "resample": int(self.resample),
+            "do_center_crop": True,
+            "crop_size": {"height": self.image_size, "width": self.image_size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+    def __call__(self, body: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+        """An image file's bytes to pixels [H, W, 3], H = W = image_size."""
+        return self.crop(decode(body, max_pixels))
+
+    def crop(self, image: Image.Image) -> NDArray[np.uint8]:
+        """An RGB image to pixels [H, W, 3]: shorter side to `resize`, then the centre."""
+        short = min(image.size)
+        if short != self.resize:
+            width, height = (max(self.resize, round(s * self.resize / short)) for s in image.size)
+            image = image.resize((width, height), self.resample)
+        left, top = ((side - self.image_size) // 2 for side in image.size)
+        box = (left, top, left + self.image_size, top + self.image_size)
+        return np.asarray(image.crop(box), dtype=np.uint8)
+
+
+def decode(body: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image file's bytes to an upright RGB image.
+
+    Raises UnreadableImage (empty, truncated, damaged), UnsupportedType (no type in FORMATS) or
+    TooLarge (told from the header, before any pixel is decoded).
+    """
+    if not body:
+        raise UnreadableImage("the request body is empty: send the image file's bytes")
+    try:
+        image = Image.open(io.BytesIO(body), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UnsupportedType(
+            f"the body is none of {', '.join(FORMATS)} (told by its first bytes)"
+        ) from None
+    except Image.DecompressionBombError:
+        raise TooLarge(f"the image has more than {max_pixels:,} pixels: scale it down") from None
+    except Exception as error:  # Pillow's parsers raise many kinds on hostile headers
+        raise UnreadableImage(f"the image cannot be read: {_line(error)}") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise TooLarge(
+            f"the image has {width} x {height} pixels, over the limit of {max_pixels:,}:"
+            " scale it down"
+        )
+    try:
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image))
+    except Exception as error:
+        raise UnreadableImage(
+            f"the {image.format} image is truncated or damaged: {_line(error)}"
+        ) from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: transparency is dropped, 16-bit grey keeps its high byte."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

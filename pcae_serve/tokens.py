@@ -1,0 +1,101 @@
+"""Token arithmetic: a budget (keep ratio) to patch counts per stage, to tokens per block, to MACs.
+
+Pure integers and exact decimals. It knows nothing of images, tensors or time, so that training,
+export and server can all ask it and never disagree.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from math import floor
+
+KeepRatio = float | str | Decimal | Fraction
+
+#: After which blocks (counted from 0) a 12-block classifier drops tokens (PCAE paper, section 3.4).
+REDUCTION_POINTS = (0, 7, 10)
+
+
+def exact(keep_ratio: KeepRatio) -> Fraction:
+    """The keep ratio as the decimal a person wrote: 0.7 is 7/10, not 0.69999…
+
+    Raises ValueError unless 0 < keep_ratio <= 1.
+    """
+    try:
+        ratio = Fraction(str(keep_ratio))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"keep ratio must be a number in (0, 1], not {keep_ratio!r}") from None
+    if not 0 < ratio <= 1:
+        raise ValueError(f"keep ratio must be in (0, 1], not {keep_ratio}")
+    return ratio
+
+
+def patches_kept(patches: int, keep_ratio: KeepRatio, stages: int = 3) -> tuple[int, ...]:
+    """Patches left after each stage: floor(n * k) of the stage before, exactly.
+
+    >>> patches_kept(196, 0.7)
+    (137, 95, 66)
+
+    Raises ValueError where a stage would be left without any patch.
+    """
+    ratio, counts = exact(keep_ratio), []
+    for stage in range(stages):
+        patches = floor(patches * ratio)
+        if patches < 1:
+            raise ValueError(f"keep ratio {keep_ratio} leaves no patch after stage {stage}")
+        counts.append(patches)
+    return tuple(counts)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What decides the cost of a plain ViT: enough to turn patch counts into MACs."""
+
+    patches: int  # per image, before any reduction
+    width: int
+    depth: int
+    patch_values: int  # numbers in one patch: channels * patch_size**2
+    classes: int
+    prefix_tokens: int = 1  # CLS
+    mlp_ratio: float = 4.0
+    reduction_points: tuple[int, ...] = REDUCTION_POINTS
+
+    def counts(self, keep_ratio: KeepRatio) -> tuple[int, ...]:
+        """Patches left after each of this model's stages."""
+        return patches_kept(self.patches, keep_ratio, len(self.reduction_points))
+
+    def tokens_per_block(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """Sequence length in every block: prefix + patches left + one mean per stage that dropped some.
+
+        Raises ValueError unless `counts` has one entry per stage, falling from `patches`, at least 1.
+        """
+        self.check(counts)
+        left, appended, lengths = self.patches, 0, []
+        after = dict(zip(self.reduction_points, counts, strict=True))
+        for block in range(self.depth):
+            lengths.append(self.prefix_tokens + left + appended)
+            if block in after:
+                appended += after[block] < left
+                left = after[block]
+        return tuple(lengths)
+
+    def macs(self, counts: Sequence[int]) -> int:
+        """Multiply-adds for one image: a block of N tokens and width D costs (4 + 2r)*N*D^2 + 2*N^2*D.
+
+        r is the MLP ratio (12*N*D^2 at r = 4). Norms, softmax and the reduction itself (below
+        0.02 %) are left out, as in the paper's Table 5.
+        """
+        d, per_token = self.width, (4 + 2 * self.mlp_ratio) * self.width**2
+        blocks = sum(per_token * n + 2 * n * n * d for n in self.tokens_per_block(counts))
+        return round(self.patches * self.patch_values * d + blocks + d * self.classes)
+
+    def check(self, counts: Sequence[int]) -> None:
+        """Raise ValueError unless `counts` could be this model's patches after each stage."""
+        stages = len(self.reduction_points)
+        if len(counts) != stages:
+            raise ValueError(f"{len(counts)} token counts for {stages} reduction points")
+        falling = (self.patches, *counts)
+        if any(b > a or b < 1 for a, b in zip(falling, counts, strict=False)):
+            raise ValueError(
+                f"token counts must fall from {self.patches} and stay above 0, not {tuple(counts)}"
+            )
