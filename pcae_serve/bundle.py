@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -93,7 +94,7 @@ class Tier(_Part):
 class Manifest(_Part):
     """bundle.json."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: str
     created: datetime
     producer: dict[str, str]  # versions of what made it
@@ -117,10 +118,12 @@ class Manifest(_Part):
         for tier in self.tiers:
             model = self.models.get(tier.model)
             if model is None:
-                raise ValueError(f"tier {tier.name!r} names model {tier.model!r}, which is not there")
+                raise ValueError(
+                    f"tier {tier.name!r} names model {tier.model!r}, which is not there"
+                )
             falling = (model.patches, *tier.token_counts)
             if len(tier.token_counts) != len(model.reduction_points) or any(
-                b > a or b < 1 for a, b in zip(falling, falling[1:], strict=False)
+                b > a or b < 1 for a, b in pairwise(falling)
             ):
                 raise ValueError(
                     f"tier {tier.name!r}: token counts {tier.token_counts} do not fall from"

@@ -3,6 +3,7 @@
 It knows image files and sizes, nothing of models: scaling and normalising happen inside the graph.
 """
 
+import contextlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +18,16 @@ from pcae_serve.errors import TooLarge, UnreadableImage, UnsupportedType
 #: The image types read, as Pillow names them; a body's type is told by its magic bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
+#: How a file of these types begins: what begins so and cannot be opened is damaged, not foreign.
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
+
 #: Pixels an image may have before it is decoded; four times a 12-megapixel photograph.
 MAX_PIXELS = 50_000_000
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize the shorter side, crop the centre; mean and std are per channel, of values in [0, 1]."""
+    """Resize the shorter side, crop the centre; mean and std per channel, of values in [0, 1]."""
 
     image_size: int
     resize: int
@@ -31,13 +35,17 @@ class Preprocess:
     std: tuple[float, ...]
     resample: Image.Resampling = Image.Resampling.BICUBIC
 
+    def __post_init__(self) -> None:
+        if not 0 < self.image_size <= self.resize:
+            raise ValueError(f"cannot crop {self.image_size} pixels out of {self.resize}")
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Preprocess":
-        """Read a Hugging Face preprocessor_config.json. Raises KeyError where a field is missing."""
+        """Read a Hugging Face preprocessor_config.json; KeyError where a field is missing."""
         size, crop = config["size"], config.get("crop_size", config["size"])
         return cls(
             image_size=int(crop["height"]),
-            resize=int(size.get("shortest_edge", size.get("height"))),
+            resize=int(size["shortest_edge"] if "shortest_edge" in size else size["height"]),
             mean=tuple(config["image_mean"]),
             std=tuple(config["image_std"]),
             resample=Image.Resampling(config["resample"]),
@@ -65,31 +73,40 @@ class Preprocess:
         return self.crop(decode(body, max_pixels))
 
     def crop(self, image: Image.Image) -> NDArray[np.uint8]:
-        """An RGB image to pixels [H, W, 3]: shorter side to `resize`, then the centre."""
+        """An RGB image to pixels [H, W, 3]: shorter side to `resize`, then the centre.
+
+        Only the centre is ever made: whole, a strip one pixel high would grow beyond any memory.
+        """
         short = min(image.size)
-        if short != self.resize:
-            width, height = (max(self.resize, round(s * self.resize / short)) for s in image.size)
-            image = image.resize((width, height), self.resample)
-        left, top = ((side - self.image_size) // 2 for side in image.size)
-        box = (left, top, left + self.image_size, top + self.image_size)
-        return np.asarray(image.crop(box), dtype=np.uint8)
+        resized = [max(self.resize, round(s * self.resize / short)) for s in image.size]
+        left, top = ((side - self.image_size) // 2 for side in resized)
+        centre = (left, top, left + self.image_size, top + self.image_size)
+        if short == self.resize:
+            return np.asarray(image.crop(centre), dtype=np.uint8)
+        across, down = (s / r for s, r in zip(image.size, resized, strict=True))
+        box = (centre[0] * across, centre[1] * down, centre[2] * across, centre[3] * down)
+        sides = (self.image_size, self.image_size)
+        return np.asarray(image.resize(sides, self.resample, box), dtype=np.uint8)
 
 
 def decode(body: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image file's bytes to an upright RGB image.
 
     Raises UnreadableImage (empty, truncated, damaged), UnsupportedType (no type in FORMATS) or
-    TooLarge (told from the header, before any pixel is decoded).
+    TooLarge (told from the header, before any pixel is decoded). Pillow's own limit, about 179
+    million pixels, stays in force above `max_pixels`.
     """
     if not body:
         raise UnreadableImage("the request body is empty: send the image file's bytes")
     try:
         image = Image.open(io.BytesIO(body), formats=FORMATS)
     except UnidentifiedImageError:
+        if body.startswith(MAGIC):
+            raise UnreadableImage("the image's header is truncated or damaged") from None
         raise UnsupportedType(
             f"the body is none of {', '.join(FORMATS)} (told by its first bytes)"
         ) from None
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # -W error raises both
         raise TooLarge(f"the image has more than {max_pixels:,} pixels: scale it down") from None
     except Exception as error:  # Pillow's parsers raise many kinds on hostile headers
         raise UnreadableImage(f"the image cannot be read: {_line(error)}") from None
@@ -101,17 +118,25 @@ def decode(body: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         )
     try:
         image.load()
-        return _rgb(ImageOps.exif_transpose(image))
+        return _rgb(_upright(image))
     except Exception as error:
         raise UnreadableImage(
             f"the {image.format} image is truncated or damaged: {_line(error)}"
         ) from None
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; a broken tag is no reason to refuse good pixels."""
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: transparency is dropped, 16-bit grey keeps its high byte."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    image.info.pop("transparency", None)  # Pillow would warn that RGB cannot hold a palette's
     return image.convert("RGB")
 
 

@@ -65,9 +65,9 @@ class Geometry:
         return patches_kept(self.patches, keep_ratio, len(self.reduction_points))
 
     def tokens_per_block(self, counts: Sequence[int]) -> tuple[int, ...]:
-        """Sequence length in every block: prefix + patches left + one mean per stage that dropped some.
+        """Sequence length in every block: prefix, patches left, a mean per stage that dropped some.
 
-        Raises ValueError unless `counts` has one entry per stage, falling from `patches`, at least 1.
+        Raises ValueError unless `counts` has an entry per stage, falling from `patches`.
         """
         self.check(counts)
         left, appended, lengths = self.patches, 0, []
@@ -80,10 +80,11 @@ class Geometry:
         return tuple(lengths)
 
     def macs(self, counts: Sequence[int]) -> int:
-        """Multiply-adds for one image: a block of N tokens and width D costs (4 + 2r)*N*D^2 + 2*N^2*D.
+        """Multiply-adds for one image.
 
-        r is the MLP ratio (12*N*D^2 at r = 4). Norms, softmax and the reduction itself (below
-        0.02 %) are left out, as in the paper's Table 5.
+        A block of N tokens and width D costs (4 + 2r)*N*D^2 + 2*N^2*D, where r is the MLP ratio
+        (12*N*D^2 at r = 4). Norms, softmax and the reduction itself (below 0.02 %) are left out,
+        as in the paper's Table 5.
         """
         d, per_token = self.width, (4 + 2 * self.mlp_ratio) * self.width**2
         blocks = sum(per_token * n + 2 * n * n * d for n in self.tokens_per_block(counts))

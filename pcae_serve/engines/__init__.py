@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pcae_serve.bundle import Tier
+from pcae_serve.bundle import Bundle, Tier
+from pcae_serve.errors import StartError
 
 Pixels = NDArray[np.uint8]  # [N, H, W, 3]
 
@@ -30,3 +31,20 @@ class Engine(Protocol):
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         """Logits for a batch, at one tier. Blocks until they are there."""
         ...
+
+
+#: What --backend takes; auto is the best one installed for the device.
+BACKENDS = ("auto", "onnxruntime", "simulated")
+
+
+def load(backend: str, bundle: Bundle, device: str, threads: int = 0) -> Engine:
+    """The engine of that name. Raises StartError where its library is missing or a graph fails."""
+    if backend == "simulated":
+        from pcae_serve.engines.simulated import SimulatedEngine
+
+        return SimulatedEngine(bundle, device)
+    try:  # heavy, so imported by those who run it
+        from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
+    except ImportError:
+        raise StartError("onnxruntime is not installed: pip install 'pcae-serve[cpu]'") from None
+    return OnnxRuntimeEngine(bundle, device, threads)

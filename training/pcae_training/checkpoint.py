@@ -5,13 +5,15 @@
     model.safetensors          weights under timm's names
     training_state.safetensors / training.json   optimiser and position, to resume
 
-Written whole or not at all. It knows nothing of data or schedules.
+Written whole or not at all: a new one is made as `.NAME.new`; the old one steps aside as
+`.NAME.old` until the new one stands in its place, where `load` finds it if the writer was killed.
+One writer at a time. It knows nothing of data or schedules.
 """
 
 import json
-import os
+import math
 import shutil
-import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from torch.nn import functional as F
 
 from pcae_serve.errors import PcaeError
 from pcae_serve.preprocess import Preprocess
-from pcae_training.model import ViTConfig, VisionTransformer
+from pcae_training.model import VisionTransformer, ViTConfig
 
 MODEL_TYPE = "pcae_vit"
 
@@ -54,7 +56,7 @@ def to_config(config: ViTConfig, labels: list[str]) -> dict[str, Any]:
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.heads,
-        "intermediate_size": int(config.width * config.mlp_ratio),
+        "intermediate_size": config.hidden,
         "layer_norm_eps": config.norm_eps,
         "pooling": config.pooling,
         "reduction_points": list(config.reduction_points),
@@ -82,29 +84,47 @@ def from_config(config: dict[str, Any]) -> tuple[ViTConfig, list[str]]:
 
 
 def save(checkpoint: Checkpoint, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write the folder beside its place, then put it there: a reader sees the old one or the new."""
+    """Write the folder beside its place, then put it there: the last good one is never lost.
+
+    Raises CheckpointError where it cannot be written, or would replace what is no checkpoint.
+    """
+    check_place(folder)
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    fresh, old = _beside(folder, "new"), _beside(folder, "old")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)  # of a writer that was killed
+        fresh.mkdir()
         config = to_config(checkpoint.model.config, checkpoint.labels)
         _write_json(fresh / "config.json", config)
         _write_json(fresh / "preprocessor_config.json", checkpoint.preprocess.to_config())
         _write_json(fresh / "training.json", checkpoint.training)
-        weights = {k: v.contiguous() for k, v in checkpoint.model.state_dict().items()}
-        save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+        _write_tensors(fresh / "model.safetensors", checkpoint.model.state_dict())
         if state is not None:
-            save_file(state, fresh / "training_state.safetensors")
-        fresh.chmod(0o755)
+            _write_tensors(fresh / "training_state.safetensors", state)
         if folder.exists():
-            old = fresh.with_name(f"{fresh.name}.old")
-            os.rename(folder, old)
-            os.rename(fresh, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(fresh, folder)
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def check_place(folder: Path) -> None:
+    """Raise CheckpointError unless `folder` is free, empty or a checkpoint: all else is kept."""
+    try:
+        replaceable = (
+            not folder.exists()
+            or (folder / "training.json").exists()  # `save` writes it, other tools' folders lack it
+            or (folder.is_dir() and not any(folder.iterdir()))
+        )
+    except OSError as error:
+        raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from None
+    if not replaceable:
+        raise CheckpointError(f"{folder} exists and is no checkpoint: it is not replaced")
 
 
 def load(folder: Path, patch_size: int | None = None) -> Checkpoint:
@@ -112,25 +132,32 @@ def load(folder: Path, patch_size: int | None = None) -> Checkpoint:
 
     Raises CheckpointError with one line that names the file at fault.
     """
-    try:
-        config, labels = from_config(json.loads((folder / "config.json").read_text()))
-        preprocess = Preprocess.from_config(
-            json.loads((folder / "preprocessor_config.json").read_text())
+    place = _place(folder)
+    content = _read_json(place / "config.json")
+    if content.get("model_type") != MODEL_TYPE:
+        kind = content.get("model_type")
+        raise CheckpointError(
+            f"{place / 'config.json'}: model_type is {kind!r}, not {MODEL_TYPE!r}"
         )
-        training_file = folder / "training.json"
-        training = json.loads(training_file.read_text()) if training_file.exists() else {}
-        weights = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is no checkpoint: {error.filename} is missing") from None
-    except (KeyError, ValueError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} is no checkpoint of pcae-train: {error}") from None
-    if patch_size is not None and patch_size != config.patch_size:
-        config = replace(config, patch_size=patch_size)
-        weights = resize_patches(weights, config)
-    model = VisionTransformer(config)
     try:
+        config, labels = from_config(content)
+        preprocess = Preprocess.from_config(_read_json(place / "preprocessor_config.json"))
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: its configuration lacks {error}") from None
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder}: its configuration is damaged: {error}") from None
+    training_file = place / "training.json"
+    training = _read_json(training_file) if training_file.exists() else {}
+    weights = _read_tensors(place / "model.safetensors")
+    try:
+        if patch_size is not None and patch_size != config.patch_size:
+            config = replace(config, patch_size=patch_size)
+            weights = resize_patches(weights, config)
+        model = VisionTransformer(config)
         model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    except RuntimeError as error:
+    except ValueError as error:  # of ViTConfig
+        raise CheckpointError(f"{folder}: {error}") from None
+    except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder}: weights and config.json disagree: {reason}") from None
     return Checkpoint(model.eval(), preprocess, labels, training)
@@ -138,15 +165,16 @@ def load(folder: Path, patch_size: int | None = None) -> Checkpoint:
 
 def load_state(folder: Path) -> dict[str, Tensor] | None:
     """The training state saved with the checkpoint, or None where it was saved without."""
-    file = folder / "training_state.safetensors"
-    return load_file(file) if file.exists() else None
+    file = _place(folder) / "training_state.safetensors"
+    return _read_tensors(file) if file.exists() else None
 
 
 def resize_patches(weights: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
     """Weights for another patch size at the same image size.
 
     Patch kernels by the pseudo-inverse of bilinear resizing, so that a resized patch gives the
-    token it gave before, as nearly as it can (FlexiViT, arXiv 2212.08013, section 3.4); positions by bicubic interpolation.
+    token it gave before, as nearly as it can (FlexiViT, arXiv 2212.08013, section 3.4);
+    positions by bicubic interpolation.
     """
     kernel = weights["patch_embed.proj.weight"]  # [D, C, p, p]
     old, new = kernel.shape[-1], config.patch_size
@@ -156,7 +184,7 @@ def resize_patches(weights: dict[str, Tensor], config: ViTConfig) -> dict[str, T
     resized = kernel.float().flatten(2) @ torch.linalg.pinv(resize)  # [D, C, new^2]
     positions = weights["pos_embed"].float()  # [1, 1 + n, D]
     cls, grid = positions[:, :1], positions[:, 1:]
-    side = int(grid.shape[1] ** 0.5)
+    side = math.isqrt(grid.shape[1])
     grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(config.grid, config.grid), mode="bicubic", antialias=False)
     return weights | {
@@ -165,5 +193,41 @@ def resize_patches(weights: dict[str, Tensor], config: ViTConfig) -> dict[str, T
     }
 
 
+def _place(folder: Path) -> Path:
+    """Where the last good checkpoint is: `folder`, or beside it where a writer was killed."""
+    old = _beside(folder.absolute(), "old")
+    return old if old.exists() and not folder.exists() else folder
+
+
+def _beside(folder: Path, role: str) -> Path:
+    return folder.with_name(f".{folder.name}.{role}")
+
+
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"no checkpoint: {file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is no JSON object")
+    return content
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(content, file, metadata={"format": "pt"})
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint: {file} is missing") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None

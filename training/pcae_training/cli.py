@@ -13,7 +13,7 @@ class Finetune(FinetuneSettings):
 
     def cli_cmd(self) -> None:
         accuracy = finetune(self)
-        print(f"wrote {self.out}; top-1 on {self.holdout} images held out from training:")
+        print(f"wrote {self.out}; top-1 on {self.holdout:,} images held out from training:")
         for budget, top1 in accuracy.items():
             print(f"  keep {budget:<4} {top1}")
 
@@ -22,7 +22,10 @@ class Train(BaseSettings):
     """Train vision transformers that answer at several token budgets."""
 
     model_config = SettingsConfigDict(
-        env_prefix="PCAE_TRAIN_", cli_prog_name="pcae-train", cli_kebab_case=True, cli_implicit_flags=True
+        env_prefix="PCAE_TRAIN_",
+        cli_prog_name="pcae-train",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
     )
 
     finetune: CliSubCommand[Finetune]

@@ -4,17 +4,19 @@ Pixels come out as the server would make them: every image goes through `pcae_se
 It knows nothing of models or of augmentation.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-import datasets
+import datasets  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
-from pcae_serve.errors import PcaeError
+from pcae_serve.errors import PcaeError, RequestError
 from pcae_serve.preprocess import Preprocess
 
 #: Decoded data sets up to this many bytes are kept in memory and never wait for a loader.
@@ -32,7 +34,11 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         self.name, self.preprocess = name, preprocess
         self.image_column, label_column = _columns(rows.features, name)
         self.classes: list[str] = list(rows.features[label_column].names)
-        self.labels = torch.tensor(rows[label_column][:])
+        if len(rows) == 0:
+            raise DataError(f"{name} has no rows")
+        self.labels = torch.tensor(rows.with_format(None)[label_column][:])
+        if (unlabelled := int((self.labels < 0).sum())) > 0:
+            raise DataError(f"{name}: {unlabelled} of its {len(rows)} images have no label")
         self._rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
         self._pixels: Tensor | None = None
 
@@ -42,30 +48,51 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     def body(self, index: int) -> bytes:
         """The image file's bytes, as a client would send them."""
         cell = self._rows[index][self.image_column]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        if cell is None:
+            raise DataError(f"{self.name}, row {index}: there is no image")
+        if cell["bytes"] is not None:
+            return cast(bytes, cell["bytes"])
+        try:
+            return Path(cell["path"]).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.name}, row {index}: {error}") from None
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if self._pixels is not None:
             return self._pixels[index], int(self.labels[index])
-        pixels = torch.from_numpy(self.preprocess(self.body(index)).copy())
+        body = self.body(index)
+        try:
+            pixels = torch.from_numpy(self.preprocess(body).copy())
+        except RequestError as error:
+            path = self._rows[index][self.image_column]["path"] or "bytes in the table"
+            raise DataError(f"{self.name}, row {index} ({path}): {error}") from None
         return pixels.permute(2, 0, 1), int(self.labels[index])
 
     def in_memory(self) -> "LabelledImages":
         """Decode everything now, where it fits MEMORY_LIMIT_BYTES; otherwise leave it on disk."""
-        if self._pixels is None and len(self) * 3 * self.preprocess.image_size**2 <= MEMORY_LIMIT_BYTES:
-            rows = tqdm(range(len(self)), desc=f"decoding {self.name}", unit="img", leave=False)
-            self._pixels = torch.stack([self[i][0] for i in rows])
+        size = self.preprocess.image_size
+        shape = (len(self), 3, size, size)
+        if self._pixels is None and math.prod(shape) <= MEMORY_LIMIT_BYTES:
+            pixels = torch.empty(shape, dtype=torch.uint8)  # filled in place: the data fits once
+            for i in tqdm(range(len(self)), f"decoding {self.name}", unit="img", leave=False):
+                pixels[i] = self[i][0]
+            self._pixels = pixels
         return self
 
     def batches(
         self, order: Sequence[int], batch_size: int, workers: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels [B, 3, H, W] uint8 and labels [B] int64 of the rows in `order`; the last is short."""
+        """Pixels [B, 3, H, W] uint8 and labels [B] int64 of rows in `order`; the last is short."""
         if self._pixels is not None:
-            for index in torch.as_tensor(order).split(batch_size):
+            for index in torch.split(torch.as_tensor(order), batch_size):
                 yield self._pixels[index], self.labels[index]
         else:
-            yield from DataLoader(Subset(self, list(order)), batch_size, num_workers=workers)
+            loader = DataLoader(Subset(self, list(order)), batch_size, num_workers=workers)
+            try:
+                yield from loader
+            except DataError as error:  # a loader process sends its traceback along: the last line
+                line = str(error).strip().splitlines()[-1]
+                raise DataError(line.removeprefix(f"{__name__}.DataError: ")) from None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from pcae_serve.preprocess import Preprocess
 from pcae_training.data import LabelledImages
@@ -57,7 +57,7 @@ def evaluate(
     precision: torch.dtype = torch.float32,
 ) -> dict[float, Top1]:
     """Top-1 of `model` at every keep ratio in `budgets`, on the given rows of `images`."""
-    budgets, device = tuple(budgets), model.pos_embed.device
+    budgets, device = tuple(dict.fromkeys(budgets)), model.pos_embed.device
     correct = dict.fromkeys(budgets, 0)
     was_training = model.training
     model.eval()

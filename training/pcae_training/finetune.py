@@ -7,101 +7,152 @@ knows nothing of export or of tiers: it reports accuracy per budget and leaves t
 import math
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self, TypedDict
 
 import kornia.augmentation as K
 import torch
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic_settings import NoDecode
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from pcae_serve.errors import PcaeError
 from pcae_serve.preprocess import Preprocess
-from pcae_serve.tokens import exact
+from pcae_serve.tokens import REDUCTION_POINTS, exact
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, Split, hold_out, load
 from pcae_training.evaluate import Top1, evaluate, normalise
-from pcae_training.model import ViTConfig, VisionTransformer
+from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.schedule import cosine, ramped
 
 
 class FinetuneSettings(BaseModel):
     """Fine-tune on labelled images; without --init the model starts from random weights."""
 
-    data: str = Field(description="class folders, a folder of parquet, a .parquet file or a hub name")
+    data: str = Field(description="class folders, folder of parquet, .parquet file or hub name")
     out: Path = Field(description="checkpoint folder to write; written after every epoch")
     init: Path | None = Field(None, description="checkpoint folder to start from")
     resume: bool = Field(False, description="go on from the last epoch saved in --out")
 
     image_size: int = Field(224, ge=1, description="side of the square the model sees")
     patch_size: int | None = Field(None, ge=1, description="16, or as --init; another resizes it")
-    width: int = Field(192, description="token width; 192 is DeiT-Ti, 384 ViT-S, 768 ViT-B")
-    depth: int = Field(12, ge=1, description="blocks")
+    width: int = Field(192, ge=4, description="token width; 192 is DeiT-Ti, 384 ViT-S, 768 ViT-B")
+    depth: int = Field(12, ge=max(REDUCTION_POINTS) + 1, description="blocks")
     heads: int = Field(3, ge=1, description="attention heads")
 
-    budgets: tuple[float, ...] = Field(
-        (1.0, 0.9, 0.8, 0.7, 0.6), description="keep ratios; every step draws one of them"
+    budgets: Annotated[tuple[float, ...], NoDecode] = Field(
+        (1.0, 0.9, 0.8, 0.7, 0.6), description="keep ratios, as 1.0,0.8,.6; every step draws one"
     )
     ramp_start: float = Field(0.10, ge=0, le=1, description="share of the run before any dropping")
-    ramp_length: float = Field(0.25, ge=0, le=1, description="share over which the drop ratio rises")
+    ramp_length: float = Field(0.25, ge=0, le=1, description="share over which dropping rises")
 
     epochs: int = Field(100, ge=1, description="passes over the training rows")
     batch_size: int = Field(64, ge=1, description="images a step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the run with rising learning rate")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the run before the peak")
     weight_decay: float = Field(0.05, ge=0, description="on matrices; none on biases and norms")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="0 = off")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     flip: bool = Field(True, description="mirror half of the images")
     shift: int = Field(2, ge=0, description="pixels an image may move each way; 0 = off")
-    erase: float = Field(0.0, ge=0, le=1, description="share of images with a patch erased; 0 = off")
+    erase: float = Field(0.0, ge=0, le=1, description="share of images partly erased; 0 = off")
 
     holdout: int = Field(5000, ge=1, description="training images held out for every choice")
     seed: int = Field(0, description="of the weights, the order, the budgets and the hold-out")
-    device: str = Field("cpu", description="cpu, cuda or cuda:N")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs under autocast")
     threads: int = Field(0, ge=0, description="CPU threads; 0 = torch's choice")
     workers: int = Field(0, ge=0, description="loader processes for data too large for memory")
 
-    @field_validator("budgets")
+    @field_validator("budgets", mode="before")
     @classmethod
-    def _exact(cls, budgets: tuple[float, ...]) -> tuple[float, ...]:
-        for budget in budgets:
-            exact(budget)
-        if not budgets:
-            raise ValueError("at least one keep ratio is needed")
-        return tuple(sorted(budgets, reverse=True))
+    def _exact(cls, budgets: object) -> tuple[float, ...]:
+        """One text with commas, or numbers: each once, from the largest to the smallest."""
+        if isinstance(budgets, str):
+            budgets = budgets.strip("[]()").split(",")
+        if not isinstance(budgets, Sequence) or not budgets:
+            raise ValueError(f"keep ratios are numbers with commas between, not {budgets!r}")
+        return tuple(sorted({float(exact(budget)) for budget in budgets}, reverse=True))
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        """What flags together cannot mean is told before any data is read."""
+        if self.ramp_start + self.ramp_length > 1:
+            raise ValueError("--ramp-start and --ramp-length together reach beyond the run")
+        if self.init is None:
+            config = self.config(classes=1)
+            for budget in self.budgets:
+                config.geometry.counts(budget)
+        elif fixed := self.model_fields_set & {"image_size", "width", "depth", "heads"}:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(fixed))
+            raise ValueError(f"--init decides the model's sizes: leave out {flags}")
+        return self
+
+    def config(self, classes: int) -> ViTConfig:
+        """The model to start from without --init."""
+        return ViTConfig(
+            image_size=self.image_size,
+            patch_size=self.patch_size or 16,
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            classes=classes,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
+class Epoch(TypedDict):
+    """What an epoch came to, as training.json keeps it."""
+
+    epoch: int  # from 1
+    train_loss: float
+    train_s: float
+    holdout_top1: dict[str, float]  # keep ratio → share
+
+
+#: Settings that say where a run happens, not what comes out: they may change when it is resumed.
+PLACE = {"resume", "out", "device", "threads", "workers"}
+
+
 def finetune(settings: FinetuneSettings) -> dict[float, Top1]:
     """Train, save after every epoch, and return held-out top-1 per budget at the end."""
+    checkpoints.check_place(settings.out)
+    if settings.device != "cpu" and not torch.cuda.is_available():
+        raise PcaeError(f"there is no {settings.device} on this machine: use --device cpu")
     torch.manual_seed(settings.seed)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     checkpoint, images = prepare(settings)
     split = hold_out(images, settings.holdout, settings.seed)
-    trainer = Trainer(settings, checkpoint, images.in_memory(), split)
+    trainer = Trainer(settings, checkpoint, images, split)
     first = trainer.resume() if settings.resume else 0
+    images.in_memory()
     for epoch in range(first, settings.epochs):
         trainer.epoch(epoch)
-    return trainer.report(settings.budgets)
+    return trainer.report()
 
 
 def prepare(settings: FinetuneSettings) -> tuple[Checkpoint, LabelledImages]:
     """The model to train, and its data decoded the way that model wants it."""
     if settings.init is not None:
         checkpoint = checkpoints.load(settings.init, settings.patch_size)
+        try:
+            for budget in settings.budgets:
+                checkpoint.model.config.geometry.counts(budget)
+        except ValueError as error:
+            raise PcaeError(f"{settings.init}: {error}") from None
         images = load(settings.data, "train", checkpoint.preprocess)
         if images.classes != checkpoint.labels:
             raise PcaeError(
-                f"{settings.init} was trained on labels {checkpoint.labels[:3]}…, but {settings.data}"
-                f" has {images.classes[:3]}…: start without --init, or use the same labels"
+                f"{settings.init} was trained on labels {checkpoint.labels[:3]}…,"
+                f" but {settings.data} has {images.classes[:3]}…:"
+                " start without --init, or use the same labels"
             )
         return checkpoint, images
     size = settings.image_size
@@ -112,15 +163,8 @@ def prepare(settings: FinetuneSettings) -> tuple[Checkpoint, LabelledImages]:
         std=(0.5, 0.5, 0.5),
     )
     images = load(settings.data, "train", preprocess)
-    config = ViTConfig(
-        image_size=size,
-        patch_size=settings.patch_size or 16,
-        width=settings.width,
-        depth=settings.depth,
-        heads=settings.heads,
-        classes=len(images.classes),
-    )
-    return Checkpoint(VisionTransformer(config), preprocess, images.classes), images
+    model = VisionTransformer(settings.config(len(images.classes)))
+    return Checkpoint(model, preprocess, images.classes), images
 
 
 class Trainer:
@@ -133,7 +177,12 @@ class Trainer:
         images: LabelledImages,
         split: Split,
     ) -> None:
-        self.settings, self.checkpoint, self.images, self.split = settings, checkpoint, images, split
+        self.settings, self.checkpoint, self.images, self.split = (
+            settings,
+            checkpoint,
+            images,
+            split,
+        )
         self.device = torch.device(settings.device)
         self.model = checkpoint.model.to(self.device).train()
         self.steps_per_epoch = math.ceil(len(split.train) / settings.batch_size)
@@ -141,12 +190,10 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, settings.weight_decay), lr=settings.lr, fused=True
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: cosine((step + 1) / self.steps, settings.warmup)
-        )
         self.loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
         self.augment = augmentation(settings, images.preprocess.image_size)
-        self.history: list[dict[str, object]] = []
+        self.history: list[Epoch] = []
+        self.final: dict[str, dict[str, float]] = {}  # by keep ratio: top1 and n
         self.init_training = checkpoint.training
 
     def epoch(self, number: int) -> None:
@@ -155,49 +202,53 @@ class Trainer:
         torch.manual_seed(self.settings.seed * 100_003 + number)
         order = torch.tensor(self.split.train)[torch.randperm(len(self.split.train))].tolist()
         batches = self.images.batches(order, self.settings.batch_size, self.settings.workers)
-        start, total = time.monotonic(), 0.0
+        start, total = time.monotonic(), torch.zeros((), dtype=torch.float64, device=self.device)
         bar = tqdm(batches, total=self.steps_per_epoch, desc=f"epoch {number + 1}", unit="step")
         for i, (pixels, labels) in enumerate(bar):
             step = number * self.steps_per_epoch + i
             loss, keep_ratio = self.step(step, pixels.to(self.device), labels.to(self.device))
             total += loss
-            bar.set_postfix(loss=f"{total / (i + 1):.3f}", keep=f"{keep_ratio:.2f}")
-        ends = sorted({self.settings.budgets[0], self.settings.budgets[-1]}, reverse=True)
+            if i % 10 == 0:  # reading the loss waits for the device
+                bar.set_postfix(loss=f"{total.item() / (i + 1):.3f}", keep=f"{keep_ratio:.2f}")
+        train_loss = total.item() / self.steps_per_epoch
         train_s = time.monotonic() - start
-        accuracy = self.evaluate(ends)
+        if not math.isfinite(train_loss):
+            raise PcaeError(f"the loss in epoch {number + 1} is {train_loss}: try a smaller --lr")
+        accuracy = self.evaluate((self.settings.budgets[0], self.settings.budgets[-1]))
         for budget, top1 in accuracy.items():
             tqdm.write(f"epoch {number + 1}  keep {budget:<4}  held-out top-1 {top1}")
         self.history.append(
             {
                 "epoch": number + 1,
-                "train_loss": round(total / self.steps_per_epoch, 4),
+                "train_loss": round(train_loss, 4),
                 "train_s": round(train_s, 1),
                 "holdout_top1": {str(budget): top1.value for budget, top1 in accuracy.items()},
             }
         )
         self.save(number + 1)
 
-    def step(self, step: int, pixels: Tensor, labels: Tensor) -> tuple[float, float]:
+    def step(self, step: int, pixels: Tensor, labels: Tensor) -> tuple[Tensor, float]:
         """One optimiser step at a keep ratio drawn for it; the loss, and the ratio in force."""
         settings = self.settings
+        # from the step alone, so that a resumed run needs no state; its middle, where it is never 0
+        rate = settings.lr * cosine((step + 0.5) / self.steps, settings.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         draw = int(torch.randint(len(settings.budgets), ()))
         keep_ratio = ramped(
             settings.budgets[draw], step / self.steps, settings.ramp_start, settings.ramp_length
         )
         images = self.augment(normalise(pixels, self.images.preprocess))
-        with torch.autocast(
-            self.device.type, settings.dtype, enabled=settings.precision != "fp32"
-        ):
+        with torch.autocast(self.device.type, settings.dtype, enabled=settings.precision != "fp32"):
             logits = self.model(images, self.model.config.geometry.counts(keep_ratio))
             loss = self.loss(logits.float(), labels)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
-        self.schedule.step()
-        return loss.item(), keep_ratio
+        return loss.detach(), keep_ratio
 
-    def evaluate(self, budgets: tuple[float, ...] | list[float]) -> dict[float, Top1]:
+    def evaluate(self, budgets: Sequence[float]) -> dict[float, Top1]:
         """Held-out top-1 at each of `budgets`."""
         return evaluate(
             self.model,
@@ -207,12 +258,10 @@ class Trainer:
             precision=self.settings.dtype,
         )
 
-    def report(self, budgets: tuple[float, ...]) -> dict[float, Top1]:
+    def report(self) -> dict[float, Top1]:
         """Held-out top-1 at every budget, kept in the checkpoint too."""
-        accuracy = self.evaluate(budgets)
-        self.history.append(
-            {"final": {str(b): {"top1": t.value, "n": t.n} for b, t in accuracy.items()}}
-        )
+        accuracy = self.evaluate(self.settings.budgets)
+        self.final = {str(b): {"top1": t.value, "n": t.n} for b, t in accuracy.items()}
         self.save(self.settings.epochs)
         return accuracy
 
@@ -222,41 +271,46 @@ class Trainer:
             "settings": self.settings.model_dump(mode="json", exclude={"resume"}),
             "epochs_done": epochs_done,
             "history": self.history,
+            "final": self.final,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "init": self.init_training or None,
         }
-        names = [name for name, _ in self.model.named_parameters()]
-        by_parameter = {p: n for n, p in self.model.named_parameters()}
         state = {
-            f"{key}/{by_parameter[p]}": value
-            for p, values in self.optimizer.state.items()
-            for key, value in values.items()
+            f"{key}/{name}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
         }
-        assert len(names) == len(by_parameter)
         checkpoints.save(self.checkpoint, self.settings.out, state)
 
     def resume(self) -> int:
         """Load weights and optimiser from --out; the number of epochs already done."""
-        saved = checkpoints.load(self.settings.out)
-        state = checkpoints.load_state(self.settings.out)
-        wanted = self.settings.model_dump(mode="json", exclude={"resume"})
-        if state is None or saved.training.get("settings") != wanted:
-            raise PcaeError(f"{self.settings.out} was not written by a run with these settings")
-        self.model.load_state_dict(saved.model.state_dict())
-        self.history = saved.training["history"]
-        done = int(saved.training["epochs_done"])
-        for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: state[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        self.schedule.last_epoch = done * self.steps_per_epoch
-        return done
+        out = self.settings.out
+        saved, state = checkpoints.load(out), checkpoints.load_state(out)
+        if state is None:
+            raise PcaeError(f"cannot resume {out}: it was saved without its optimiser's state")
+        before = saved.training.get("settings", {})
+        now = self.settings.model_dump(mode="json")
+        if changed := [name for name in now if name not in PLACE and before.get(name) != now[name]]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+            raise PcaeError(f"cannot resume {out}: it was written with another {flags}")
+        try:
+            self.model.load_state_dict(saved.model.state_dict())
+            for name, parameter in self.model.named_parameters():
+                self.optimizer.state[parameter] = {
+                    key: state[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        except (KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise PcaeError(f"cannot resume {out}: another model was saved: {reason}") from None
+        self.history = [entry for entry in saved.training["history"] if "epoch" in entry]
+        return int(saved.training["epochs_done"])
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Decay on matrices and kernels, none on biases, norms, CLS and positions (as MAE)."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = parameter.ndim < 2 or name in ("cls_token", "pos_embed")
         (free if plain else decayed).append(parameter)

@@ -36,8 +36,18 @@ class ViTConfig:
             raise ValueError(f"patch size {self.patch_size} does not divide {self.image_size}")
         if self.width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide width {self.width}")
-        if any(not 0 <= point < self.depth for point in self.reduction_points):
-            raise ValueError(f"reduction points {self.reduction_points} outside {self.depth} blocks")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4")
+        points = self.reduction_points
+        if any(not 0 <= point < self.depth for point in points):
+            raise ValueError(f"reduction points {points} outside {self.depth} blocks")
+        if list(points) != sorted(set(points)):
+            raise ValueError(f"reduction points {points} must rise")
+
+    @property
+    def hidden(self) -> int:
+        """Width inside the MLP."""
+        return round(self.width * self.mlp_ratio)
 
     @property
     def grid(self) -> int:
@@ -63,7 +73,7 @@ class Reduced(NamedTuple):
 
     kept: Tensor  # [B, m, D], least similar to the mean first
     dropped_mean: Tensor  # [B, 1, D], not a number where nothing was dropped
-    index: Tensor  # [B, m], int64: where in the n patches each kept one stood
+    index: Tensor  # type: ignore[assignment]  # [B, m], int64: where in the n patches each stood
 
 
 def redundancy(patches: Tensor) -> Tensor:
@@ -92,7 +102,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.channels, config.width, kernel_size=size, stride=size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
+        grid: Tensor = self.proj(images)  # [B, D, H / p, W / p]
+        return grid.flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -109,7 +120,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, D / heads]
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+        x = self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+        return x
 
 
 class Mlp(nn.Module):
@@ -117,12 +129,12 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        hidden = int(config.width * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.width, hidden)
-        self.fc2 = nn.Linear(hidden, config.width)
+        self.fc1 = nn.Linear(config.width, config.hidden)
+        self.fc2 = nn.Linear(config.hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        x = self.fc2(F.gelu(self.fc1(x)))
+        return x
 
 
 class Block(nn.Module):
@@ -137,7 +149,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 class VisionTransformer(nn.Module):
@@ -151,8 +164,10 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(sincos_position(config.width, config.grid))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         final_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        # timm's names: `fc_norm` after mean pooling, `norm` before CLS pooling
-        self.add_module("fc_norm" if config.pooling == "mean" else "norm", final_norm)
+        if config.pooling == "mean":  # timm's names: `fc_norm` after mean pooling, else `norm`
+            self.fc_norm = final_norm
+        else:
+            self.norm = final_norm
         self.head = nn.Linear(config.width, config.classes)
         self.apply(_init)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -168,7 +183,9 @@ class VisionTransformer(nn.Module):
         self, images: Tensor, token_counts: Sequence[int] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """As `forward`, with the original indices [B, m_i] of the patches left after each stage."""
-        counts = dict(zip(self.config.reduction_points, token_counts or (), strict=bool(token_counts)))
+        counts = dict(
+            zip(self.config.reduction_points, token_counts or (), strict=bool(token_counts))
+        )
         x = self.embed(images)  # [B, 1 + n + e, D]: CLS, patches, means of what was dropped
         n = x.shape[1] - 1
         position = torch.arange(n, device=x.device).expand(len(x), -1)
@@ -186,7 +203,7 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """CLS and patch tokens with their positions: [B, 1 + n, D]."""
-        cls = self.cls_token.expand(len(images), -1, -1)
+        cls = self.cls_token.expand(images.shape[0], -1, -1)  # len() would fix the exported batch
         return torch.cat([cls, self.patch_embed(images)], dim=1) + self.pos_embed
 
     def pool(self, cls: Tensor, patches: Tensor) -> Tensor:
@@ -194,15 +211,14 @@ class VisionTransformer(nn.Module):
 
         The appended means are left out (paper, section 3.4).
         """
-        if self.config.pooling == "mean":
-            return self.head(self.fc_norm(patches.mean(dim=1)))
-        return self.head(self.norm(cls))
+        mean = self.config.pooling == "mean"
+        pooled = self.fc_norm(patches.mean(dim=1)) if mean else self.norm(cls)
+        logits: Tensor = self.head(pooled)
+        return logits
 
 
 def sincos_position(width: int, grid: int) -> Tensor:
     """Fixed 2-D sine-cosine positions as MAE starts from: [1, 1 + grid^2, width], zeros for CLS."""
-    if width % 4:
-        raise ValueError(f"width {width} is not a multiple of 4")
     frequency = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.outer(torch.arange(grid, dtype=torch.float64), frequency)  # [grid, D / 4]
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # [grid, D / 2]

@@ -1,0 +1,5 @@
+"""python -m pcae_serve"""
+
+from pcae_serve.cli import main
+
+main()

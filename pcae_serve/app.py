@@ -1,0 +1,289 @@
+"""The REST API: routes, and errors as RFC 9457 problems. The service does the work."""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from math import ceil
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from pcae_serve import __version__, schemas
+from pcae_serve.errors import (
+    BudgetPassed,
+    Draining,
+    InvalidParameter,
+    RequestError,
+    TooLarge,
+    UnreadableImage,
+)
+from pcae_serve.service import Answer, Ask, Service
+
+PROBLEM = "application/problem+json"
+LATENCY_BATCHES = (1, 8)  # what /tiers quotes
+
+Budget = Annotated[float | None, Query(gt=0, le=3_600_000, allow_inf_nan=False)]
+
+_IMAGE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image"],
+                    "properties": {"image": {"type": "string", "format": "binary"}},
+                }
+            },
+        },
+    }
+}
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schemas.Problem, "description": description}
+    for status, description in {
+        400: "the image is empty, truncated or damaged",
+        413: "too many bytes or pixels",
+        415: "not an image type this server reads",
+        422: "a parameter is wrong, or the budget is below what the fastest allowed tier needs",
+        503: "the load leaves no allowed tier in time; see Retry-After",
+        504: "the budget passed in the queue",
+    }.items()
+}
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application around a service; its lifespan starts and stops the service."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        start = asyncio.create_task(service.start())
+        start.add_done_callback(_started)
+        yield
+        start.cancel()
+        await service.stop()
+
+    app = FastAPI(
+        title="pcae-serve",
+        version=__version__,
+        description="One vision transformer, many token budgets: say how long you can wait.",
+        lifespan=lifespan,
+    )
+    app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)
+
+    @app.post("/classify", openapi_extra=_IMAGE_BODY, responses=_PROBLEMS)
+    async def classify(
+        request: Request,
+        response: Response,
+        tier: Annotated[str, Query(description="a tier's name, or auto")] = "auto",
+        budget_ms: Annotated[Budget, Query(description="time you can wait")] = None,
+        min_tier: Annotated[str | None, Query(description="refuse rather than go below")] = None,
+        top_k: Annotated[int, Query(ge=1, description="classes to return")] = 5,
+        explain: Annotated[bool, Query(description="also return the kept patches")] = False,
+        x_latency_budget_ms: Annotated[
+            Budget, Header(description="as budget_ms, which wins")
+        ] = None,
+    ) -> schemas.Classification:
+        """Classify one image: the body is the image file, or the multipart field `image`."""
+        arrival_s = asyncio.get_running_loop().time()
+        budget = budget_ms or x_latency_budget_ms or service.settings.budget_ms
+        ask = Ask(arrival_s, budget, tier, min_tier)
+        service.allowed(tier, min_tier)  # a wrong name is told before the upload
+        body = await _image(request, int(service.settings.max_body_mb * 1e6), ask.deadline_s)
+        answer = await _unless_left(request, asyncio.ensure_future(service.classify(body, ask)))
+        result = _classification(answer, ask, service.bundle.labels, top_k, explain)
+        response.headers["Server-Timing"] = ", ".join(
+            f"{name};dur={ms}" for name, ms in result.timings_ms.model_dump().items()
+        )
+        return result
+
+    @app.get("/tiers")
+    async def tiers() -> schemas.Tiers:
+        """What this server offers: accuracy and latency of every tier."""
+        return _tiers(service)
+
+    @app.get("/livez")
+    async def livez() -> schemas.Health:
+        """The process answers."""
+        return schemas.Health(status="alive")
+
+    @app.get("/readyz", responses={503: {"model": schemas.Problem}})
+    async def readyz() -> schemas.Health:
+        """Requests are taken: latencies are known and the server is not stopping."""
+        if not service.ready:
+            raise Draining("the server is measuring its latencies, or stopping", retry_after_s=1)
+        return schemas.Health(status="ready")
+
+    return app
+
+
+async def _image(request: Request, limit: int, deadline_s: float) -> bytes:
+    """The image file in the body, raw or as multipart field `image`, at most `limit` bytes."""
+    content_type = request.headers.get("content-type", "")
+    body = bytearray()
+    too_large = TooLarge(f"the body is over the limit of {limit:,} bytes: send a smaller image")
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise too_large
+    try:
+        async with asyncio.timeout_at(deadline_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise BudgetPassed("the budget passed while the image was uploaded") from None
+    if not content_type.startswith("multipart/form-data"):
+        return bytes(body)
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield bytes(body)
+
+    try:
+        form = await MultiPartParser(request.headers, stream()).parse()
+    except (MultiPartException, KeyError) as error:
+        raise UnreadableImage(f"the multipart body cannot be read: {error}") from None
+    field = form.get("image")
+    try:
+        if not isinstance(field, UploadFile):
+            raise UnreadableImage("the multipart body has no file field 'image'")
+        return await field.read()
+    finally:
+        await form.close()
+
+
+async def _unless_left(request: Request, answer: "asyncio.Future[Answer]") -> Answer:
+    """Wait for the answer; where the client leaves first, cancel it: nobody would read it."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    disconnected = asyncio.ensure_future(left())
+    try:
+        both: set[asyncio.Future[Any]] = {answer, disconnected}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        for task in (disconnected, answer):
+            if not task.done():
+                task.cancel()
+
+
+def _classification(
+    answer: Answer, ask: Ask, labels: tuple[str, ...], top_k: int, explain: bool
+) -> schemas.Classification:
+    exponents = np.exp(answer.logits - answer.logits.max())
+    probabilities = exponents / exponents.sum()
+    best = np.argsort(-probabilities, kind="stable")[:top_k]
+    total_ms = answer.total_s * 1e3
+    return schemas.Classification(
+        predictions=[
+            schemas.Prediction(
+                label=labels[index],
+                index=int(index),
+                probability=round(float(probabilities[index]), 6),
+            )
+            for index in best
+        ],
+        tier=answer.tier.name,
+        keep_ratio=answer.tier.keep_ratio,
+        tokens=list(answer.tier.token_counts),
+        reason=answer.reason,
+        budget_ms=ask.budget_ms,
+        met_budget=total_ms <= ask.budget_ms,
+        timings_ms=schemas.Timings(
+            decode=round(answer.decode_s * 1e3, 2),
+            queue=round(answer.queue_s * 1e3, 2),
+            compute=round(answer.compute_s * 1e3, 2),
+            total=round(total_ms, 2),
+        ),
+        kept=[np.sort(stage).tolist() for stage in answer.kept] if explain else None,
+    )
+
+
+def _tiers(service: Service) -> schemas.Tiers:
+    bundle, latency = service.bundle, service.latency
+    now_s = asyncio.get_running_loop().time()
+    return schemas.Tiers(
+        bundle=bundle.manifest.name,
+        digest=bundle.digest,
+        backend=service.engine.name,
+        device=service.engine.device,
+        policy=service.settings.policy,
+        budget_ms=service.settings.budget_ms,
+        image_size=bundle.image_size,
+        labels=list(bundle.labels),
+        tiers=[
+            schemas.TierInfo(
+                name=tier.name,
+                keep_ratio=tier.keep_ratio,
+                tokens=list(tier.token_counts),
+                macs=tier.macs,
+                accuracy=tier.accuracy,
+                agreement=tier.agreement,
+                dominated=tier.dominated,
+                latency_ms=None
+                if latency is None
+                else {n: round(latency.expected(i, n, now_s) * 1e3, 2) for n in LATENCY_BATCHES},
+            )
+            for i, tier in enumerate(bundle.tiers)
+        ],
+    )
+
+
+def _problem(
+    status: int, title: str, detail: str, kind: str = "about:blank", **members: Any
+) -> JSONResponse:
+    document = {"type": kind, "title": title, "status": status, "detail": detail} | members
+    headers = {}
+    if (retry_after_s := members.get("retry_after_s")) is not None:
+        headers["Retry-After"] = str(max(1, ceil(retry_after_s)))  # whole seconds, as HTTP wants
+    return JSONResponse(document, status, headers, media_type=PROBLEM)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    name = re.sub(r"(?<!^)(?=[A-Z])", "-", type(error).__name__).lower()
+    return _problem(
+        error.status, error.title, error.detail, f"urn:pcae-serve:{name}", **error.members
+    )
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    detail = f"{name} {first.get('input')!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    return await _refused(request, InvalidParameter(detail))
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    response = _problem(error.status_code, error.detail, f"{error.detail}: see /docs")
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _unexpected(_: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it
+    return _problem(500, "Internal error", "an unexpected error, see the server's log")
+
+
+def _started(start: "asyncio.Task[None]") -> None:
+    """A start that failed must not pass in silence, with a server that is never ready."""
+    if not start.cancelled() and (error := start.exception()) is not None:
+        raise error

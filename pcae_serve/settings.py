@@ -1,0 +1,81 @@
+"""Every setting of the server, once: flag, PCAE_* variable and config key name the same field.
+
+Flags win over the environment, the environment over the file, the file over these defaults.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from platformdirs import user_cache_path
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from pcae_serve.preprocess import MAX_PIXELS
+
+
+class Settings(BaseSettings):
+    """Serve a bundle over HTTP; without --bundle, the demo bundle inside the package."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PCAE_",
+        cli_prog_name="pcae-serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        extra="forbid",
+    )
+
+    bundle: Path | None = Field(None, description="bundle folder; the demo bundle where left out")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    device: str = Field("cpu", description="cpu")
+    backend: Literal["auto", "onnxruntime", "simulated"] = Field(
+        "auto", description="what runs the graphs; simulated answers nonsense in realistic time"
+    )
+    threads: int = Field(0, ge=0, description="threads of one batch; 0 = one a core")
+    policy: Literal["greedy"] = Field("greedy", description="how tier and batch are chosen")
+
+    budget_ms: float = Field(
+        1000, gt=0, allow_inf_nan=False, description="for requests that name no budget_ms"
+    )
+    max_batch: int = Field(32, ge=1, description="images in one batch at most")
+    queue_limit: int = Field(
+        256, ge=1, description="requests in the server at once; beyond, 503 with Retry-After"
+    )
+    decode_threads: int = Field(2, ge=1, description="images decoded at the same time")
+    max_body_mb: float = Field(20, gt=0, description="bytes of a request body; beyond, 413")
+    max_pixels: int = Field(MAX_PIXELS, ge=1, description="pixels of an image; beyond, 413")
+
+    profile_s: float = Field(
+        6.0, gt=0, le=10, description="time to measure latencies where none are cached"
+    )
+    cache_dir: Path = Field(
+        user_cache_path("pcae-serve"),
+        description="what belongs to this machine: latency profiles",
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags and arguments, then the environment, then the file named by PCAE_CONFIG."""
+        path = os.environ.get("PCAE_CONFIG")
+        if path is None:
+            return init_settings, env_settings
+        try:
+            config = TomlConfigSettingsSource(settings_cls, path)
+            Path(path).stat()  # a missing file is skipped in silence otherwise
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"PCAE_CONFIG: {path} cannot be read: {error}") from None
+        return init_settings, env_settings, config

@@ -1,0 +1,229 @@
+import io
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pcae_serve.errors import RequestError, TooLarge, UnreadableImage, UnsupportedType
+from pcae_serve.preprocess import Preprocess, decode
+
+HALF = (0.5, 0.5, 0.5)
+SMALL = Preprocess(image_size=28, resize=28, mean=HALF, std=HALF)
+LARGE = Preprocess(image_size=224, resize=256, mean=HALF, std=HALF)
+
+
+def photo(width: int = 40, height: int = 30) -> Image.Image:
+    """A smooth colour image that JPEG hardly changes, different in every corner."""
+    y, x = np.mgrid[0:height, 0:width]
+    red, green = 255 * x / max(width - 1, 1), 255 * y / max(height - 1, 1)
+    return Image.fromarray(np.stack([red, green, 255 - red], axis=2).astype(np.uint8))
+
+
+def body(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def sixteen_bit(kind: str) -> bytes:
+    grey = np.asarray(photo().convert("L")).astype(np.uint16)
+    return body(Image.fromarray(grey * 257), kind)
+
+
+def oriented(orientation: int) -> bytes:
+    turn = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return body(photo().transpose(turn), "JPEG", quality=100, subsampling=0, exif=exif)
+
+
+COLOUR: dict[str, Callable[[], bytes]] = {
+    "jpeg": lambda: body(photo(), "JPEG", quality=100, subsampling=0),
+    "jpeg-progressive": lambda: body(photo(), "JPEG", quality=100, progressive=True),
+    "jpeg-turned-over": lambda: oriented(3),
+    "jpeg-on-its-side": lambda: oriented(6),
+    "jpeg-broken-exif": lambda: body(photo(), "JPEG", quality=100, exif=b"Exif\0\0II*\0junk"),
+    "jpeg-garbage-exif": lambda: body(photo(), "JPEG", quality=100, exif=b"Exif\0\0garbage!"),
+    "png": lambda: body(photo(), "PNG"),
+    "png-alpha": lambda: body(photo().convert("RGBA"), "PNG"),
+    "png-palette": lambda: body(photo().quantize(256), "PNG"),
+    "png-palette-transparency": lambda: body(
+        photo().quantize(200), "PNG", transparency=bytes(range(200))
+    ),
+    "webp": lambda: body(photo(), "WEBP", lossless=True),
+    "webp-alpha": lambda: body(photo().convert("RGBA"), "WEBP", lossless=True),
+    "bmp": lambda: body(photo(), "BMP"),
+    "gif": lambda: body(photo(), "GIF"),
+    "gif-animated": lambda: body(
+        photo(), "GIF", save_all=True, append_images=[Image.new("RGB", (40, 30))]
+    ),
+    "tiff": lambda: body(photo(), "TIFF"),
+    "tiff-lzw": lambda: body(photo(), "TIFF", compression="tiff_lzw"),
+}
+GREY: dict[str, Callable[[], bytes]] = {
+    "png-grey": lambda: body(photo().convert("L"), "PNG"),
+    "png-grey-alpha": lambda: body(photo().convert("LA"), "PNG"),
+    "png-16-bit": lambda: sixteen_bit("PNG"),
+    "tiff-16-bit": lambda: sixteen_bit("TIFF"),
+    "jpeg-grey": lambda: body(photo().convert("L"), "JPEG", quality=100),
+}
+
+
+@pytest.mark.parametrize("kind", COLOUR)
+def test_every_kind_of_colour_image(kind: str) -> None:
+    pixels = np.asarray(decode(COLOUR[kind]()))
+    assert pixels.shape == (30, 40, 3)
+    error = np.abs(pixels.astype(int) - np.asarray(photo()))
+    assert error.mean() < (12 if "palette" in kind or "gif" in kind else 4)
+
+
+@pytest.mark.parametrize("kind", GREY)
+def test_every_kind_of_grey_image(kind: str) -> None:
+    pixels = np.asarray(decode(GREY[kind]()))
+    np.testing.assert_allclose(pixels[..., 0], np.asarray(photo().convert("L")), atol=3)
+    assert (pixels == pixels[..., :1]).all()
+
+
+def test_cmyk_jpeg() -> None:
+    image = decode(body(photo().convert("CMYK"), "JPEG", quality=100))
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(photo())).mean() < 12
+
+
+def test_one_bit_png() -> None:
+    assert set(np.unique(np.asarray(decode(body(photo().convert("1"), "PNG"))))) == {0, 255}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9])
+def test_a_truncated_image_is_unreadable(kind: str, share: float) -> None:
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    whole = body(noise, kind)
+    with pytest.raises(UnreadableImage, match="truncated|damaged|cannot be read") as raised:
+        decode(whole[: max(12, int(share * len(whole)))])
+    assert raised.value.status == 400
+    assert "\n" not in raised.value.detail
+
+
+def test_nothing_is_unreadable() -> None:
+    with pytest.raises(UnreadableImage, match="empty"):
+        decode(b"")
+
+
+@pytest.mark.parametrize(
+    "text", [b"hello, I am named cat.jpg", b"\0" * 100, b"<svg></svg>", b"%PDF"]
+)
+def test_what_is_no_image_is_an_unsupported_type(text: bytes) -> None:
+    with pytest.raises(UnsupportedType) as raised:
+        decode(text)
+    assert raised.value.status == 415
+
+
+def test_damaged_bytes_only_ever_raise_request_errors() -> None:
+    rng = np.random.default_rng(0)
+    for make in [*COLOUR.values(), *GREY.values()]:
+        whole = make()
+        for _ in range(20):
+            damaged = bytearray(whole)
+            for at in rng.integers(0, len(whole), 8):
+                damaged[at] = rng.integers(0, 256)
+            try:
+                decode(bytes(damaged), max_pixels=1_000_000)
+            except RequestError as error:
+                assert "\n" not in error.detail
+
+
+def test_too_many_pixels_are_refused_before_decoding() -> None:
+    header_only = body(photo(), "PNG")[:40]  # decoding this would fail as truncated
+    with pytest.raises(TooLarge, match="40 x 30 pixels, over the limit of 1,199") as raised:
+        decode(header_only, max_pixels=1199)
+    assert raised.value.status == 413
+    decode(body(photo(), "PNG"), max_pixels=1200)
+
+
+@pytest.mark.parametrize("action", ["error", "ignore"])
+@pytest.mark.parametrize(
+    "side", [8_000, 10_000, 20_000]
+)  # below, between and above Pillow's limits
+def test_pillows_own_guard_changes_no_answer(side: int, action: str) -> None:
+    bitmap = bytearray(body(photo(), "BMP"))
+    bitmap[18:26] = np.array([side, side], dtype="<i4").tobytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)  # type: ignore[arg-type]
+        with pytest.raises(TooLarge):
+            decode(bytes(bitmap))
+
+
+@pytest.mark.parametrize("width", [27, 28, 29, 280, 281])
+@pytest.mark.parametrize("height", [28, 280])
+def test_shorter_side_resized_then_the_centre(width: int, height: int) -> None:
+    image = photo(width, height)
+    short = min(image.size)
+    whole = image.resize(
+        (max(28, round(width * 28 / short)), max(28, round(height * 28 / short))), SMALL.resample
+    )
+    left, top = ((side - 28) // 2 for side in whole.size)
+    expected = np.asarray(whole.crop((left, top, left + 28, top + 28))).astype(int)
+    pixels = SMALL.crop(image)
+    assert pixels.shape == (28, 28, 3)
+    assert np.abs(pixels - expected).max() <= 1  # the last bit, of box corners in float32
+
+
+def test_an_image_of_the_right_size_is_left_alone() -> None:
+    image = photo(28, 28)
+    np.testing.assert_array_equal(SMALL(body(image, "PNG")), np.asarray(image))
+    wide = photo(40, 28)
+    np.testing.assert_array_equal(SMALL(body(wide, "PNG")), np.asarray(wide)[:, 6:34])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1), (3000, 2), (2, 3000), (100_000, 1)])
+@pytest.mark.parametrize("preprocess", [SMALL, LARGE], ids=["small", "large"])
+def test_strips_make_no_giant(size: tuple[int, int], preprocess: Preprocess) -> None:
+    # resized whole, the last would have 100,000 * 256 * 256 pixels
+    pixels = preprocess(body(Image.new("RGB", size, (9, 80, 200)), "PNG"))
+    assert (pixels == (9, 80, 200)).all()
+    assert pixels.shape == (preprocess.image_size, preprocess.image_size, 3)
+
+
+def test_threads_agree() -> None:
+    bodies = [make() for make in [*COLOUR.values(), *GREY.values()]] * 4
+    expected = [LARGE(one) for one in bodies]
+    with ThreadPoolExecutor(8) as pool:
+        for one, other in zip(expected, pool.map(LARGE, bodies), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "preprocess", [SMALL, LARGE, replace(LARGE, resample=Image.Resampling.BILINEAR)]
+)
+def test_config_round_trip(preprocess: Preprocess) -> None:
+    assert Preprocess.from_config(preprocess.to_config()) == preprocess
+
+
+def test_config_of_hugging_faces_vit() -> None:
+    config = LARGE.to_config() | {"size": {"height": 224, "width": 224}}
+    del config["crop_size"]
+    assert Preprocess.from_config(config) == replace(LARGE, resize=224)
+
+
+@pytest.mark.parametrize("field", ["size", "image_mean", "image_std", "resample"])
+def test_a_config_without_a_field_names_it(field: str) -> None:
+    config = LARGE.to_config()
+    del config[field]
+    with pytest.raises(KeyError, match=field):
+        Preprocess.from_config(config)
+
+
+def test_a_config_with_a_size_of_another_kind() -> None:
+    with pytest.raises(KeyError):
+        Preprocess.from_config(LARGE.to_config() | {"size": {"longest_edge": 256}})
+
+
+def test_the_crop_lies_inside() -> None:
+    with pytest.raises(ValueError, match="cannot crop 224 pixels out of 200"):
+        replace(LARGE, resize=200)
