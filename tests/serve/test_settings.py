@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
+
+from pcae_serve.settings import Settings
+
+
+def test_the_environment_wins_over_the_file_and_arguments_over_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "pcae.toml"
+    config.write_text("port = 1111\nbudget_ms = 111.0\nmax_batch = 11\n")
+    monkeypatch.setenv("PCAE_CONFIG", str(config))
+    monkeypatch.setenv("PCAE_PORT", "2222")
+    monkeypatch.setenv("PCAE_BUDGET_MS", "222")
+    settings = Settings(port=3333)
+    assert (settings.port, settings.budget_ms, settings.max_batch) == (3333, 222.0, 11)
+
+
+@pytest.mark.parametrize("text", [None, "port = ", "port 8000"])
+def test_a_config_file_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    config = tmp_path / "pcae.toml"
+    if text is not None:
+        config.write_text(text)
+    monkeypatch.setenv("PCAE_CONFIG", str(config))
+    with pytest.raises(SettingsError, match=r"pcae\.toml"):
+        Settings()
+
+
+@pytest.mark.parametrize(
+    "change", [{"port": 70000}, {"budget_ms": 0}, {"budget_ms": float("nan")}, {"max_batch": 0}]
+)
+def test_senseless_values_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        Settings(**change)
+
+
+def test_a_misspelt_key_in_the_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "pcae.toml"
+    config.write_text("bugdet_ms = 5\n")
+    monkeypatch.setenv("PCAE_CONFIG", str(config))
+    with pytest.raises(ValidationError, match="bugdet_ms"):
+        Settings()
