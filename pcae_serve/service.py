@@ -129,6 +129,16 @@ class Service:
             max_batch=self.settings.max_batch,
             queue_limit=self.settings.queue_limit,
         )
+        now_s = asyncio.get_running_loop().time()
+        log.info(
+            "ready: %s on %s, one image takes %s",
+            self.bundle.manifest.name,
+            self.engine.device,
+            ", ".join(
+                f"{self.latency.expected(i, 1, now_s) * 1e3:.1f} ms ({tier.name})"
+                for i, tier in enumerate(self.bundle.tiers)
+            ),
+        )
 
     async def stop(self) -> None:
         """Take nothing more, and let the batch on the device end."""

@@ -84,8 +84,8 @@ def write(
     refuse(out, force)
     if checkpoint.preprocess.image_size != checkpoint.model.config.image_size:
         raise PackError(
-            f"the checkpoint's preprocessor makes images of"
-            f" {checkpoint.preprocess.image_size} pixels, but its model takes {checkpoint.model.config.image_size}"
+            f"the checkpoint's preprocessor makes images of {checkpoint.preprocess.image_size}"
+            f" pixels, but its model takes {checkpoint.model.config.image_size}"
         )
     planned = plan(checkpoint, tiers, model_id)
     half = weights.to_half(checkpoint.model.state_dict())
