@@ -16,5 +16,5 @@ pcae-train finetune --data "$data" --out "$out/patch4" --image-size 28 --patch-s
   --epochs 6 --batch-size 64 --lr 1e-3 --label-smoothing 0.05 --precision bf16
 
 pcae-train finetune --data "$data" --out "$out/patch2" --init "$out/patch4" --patch-size 2 \
-  --budgets 1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3 --ramp-start 0 --ramp-length 0.1 \
-  --epochs 3 --batch-size 64 --lr 5e-4 --label-smoothing 0.05 --precision bf16
+  --budgets 1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3 --ramp-start 0 --ramp-length 0 \
+  --epochs 4 --batch-size 64 --lr 5e-4 --label-smoothing 0.05 --precision bf16

@@ -1,0 +1,147 @@
+"""What the README says, this runs: its commands in their order, against a server started for it."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pcae_serve import bundle
+from tests.serve.test_cli import server
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+CURL = [command for command in COMMANDS if command.startswith("curl ")]
+OWN_MODEL = [command for command in COMMANDS if command.startswith(("pcae-train", "pcae-export"))]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a server with the demo bundle, as `make serve` starts it."""
+    with server(cache=tmp_path_factory.mktemp("cache")) as (url, _):
+        yield url
+
+
+def curl(command: str, url: str) -> Any:
+    """Run a README line as it stands, but for the address."""
+    command = command.replace("localhost:8000", url.removeprefix("http://"))
+    done = subprocess.run(shlex.split(command) + ["-sS"], cwd=ROOT, capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_every_command_is_of_a_kind_that_is_run_here_or_in_test_makefile() -> None:
+    known = ("make serve", "make test", "pip install ", "pcae-serve --bundle ")
+    assert [c for c in COMMANDS if not c.startswith(known) and c not in CURL + OWN_MODEL] == []
+    assert len(CURL) >= 5
+    assert len(OWN_MODEL) == 3
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("command", CURL)
+def test_curl_lines_are_answered(command: str, demo: str) -> None:
+    answer = curl(command, demo)
+    if "/classify" in command:
+        sample = re.search(r"samples/([a-z-]+)\.png", command)
+        assert sample is not None
+        assert answer["predictions"][0]["label"].lower().replace(" ", "-") == sample[1]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_answer_shown_is_the_answer_given(demo: str) -> None:
+    [shown] = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    expected, given = json.loads(shown), curl(CURL[0], demo)
+    assert given.keys() == expected.keys()
+    for key in ("tier", "keep_ratio", "tokens", "reason", "budget_ms", "met_budget", "kept"):
+        assert given[key] == expected[key]
+    for ours, theirs in zip(given["predictions"], expected["predictions"], strict=True):
+        assert ours["label"] == theirs["label"]
+        assert ours["probability"] == pytest.approx(theirs["probability"], abs=0.002)
+
+
+def test_every_tier_knows_every_sample(demo: str) -> None:
+    for sample in sorted((ROOT / "docs" / "samples").glob("*.png")):
+        for tier in bundle.load(bundle.demo()).tiers:
+            line = f"curl --data-binary @{sample} 'localhost:8000/classify?tier={tier.name}'"
+            answer = curl(line, demo)
+            assert answer["tier"] == tier.name
+            assert answer["predictions"][0]["label"].lower().replace(" ", "-") == sample.stem
+
+
+def test_the_table_says_what_the_bundle_says() -> None:
+    rows = {
+        cells[0].strip("`"): cells
+        for cells in (
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in README.splitlines()
+            if line.startswith("| `")
+        )
+    }
+    for tier in bundle.load(bundle.demo()).tiers:
+        assert tier.accuracy is not None
+        row = rows[tier.name]
+        assert float(row[1]) == tier.keep_ratio
+        assert row[2] == ", ".join(map(str, tier.token_counts))
+        assert row[3].split()[0] == f"{100 * tier.accuracy.top1:.2f}"
+        assert tier.accuracy.n == 10_000
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `photos` holds two classes of 32 x 32 images: bright above, bright below."""
+    root, draw = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
+    for split, count in (("train", 100), ("test", 40)):
+        for label in ("above", "below"):
+            folder = root / "photos" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.integers(0, 80, (32, 32, 3), np.uint8)
+                pixels[:16] += 120 * (label == "above")
+                pixels[16:] += 120 * (label == "below")
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def test_the_way_to_your_own_model_runs_to_its_end(photos: Path) -> None:
+    scripts = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{scripts}:{os.environ['PATH']}", "HOME": str(photos)}
+    for command in OWN_MODEL:
+        done = subprocess.run(
+            shlex.split(command), cwd=photos, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    [serve] = [c for c in COMMANDS if c.startswith("pcae-serve --bundle ")]
+    flags = shlex.split(serve)[1:]
+    flags[-1] = str(photos / flags[-1])
+    with server(*flags, cache=photos / "cache") as (url, _):
+        image = photos / "photos" / "test" / "above" / "0.png"
+        answer = curl(f"curl --data-binary @{image} 'localhost:8000/classify'", url)
+        assert answer["predictions"][0]["label"] in ("above", "below")
+        assert answer["tier"] in ("fast", "full")
+
+
+def test_every_parameter_and_setting_is_documented() -> None:
+    from pcae_serve.app import create_app
+    from pcae_serve.service import Service
+    from pcae_serve.settings import Settings
+
+    served = bundle.load(bundle.demo())
+    api = create_app(Service(Settings(), served, engine=None)).openapi()  # type: ignore[arg-type]
+    for parameter in api["paths"]["/classify"]["post"]["parameters"]:
+        assert f"`{parameter['name']}`".lower() in README.lower(), parameter["name"]
+    for path in api["paths"]:
+        assert path in README
+    assert all(field.description for field in Settings.model_fields.values())
