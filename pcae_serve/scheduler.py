@@ -156,7 +156,7 @@ class Scheduler:
         drain_s = self._drain_s(now_s, self._queue)
         if needed_s > request.deadline_s - request.arrival_s:
             return Refuse(request.id, "budget", needed_s, drain_s)
-        if request.id not in self._decoding and self.waiting >= self._queue_limit:
+        if self.waiting >= self._queue_limit:
             return Refuse(request.id, "full", needed_s, drain_s)
         ahead = [r for r in self._queue if r.deadline_s <= request.deadline_s]
         if now_s + self._drain_s(now_s, ahead) + needed_s > request.deadline_s:

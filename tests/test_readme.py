@@ -39,7 +39,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def curl(command: str, url: str) -> Any:
     """Run a README line as it stands, but for the address."""
     command = command.replace("localhost:8000", url.removeprefix("http://"))
-    done = subprocess.run(shlex.split(command) + ["-sS"], cwd=ROOT, capture_output=True, check=True)
+    done = subprocess.run([*shlex.split(command), "-sS"], cwd=ROOT, capture_output=True, check=True)
     return json.loads(done.stdout)
 
 
@@ -101,7 +101,7 @@ def test_the_table_says_what_the_bundle_says() -> None:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `photos` holds two classes of 32 x 32 images: bright above, bright below."""
+    """A folder in which `photos` holds two classes of images: bright above and bright below."""
     root, draw = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
     for split, count in (("train", 100), ("test", 40)):
         for label in ("above", "below"):

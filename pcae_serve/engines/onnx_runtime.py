@@ -37,9 +37,26 @@ class OnnxRuntimeEngine:
             except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
                 reason = str(error).splitlines()[0]
                 raise StartError(f"ONNX Runtime cannot load {graph}: {reason}") from None
+        self.threads = threads
+        self._check(bundle)
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         counts = np.array(tier.token_counts, dtype=np.int64)
         feeds: dict[str, Any] = {"pixels": pixels, "token_counts": counts}
         logits, *kept = self._sessions[tier.model].run(None, feeds)
         return Output(logits, tuple(kept))
+
+    def _check(self, bundle: Bundle) -> None:
+        """Run every tier once: what does not fit its manifest is told at start, not to callers."""
+        blank = np.zeros((1, bundle.image_size, bundle.image_size, 3), np.uint8)
+        for tier in bundle.tiers:
+            try:
+                output = self.run(tier, blank)
+            except Exception as error:
+                reason = str(error).splitlines()[0]
+                raise StartError(f"tier {tier.name!r} does not run: {reason}") from None
+            if output.logits.shape != (1, len(bundle.labels)):
+                raise StartError(
+                    f"tier {tier.name!r} answers {output.logits.shape[1]} classes, but the bundle"
+                    f" names {len(bundle.labels)}: export it again"
+                )
