@@ -6,7 +6,6 @@ PYTHON ?=
 # Handed on: make serve ARGS="--port 9000", make test ARGS="tests/serve -x".
 ARGS ?=
 
-PACKAGES := pcae_serve export training tests benchmarks
 TEST_PYTHON := .venv-test/bin/python
 
 # Pins hold for the environments that pip builds packages in, too: old pips read the first name
@@ -19,7 +18,7 @@ TORCH := 2.13.0
 # Prints the first interpreter that will do, or what is missing. Each match on the PATH is tried by
 # running it: a pyenv shim may stand there and not run, before a python that does.
 define find_python
-for python in $$(which -a $(or $(PYTHON),python3.13 python3.12 python3.11 python3)); do \
+venv=; for python in $$(which -a $(or $(PYTHON),python3.13 python3.12 python3.11 python3)); do \
     "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
     "$$python" -c 'import ensurepip, venv' 2>/dev/null && echo "$$python" && exit; \
     lacking=$$("$$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
@@ -58,7 +57,7 @@ serve: .venv/installed  ## install what serving on a CPU needs into .venv, then 
 	@exec .venv/bin/pcae-serve $(ARGS)
 
 .PHONY: test
-test: .venv-test/installed  ## the tests that take minutes
+test: .venv-test/installed  ## the suite, in a few minutes
 	$(TEST_PYTHON) -m pytest -m "not slow and not gpu" $(ARGS)
 
 .PHONY: test-all
@@ -67,14 +66,14 @@ test-all: .venv-test/installed  ## all tests but those that need a GPU
 
 .PHONY: lint
 lint: .venv-test/installed  ## ruff's rules, its format, and types
-	$(TEST_PYTHON) -m ruff check $(PACKAGES)
-	$(TEST_PYTHON) -m ruff format --check $(PACKAGES)
+	$(TEST_PYTHON) -m ruff check
+	$(TEST_PYTHON) -m ruff format --check
 	$(TEST_PYTHON) -m mypy
 
 .PHONY: format
 format: .venv-test/installed  ## rewrite the code in ruff's format
-	$(TEST_PYTHON) -m ruff check --fix-only $(PACKAGES)
-	$(TEST_PYTHON) -m ruff format $(PACKAGES)
+	$(TEST_PYTHON) -m ruff check --fix-only
+	$(TEST_PYTHON) -m ruff format
 
 .PHONY: bench
 bench: .venv-test/installed  ## images per second of every tier on this machine

@@ -87,25 +87,26 @@ class Write(EvalData):
         images = self.open(checkpoint)
         order = shuffled(len(images))
 
+        proven: list[verify.Parity] = []
+
         def judge(draft: Bundle, stored: Checkpoint) -> pack.Evidence:
             pixels = measure.decode(images, order[: self.parity_images])
-            parity = verify.prove(draft, stored, pixels)
+            proven.append(verify.prove(draft, stored, pixels))
             engine = OnnxRuntimeEngine(draft)
             accuracy = measure.top1(draft, engine, images, order[: self.limit])
-            return pack.Evidence(accuracy, parity)
+            return pack.Evidence(accuracy, proven[0])
 
-        evidence: list[pack.Evidence] = []
         bundle = pack.write(
             checkpoint,
             self.out,
             parse_tiers(self.tier),
             name=self.name,
             model_id=self.model_id,
-            judge=lambda draft, stored: evidence.append(judge(draft, stored)) or evidence[0],
+            judge=judge,
             note=self.card_note,
             force=self.force,
         )
-        print(f"wrote {self.out} ({_megabytes(bundle.root):.1f} MB); parity: {evidence[0].parity}")
+        print(f"wrote {self.out} ({_megabytes(bundle.root):.1f} MB); parity: {proven[0]}")
         _print_tiers(bundle)
 
 
@@ -120,7 +121,8 @@ class Verify(EvalData):
             stored = checkpoints.load(bundle.root / "models" / model)
             images = self.open(stored)
             pixels = measure.decode(images, shuffled(len(images))[: self.parity_images])
-            print(f"{self.bundle}: parity holds: {verify.prove(bundle, stored, pixels)}")
+            parity = verify.prove(bundle, stored, pixels, model)
+            print(f"{self.bundle}: parity holds: {parity}")
         _print_tiers(bundle)
 
 

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -47,18 +48,16 @@ class Elastic(nn.Module):
         images = pixels.float().permute(0, 3, 1, 2)  # cast first: TensorRT transposes no uint8
         x = model.embed(normalise(images, self.preprocess))
         n = x.shape[1] - 1
-        left, kept = torch.tensor(n), []
+        left = torch.tensor(n)
+        kept: list[Tensor] = []
         position = torch.arange(n).expand(x.shape[0], -1)
         for i, block in enumerate(model.blocks):
             x = block(x)  # [N, 1 + n + e, D]: CLS, patches, means of what was dropped
             if i in model.config.reduction_points:
                 count = token_counts[len(kept)]
                 dropped = left - count  # a tensor: as a number it would fix the graph to one case
-                m, some = count.item(), dropped.clamp(max=1).item()  # some: 0 where all are kept
-                torch._check(m > 1)  # asked by torch's broadcasting; the graph takes 1 as well
-                torch._check(m <= n)
-                torch._check(some >= 0)
-                torch._check(some <= 1)
+                m = _number(count, 2, n)  # 2: torch's broadcasting asks; the graph takes 1 as well
+                some = _number(dropped.clamp(max=1), 0, 1)  # 0 where nothing is dropped
                 patches, mean, index = reduce_patches(x[:, 1 : 1 + n], m, dropped)
                 mean = mean.narrow(1, 0, some)  # sliced away, not times zero: it may be 0 / 0
                 x = torch.cat([x[:, :1], patches, x[:, 1 + n :], mean], dim=1)
@@ -66,6 +65,14 @@ class Elastic(nn.Module):
                 kept.append(position.int())
                 n, left = m, count
         return model.pool(x[:, 0], x[:, 1 : 1 + n]), *kept
+
+
+def _number(value: Tensor, low: int, high: int) -> int:
+    """A tensor's one number as a size, with the bounds that tracing needs to be told."""
+    number = cast(int, value.item())
+    torch._check(number >= low)  # type: ignore[no-untyped-call]
+    torch._check(number <= high)  # type: ignore[no-untyped-call]
+    return number
 
 
 def elastic(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:

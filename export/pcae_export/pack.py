@@ -18,7 +18,7 @@ from pathlib import Path
 import onnx
 import onnxscript
 import torch
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 import pcae_serve
 from pcae_export import card, graph, weights
@@ -115,7 +115,7 @@ def refuse(out: Path, force: bool) -> None:
         return
     if not force:
         raise PackError(f"{out} exists: choose another place, or replace it with --force")
-    if not (out / MANIFEST).is_file():
+    if out.is_symlink() or not (out / MANIFEST).is_file():
         raise PackError(f"{out} exists and is no bundle: --force replaces only bundles")
 
 
@@ -210,6 +210,8 @@ def _beside(out: Path) -> Iterator[Path]:
     try:
         fresh.chmod(0o755)  # mkdtemp makes it the owner's alone
         yield fresh
+    except OSError as error:  # such as a full disk
+        raise PackError(f"cannot write {out}: {error}") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -219,7 +221,12 @@ def _place(fresh: Path, out: Path) -> None:
     old = fresh.with_name(f"{fresh.name}.old")
     if os.path.lexists(out):
         out.rename(old)
-    fresh.rename(out)
+    try:
+        fresh.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -5,7 +5,7 @@ discontinuous: where two patches at a cut are closer than rounding, either may s
 answers are right. Such near ties are counted, and held to nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.engines import Output, Pixels
@@ -62,10 +62,13 @@ class Parity:
         )
 
 
-def prove(bundle: Bundle, checkpoint: Checkpoint, pixels: Pixels) -> Parity:
+def prove(
+    bundle: Bundle, checkpoint: Checkpoint, pixels: Pixels, model: str | None = None
+) -> Parity:
     """Compare every tier's elastic and static graph with torch, at every batch size in BATCHES.
 
-    pixels uint8 [N, H, W, 3], N >= MIN_IMAGES. `checkpoint` holds the stored weights.
+    pixels uint8 [N, H, W, 3], N >= MIN_IMAGES. `checkpoint` holds the stored weights of `model`,
+    whose tiers are compared (None: the bundle has only one).
     Raises ParityError at the first answer that differs by more than TOLERANCE, keeps other patches
     or names another class.
     """
@@ -73,9 +76,10 @@ def prove(bundle: Bundle, checkpoint: Checkpoint, pixels: Pixels) -> Parity:
         raise ParityError(f"parity needs {MIN_IMAGES} images, and there are {len(pixels)}")
     engine = OnnxRuntimeEngine(bundle)
     parity = Parity(len(pixels), BATCHES)
-    bar = tqdm(total=len(bundle.tiers) * 2 * len(BATCHES), desc="proving", leave=False)
+    tiers = [tier for tier in bundle.tiers if model in (None, tier.model)]
+    bar = tqdm(total=len(tiers) * 2 * len(BATCHES), desc="proving", leave=False)
     with bar:
-        for tier in bundle.tiers:
+        for tier in tiers:
             expected = reference(checkpoint, pixels, tier.token_counts)
             parity.near_ties[tier.name] = int((expected.margin <= MARGIN).sum())
             if parity.near_ties[tier.name] > MAX_NEAR_TIES * len(pixels):
@@ -88,7 +92,11 @@ def prove(bundle: Bundle, checkpoint: Checkpoint, pixels: Pixels) -> Parity:
                 for batch in BATCHES:
                     where = f"tier {tier.name!r}, {graph} graph, batch {batch}"
                     for rows in _rows(len(pixels), batch):
-                        found = run(tier, pixels[rows])
+                        try:
+                            found = run(tier, pixels[rows])
+                        except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
+                            reason = str(error).splitlines()[0]
+                            raise ParityError(f"{where}: it does not run: {reason}") from None
                         worst = max(worst, _compare(found, expected, rows, where))
                     bar.update()
             parity.worst[tier.name] = worst
@@ -104,9 +112,12 @@ def reference(checkpoint: Checkpoint, pixels: Pixels, counts: Sequence[int]) -> 
         with _Margins(model, counts) as margins:
             logits, kept = model.classify(normalise(images, checkpoint.preprocess), counts)
         answers.append((logits, kept, margins.smallest()))
-    logits, kept, margin = zip(*answers, strict=True)
-    stages = [torch.cat(stage) for stage in zip(*kept, strict=True)]
-    return Reference(torch.cat(logits), stages, torch.cat(margin))
+    stages = zip(*(kept for _, kept, _ in answers), strict=True)
+    return Reference(
+        logits=torch.cat([logits for logits, _, _ in answers]),
+        kept=[torch.cat(stage) for stage in stages],
+        margin=torch.cat([margin for _, _, margin in answers]),
+    )
 
 
 class _Margins:
@@ -133,8 +144,8 @@ class _Margins:
     def smallest(self) -> Tensor:
         return torch.stack(self._gaps).amin(0)  # [N]
 
-    def _note(self, n: int, m: int):  # type: ignore[no-untyped-def]  # torch's own type is not public
-        def hook(_: nn.Module, __: object, x: Tensor) -> None:
+    def _note(self, n: int, m: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], x: Tensor) -> None:
             if m == n:
                 self._gaps.append(torch.full((x.shape[0],), torch.inf))
                 return
@@ -144,12 +155,15 @@ class _Margins:
         return hook
 
 
-def _static(bundle: Bundle, tier: Tier):  # type: ignore[no-untyped-def]
+def _static(bundle: Bundle, tier: Tier) -> Callable[[Tier, Pixels], Output]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(
-        bundle.file(tier.model, tier.graph), options, providers=["CPUExecutionProvider"]
-    )
+    file = bundle.file(tier.model, tier.graph)
+    try:
+        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ParityError(f"ONNX Runtime cannot load {file}: {reason}") from None
 
     def run(_: Tier, pixels: Pixels) -> Output:
         logits, *kept = session.run(None, {"pixels": pixels})
@@ -169,9 +183,9 @@ def _compare(found: Output, expected: Reference, rows: slice, where: str) -> flo
         raise ParityError(
             f"{where}: a logit differs from torch by {difference.max():.3g}, more than {TOLERANCE}"
         )
-    top1 = found.logits.argmax(axis=1) != logits.argmax(axis=1)
-    if (top1 & clear).any():
-        raise ParityError(f"{where}: the predicted class is not torch's for {top1.sum()} images")
+    changed = (found.logits.argmax(axis=1) != logits.argmax(axis=1)) & clear
+    if changed.any():
+        raise ParityError(f"{where}: another class than torch's comes first")
     for stage, (ours, theirs) in enumerate(zip(found.kept, expected.kept, strict=True)):
         if not np.array_equal(np.sort(ours[clear]), theirs[rows].sort(dim=1).values[clear].numpy()):
             raise ParityError(f"{where}: other patches are kept after stage {stage} than in torch")

@@ -14,7 +14,7 @@ import datasets  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from pcae_serve.errors import PcaeError, RequestError
 from pcae_serve.preprocess import Preprocess
@@ -123,7 +123,7 @@ def load(source: str, split: str, preprocess: Preprocess) -> LabelledImages:
         else:
             rows = datasets.load_dataset(source, split=split)
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"cannot read split {split!r} of data set {source!r}: {reason}") from None
     return LabelledImages(rows, preprocess, f"{path.name}/{split}")
 

@@ -17,4 +17,4 @@ pcae-train finetune --data "$data" --out "$out/patch4" --image-size 28 --patch-s
 
 pcae-train finetune --data "$data" --out "$out/patch2" --init "$out/patch4" --patch-size 2 \
   --budgets 1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3 --ramp-start 0 --ramp-length 0 \
-  --epochs 4 --batch-size 64 --lr 5e-4 --label-smoothing 0.05 --precision bf16
+  --epochs 4 --batch-size 64 --lr 8e-4 --shift 0 --label-smoothing 0.05 --precision bf16

@@ -1,0 +1,166 @@
+"""Images a second of every tier through the served engine, against what the MACs promise.
+
+    python benchmarks/tiers.py [--rounds 15] [--models demo,vit-s,vit-b] [--json FILE]
+
+Each round runs every tier once at one batch size, tiers taking turns, so that a slow moment of a
+shared machine falls on all of them. The ratio is to `full` within the same round; its median over
+the rounds is divided by the MAC ratio. ViT-S and ViT-B have random weights: speed does not depend
+on them. Only the engine is timed: no HTTP, no decoding.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import onnxruntime
+import torch
+from tqdm import tqdm
+
+from pcae_export import pack
+from pcae_serve import bundle
+from pcae_serve.bundle import Bundle
+from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
+from pcae_serve.preprocess import Preprocess
+from pcae_training.checkpoint import Checkpoint
+from pcae_training.model import VisionTransformer, ViTConfig
+
+RANDOM = {
+    "vit-s": ViTConfig(width=384, heads=6),
+    "vit-b": ViTConfig(width=768, heads=12),
+}
+BATCHES = (1, 8)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tier at one batch size. Times are of one batch."""
+
+    model: str
+    batch: int
+    tier: str
+    median_ms: float
+    fastest_ms: float
+    slowest_ms: float
+    images_per_s: float
+    mac_ratio: float  # full's MACs over the tier's
+    ratio: float  # full's time over the tier's, median over rounds
+    ratio_low: float  # its quartiles
+    ratio_high: float
+
+    @property
+    def efficiency(self) -> float:
+        """How much of the MAC ratio is had."""
+        return self.ratio / self.mac_ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--models", default="demo,vit-s,vit-b")
+    parser.add_argument("--threads", type=int, default=0, help="0 = one a core")
+    parser.add_argument("--json", type=Path, help="also write the rows and the machine there")
+    options = parser.parse_args()
+    rows = list[Row]()
+    print(machine())
+    for name in options.models.split(","):
+        with tempfile.TemporaryDirectory() as scratch:
+            measured = measure(name, opened(name, Path(scratch)), options.rounds, options.threads)
+        rows += measured
+        print(table(measured), flush=True)
+    if options.json:
+        content = {
+            "machine": machine(),
+            "rounds": options.rounds,
+            "rows": [asdict(r) for r in rows],
+        }
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def opened(name: str, scratch: Path) -> Bundle:
+    """The demo bundle, or one of random weights made for the occasion."""
+    if name == "demo":
+        return bundle.load(bundle.demo())
+    torch.manual_seed(0)
+    preprocess = Preprocess(image_size=224, resize=256, mean=(0.5,) * 3, std=(0.5,) * 3)
+    labels = [f"class {i}" for i in range(1000)]
+    checkpoint = Checkpoint(VisionTransformer(RANDOM[name]), preprocess, labels)
+    return pack.write(checkpoint, scratch / name)
+
+
+def measure(name: str, served: Bundle, rounds: int, threads: int) -> list[Row]:
+    """Time every tier at every batch size, tiers interleaved."""
+    engine = OnnxRuntimeEngine(served, threads=threads)
+    size, rows = served.image_size, []
+    noise = np.random.default_rng(0).integers(0, 256, (max(BATCHES), size, size, 3), np.uint8)
+    full = served.tiers[-1]
+    for batch in BATCHES:
+        times: dict[str, list[float]] = {tier.name: [] for tier in served.tiers}
+        for tier in served.tiers:
+            engine.run(tier, noise[:batch])  # warm-up
+        for _ in tqdm(range(rounds), desc=f"{name}, batch {batch}", leave=False):
+            for tier in served.tiers:
+                begin = time.perf_counter()
+                engine.run(tier, noise[:batch])
+                times[tier.name].append(time.perf_counter() - begin)
+        for tier in served.tiers:
+            runs = times[tier.name]
+            ratios = np.array(times[full.name]) / np.array(runs)
+            low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+            rows.append(
+                Row(
+                    model=name,
+                    batch=batch,
+                    tier=tier.name,
+                    median_ms=median(runs) * 1e3,
+                    fastest_ms=min(runs) * 1e3,
+                    slowest_ms=max(runs) * 1e3,
+                    images_per_s=batch / median(runs),
+                    mac_ratio=full.macs / tier.macs,
+                    ratio=float(middle),
+                    ratio_low=float(low),
+                    ratio_high=float(high),
+                )
+            )
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        f"\n{rows[0].model}\n",
+        "| batch | tier | ms a batch (min-max) | images/s | ratio to full (quartiles) | MAC ratio"
+        " | ratio / MAC ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row.batch} | {row.tier} | {row.median_ms:.1f}"
+        f" ({row.fastest_ms:.1f}-{row.slowest_ms:.1f}) | {row.images_per_s:.1f} | {row.ratio:.2f}"
+        f" ({row.ratio_low:.2f}-{row.ratio_high:.2f}) | {row.mac_ratio:.2f}"
+        f" | {row.efficiency:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """What the figures were measured on, in one line."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    return (
+        f"{cpu}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()},"
+        f" onnxruntime {onnxruntime.__version__}, torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()

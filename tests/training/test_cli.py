@@ -1,0 +1,86 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pcae_serve.command import run
+from pcae_training import checkpoint as checkpoints
+from pcae_training.cli import Train
+
+# fmt: off
+TINY = [
+    "--image-size", "8", "--patch-size", "2", "--width", "8", "--heads", "2", "--depth", "11",
+    "--epochs", "1", "--batch-size", "10", "--shift", "0", "--holdout", "10",
+    "--budgets", "1.0,.5", "--no-flip", "--threads", "1",
+]
+# fmt: on
+
+
+def test_the_installed_command(class_folders: Any, tmp_path: Path) -> None:
+    beside = Path(sys.executable).with_name("pcae-train")
+    command = str(beside) if beside.exists() else shutil.which("pcae-train")
+    if command is None:
+        pytest.skip("the package is not installed")
+    flags = ["--data", str(class_folders()), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [command, "finetune", *flags, *TINY], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {tmp_path / 'out'}; top-1 on 10 images held out" in done.stdout
+    assert "keep 1.0  " in done.stdout
+    assert "keep 0.5  " in done.stdout
+    assert checkpoints.load(tmp_path / "out").training["settings"]["budgets"] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (["--budgets", "1.0,x"], 2, "--budgets: keep ratio must be a number in (0, 1], not 'x'"),
+        (["--budgets", "1.0,0"], 2, "--budgets: keep ratio must be in (0, 1], not 0"),
+        (["--budgets", ""], 2, "--budgets: keep ratio must be a number"),
+        (["--patch-size", "3"], 2, "patch size 3 does not divide 8"),
+        (["--epochs", "0"], 2, "--epochs: Input should be greater than or equal to 1"),
+        (["--epochs", "many"], 2, "--epochs: Input should be a valid integer"),
+        (["--colour", "red"], 2, "unrecognized arguments: --colour red"),
+        (["--data", "/nowhere/at/all"], 1, "cannot read split 'train' of data set '/nowhere"),
+        (["--holdout", "24"], 1, "cannot hold out 24 of the 24 images of images/train"),
+        (["--resume"], 1, "no checkpoint: "),
+        (["--out", "/dev/null/x"], 1, "cannot write the checkpoint /dev/null/x"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    change: list[str],
+    code: int,
+    message: str,
+    class_folders: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--data", str(class_folders()), "--out", str(tmp_path / "out"), *TINY]
+    names = [flag for flag in change if flag.startswith("--") and flag in flags]
+    for name in names:
+        at = flags.index(name)
+        del flags[at : at + 2]
+    assert run(Train, ["finetune", *flags, *change]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if "pcae-train" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"pcae-train: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(Train, ["finetune"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "pcae-train: --data: Field required",
+        "pcae-train: --out: Field required",
+    ]
+
+
+def test_alone_it_prints_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(Train, []) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("usage: pcae-train")
+    assert "finetune" in printed
