@@ -110,6 +110,8 @@ class Manifest(_Part):
             raise ValueError(f"tier names must differ, not {names}")
         if "auto" in names:
             raise ValueError("no tier may be named 'auto': requests say that to leave the choice")
+        if "elastic" in names:
+            raise ValueError("no tier may be named 'elastic': that graph serves all of them")
         costs = [tier.macs for tier in self.tiers]
         if costs != sorted(costs):
             raise ValueError("tiers must be ordered by MACs, the cheapest first")

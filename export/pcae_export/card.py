@@ -121,9 +121,7 @@ def _history(phase: dict[str, Any]) -> str:
         text += f" in {hours:.2f} h of training steps"
         text += f", training loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
         text += _held_out(epochs[-1].get("holdout_top1", {}), "after the last epoch")
-    final: dict[str, Any] = next(
-        (entry["final"] for entry in reversed(history) if "final" in entry), {}
-    )
+    final: dict[str, Any] = phase.get("final", {})
     text += _held_out({ratio: found["top1"] for ratio, found in final.items()}, "at the end")
     return text + "."
 
