@@ -6,7 +6,7 @@ It knows a bundle and labelled images; it knows nothing of torch models or of gr
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from pcae_serve.bundle import Accuracy, Bundle
 from pcae_serve.engines import Engine, Pixels

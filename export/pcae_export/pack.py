@@ -18,7 +18,7 @@ from pathlib import Path
 import onnx
 import onnxscript
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 import pcae_serve
 from pcae_export import card, graph, weights

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.engines import Output, Pixels

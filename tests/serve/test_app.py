@@ -23,8 +23,8 @@ MakeSettings = Callable[..., Settings]
 
 
 def quick(tier: Tier, batch: int) -> float:
-    """2, 4 and 8 ms for the three tiers."""
-    return tier.macs * 2e-6
+    """10, 20 and 40 ms for the three tiers."""
+    return tier.macs * 1e-5
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def test_an_image_as_the_raw_body_is_classified(client: TestClient) -> None:
     assert answer["met_budget"] is True
     assert answer["kept"] is None
     assert set(answer["timings_ms"]) == {"decode", "queue", "compute", "total"}
-    assert answer["timings_ms"]["total"] >= answer["timings_ms"]["compute"] >= 8
+    assert answer["timings_ms"]["total"] >= answer["timings_ms"]["compute"] >= 40
     assert response.headers["server-timing"].startswith("decode;dur=")
 
 
@@ -85,7 +85,7 @@ def test_multipart_and_raw_agree_for_every_format(client: TestClient, kind: str)
         ("tier=fast", "fast"),
         ("tier=full", "full"),
         ("tier=auto&budget_ms=500", "full"),
-        ("tier=auto&budget_ms=6.5", "fast"),
+        ("tier=auto&budget_ms=36", "fast"),
         ("min_tier=balanced", "full"),
         ("tier=balanced&min_tier=fast", "balanced"),
     ],
@@ -93,7 +93,7 @@ def test_multipart_and_raw_agree_for_every_format(client: TestClient, kind: str)
 def test_the_tier_is_the_asked_one_or_the_best_that_fits(
     client: TestClient, query: str, tier: str
 ) -> None:
-    if "6.5" in query:  # between what fast (2 ms) and full (8 ms) need; the machine may be slow
+    if "36" in query:  # between what fast (10 ms) and full (40 ms) need; the machine may be slow
         answers = [client.post(f"/classify?{query}", content=image_bytes()) for _ in range(20)]
         tiers = {a.json()["tier"] for a in answers if a.status_code == 200}
         assert tiers <= {"fast", "balanced"}
@@ -158,9 +158,9 @@ def test_a_senseless_parameter_is_refused(client: TestClient, query: str, words:
 def test_a_budget_that_no_tier_can_meet_says_what_is_needed(client: TestClient) -> None:
     document = problem(client.post("/classify?budget_ms=1", content=image_bytes()), 422)
     assert "'fast'" in document["detail"]
-    assert 2 <= document["needed_ms"] < 20
-    pinned = problem(client.post("/classify?tier=full&budget_ms=5", content=image_bytes()), 422)
-    assert pinned["needed_ms"] >= 8
+    assert 10 <= document["needed_ms"] < 100
+    pinned = problem(client.post("/classify?tier=full&budget_ms=20", content=image_bytes()), 422)
+    assert pinned["needed_ms"] >= 40
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -196,7 +196,7 @@ def test_tiers_tells_accuracy_beside_latency(client: TestClient) -> None:
     document = client.get("/tiers").json()
     assert [tier["name"] for tier in document["tiers"]] == ["fast", "balanced", "full"]
     assert document["tiers"][0]["accuracy"]["top1"] == 0.80
-    assert document["tiers"][2]["latency_ms"]["1"] >= 8
+    assert document["tiers"][2]["latency_ms"]["1"] >= 40
     assert document["backend"] == "simulated"
 
 

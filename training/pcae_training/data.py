@@ -14,7 +14,7 @@ import datasets  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+from tqdm import tqdm
 
 from pcae_serve.errors import PcaeError, RequestError
 from pcae_serve.preprocess import Preprocess

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+from tqdm import tqdm
 
 from pcae_serve.preprocess import Preprocess
 from pcae_training.data import LabelledImages

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+from tqdm import tqdm
 
 from pcae_serve.errors import PcaeError
 from pcae_serve.preprocess import Preprocess

@@ -73,7 +73,7 @@ class Reduced(NamedTuple):
 
     kept: Tensor  # [B, m, D], least similar to the mean first
     dropped_mean: Tensor  # [B, 1, D], not a number where nothing was dropped
-    index: Tensor  # type: ignore[assignment]  # [B, m], int64: where in the n patches each stood
+    indices: Tensor  # [B, m], int64: where in the n patches each kept one stood
 
 
 def redundancy(patches: Tensor) -> Tensor:
