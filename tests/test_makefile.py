@@ -9,7 +9,10 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import httpx2
 import pytest
+
+from tests.serve.test_cli import free_port, ready
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ("sh", "make", "which", "awk", "rm", "touch", "mkdir", "cat", "chmod")
@@ -248,3 +251,21 @@ def test_a_real_install_serves_without_torch(tmp_path: Path) -> None:
     assert not installed.keys() & {"torch", "onnx", "onnxscript", "pytest"}
 
     assert "pip install" not in run(folder, "serve", "ARGS=--help", path=os.environ["PATH"]).stdout
+
+    port = free_port()
+    process = subprocess.Popen(
+        ["make", "serve", f"ARGS=--port {port} --cache-dir '{tmp_path}'"],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        stdout=subprocess.DEVNULL,  # no pipe: the server would hold it open when make is killed
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,  # make and the server end together
+    )
+    try:
+        with ready(process, f"http://127.0.0.1:{port}") as url:
+            sample = (folder / "docs" / "samples" / "ankle-boot.png").read_bytes()
+            answer = httpx2.post(f"{url}/classify?tier=fast", content=sample).json()
+            assert answer["predictions"][0]["label"] == "Ankle boot"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)

@@ -31,7 +31,13 @@ def server(*flags: str, cache: Path) -> Iterator[tuple[str, subprocess.Popen[str
     port = free_port()
     command = (*COMMAND, "--port", str(port), "--cache-dir", str(cache), *flags)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    url = f"http://127.0.0.1:{port}"
+    with ready(process, f"http://127.0.0.1:{port}") as url:
+        yield url, process
+
+
+@contextmanager
+def ready(process: subprocess.Popen[str], url: str) -> Iterator[str]:
+    """Wait until the server that `process` starts takes requests; end it afterwards."""
     try:
         for _ in range(600):
             try:
@@ -40,7 +46,7 @@ def server(*flags: str, cache: Path) -> Iterator[tuple[str, subprocess.Popen[str
             except httpx2.TransportError:
                 assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
-        yield url, process
+        yield url
     finally:
         process.kill()
         process.communicate()
