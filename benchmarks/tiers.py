@@ -28,6 +28,7 @@ from pcae_serve import bundle
 from pcae_serve.bundle import Bundle
 from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
 from pcae_serve.preprocess import Preprocess
+from pcae_serve.profile import processor
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import VisionTransformer, ViTConfig
 
@@ -151,13 +152,8 @@ def table(rows: list[Row]) -> str:
 
 def machine() -> str:
     """What the figures were measured on, in one line."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor()
     return (
-        f"{cpu}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()},"
+        f"{processor()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()},"
         f" onnxruntime {onnxruntime.__version__}, torch {torch.__version__}"
     )
 

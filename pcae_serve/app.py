@@ -2,8 +2,9 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 from math import ceil
 from typing import Annotated, Any
 
@@ -18,18 +19,19 @@ from starlette.requests import ClientDisconnect
 
 from pcae_serve import __version__, schemas
 from pcae_serve.errors import (
-    BudgetPassed,
     Draining,
     InvalidParameter,
     RequestError,
     TooLarge,
     UnreadableImage,
+    one_line,
 )
 from pcae_serve.service import Answer, Ask, Service
 
 PROBLEM = "application/problem+json"
 LATENCY_BATCHES = (1, 8)  # what /tiers quotes
 
+Classify = Callable[[Callable[[], Awaitable[bytes]]], Coroutine[Any, Any, Answer]]
 Budget = Annotated[float | None, Query(gt=0, le=3_600_000, allow_inf_nan=False)]
 
 _IMAGE_BODY = {
@@ -60,13 +62,20 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application around a service; its lifespan starts and stops the service."""
+def create_app(service: Service, on_failure: Callable[[BaseException], None]) -> FastAPI:
+    """The application around a service; its lifespan starts and stops the service.
+
+    on_failure is told where the service cannot start, while the application already answers.
+    """
+
+    def started(start: asyncio.Task[None]) -> None:
+        if not start.cancelled() and (error := start.exception()) is not None:
+            on_failure(error)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         start = asyncio.create_task(service.start())
-        start.add_done_callback(_started)
+        start.add_done_callback(started)
         yield
         start.cancel()
         await service.stop()
@@ -80,6 +89,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _nobody)
     app.add_exception_handler(Exception, _unexpected)
 
     @app.post("/classify", openapi_extra=_IMAGE_BODY, responses=_PROBLEMS)
@@ -99,9 +109,8 @@ def create_app(service: Service) -> FastAPI:
         arrival_s = asyncio.get_running_loop().time()
         budget = budget_ms or x_latency_budget_ms or service.settings.budget_ms
         ask = Ask(arrival_s, budget, tier, min_tier)
-        service.allowed(tier, min_tier)  # a wrong name is told before the upload
-        body = await _image(request, int(service.settings.max_body_mb * 1e6), ask.deadline_s)
-        answer = await _unless_left(request, asyncio.ensure_future(service.classify(body, ask)))
+        limit = int(service.settings.max_body_mb * 1e6)
+        answer = await _unless_left(request, partial(service.classify, ask), limit)
         result = _classification(answer, ask, service.bundle.labels, top_k, explain)
         response.headers["Server-Timing"] = ", ".join(
             f"{name};dur={ms}" for name, ms in result.timings_ms.model_dump().items()
@@ -128,31 +137,15 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-async def _image(request: Request, limit: int, deadline_s: float) -> bytes:
+async def _image(request: Request, limit: int) -> bytes:
     """The image file in the body, raw or as multipart field `image`, at most `limit` bytes."""
-    content_type = request.headers.get("content-type", "")
-    body = bytearray()
-    too_large = TooLarge(f"the body is over the limit of {limit:,} bytes: send a smaller image")
-    if int(request.headers.get("content-length", 0)) > limit:
-        raise too_large
+    body = _limited(request, limit)
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        return b"".join([chunk async for chunk in body])
     try:
-        async with asyncio.timeout_at(deadline_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise too_large
-    except TimeoutError:
-        raise BudgetPassed("the budget passed while the image was uploaded") from None
-    if not content_type.startswith("multipart/form-data"):
-        return bytes(body)
-
-    async def stream() -> AsyncGenerator[bytes, None]:
-        yield bytes(body)
-
-    try:
-        form = await MultiPartParser(request.headers, stream()).parse()
+        form = await MultiPartParser(request.headers, body).parse()
     except (MultiPartException, KeyError) as error:
-        raise UnreadableImage(f"the multipart body cannot be read: {error}") from None
+        raise UnreadableImage(f"the multipart body cannot be read: {one_line(error)}") from None
     field = form.get("image")
     try:
         if not isinstance(field, UploadFile):
@@ -162,24 +155,44 @@ async def _image(request: Request, limit: int, deadline_s: float) -> bytes:
         await form.close()
 
 
-async def _unless_left(request: Request, answer: "asyncio.Future[Answer]") -> Answer:
+async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
+    """The body's chunks; TooLarge where they come to more than `limit`, whatever was announced."""
+    too_large = TooLarge(f"the body is over the limit of {limit:,} bytes: send a smaller image")
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise too_large
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        yield chunk
+
+
+async def _unless_left(request: Request, classify: Classify, limit: int) -> Answer:
     """Wait for the answer; where the client leaves first, cancel it: nobody would read it."""
+    body_read = asyncio.Event()
+
+    async def read() -> bytes:
+        try:
+            return await _image(request, limit)
+        finally:
+            body_read.set()
 
     async def left() -> None:
+        await body_read.wait()  # until then the body's reader is told, and raises ClientDisconnect
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    disconnected = asyncio.ensure_future(left())
+    answer, disconnected = asyncio.create_task(classify(read)), asyncio.create_task(left())
+    both: set[asyncio.Task[Any]] = {answer, disconnected}
     try:
-        both: set[asyncio.Future[Any]] = {answer, disconnected}
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise ClientDisconnect
         return answer.result()
     finally:
-        for task in (disconnected, answer):
-            if not task.done():
-                task.cancel()
+        for task in both:
+            task.cancel()
 
 
 def _classification(
@@ -277,13 +290,9 @@ async def _http_error(_: Request, error: Exception) -> Response:
     return response
 
 
-async def _unexpected(_: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # nobody reads it
+async def _nobody(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # the client left: for the log alone
+
+
+async def _unexpected(_: Request, __: Exception) -> Response:
     return _problem(500, "Internal error", "an unexpected error, see the server's log")
-
-
-def _started(start: "asyncio.Task[None]") -> None:
-    """A start that failed must not pass in silence, with a server that is never ready."""
-    if not start.cancelled() and (error := start.exception()) is not None:
-        raise error

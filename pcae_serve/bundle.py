@@ -28,7 +28,13 @@ WEIGHTS = "model.safetensors"
 ELASTIC_GRAPH = "elastic.onnx"
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)]
+NAME = r"^[a-z0-9][a-z0-9_-]{0,39}$"
+Name = Annotated[str, Field(pattern=NAME)]
+#: Names that no tier may have, and why.
+RESERVED = {
+    "auto": "requests say that to leave the choice",
+    "elastic": "that is the graph that serves all of them",
+}
 
 
 class _Part(BaseModel):
@@ -83,13 +89,6 @@ class Tier(_Part):
         """File name of the static graph, its counts constant."""
         return f"{self.name}.onnx"
 
-    @property
-    def quality(self) -> float | None:
-        """What tiers are ranked by: top-1, or agreement where that is all there is."""
-        if self.accuracy is not None:
-            return self.accuracy.top1
-        return self.agreement.share if self.agreement is not None else None
-
 
 class Manifest(_Part):
     """bundle.json."""
@@ -108,10 +107,8 @@ class Manifest(_Part):
         names = [tier.name for tier in self.tiers]
         if len(set(names)) < len(names):
             raise ValueError(f"tier names must differ, not {names}")
-        if "auto" in names:
-            raise ValueError("no tier may be named 'auto': requests say that to leave the choice")
-        if "elastic" in names:
-            raise ValueError("no tier may be named 'elastic': that graph serves all of them")
+        for name in RESERVED.keys() & set(names):
+            raise ValueError(f"no tier may be named {name!r}: {RESERVED[name]}")
         costs = [tier.macs for tier in self.tiers]
         if costs != sorted(costs):
             raise ValueError("tiers must be ordered by MACs, the cheapest first")

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import CliApp, SettingsError
 
-from pcae_serve.errors import PcaeError
+from pcae_serve.errors import PcaeError, one_line
 
 
 def run(command: type[BaseModel], argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def run(command: type[BaseModel], argv: Sequence[str] | None = None) -> int:
             with contextlib.redirect_stdout(sys.stderr):
                 run(command, ["--help"])
             return 2
-        print(f"{program}: {_line(error).removeprefix('error parsing CLI: ')}", file=sys.stderr)
+        print(f"{program}: {one_line(error).removeprefix('error parsing CLI: ')}", file=sys.stderr)
         return 2
     except PcaeError as error:
         print(f"{program}: {error}", file=sys.stderr)
@@ -54,7 +54,3 @@ def _problem(problem: ErrorDetails) -> str:
     if together or not names:  # a check of the whole model: its message names the flags
         return message
     return f"--{names[-1].replace('_', '-')}: {message}"
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -20,6 +20,11 @@ A message is one line that says what was wrong and what to do.
 from typing import ClassVar
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class PcaeError(Exception):
     """Something a person can mend; commands print it as one line and exit with 1."""
 

@@ -10,7 +10,7 @@ import numpy as np
 
 #: Weight of the newest batch in the running correction: half the way in 3 batches, 99 % in 20.
 CORRECTION_WEIGHT = 0.2
-#: Without batches the correction fades: a burst of noise must not refuse callers for ever.
+#: Without batches a slowdown fades: a burst of noise must not refuse callers for ever.
 CORRECTION_HALF_LIFE_S = 20.0
 #: A batch is worth filling until an image costs within 10 % of what it costs in an endless batch.
 BATCH_GAIN = 0.10
@@ -48,6 +48,10 @@ class Latency:
         self._lines, self._spread = tuple(lines), max(1.0, spread)
         self._correction, self._observed_s = 1.0, 0.0
 
+    def idle(self, tier: int) -> float:
+        """Seconds that one image is promised in on a machine that does nothing else."""
+        return self._lines[tier].at(1) * self._spread
+
     def expected(self, tier: int, batch: int, now_s: float) -> float:
         """Seconds that a batch typically takes."""
         return self._lines[tier].at(batch) * self._corrected(now_s)
@@ -69,5 +73,7 @@ class Latency:
         self._observed_s = now_s
 
     def _corrected(self, now_s: float) -> float:
+        if self._correction <= 1:
+            return self._correction  # faster than measured: there is no harm in believing it
         idle_s = max(0.0, now_s - self._observed_s)
         return float(1 + (self._correction - 1) * 0.5 ** (idle_s / CORRECTION_HALF_LIFE_S))

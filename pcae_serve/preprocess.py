@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pcae_serve.errors import TooLarge, UnreadableImage, UnsupportedType
+from pcae_serve.errors import TooLarge, UnreadableImage, UnsupportedType, one_line
 
 #: The image types read, as Pillow names them; a body's type is told by its magic bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -109,7 +109,7 @@ def decode(body: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # -W error raises both
         raise TooLarge(f"the image has more than {max_pixels:,} pixels: scale it down") from None
     except Exception as error:  # Pillow's parsers raise many kinds on hostile headers
-        raise UnreadableImage(f"the image cannot be read: {_line(error)}") from None
+        raise UnreadableImage(f"the image cannot be read: {one_line(error)}") from None
     width, height = image.size
     if width * height > max_pixels:
         raise TooLarge(
@@ -121,7 +121,7 @@ def decode(body: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return _rgb(_upright(image))
     except Exception as error:
         raise UnreadableImage(
-            f"the {image.format} image is truncated or damaged: {_line(error)}"
+            f"the {image.format} image is truncated or damaged: {one_line(error)}"
         ) from None
 
 
@@ -138,7 +138,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     image.info.pop("transparency", None)  # Pillow would warn that RGB cannot hold a palette's
     return image.convert("RGB")
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -115,13 +115,14 @@ def key(bundle: Bundle, engine: Engine) -> dict[str, str]:
         "bundle": bundle.digest,
         "engine": f"{engine.name} {engine.version}",
         "device": engine.device,
-        "machine": f"{platform.machine()} {_processor()}",
+        "machine": f"{platform.machine()} {processor()}",
         "cores": str(len(os.sched_getaffinity(0))),
-        "threads": str(getattr(engine, "threads", 0)),
+        "threads": str(engine.threads),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, as its maker gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

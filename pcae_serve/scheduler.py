@@ -74,7 +74,7 @@ class Refuse:
 
 @dataclass(frozen=True)
 class Expire:
-    """It waited until no allowed tier could make it any more."""
+    """Uploading, decoding or waiting took so long that no allowed tier can make it any more."""
 
     id: int
 
@@ -87,6 +87,9 @@ class WakeAt:
 
 
 Action = Dispatch | Refuse | Expire | WakeAt
+
+#: A timer set for the very moment of a deadline may fire a rounding error before it.
+_PAST_S = 1e-4
 
 
 @dataclass(frozen=True)
@@ -152,14 +155,16 @@ class Scheduler:
     def _refusal(self, now_s: float, request: Request) -> Refuse | None:
         """Why no allowed tier can answer in time, if that is already certain."""
         cheapest = request.tiers[0]
-        needed_s = self._latency.promised(cheapest, 1, now_s)
+        needed_s = self._latency.idle(cheapest)
         drain_s = self._drain_s(now_s, self._queue)
         if needed_s > request.deadline_s - request.arrival_s:
             return Refuse(request.id, "budget", needed_s, drain_s)
         if self.waiting >= self._queue_limit:
             return Refuse(request.id, "full", needed_s, drain_s)
         ahead = [r for r in self._queue if r.deadline_s <= request.deadline_s]
-        if now_s + self._drain_s(now_s, ahead) + needed_s > request.deadline_s:
+        wait_s = self._drain_s(now_s, ahead)
+        done_s = now_s + wait_s + self._latency.promised(cheapest, 1, now_s)
+        if wait_s > 0 and done_s > request.deadline_s:  # else it is not the load that is to blame
             return Refuse(request.id, "load", needed_s, drain_s)
         return None
 
@@ -219,10 +224,6 @@ class Scheduler:
             self._wake_at_s = at_s
             actions.append(WakeAt(at_s))
         return actions
-
-
-#: A timer set for the very moment of a deadline may fire a rounding error before it.
-_PAST_S = 1e-4
 
 
 def _urgency(request: Request) -> tuple[float, int]:

@@ -8,7 +8,7 @@ It knows nothing of HTTP.
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -147,27 +147,32 @@ class Service:
             self._timer.cancel()
         for waiting in self._waiting.values():
             _refuse(waiting, Draining("the server is stopping: ask another one"))
-        self._decoders.shutdown(wait=True, cancel_futures=True)
+        await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
         await asyncio.to_thread(self._device.shutdown)
 
     def allowed(self, tier: str, min_tier: str | None) -> tuple[int, ...]:
         """Tiers that may answer, cheapest first. Raises InvalidParameter for an unknown name."""
         names = [t.name for t in self.bundle.tiers]
+        known = {"tier": (*names, "auto"), "min_tier": (*names, None)}
         for parameter, name in (("tier", tier), ("min_tier", min_tier)):
-            if name is not None and name != "auto" and name not in names:
-                known = ", ".join((*names, "auto") if parameter == "tier" else names)
-                raise InvalidParameter(f"{parameter} {name!r} is unknown: choose one of {known}")
-        lowest = 0 if min_tier in (None, "auto") else names.index(str(min_tier))
+            if name not in known[parameter]:
+                choice = ", ".join(filter(None, known[parameter]))
+                raise InvalidParameter(f"{parameter} {name!r} is unknown: choose one of {choice}")
+        lowest = 0 if min_tier is None else names.index(min_tier)
         if tier != "auto":
             pinned = names.index(tier)
             if pinned < lowest:
                 raise InvalidParameter(f"tier {tier!r} is below min_tier {min_tier!r}")
             return (pinned,)
         tiers = range(lowest, len(names))
-        return tuple(i for i in tiers if not self.bundle.tiers[i].dominated) or (lowest,)
+        return tuple(i for i in tiers if i == lowest or not self.bundle.tiers[i].dominated)
 
-    async def classify(self, body: bytes, ask: Ask) -> Answer:
-        """Decode, queue and run one image. Raises a RequestError where it cannot be answered."""
+    async def classify(self, ask: Ask, read: Callable[[], Awaitable[bytes]]) -> Answer:
+        """Read, decode, queue and run one image.
+
+        `read` is awaited only if the image can still be answered in time, and no longer than that.
+        Raises a RequestError where it cannot be answered.
+        """
         loop = asyncio.get_running_loop()
         tiers = self.allowed(ask.tier, ask.min_tier)
         if not self.ready:
@@ -178,11 +183,7 @@ class Service:
         try:
             self._handle(Arrived(loop.time(), request))
             if not waiting.answer.done():
-                start_s = loop.time()
-                decode = partial(self.bundle.preprocess, body, self.settings.max_pixels)
-                waiting.pixels = await loop.run_in_executor(self._decoders, decode)
-                waiting.queued_s = loop.time()
-                waiting.decode_s = waiting.queued_s - start_s
+                await self._decode(waiting, read)
                 self._handle(Decoded(waiting.queued_s, request.id))
             return await waiting.answer
         finally:  # answered, refused, unreadable, or the client left and this was cancelled
@@ -190,8 +191,25 @@ class Service:
             if not waiting.answer.done() or waiting.answer.cancelled():
                 self._handle(Left(loop.time(), request.id))
 
+    async def _decode(self, waiting: _Waiting, read: Callable[[], Awaitable[bytes]]) -> None:
+        """Image file to pixels, for as long as the budget lasts."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(waiting.request.deadline_s):
+                body = await read()
+                start_s = loop.time()
+                decode = partial(self.bundle.preprocess, body, self.settings.max_pixels)
+                waiting.pixels = await loop.run_in_executor(self._decoders, decode)
+        except TimeoutError:
+            raise BudgetPassed(
+                f"the budget of {waiting.ask.budget_ms:g} ms passed before the image was read:"
+                " retry with a larger one"
+            ) from None
+        waiting.queued_s = loop.time()
+        waiting.decode_s = waiting.queued_s - start_s
+
     def _handle(self, event: Event) -> None:
-        if self._scheduler is not None:
+        if self._scheduler is not None and not self._stopping:
             for action in self._scheduler.handle(event):
                 self._act(action)
 
@@ -207,8 +225,8 @@ class Service:
                 _refuse(
                     waiting,
                     BudgetPassed(
-                        f"the budget of {waiting.ask.budget_ms:g} ms passed in the queue:"
-                        " retry with a larger one, or allow a faster tier"
+                        f"the budget of {waiting.ask.budget_ms:g} ms was used up before a tier"
+                        " could run: retry with a larger one, or allow a faster tier"
                     ),
                 )
             case WakeAt(at_s=at_s):
@@ -260,39 +278,53 @@ class Service:
         computed: asyncio.Future[tuple[Output, float]],
     ) -> None:
         now_s = asyncio.get_running_loop().time()
-        seconds = None
-        if computed.cancelled() or (error := computed.exception()) is not None:
-            if not computed.cancelled():
-                log.error("a batch on tier %s failed", dispatch.tier, exc_info=error)
+        seconds: float | None = None
+        try:
+            output, seconds = computed.result()
+        except (Exception, asyncio.CancelledError):
+            log.exception("a batch on tier %s failed", self.bundle.tiers[dispatch.tier].name)
             for waiting in batch:
                 _refuse(waiting, EngineFailed("the model failed on this batch: retry"))
         else:
-            output, seconds = computed.result()
             for row, waiting in enumerate(batch):
-                if not waiting.answer.done():
-                    waiting.answer.set_result(
-                        Answer(
-                            logits=output.logits[row],
-                            kept=tuple(kept[row] for kept in output.kept),
-                            tier=self.bundle.tiers[dispatch.tier],
-                            reason=self._reason(dispatch.tier, waiting, start_s),
-                            decode_s=waiting.decode_s,
-                            queue_s=start_s - waiting.queued_s,
-                            compute_s=now_s - start_s,
-                            total_s=now_s - waiting.ask.arrival_s,
-                        )
-                    )
-        self._handle(Done(now_s, dispatch.device, seconds))
+                self._answer(waiting, output, row, dispatch.tier, start_s, now_s)
+        finally:
+            self._handle(Done(now_s, dispatch.device, seconds))
+
+    def _answer(
+        self, waiting: _Waiting, output: Output, row: int, tier: int, start_s: float, now_s: float
+    ) -> None:
+        if waiting.answer.done():  # its client left
+            return
+        waiting.answer.set_result(
+            Answer(
+                logits=output.logits[row],
+                kept=tuple(kept[row] for kept in output.kept),
+                tier=self.bundle.tiers[tier],
+                reason=self._reason(tier, waiting, start_s),
+                decode_s=waiting.decode_s,
+                queue_s=start_s - waiting.queued_s,
+                compute_s=now_s - start_s,
+                total_s=now_s - waiting.ask.arrival_s,
+            )
+        )
 
     def _reason(self, tier: int, waiting: _Waiting, start_s: float) -> str:
         tiers, left_ms = waiting.request.tiers, (waiting.request.deadline_s - start_s) * 1e3
         if waiting.ask.tier != "auto":
             return "asked for"
+        if len(tiers) == 1:
+            return "the only tier allowed"
+        if tier == tiers[0] and self._promised_ms(tier, start_s) > left_ms:
+            return f"the fastest allowed tier, which may be late with {left_ms:.0f} ms left"
         if tier == tiers[-1]:
             return f"the most accurate tier fits the {left_ms:.0f} ms left"
         if tier == tiers[0]:
             return f"only the fastest allowed tier fits the {left_ms:.0f} ms left"
         return f"the most accurate tier that fits the {left_ms:.0f} ms left"
+
+    def _promised_ms(self, tier: int, now_s: float) -> float:
+        return 0.0 if self.latency is None else self.latency.promised(tier, 1, now_s) * 1e3
 
 
 def _refuse(waiting: _Waiting, error: RequestError) -> None:

@@ -38,8 +38,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def curl(command: str, url: str) -> Any:
     """Run a README line as it stands, but for the address."""
+    assert shutil.which("curl"), "curl is missing: apt-get install curl"
     command = command.replace("localhost:8000", url.removeprefix("http://"))
-    done = subprocess.run([*shlex.split(command), "-sS"], cwd=ROOT, capture_output=True, check=True)
+    done = subprocess.run(
+        [*shlex.split(command), "-sS"], cwd=ROOT, capture_output=True, check=True, timeout=60
+    )
     return json.loads(done.stdout)
 
 
@@ -50,7 +53,6 @@ def test_every_command_is_of_a_kind_that_is_run_here_or_in_test_makefile() -> No
     assert len(OWN_MODEL) == 3
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("command", CURL)
 def test_curl_lines_are_answered(command: str, demo: str) -> None:
     answer = curl(command, demo)
@@ -60,7 +62,6 @@ def test_curl_lines_are_answered(command: str, demo: str) -> None:
         assert answer["predictions"][0]["label"].lower().replace(" ", "-") == sample[1]
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_answer_shown_is_the_answer_given(demo: str) -> None:
     [shown] = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
     expected, given = json.loads(shown), curl(CURL[0], demo)
@@ -120,7 +121,12 @@ def test_the_way_to_your_own_model_runs_to_its_end(photos: Path) -> None:
     environment = os.environ | {"PATH": f"{scripts}:{os.environ['PATH']}", "HOME": str(photos)}
     for command in OWN_MODEL:
         done = subprocess.run(
-            shlex.split(command), cwd=photos, env=environment, capture_output=True, text=True
+            shlex.split(command),
+            cwd=photos,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=500,
         )
         assert done.returncode == 0, done.stderr
     [serve] = [c for c in COMMANDS if c.startswith("pcae-serve --bundle ")]
@@ -139,7 +145,7 @@ def test_every_parameter_and_setting_is_documented() -> None:
     from pcae_serve.settings import Settings
 
     served = bundle.load(bundle.demo())
-    api = create_app(Service(Settings(), served, engine=None)).openapi()  # type: ignore[arg-type]
+    api = create_app(Service(Settings(), served, engine=None), print).openapi()  # type: ignore[arg-type]
     for parameter in api["paths"]["/classify"]["post"]["parameters"]:
         assert f"`{parameter['name']}`".lower() in README.lower(), parameter["name"]
     for path in api["paths"]:

@@ -25,9 +25,6 @@ from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")  # as bundle.Name
-_TAKEN = {"auto": "requests say that to leave the choice", "elastic": "that graph has its own file"}
-
 
 class EvalData(BaseModel):
     """Where the images come from that prove and measure."""
@@ -70,7 +67,7 @@ class Write(EvalData):
         None, ge=1, description="measure top-1 on so many images, drawn by seed 0"
     )
     name: str | None = Field(None, min_length=1, description="of the bundle; default: OUT's name")
-    model_id: str = Field("vit", pattern=f"^{_NAME.pattern}$", description="folder of the model")
+    model_id: str = Field("vit", pattern=bundles.NAME, description="folder of the model")
     card_note: str = Field("", description="a paragraph more for the card, such as licences")
     force: bool = Field(False, description="replace a bundle that stands at OUT")
 
@@ -148,12 +145,12 @@ def parse_tiers(given: list[str]) -> dict[str, KeepRatio]:
     tiers: dict[str, KeepRatio] = {}
     for text in given:
         name, equals, ratio = text.partition("=")
-        if not equals or not _NAME.fullmatch(name):
+        if not equals or not re.match(bundles.NAME, name):
             raise ValueError(
                 f"{text!r} is no NAME=RATIO, such as fast=0.6 (names: a-z, 0-9, '-' and '_')"
             )
-        if name in _TAKEN:
-            raise ValueError(f"no tier may be named {name!r}: {_TAKEN[name]}")
+        if name in bundles.RESERVED:
+            raise ValueError(f"no tier may be named {name!r}: {bundles.RESERVED[name]}")
         if name in tiers:
             raise ValueError(f"tier {name!r} is given twice")
         exact(ratio)

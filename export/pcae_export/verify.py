@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.engines import Output, Pixels
 from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
-from pcae_serve.errors import PcaeError
+from pcae_serve.errors import PcaeError, one_line
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.evaluate import normalise
 from pcae_training.model import VisionTransformer, redundancy
@@ -95,7 +95,7 @@ def prove(
                         try:
                             found = run(tier, pixels[rows])
                         except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
-                            reason = str(error).splitlines()[0]
+                            reason = one_line(error)
                             raise ParityError(f"{where}: it does not run: {reason}") from None
                         worst = max(worst, _compare(found, expected, rows, where))
                     bar.update()
@@ -162,7 +162,7 @@ def _static(bundle: Bundle, tier: Tier) -> Callable[[Tier, Pixels], Output]:
     try:
         session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise ParityError(f"ONNX Runtime cannot load {file}: {reason}") from None
 
     def run(_: Tier, pixels: Pixels) -> Output:

@@ -27,14 +27,11 @@ class Engine(Protocol):
     name: str  # of the backend, part of the profile's key
     version: str
     device: str
+    threads: int  # of one batch; 0 = the backend's own choice
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         """Logits for a batch, at one tier. Blocks until they are there."""
         ...
-
-
-#: What --backend takes; auto is the best one installed for the device.
-BACKENDS = ("auto", "onnxruntime", "simulated")
 
 
 def load(backend: str, bundle: Bundle, device: str, threads: int = 0) -> Engine:
@@ -45,6 +42,6 @@ def load(backend: str, bundle: Bundle, device: str, threads: int = 0) -> Engine:
         return SimulatedEngine(bundle, device)
     try:  # heavy, so imported by those who run it
         from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
-    except ImportError:
+    except ModuleNotFoundError:
         raise StartError("onnxruntime is not installed: pip install 'pcae-serve[cpu]'") from None
     return OnnxRuntimeEngine(bundle, device, threads)

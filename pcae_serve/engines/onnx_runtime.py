@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from pcae_serve.bundle import ELASTIC_GRAPH, Bundle, Tier
 from pcae_serve.engines import Output, Pixels
-from pcae_serve.errors import StartError
+from pcae_serve.errors import StartError, one_line
 
 
 class OnnxRuntimeEngine:
@@ -35,8 +35,7 @@ class OnnxRuntimeEngine:
                     graph, options, providers=["CPUExecutionProvider"]
                 )
             except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
-                reason = str(error).splitlines()[0]
-                raise StartError(f"ONNX Runtime cannot load {graph}: {reason}") from None
+                raise StartError(f"ONNX Runtime cannot load {graph}: {one_line(error)}") from None
         self.threads = threads
         self._check(bundle)
 
@@ -53,8 +52,7 @@ class OnnxRuntimeEngine:
             try:
                 output = self.run(tier, blank)
             except Exception as error:
-                reason = str(error).splitlines()[0]
-                raise StartError(f"tier {tier.name!r} does not run: {reason}") from None
+                raise StartError(f"tier {tier.name!r} does not run: {one_line(error)}") from None
             if output.logits.shape != (1, len(bundle.labels)):
                 raise StartError(
                     f"tier {tier.name!r} answers {output.logits.shape[1]} classes, but the bundle"

@@ -27,6 +27,7 @@ class SimulatedEngine:
 
     name = "simulated"
     version = "1"
+    threads = 0
 
     def __init__(
         self,

@@ -1,23 +1,28 @@
 """The REST API in process, with the simulated engine: no port, no graph."""
 
 import asyncio
+import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from pcae_serve import bundle
 from pcae_serve.app import create_app
 from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.engines import Output, Pixels
 from pcae_serve.engines.simulated import SimulatedEngine
-from pcae_serve.service import Service
+from pcae_serve.errors import Draining
+from pcae_serve.preprocess import Preprocess
+from pcae_serve.service import Ask, Service
 from pcae_serve.settings import Settings
-from tests.serve.conftest import image_bytes
+from tests.serve.conftest import image_bytes, write_bundle
 
 MakeSettings = Callable[..., Settings]
 
@@ -27,12 +32,23 @@ def quick(tier: Tier, batch: int) -> float:
     return tier.macs * 1e-5
 
 
+def fail(error: BaseException) -> None:
+    pytest.fail(f"the service does not start: {error!r}")
+
+
 @contextmanager
 def serving(service: Service, ready: bool = True) -> Iterator[TestClient]:
-    with TestClient(create_app(service), raise_server_exceptions=False) as client:
-        while ready and client.get("/readyz").status_code != 200:
-            time.sleep(0.01)
+    with TestClient(create_app(service, fail), raise_server_exceptions=False) as client:
+        if ready:
+            wait_until(lambda: service.ready)
         yield client
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+    give_up_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < give_up_s, "it did not come about"
+        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -140,6 +156,7 @@ def test_what_is_no_image_is_refused(
     [
         ("tier=turbo", "fast, balanced, full, auto"),
         ("min_tier=turbo", "fast, balanced, full"),
+        ("min_tier=auto", "fast, balanced, full"),
         ("tier=fast&min_tier=full", "below"),
         ("budget_ms=-5", "budget_ms '-5'"),
         ("budget_ms=0", "budget_ms '0'"),
@@ -212,41 +229,67 @@ def test_health_and_documentation(client: TestClient) -> None:
 class Gate:
     """An engine that runs when it is told to."""
 
-    name, version, device = "gate", "1", "cpu"
+    name, version, device, threads = "gate", "1", "cpu", 0
 
     def __init__(self) -> None:
         self.open = threading.Event()
         self.open.set()
+        self.entered = threading.Event()
         self.batches: list[int] = []
         self.fails = False
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
-        assert self.open.wait(5)
+        self.entered.set()
+        assert self.open.wait(20)
         if self.fails:
             raise RuntimeError("out of memory")
         self.batches.append(len(pixels))
         return Output(np.zeros((len(pixels), 4), np.float32), ())
 
+    def close(self) -> None:
+        """From now on, a batch waits inside."""
+        self.open.clear()
+        self.entered.clear()
+        self.batches.clear()
 
-def test_not_ready_before_latencies_are_known(small_bundle: Bundle, settings: MakeSettings) -> None:
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
     gate = Gate()
-    gate.open.clear()
-    with serving(Service(settings(), small_bundle, gate), ready=False) as client:
-        assert problem(client.get("/readyz"), 503)["status"] == 503
+    yield gate
+    gate.open.set()
+
+
+def test_not_ready_before_latencies_are_known(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate
+) -> None:
+    gate.close()
+    service = Service(settings(), small_bundle, gate)
+    with serving(service, ready=False) as client:
+        problem(client.get("/readyz"), 503)
         assert client.get("/livez").status_code == 200
         refused = client.post("/classify", content=image_bytes())
         assert refused.headers["retry-after"] == "1"
         problem(refused, 503)
         gate.open.set()
-        while client.get("/readyz").status_code != 200:
-            time.sleep(0.01)
+        wait_until(lambda: service.ready)
+        assert client.get("/readyz").status_code == 200
         assert client.post("/classify", content=image_bytes()).status_code == 200
 
 
-def test_a_failing_engine_costs_its_batch_and_not_the_server(
-    small_bundle: Bundle, settings: MakeSettings
+def test_a_start_that_fails_is_told(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
-    gate = Gate()
+    gate.fails = True
+    failures: list[BaseException] = []
+    with TestClient(create_app(Service(settings(), small_bundle, gate), failures.append)):
+        wait_until(lambda: bool(failures))
+    assert "out of memory" in str(failures[0])
+
+
+def test_a_failing_engine_costs_its_batch_and_not_the_server(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate
+) -> None:
     with serving(Service(settings(), small_bundle, gate)) as client:
         gate.fails = True
         problem(client.post("/classify", content=image_bytes()), 500)
@@ -254,48 +297,130 @@ def test_a_failing_engine_costs_its_batch_and_not_the_server(
         assert client.post("/classify", content=image_bytes()).status_code == 200
 
 
+@contextmanager
+def busy(client: TestClient, gate: Gate) -> Iterator[threading.Thread]:
+    """A request on the device, which does not end before the gate opens."""
+    gate.close()
+    first = threading.Thread(
+        target=lambda: client.post("/classify?budget_ms=60000", content=image_bytes())
+    )
+    first.start()
+    assert gate.entered.wait(20)
+    yield first
+    gate.open.set()
+    first.join()
+
+
 def test_a_request_whose_budget_passes_in_the_queue_gets_504(
-    small_bundle: Bundle, settings: MakeSettings
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
-    gate = Gate()
-    with serving(Service(settings(), small_bundle, gate)) as client:
-        gate.open.clear()
-        first = threading.Thread(
-            target=client.post, args=("/classify",), kwargs={"content": image_bytes()}
-        )
-        first.start()
-        time.sleep(0.1)
-        document = problem(client.post("/classify?budget_ms=150", content=image_bytes()), 504)
-        assert "150 ms" in document["detail"]
+    with serving(Service(settings(), small_bundle, gate)) as client, busy(client, gate):
+        document = problem(client.post("/classify?budget_ms=700", content=image_bytes()), 504)
+        assert "700 ms" in document["detail"]
         gate.open.set()
-        first.join()
+
+
+def test_a_request_whose_budget_passes_while_images_are_decoded_gets_504(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Preprocess, "__call__", lambda *_: time.sleep(1.0))
+    with serving(Service(settings(), small_bundle, gate)) as client:
+        document = problem(client.post("/classify?budget_ms=200", content=image_bytes()), 504)
+        assert "before the image was read" in document["detail"]
+
+
+async def asgi(app: Any, body: bytes, receive: Callable[[], Awaitable[Any]]) -> list[Any]:
+    """One POST /classify as the server would make it; what the application sends back."""
+    sent: list[Any] = []
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def next_message() -> Any:
+        return messages.pop() if messages else await receive()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/classify", "raw_path": b"/classify",
+        "query_string": b"budget_ms=60000", "headers": [], "http_version": "1.1",
+        "scheme": "http", "server": ("test", 80), "client": ("test", 1), "asgi": {"version": "3.0"},
+    }  # fmt: skip
+    await app(scope, next_message, send)
+    return sent
+
+
+def test_a_client_that_leaves_while_it_waits_is_never_computed(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate
+) -> None:
+    async def scenario() -> None:
+        service = Service(settings(), small_bundle, gate)
+        await service.start()
+        app = create_app(service, fail)
+        gate.close()
+
+        async def stays() -> Any:
+            await asyncio.Event().wait()
+
+        async def leaves() -> Any:
+            return {"type": "http.disconnect"}
+
+        first = asyncio.create_task(asgi(app, image_bytes(), stays))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        left = await asgi(app, image_bytes(), leaves)
+        assert left[0]["status"] == 499
+        gate.open.set()
+        assert (await first)[0]["status"] == 200
+        await service.stop()
+
+    asyncio.run(scenario())
+    assert gate.batches == [1]
+
+
+def test_stopping_with_work_in_hand_answers_everybody_once(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> list[Any]:
+        service = Service(settings(), small_bundle, gate)
+        await service.start()
+        gate.close()
+        calls = [asyncio.create_task(classify(service, i, 60_000)) for i in range(5)]
+        await asyncio.to_thread(gate.entered.wait, 20)
+        await asyncio.sleep(0.05)  # the others are decoded meanwhile, or still at it
+        stop = asyncio.create_task(service.stop())
+        await asyncio.sleep(0.05)
+        gate.open.set()
+        await stop
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    answers = asyncio.run(scenario())
+    assert all(isinstance(answer, Draining) for answer in answers)
+    assert not caplog.records
+
+
+async def classify(service: Service, level: int, budget_ms: float) -> Any:
+    async def read() -> bytes:
+        return image_bytes(level)
+
+    ask = Ask(asyncio.get_running_loop().time(), budget_ms)
+    return await service.classify(ask, read)
 
 
 def test_requests_that_wait_together_run_together(
     small_bundle: Bundle, settings: MakeSettings
 ) -> None:
-    def overhead(tier: Tier, batch: int) -> float:
-        return 0.03 + 1e-4 * batch
-
-    engine = SimulatedEngine(small_bundle, seconds=overhead)
     batches: list[int] = []
-    run = engine.run
 
     class Counting(SimulatedEngine):
         def run(self, tier: Tier, pixels: Pixels) -> Output:
             batches.append(len(pixels))
-            return run(tier, pixels)
-
-    service = Service(settings(profile_s=3), small_bundle, Counting(small_bundle))
+            return super().run(tier, pixels)
 
     async def together() -> list[Any]:
-        from pcae_serve.service import Ask
-
+        engine = Counting(small_bundle, seconds=lambda _, batch: 0.03 + 1e-4 * batch)
+        service = Service(settings(profile_s=3), small_bundle, engine)
         await service.start()
         batches.clear()
-        now = asyncio.get_running_loop().time
-        calls = [service.classify(image_bytes(i), Ask(now(), 5000)) for i in range(12)]
-        answers = await asyncio.gather(*calls)
+        answers = await asyncio.gather(*(classify(service, i, 5000) for i in range(12)))
         await service.stop()
         return answers
 
@@ -303,3 +428,16 @@ def test_requests_that_wait_together_run_together(
     assert len(answers) == 12
     assert sum(batches) == 12
     assert max(batches) >= 4
+
+
+def test_a_dominated_tier_is_left_to_those_who_ask_for_it(
+    tmp_path: Path, settings: MakeSettings, gate: Gate
+) -> None:
+    root = write_bundle(tmp_path / "bundle")
+    document = json.loads((root / "bundle.json").read_text())
+    document["tiers"][1]["dominated"] = True
+    (root / "bundle.json").write_text(json.dumps(document))
+    service = Service(settings(), bundle.load(root), gate)
+    assert service.allowed("auto", None) == (0, 2)
+    assert service.allowed("balanced", None) == (1,)
+    assert service.allowed("auto", "balanced") == (1, 2)  # what dominates it is not allowed

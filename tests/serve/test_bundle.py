@@ -29,7 +29,6 @@ def test_a_sound_bundle_loads(bundle_dir: Path) -> None:
     assert loaded.labels == ("dark", "dim", "light", "bright")
     assert loaded.image_size == 8
     assert loaded.preprocess.resize == 8
-    assert loaded.tiers[0].quality == 0.80
     assert len(loaded.digest) == 64
 
 
@@ -95,6 +94,7 @@ def changed(tiers: list[dict[str, Any]], index: int, **changes: Any) -> list[dic
         (0, {"macs": 9999}, "ordered by MACs"),
         (0, {"name": "full"}, "differ"),
         (0, {"name": "auto"}, "auto"),
+        (0, {"name": "elastic"}, "elastic"),
         (0, {"name": "../x"}, "name"),
         (0, {"model": "other"}, "'other'"),
         (0, {"token_counts": [9, 10, 3]}, "fall"),

@@ -46,6 +46,8 @@ def ready(process: subprocess.Popen[str], url: str) -> Iterator[str]:
             except httpx2.TransportError:
                 assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
+        else:
+            pytest.fail(f"{url} is not ready after 30 s")
         yield url
     finally:
         process.kill()
@@ -77,14 +79,32 @@ def test_a_server_on_a_real_socket_answers_and_stops(bundle_dir: Path, tmp_path:
         assert process.wait(timeout=10) in (0, -signal.SIGTERM)
 
 
-def test_a_client_that_leaves_is_not_served(bundle_dir: Path, tmp_path: Path) -> None:
+def test_the_address_is_told_and_a_free_port_can_be_asked_for(
+    bundle_dir: Path, tmp_path: Path
+) -> None:
+    flags = ("--bundle", str(bundle_dir), "--backend", "simulated", "--profile-s", "0.1")
+    command = (*COMMAND, "--port", "0", "--cache-dir", str(tmp_path), *flags)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "http://127.0.0.1:" in line)
+        url = line.split("listening on ")[1].split(",")[0]
+        assert httpx2.get(f"{url}/livez", timeout=20).json() == {"status": "alive"}
+        process.kill()
+
+
+def test_a_client_that_leaves_puts_no_traceback_in_the_log(
+    bundle_dir: Path, tmp_path: Path
+) -> None:
     flags = ("--bundle", str(bundle_dir), "--backend", "simulated", "--profile-s", "0.5")
-    with server(*flags, cache=tmp_path) as (url, _):
-        body = image_bytes()
-        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as connection:
-            head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
-        assert httpx2.post(f"{url}/classify", content=body).status_code == 200
+    with server(*flags, cache=tmp_path) as (url, process):
+        for length in (9999, 10):  # it leaves while uploading, and after that
+            with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as connection:
+                head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+                connection.sendall(head.encode() + bytes(10))
+        assert httpx2.post(f"{url}/classify", content=image_bytes()).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+    assert "Traceback" not in log
 
 
 def test_a_taken_port(bundle_dir: Path) -> None:

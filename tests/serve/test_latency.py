@@ -42,6 +42,13 @@ def test_the_correction_fades_when_nothing_runs() -> None:
     assert latency.expected(0, 1, now_s=1000.0) == pytest.approx(0.010, rel=0.01)
 
 
+def test_a_machine_faster_than_its_profile_stays_believed() -> None:
+    latency = Latency([Line(0.0, 0.030)])
+    for _ in range(50):
+        latency.observe(0, 1, seconds=0.010, now_s=0.0)
+    assert latency.expected(0, 1, now_s=1000.0) == pytest.approx(0.010, rel=0.01)
+
+
 def test_one_absurd_batch_does_not_derail_the_prediction() -> None:
     latency = Latency([Line(0.0, 0.010)])
     latency.observe(0, 1, seconds=100.0, now_s=0.0)

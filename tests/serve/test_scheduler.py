@@ -126,6 +126,21 @@ def test_load_that_leaves_no_tier_in_time_is_refused_at_once_with_the_drain_time
     assert not any(isinstance(a, Refuse) for a in arrive(machine, 4, 0.0, 0.75, (0,)))
 
 
+def test_a_slow_moment_is_not_told_as_an_impossible_budget() -> None:
+    machine = scheduler()
+    for i in range(30):  # four times slower than measured
+        arrive(machine, i, 3.0 * i, 90.0, (0,))
+        machine.handle(Done(3.0 * i + 0.4, 0, 0.4))
+    actions = machine.handle(Arrived(90.0, Request(99, 90.0, 90.2, (0,))))
+    assert not any(isinstance(action, Refuse) and action.why == "budget" for action in actions)
+
+
+def test_time_lost_before_the_queue_expires_and_does_not_blame_the_load() -> None:
+    machine = scheduler()
+    assert machine.handle(Arrived(0.0, Request(1, 0.0, 0.3, ALL))) == []
+    assert machine.handle(Decoded(0.25, 1)) == [Expire(1)]
+
+
 def test_more_requests_than_the_limit_are_refused() -> None:
     machine = scheduler(queue_limit=2)
     for id_ in range(4):

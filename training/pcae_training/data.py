@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from pcae_serve.errors import PcaeError, RequestError
+from pcae_serve.errors import PcaeError, RequestError, one_line
 from pcae_serve.preprocess import Preprocess
 
 #: Decoded data sets up to this many bytes are kept in memory and never wait for a loader.
@@ -123,7 +123,7 @@ def load(source: str, split: str, preprocess: Preprocess) -> LabelledImages:
         else:
             rows = datasets.load_dataset(source, split=split)
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = one_line(error)
         raise DataError(f"cannot read split {split!r} of data set {source!r}: {reason}") from None
     return LabelledImages(rows, preprocess, f"{path.name}/{split}")
 
