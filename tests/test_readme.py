@@ -46,8 +46,19 @@ def curl(command: str, url: str) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
+def test_the_install_line_gives_the_three_commands(tmp_path: Path) -> None:
+    """Needs a package index."""
+    copy = tmp_path / "checkout"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".*cache", ".venv*"))
+    [line] = [command for command in COMMANDS if command.startswith("python3 -m venv ")]
+    line += " && pcae-train finetune --help && pcae-export bundle --help && pcae-serve --help"
+    done = subprocess.run(["bash", "-c", line], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_every_command_is_of_a_kind_that_is_run_here_or_in_test_makefile() -> None:
-    known = ("make serve", "make test", "pip install ", "pcae-serve --bundle ")
+    known = ("make serve", "make test", "python3 -m venv ", "pcae-serve --bundle ")
     assert [c for c in COMMANDS if not c.startswith(known) and c not in CURL + OWN_MODEL] == []
     assert len(CURL) >= 5
     assert len(OWN_MODEL) == 3
