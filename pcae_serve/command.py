@@ -14,9 +14,19 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from pydantic_settings import CliApp, SettingsError
+from pydantic_settings import CliApp, SettingsConfigDict, SettingsError
 
 from pcae_serve.errors import PcaeError, one_line
+
+
+def config(program: str) -> SettingsConfigDict:
+    """How every command reads its flags; variables are named after it, as PCAE_TRAIN_…."""
+    return SettingsConfigDict(
+        cli_prog_name=program,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        env_prefix=f"{program.replace('-', '_').upper()}_",
+    )
 
 
 def run(command: type[BaseModel], argv: Sequence[str] | None = None) -> int:

@@ -12,24 +12,18 @@ from pydantic import Field
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
-    SettingsConfigDict,
     SettingsError,
     TomlConfigSettingsSource,
 )
 
+from pcae_serve.command import config
 from pcae_serve.preprocess import MAX_PIXELS
 
 
 class Settings(BaseSettings):
     """Serve a bundle over HTTP; without --bundle, the demo bundle inside the package."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="PCAE_",
-        cli_prog_name="pcae-serve",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        extra="forbid",
-    )
+    model_config = config("pcae-serve") | {"env_prefix": "PCAE_", "extra": "forbid"}
 
     bundle: Path | None = Field(None, description="bundle folder; the demo bundle where left out")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")

@@ -11,13 +11,12 @@ from pydantic_settings import (
     CliApp,
     CliPositionalArg,
     CliSubCommand,
-    SettingsConfigDict,
 )
 
 from pcae_export import card, measure, pack, verify
 from pcae_serve import bundle as bundles
 from pcae_serve.bundle import Bundle
-from pcae_serve.command import run
+from pcae_serve.command import config, run
 from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
 from pcae_serve.errors import PcaeError
 from pcae_serve.tokens import KeepRatio, exact
@@ -126,12 +125,7 @@ class Verify(EvalData):
 class Export(BaseSettings):
     """Turn checkpoints into bundles that pcae-serve serves."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="PCAE_EXPORT_",
-        cli_prog_name="pcae-export",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-    )
+    model_config = config("pcae-export")
 
     bundle: CliSubCommand[Write]
     verify: CliSubCommand[Verify]

@@ -2,9 +2,9 @@
 
 import sys
 
-from pydantic_settings import BaseSettings, CliApp, CliSubCommand, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
-from pcae_serve.command import run
+from pcae_serve.command import config, run
 from pcae_training.finetune import FinetuneSettings, finetune
 
 
@@ -21,12 +21,7 @@ class Finetune(FinetuneSettings):
 class Train(BaseSettings):
     """Train vision transformers that answer at several token budgets."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="PCAE_TRAIN_",
-        cli_prog_name="pcae-train",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-    )
+    model_config = config("pcae-train")
 
     finetune: CliSubCommand[Finetune]
 
