@@ -92,6 +92,17 @@ def test_resumed_is_bit_for_bit_unbroken(settings: Any, monkeypatch: pytest.Monk
     assert len(checkpoints.load(broken.out).training["history"]) == 3
 
 
+def test_a_run_can_be_had_in_two_parts(settings: Any) -> None:
+    whole, parts = settings("whole", epochs=2), settings("parts", epochs=2)
+    finetune(whole)
+    finetune(parts.model_copy(update={"stop_after": 1}))
+    training = checkpoints.load(parts.out).training
+    assert training["epochs_done"] == 1
+    assert training["final"]
+    finetune(parts.model_copy(update={"resume": True}))
+    assert same(weights(whole.out), weights(parts.out))
+
+
 def test_resume_refuses_another_run(settings: Any, tmp_path: Path) -> None:
     with pytest.raises(PcaeError, match=r"no checkpoint: .*out/config\.json cannot be read"):
         finetune(settings(resume=True))

@@ -50,6 +50,9 @@ class FinetuneSettings(BaseModel):
     ramp_length: float = Field(0.25, ge=0, le=1, description="share over which dropping rises")
 
     epochs: int = Field(100, ge=1, description="passes over the training rows")
+    stop_after: int | None = Field(
+        None, ge=1, description="stop after so many epochs, to go on with --resume another time"
+    )
     batch_size: int = Field(64, ge=1, description="images a step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the run before the peak")
@@ -116,8 +119,8 @@ class Epoch(TypedDict):
     holdout_top1: dict[str, float]  # keep ratio → share
 
 
-#: Settings that say where a run happens, not what comes out: they may change when it is resumed.
-PLACE = {"resume", "out", "device", "threads", "workers"}
+#: Settings that say where or when a run happens, not what comes of it: free when it is resumed.
+PLACE = {"resume", "stop_after", "out", "device", "threads", "workers"}
 
 
 def finetune(settings: FinetuneSettings) -> dict[float, Top1]:
@@ -133,9 +136,10 @@ def finetune(settings: FinetuneSettings) -> dict[float, Top1]:
     trainer = Trainer(settings, checkpoint, images, split)
     first = trainer.resume() if settings.resume else 0
     images.in_memory()
-    for epoch in range(first, settings.epochs):
+    last = max(first, min(settings.epochs, settings.stop_after or settings.epochs))
+    for epoch in range(first, last):
         trainer.epoch(epoch)
-    return trainer.report()
+    return trainer.report(last)
 
 
 def prepare(settings: FinetuneSettings) -> tuple[Checkpoint, LabelledImages]:
@@ -258,11 +262,11 @@ class Trainer:
             precision=self.settings.dtype,
         )
 
-    def report(self) -> dict[float, Top1]:
+    def report(self, epochs_done: int) -> dict[float, Top1]:
         """Held-out top-1 at every budget, kept in the checkpoint too."""
         accuracy = self.evaluate(self.settings.budgets)
         self.final = {str(b): {"top1": t.value, "n": t.n} for b, t in accuracy.items()}
-        self.save(self.settings.epochs)
+        self.save(epochs_done)
         return accuracy
 
     def save(self, epochs_done: int) -> None:
