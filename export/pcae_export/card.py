@@ -12,7 +12,9 @@ from pcae_serve.bundle import Accuracy, Manifest, Tier
 from pcae_training.checkpoint import Checkpoint
 
 #: Settings that name places on the machine that trained, or change nothing of the outcome.
-PRIVATE = {"out", "init", "resume", "threads", "workers"}
+PRIVATE = {"out", "init", "resume", "stop_after", "threads", "workers"}
+#: Settings of a model's sizes, which count only where a phase began a model of its own.
+SIZES = {"image_size", "width", "depth", "heads"}
 
 
 def render(
@@ -102,7 +104,10 @@ def _training(training: dict[str, Any]) -> Iterator[str]:
         settings = dict(phase.get("settings", {}))
         if "data" in settings:
             settings["data"] = Path(str(settings["data"])).name
-        flags = ", ".join(f"{k} {_plain(v)}" for k, v in settings.items() if k not in PRIVATE)
+        unsaid = PRIVATE | (SIZES if settings.get("init") else set())
+        flags = ", ".join(
+            f"{k} {_plain(v)}" for k, v in settings.items() if k not in unsaid and v is not None
+        )
         versions = ", ".join(f"{k} {v}" for k, v in phase.get("versions", {}).items())
         yield f"{number}. {_history(phase)}" + (f" With {versions}." if versions else "")
         yield f"   Settings: {flags or 'not recorded'}."
