@@ -1,6 +1,6 @@
 """Images a second of every tier through the served engine, against what the MACs promise.
 
-    python benchmarks/tiers.py [--rounds 15] [--models demo,vit-s,vit-b] [--json FILE]
+    python benchmarks/tiers.py [--rounds 15] [--models demo,vit-s,vit-b] [--keep 0.5,1]
 
 Each round runs every tier once at one batch size, tiers taking turns, so that a slow moment of a
 shared machine falls on all of them. The ratio is to `full` within the same round; its median over
@@ -14,7 +14,7 @@ import os
 import platform
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +29,7 @@ from pcae_serve.bundle import Bundle
 from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
 from pcae_serve.preprocess import Preprocess
 from pcae_serve.profile import processor
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import Checkpoint, from_config
 from pcae_training.model import VisionTransformer, ViTConfig
 
 RANDOM = {
@@ -65,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--models", default="demo,vit-s,vit-b")
+    parser.add_argument("--keep", help="keep ratios in place of the bundle's tiers, 1 among them")
     parser.add_argument("--threads", type=int, default=0, help="0 = one a core")
     parser.add_argument("--json", type=Path, help="also write the rows and the machine there")
     options = parser.parse_args()
@@ -72,7 +73,10 @@ def main() -> None:
     print(machine())
     for name in options.models.split(","):
         with tempfile.TemporaryDirectory() as scratch:
-            measured = measure(name, opened(name, Path(scratch)), options.rounds, options.threads)
+            served = opened(name, Path(scratch))
+            if options.keep:
+                served = with_tiers(served, options.keep.split(","))
+            measured = measure(name, served, options.rounds, options.threads)
         rows += measured
         print(table(measured), flush=True)
     if options.json:
@@ -93,6 +97,19 @@ def opened(name: str, scratch: Path) -> Bundle:
     labels = [f"class {i}" for i in range(1000)]
     checkpoint = Checkpoint(VisionTransformer(RANDOM[name]), preprocess, labels)
     return pack.write(checkpoint, scratch / name)
+
+
+def with_tiers(served: Bundle, keep_ratios: list[str]) -> Bundle:
+    """The same graph at other keep ratios: on the elastic graph a tier is a row of numbers."""
+    full = served.tiers[-1]
+    config = json.loads(served.file(full.model, "config.json").read_text())
+    geometry = from_config(config)[0].geometry
+    tiers = []
+    for ratio in sorted(keep_ratios, key=float):
+        counts = geometry.counts(ratio)
+        costs = {"keep_ratio": float(ratio), "token_counts": counts, "macs": geometry.macs(counts)}
+        tiers.append(full.model_copy(update={"name": f"k={ratio}", **costs}))
+    return replace(served, manifest=served.manifest.model_copy(update={"tiers": tuple(tiers)}))
 
 
 def measure(name: str, served: Bundle, rounds: int, threads: int) -> list[Row]:
