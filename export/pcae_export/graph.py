@@ -21,7 +21,8 @@ from pcae_export.weights import Place
 from pcae_serve.bundle import WEIGHTS
 from pcae_serve.preprocess import Preprocess
 from pcae_training.evaluate import normalise
-from pcae_training.model import VisionTransformer, reduce_patches
+from pcae_training.model import VisionTransformer
+from pcae_training.reduction import reduce_patches
 
 OPSET = 20
 
@@ -47,24 +48,25 @@ class Elastic(nn.Module):
         model = self.model
         images = pixels.float().permute(0, 3, 1, 2)  # cast first: TensorRT transposes no uint8
         x = model.embed(normalise(images, self.preprocess))
-        n = x.shape[1] - 1
+        prefix = model.config.prefix
+        n = x.shape[1] - prefix
         left = torch.tensor(n)
         kept: list[Tensor] = []
         position = torch.arange(n).expand(x.shape[0], -1)
         for i, block in enumerate(model.blocks):
-            x = block(x)  # [N, 1 + n + e, D]: CLS, patches, means of what was dropped
+            x = block(x)  # [N, prefix + n + e, D]: CLS, patches, means of what was dropped
             if i in model.config.reduction_points:
                 count = token_counts[len(kept)]
                 dropped = left - count  # a tensor: as a number it would fix the graph to one case
                 m = _number(count, 2, n)  # 2: torch's broadcasting asks; the graph takes 1 as well
                 some = _number(dropped.clamp(max=1), 0, 1)  # 0 where nothing is dropped
-                patches, mean, index = reduce_patches(x[:, 1 : 1 + n], m, dropped)
+                patches, mean, index = reduce_patches(x[:, prefix : prefix + n], m, dropped)
                 mean = mean.narrow(1, 0, some)  # sliced away, not times zero: it may be 0 / 0
-                x = torch.cat([x[:, :1], patches, x[:, 1 + n :], mean], dim=1)
+                x = torch.cat([x[:, :prefix], patches, x[:, prefix + n :], mean], dim=1)
                 position = position.gather(1, index)
                 kept.append(position.int())
                 n, left = m, count
-        return model.pool(x[:, 0], x[:, 1 : 1 + n]), *kept
+        return model.pool(x, x[:, prefix : prefix + n]), *kept
 
 
 def _number(value: Tensor, low: int, high: int) -> int:

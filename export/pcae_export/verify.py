@@ -21,7 +21,8 @@ from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
 from pcae_serve.errors import PcaeError, one_line
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.evaluate import normalise
-from pcae_training.model import VisionTransformer, redundancy
+from pcae_training.model import VisionTransformer
+from pcae_training.reduction import redundancy
 
 BATCHES = (1, 2, 3, 8)
 TOLERANCE = 1e-3  # on a logit

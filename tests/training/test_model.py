@@ -10,10 +10,9 @@ from torch.nn import functional as F
 from pcae_training.model import (
     VisionTransformer,
     ViTConfig,
-    reduce_patches,
-    redundancy,
     sincos_position,
 )
+from pcae_training.reduction import reduce_patches, redundancy
 
 TINY = ViTConfig(image_size=24, patch_size=4, width=16, depth=12, heads=2, classes=5)
 COUNTS = [(36, 36, 36), (25, 17, 11), (36, 20, 20), (21, 12, 7), (3, 2, 1)]
@@ -137,7 +136,7 @@ def test_ranking_is_float32_under_autocast() -> None:
     model = vit()
     with (
         torch.autocast("cpu", torch.bfloat16),
-        mock.patch("pcae_training.model.redundancy", wraps=redundancy) as ranked,
+        mock.patch("pcae_training.reduction.redundancy", wraps=redundancy) as ranked,
     ):
         model(pixels(), (25, 17, 11))
         results = [redundancy(call.args[0]) for call in ranked.call_args_list]

@@ -1,10 +1,10 @@
-"""The vision transformer and its progressive token reduction (PTR): the one definition.
+"""The vision transformer that can drop redundant patches as it runs: the one definition.
 
 Parameter names are those of timm, MAE and DeiT. The model knows pixels already normalised to
 float; it knows nothing of budgets or tiers, only how many patches to keep after each stage.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pcae_serve.tokens import REDUCTION_POINTS, Geometry
+from pcae_training.reduction import RULES, Rule, attention_received, reduce_patches, redundancy
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,15 @@ class ViTConfig:
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
-    classes: int = 1000
+    classes: int = 1000  # 0: no head, the model gives features
     pooling: Literal["mean", "cls"] = "mean"  # mean over patches as MAE fine-tunes, or CLS as DeiT
     norm_eps: float = 1e-6  # timm, MAE and DeiT; torch's own default is 1e-5
     reduction_points: tuple[int, ...] = REDUCTION_POINTS
+    reduction: Rule = "ptr"
+    qkv_bias: bool = True
+    layer_scale: bool = False  # DINOv2 scales each branch
+    distilled: bool = False  # DeiT's second token and head
+    registers: int = 0  # DINOv2's extra tokens, without positions
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -43,6 +49,10 @@ class ViTConfig:
             raise ValueError(f"reduction points {points} outside {self.depth} blocks")
         if list(points) != sorted(set(points)):
             raise ValueError(f"reduction points {points} must rise")
+        if self.reduction not in RULES:
+            raise ValueError(f"reduction {self.reduction!r} is none of {', '.join(RULES)}")
+        if self.distilled and self.pooling != "cls":
+            raise ValueError("a distilled model pools its CLS and distillation tokens")
 
     @property
     def hidden(self) -> int:
@@ -55,6 +65,16 @@ class ViTConfig:
         return self.image_size // self.patch_size
 
     @property
+    def positioned(self) -> int:
+        """Tokens before the patches that have a position embedding: CLS, and distillation."""
+        return 1 + self.distilled
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: CLS, distillation, registers. No stage drops them."""
+        return self.positioned + self.registers
+
+    @property
     def geometry(self) -> Geometry:
         """What token arithmetic needs to know of this model."""
         return Geometry(
@@ -63,34 +83,24 @@ class ViTConfig:
             depth=self.depth,
             patch_values=self.channels * self.patch_size**2,
             classes=self.classes,
+            prefix_tokens=self.prefix,
             mlp_ratio=self.mlp_ratio,
             reduction_points=self.reduction_points,
         )
 
 
-class Reduced(NamedTuple):
-    """What one reduction stage leaves of n patches."""
+class Tokens(NamedTuple):
+    """The tokens after a block."""
 
-    kept: Tensor  # [B, m, D], least similar to the mean first
-    dropped_mean: Tensor  # [B, 1, D], not a number where nothing was dropped
-    indices: Tensor  # [B, m], int64: where in the n patches each kept one stood
+    x: Tensor  # [B, prefix + n + e, D]: prefix tokens, patches, means of what was dropped
+    patches: int  # n
+    position: Tensor  # [B, n], int64: which of the image's patches each one is
+    prefix: int
 
-
-def redundancy(patches: Tensor) -> Tensor:
-    """Cosine of every patch to the mean patch (paper, equation 3): [B, n, D] to float32 [B, n]."""
-    patches = patches.float()  # near ties flip with precision, so never rank in half
-    return F.cosine_similarity(patches, patches.mean(dim=1, keepdim=True), dim=-1)
-
-
-def reduce_patches(patches: Tensor, keep: int, dropped: int | Tensor) -> Reduced:
-    """Keep the `keep` patches least like the mean patch, and average the `dropped` others.
-
-    patches [B, n, D]. `dropped` is n - keep; the elastic export passes it as a tensor.
-    """
-    index = redundancy(patches).topk(keep, dim=1, largest=False).indices
-    kept = patches.gather(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
-    mean = (patches.sum(dim=1) - kept.sum(dim=1)) / dropped  # no second gather
-    return Reduced(kept, mean.unsqueeze(1), index)
+    @property
+    def patch_tokens(self) -> Tensor:
+        """[B, n, D]"""
+        return self.x[:, self.prefix : self.prefix + self.patches]
 
 
 class PatchEmbed(nn.Module):
@@ -109,130 +119,260 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, fused."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of x [B, N, D], each [B, heads, N, D / heads]."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, D / heads]
-        x = F.scaled_dot_product_attention(q, k, v)
-        x = self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+        return tuple(qkv.permute(2, 0, 3, 1, 4).unbind(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        x = self.proj(mixed.transpose(1, 2).reshape(x.shape))
         return x
 
 
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.hidden)
-        self.fc2 = nn.Linear(config.hidden, config.width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc2(F.gelu(self.fc1(x)))
         return x
 
 
+class LayerScale(nn.Module):
+    """A learnt factor per channel on a branch (DINOv2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), 1e-5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        norm_eps: float = 1e-6,
+        qkv_bias: bool = True,
+        layer_scale: bool = False,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.mlp = Mlp(config)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attn = Attention(width, heads, qkv_bias)
+        self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = Mlp(width, hidden)
+        self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return x
+    def forward(self, x: Tensor, drop_path: Tensor | None = None) -> Tensor:
+        """x [B, N, D]; drop_path [2, B]: what each sample's two branches are multiplied by."""
+        attended = self.ls1(self.attn(self.norm1(x)))
+        if drop_path is not None:
+            attended = attended * drop_path[0, :, None, None].to(attended.dtype)
+        x = x + attended
+        transformed = self.ls2(self.mlp(self.norm2(x)))
+        if drop_path is not None:
+            transformed = transformed * drop_path[1, :, None, None].to(transformed.dtype)
+        return x + transformed
+
+    def attention_received(self, x: Tensor) -> Tensor:
+        """How much the tokens of x [B, N, D] attend to each one in this block: [B, N]."""
+        q, k, _ = self.attn.split(self.norm1(x))
+        return attention_received(q, k)
 
 
 class VisionTransformer(nn.Module):
-    """A plain ViT classifier that can drop redundant patches as it runs (DESIGN section 2)."""
+    """A plain ViT that can drop redundant patches as it runs (DESIGN section 2)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
+        width = config.width
         self.patch_embed = PatchEmbed(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.pos_embed = nn.Parameter(sincos_position(config.width, config.grid))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        final_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if config.distilled:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, width))
+        if config.registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width))
+        self.pos_embed = nn.Parameter(sincos_position(width, config.grid, config.positioned))
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                config.heads,
+                config.hidden,
+                config.norm_eps,
+                config.qkv_bias,
+                config.layer_scale,
+            )
+            for _ in range(config.depth)
+        )
+        final_norm = nn.LayerNorm(width, eps=config.norm_eps)
         if config.pooling == "mean":  # timm's names: `fc_norm` after mean pooling, else `norm`
             self.fc_norm = final_norm
         else:
             self.norm = final_norm
-        self.head = nn.Linear(config.width, config.classes)
-        self.apply(_init)
-        nn.init.normal_(self.cls_token, std=0.02)
+        self.head = nn.Linear(width, config.classes) if config.classes else nn.Identity()
+        if config.distilled:
+            self.head_dist = nn.Linear(width, config.classes) if config.classes else nn.Identity()
+        self.apply(init_weights)
+        for name in ("cls_token", "dist_token", "reg_token"):
+            if hasattr(self, name):
+                nn.init.normal_(getattr(self, name), std=0.02)
 
-    def forward(self, images: Tensor, token_counts: Sequence[int] | None = None) -> Tensor:
-        """Logits [B, classes] of normalised images [B, C, H, W].
+    def forward(
+        self,
+        images: Tensor,
+        token_counts: Sequence[int] | None = None,
+        *,
+        drop_path: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, classes] of normalised images [B, C, H, W]; features [B, D] without a head.
 
         token_counts: patches left after each reduction point; None runs the plain ViT.
+        drop_path [depth, 2, B]: factors on the branches. noise [B, patches]: what the `random`
+        rule ranks by; drawn here where None.
         """
-        return self.classify(images, token_counts)[0]
+        return self.classify(images, token_counts, drop_path=drop_path, noise=noise)[0]
 
     def classify(
-        self, images: Tensor, token_counts: Sequence[int] | None = None
+        self,
+        images: Tensor,
+        token_counts: Sequence[int] | None = None,
+        *,
+        drop_path: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """As `forward`, with the original indices [B, m_i] of the patches left after each stage."""
-        counts = dict(
-            zip(self.config.reduction_points, token_counts or (), strict=bool(token_counts))
-        )
-        x = self.embed(images)  # [B, 1 + n + e, D]: CLS, patches, means of what was dropped
-        n = x.shape[1] - 1
-        position = torch.arange(n, device=x.device).expand(len(x), -1)
         kept = []
+        tokens = None
+        for i, tokens in enumerate(
+            self.walk(self.embed(images), token_counts, drop_path=drop_path, noise=noise), start=-1
+        ):
+            if token_counts and i in self.config.reduction_points:
+                kept.append(tokens.position)
+        assert tokens is not None  # `walk` begins with the tokens it is given
+        return self.pool(tokens.x, tokens.patch_tokens), kept
+
+    def walk(
+        self,
+        x: Tensor,
+        token_counts: Sequence[int] | None = None,
+        *,
+        drop_path: Tensor | None = None,
+        noise: Tensor | None = None,
+        prefix: int | None = None,
+        points: Sequence[int] | None = None,
+        append: bool = True,
+    ) -> Iterator[Tokens]:
+        """The tokens as they come in, [B, prefix + n, D], then as each block and stage leaves them.
+
+        prefix: how many of x are no patches (default: all of the model's own). points: the blocks
+        after which `token_counts` hold (default: the model's). append: whether the mean of what a
+        stage drops goes on as a token (section 3.4), or not (pretraining, section 3.2).
+        """
+        prefix = self.config.prefix if prefix is None else prefix
+        points = self.config.reduction_points if points is None else points
+        counts = dict(zip(points, token_counts or (), strict=bool(token_counts)))
+        n = x.shape[1] - prefix
+        position = torch.arange(n, device=x.device).expand(x.shape[0], -1)
+        yield Tokens(x, n, position, prefix)
+        rule = self.config.reduction
+        if rule == "random" and counts and noise is None:
+            noise = torch.rand(position.shape, device=x.device)
         for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i in counts:
-                if (m := counts[i]) < n:
-                    cls, patches, appended = x.split([1, n, x.shape[1] - 1 - n], dim=1)
-                    patches, mean, index = reduce_patches(patches, m, n - m)
-                    x = torch.cat([cls, patches, appended, mean], dim=1)
-                    position, n = position.gather(1, index), m
-                kept.append(position)
-        return self.pool(x[:, 0], x[:, 1 : 1 + n]), kept
+            m, attended = counts.get(i, n), None
+            if m < n and rule == "attention":
+                attended = block.attention_received(x)[:, prefix : prefix + n]
+            x = block(x, None if drop_path is None else drop_path[i])
+            if m < n:
+                head, patches, tail = x.split([prefix, n, x.shape[1] - prefix - n], dim=1)
+                scores = None  # the paper's own
+                if rule == "ptr-normalised":
+                    scores = redundancy(patches, normalised=True)
+                elif rule == "random":
+                    assert noise is not None
+                    scores = noise.gather(1, position)
+                elif attended is not None:
+                    scores = -attended
+                patches, mean, index = reduce_patches(patches, m, n - m, scores)
+                x = torch.cat([head, patches, tail, *([mean] if append else [])], dim=1)
+                position, n = position.gather(1, index), m
+            yield Tokens(x, n, position, prefix)
 
     def embed(self, images: Tensor) -> Tensor:
-        """CLS and patch tokens with their positions: [B, 1 + n, D]."""
-        cls = self.cls_token.expand(images.shape[0], -1, -1)  # len() would fix the exported batch
-        return torch.cat([cls, self.patch_embed(images)], dim=1) + self.pos_embed
+        """Prefix and patch tokens with their positions: [B, prefix + n, D]."""
+        patches = self.embed_patches(images)
+        return torch.cat([self.prefix_tokens(images.shape[0]), patches], dim=1)
 
-    def pool(self, cls: Tensor, patches: Tensor) -> Tensor:
-        """Logits [B, classes] of CLS [B, D] and patches [B, n, D].
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """Patch tokens with their positions: [B, n, D]."""
+        patches: Tensor = self.patch_embed(images)
+        return patches + self.pos_embed[:, self.config.positioned :]
+
+    def prefix_tokens(self, batch: int) -> Tensor:
+        """CLS, distillation and register tokens, with positions where they have one."""
+        tokens = self.cls_token
+        if self.config.distilled:
+            tokens = torch.cat([tokens, self.dist_token], dim=1)
+        tokens = tokens + self.pos_embed[:, : self.config.positioned]
+        if self.config.registers:
+            tokens = torch.cat([tokens, self.reg_token], dim=1)
+        return tokens.expand(batch, -1, -1)
+
+    def pool(self, x: Tensor, patches: Tensor) -> Tensor:
+        """Logits [B, classes] of all tokens x [B, prefix + n + e, D] and patches [B, n, D].
 
         The appended means are left out (paper, section 3.4).
         """
-        mean = self.config.pooling == "mean"
-        pooled = self.fc_norm(patches.mean(dim=1)) if mean else self.norm(cls)
-        logits: Tensor = self.head(pooled)
+        if self.config.pooling == "mean":
+            logits: Tensor = self.head(self.fc_norm(patches.mean(dim=1)))
+            return logits
+        logits = self.head(self.norm(x[:, 0]))
+        if self.config.distilled:  # DeiT, at inference: the mean of both heads
+            logits = (logits + self.head_dist(self.norm(x[:, 1]))) / 2
         return logits
 
 
-def sincos_position(width: int, grid: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions as MAE starts from: [1, 1 + grid^2, width], zeros for CLS."""
+def sincos_position(width: int, grid: int, positioned: int = 1) -> Tensor:
+    """Fixed 2-D sine-cosine positions as MAE starts from: [1, positioned + grid^2, width].
+
+    Zeros for the `positioned` tokens before the patches.
+    """
     frequency = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.outer(torch.arange(grid, dtype=torch.float64), frequency)  # [grid, D / 4]
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # [grid, D / 2]
     column = axis.repeat(grid, 1)  # x runs fastest
     row = axis.repeat_interleave(grid, dim=0)
     table = torch.cat([column, row], dim=1).float()
-    return torch.cat([torch.zeros(1, width), table])[None]
+    return torch.cat([torch.zeros(positioned, width), table])[None]
 
 
-def _init(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
+    """MAE's initialisation: Xavier uniform, no biases, the patch embedding as a linear layer."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):  # as the linear layer that a patch embedding is
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.flatten(1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
