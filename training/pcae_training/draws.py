@@ -43,3 +43,16 @@ def generator(*key: int | str) -> torch.Generator:
     """A CPU generator seeded by everything in `key`."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def drop_path_factors(draws: Draws, depth: int, rate: float, device: torch.device) -> Tensor | None:
+    """What each sample's branches are multiplied by: [depth, 2, B]; None at rate 0.
+
+    A branch of block i is dropped at a rate that rises linearly from 0 to `rate` in the last block,
+    and scaled up where it is not (arXiv 1603.09382).
+    """
+    if rate == 0:
+        return None
+    keep = 1 - torch.linspace(0, rate, depth)[:, None]  # [depth, 1]
+    factors = (draws.uniform("drop path", depth, 2) < keep) / keep
+    return factors.permute(1, 2, 0).to(device, non_blocking=True)
