@@ -1,20 +1,23 @@
 import io
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pcae_serve.preprocess import Preprocess
 from pcae_training import data
+from pcae_training.columns import choose
 from pcae_training.data import DataError, LabelledImages, hold_out, load
 
 PREPROCESS = Preprocess(8, 8, (0.5,) * 3, (0.5,) * 3)
 LARGER = Preprocess(10, 12, (0.5,) * 3, (0.5,) * 3)
+CPU = torch.device("cpu")
 FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and torch
 
 
@@ -35,6 +38,26 @@ def table(count: int = 6) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows, features=features)
 
 
+def run(
+    images: LabelledImages, slices: list[slice], *, seed: int = 0, epoch: int = 0, workers: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    return list(images.epoch(seed, epoch, slices, CPU, workers))
+
+
+def drawn(images: LabelledImages, slices: list[slice], **key: int) -> list[int]:
+    """Which images an epoch gives: `png` paints the row's number."""
+    return [
+        level for pixels, _ in run(images, slices, **key) for level in pixels[:, 0, 0, 0].tolist()
+    ]
+
+
+def damaged(bad: set[int], count: int = 6) -> datasets.Dataset:
+    rows = table(count).cast_column("image", datasets.Image(decode=False))
+    cut = [{"bytes": png(i)[: 50 if i in bad else None], "path": None} for i in range(count)]
+    rows = rows.remove_columns("image").add_column("image", cut)
+    return rows.cast_column("image", datasets.Image())
+
+
 def levels(images: LabelledImages) -> list[int]:
     return [int(images[i][0][0, 0, 0]) for i in range(len(images))]
 
@@ -47,89 +70,77 @@ def test_class_folders(class_folders: Any) -> None:
     assert (pixels.shape, pixels.dtype, label) == ((3, 8, 8), torch.uint8, 0)
 
 
-def test_folder_of_parquet(tmp_path: Path) -> None:
-    folder = tmp_path / "data"  # beside the cache
-    folder.mkdir()
-    table(6).to_parquet(folder / "train-00000-of-00001.parquet")
-    table(4).to_parquet(folder / "test-00000-of-00001.parquet")
-    assert levels(load(str(folder), "train", PREPROCESS)) == [0, 1, 2, 3, 4, 5]
-    assert load(str(folder), "test", PREPROCESS).labels.tolist() == [0, 1, 0, 1]
-
-
-def test_one_parquet_file_is_whatever_split_is_asked_for(tmp_path: Path) -> None:
+def test_one_parquet_file(tmp_path: Path) -> None:
     file = tmp_path / "some.parquet"
     table().to_parquet(file)
-    for split in ("train", "test"):
-        images = load(str(file), split, PREPROCESS)
-        assert levels(images) == [0, 1, 2, 3, 4, 5]
-        assert images.classes == ["even", "odd"]
+    images = load(str(file), "test", PREPROCESS)
+    assert levels(images) == [0, 1, 2, 3, 4, 5]
+    assert images.classes == ["even", "odd"]
+    assert images.name == "some.parquet/test"
 
 
-def test_hub_names_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def hub(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
-        return table()
-
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    assert len(load("zalando-datasets/fashion_mnist", "test", PREPROCESS)) == 6
-    assert asked == [("zalando-datasets/fashion_mnist", "test")]
+def test_nothing_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^cannot read split 'train' of data set .*nowhere'"):
+        load(str(tmp_path / "nowhere"), "train", PREPROCESS)
 
 
-def fails(source: Any, split: str = "train") -> str:
-    with pytest.raises(DataError) as raised:
-        load(str(source), split, PREPROCESS)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
-def test_offline_hub_name_is_one_line() -> None:
-    assert fails("nobody/nothing").startswith("cannot read split 'train' of data set 'nobody/noth")
-
-
-def test_wrong_paths(tmp_path: Path) -> None:
-    assert "cannot read" in fails(tmp_path / "nowhere")
-    assert "cannot read" in fails(tmp_path / "nowhere.parquet")
-    (tmp_path / "empty").mkdir()
-    assert "cannot read" in fails(tmp_path / "empty")
-    (tmp_path / "text.parquet").write_text("no parquet at all")
-    assert "cannot read" in fails(tmp_path / "text.parquet")
-
-
-def test_missing_split(class_folders: Any) -> None:
-    assert "validation" in fails(class_folders(2), "validation")
-
-
-def test_an_error_without_words_still_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def silent(*_: Any, **__: Any) -> None:
-        raise OSError
-
-    monkeypatch.setattr(datasets, "load_dataset", silent)
-    assert fails("x").endswith("OSError")
-
-
-def test_no_label_column(tmp_path: Path) -> None:
+def test_unlabelled(tmp_path: Path) -> None:
     table().remove_columns("label").to_parquet(tmp_path / "a.parquet")
-    message = fails(tmp_path / "a.parquet")
-    assert (
-        "needs one image and one class-label column, but its columns are image (Image)" in message
-    )
+    images = load(str(tmp_path / "a.parquet"), "train", PREPROCESS, labelled=False)
+    assert images.classes == []
+    assert images.labels.tolist() == [-1] * 6
+    assert [labels.tolist() for _, labels in run(images, [slice(0, 2)])] == [[-1, -1]]
+    with pytest.raises(DataError, match="needs a label column"):
+        load(str(tmp_path / "a.parquet"), "train", PREPROCESS)
 
 
-def test_images_without_a_label() -> None:
-    rows = table().map(lambda row: row | {"label": -1})
-    with pytest.raises(DataError, match="x/test: 6 of its 6 images have no label"):
-        LabelledImages(rows, PREPROCESS, "x/test")
+def numbered(labels: list[int | None]) -> datasets.Dataset:
+    """Labels that are integers without names."""
+    rows = table(len(labels)).remove_columns("label")
+    return rows.add_column("label", pa.array(labels, pa.int64()))
+
+
+def test_numbers_name_themselves() -> None:
+    images = LabelledImages(numbered([2, 0, 3, 0]), PREPROCESS, "x")
+    assert images.labels.tolist() == [2, 0, 3, 0]
+    assert images.classes == ["0", "1", "2", "3"]
+
+
+def test_numbers_with_names() -> None:
+    rows = numbered([2, 0, 1])
+    columns = choose(rows.features, "x", classes=["u", "v", "w"])
+    assert LabelledImages(rows, PREPROCESS, "x", columns).classes == ["u", "v", "w"]
+    fewer = choose(rows.features, "x", classes=["u", "v"])
+    with pytest.raises(DataError) as raised:
+        LabelledImages(rows, PREPROCESS, "x", fewer)
+    assert str(raised.value) == "x, row 0: label 2 is beyond the 2 classes, 0 to 1"
+
+
+def test_numbers_that_are_no_labels() -> None:
+    with pytest.raises(DataError, match="x has labels up to 900000000 in 3 rows: name the classes"):
+        LabelledImages(numbered([0, 900_000_000, 1]), PREPROCESS, "x")
+
+
+def test_one_class_teaches_nothing() -> None:
+    with pytest.raises(DataError, match="x has only one class, '0': there is nothing to learn"):
+        LabelledImages(numbered([0, 0, 0]), PREPROCESS, "x")
+
+
+def test_labels_in_json_shards(tmp_path: Path) -> None:
+    rows = table(4).remove_columns("label").rename_column("image", "png")
+    rows = rows.add_column("json", [{"label": i % 3, "id": i} for i in range(4)])
+    assert LabelledImages(rows, PREPROCESS, "x").labels.tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("nothing", [-1, None])
+def test_images_without_a_label(nothing: int | None) -> None:
+    with pytest.raises(DataError, match="x/test: 2 of its 3 images have no label"):
+        LabelledImages(numbered([nothing, 1, nothing]), PREPROCESS, "x/test")
 
 
 def test_no_rows() -> None:
     with pytest.raises(DataError, match="x has no rows"):
         LabelledImages(table(1).select([]), PREPROCESS, "x")
-
-
-def _all(images: LabelledImages, workers: int) -> None:
-    list(images.batches(range(len(images)), 2, workers))
 
 
 @FORKS
@@ -140,11 +151,13 @@ def test_a_damaged_image_is_named(damage: bytes, workers: int | None, class_fold
     victim = root / "train" / "dark" / "001.png"
     victim.write_bytes(damage)
     images = load(str(root), "train", PREPROCESS)
-    message = rf"^images/train, row 4 \(.*{victim.name}\): "
-    read = images.in_memory if workers is None else partial(_all, images, workers)
-    with pytest.raises(DataError, match=message) as raised:
-        read()
+    if workers is None:
+        images.in_memory()
+    with pytest.raises(DataError, match=rf"^images/train, row 4 \(.*{victim.name}\): ") as raised:
+        list(images.batches(range(len(images)), 2, workers or 0))
     assert "\n" not in str(raised.value)
+    with pytest.raises(DataError, match="row 4"):
+        images[4]
 
 
 def test_a_vanished_image_is_named(class_folders: Any) -> None:
@@ -196,3 +209,143 @@ def test_hold_out_is_disjoint_whole_and_reproducible() -> None:
 def test_hold_out_leaves_something(count: int) -> None:
     with pytest.raises(DataError, match=f"cannot hold out {count} of the 6 images of x"):
         hold_out(LabelledImages(table(), PREPROCESS, "x"), count)
+
+
+@pytest.fixture(params=["memory", "lazy"])
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to hold map-style data."""
+    if request.param == "lazy":
+        monkeypatch.setattr(data, "MEMORY_LIMIT_BYTES", 0)
+    return str(request.param)
+
+
+WHOLE = [slice(0, 4), slice(4, 8), slice(8, 10)]
+
+
+def test_an_epoch_is_a_permutation(mode: str) -> None:
+    images = LabelledImages(table(10), PREPROCESS, "x")
+    batches = run(images, WHOLE)
+    assert [(pixels.shape, pixels.dtype) for pixels, _ in batches] == [
+        ((size, 3, 8, 8), torch.uint8) for size in (4, 4, 2)
+    ]
+    order = [level for pixels, _ in batches for level in pixels[:, 0, 0, 0].tolist()]
+    assert sorted(order) == list(range(10))
+    labels = torch.cat([labels for _, labels in batches])
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [level % 2 for level in order]
+    assert (images._pixels is None) == (mode == "lazy")
+
+
+@pytest.mark.usefixtures("mode")
+def test_the_order_is_of_seed_and_epoch_alone() -> None:
+    one, other = (LabelledImages(table(10), PREPROCESS, "x") for _ in range(2))
+    first = drawn(one, WHOLE, seed=3, epoch=1)
+    torch.manual_seed(123)
+    assert drawn(other, WHOLE, seed=3, epoch=1) == first
+    assert drawn(one, WHOLE, seed=3, epoch=2) != first
+    assert drawn(one, WHOLE, seed=4, epoch=1) != first
+    assert drawn(one, WHOLE, seed=3, epoch=1) == first
+
+
+@FORKS
+@pytest.mark.usefixtures("mode")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_and_resumed_runs_take_slices_of_one_order(workers: int) -> None:
+    images = LabelledImages(table(10), PREPROCESS, "x")
+    order = drawn(images, [slice(0, 10)], epoch=1)
+    halves = [drawn(images, part, epoch=1) for part in ([slice(0, 2), slice(4, 6)], [slice(2, 4)])]
+    assert halves == [order[0:2] + order[4:6], order[2:4]]
+    assert drawn(images, [slice(6, 9), slice(9, 10)], epoch=1, workers=workers) == order[6:]
+    assert [len(labels) for _, labels in run(images, [slice(10, 10)])] == [0]
+
+
+@FORKS
+@pytest.mark.usefixtures("mode")
+def test_an_epoch_draws_nothing_from_torch() -> None:
+    images = LabelledImages(table(10), PREPROCESS, "x")
+    state = torch.get_rng_state()
+    run(images, WHOLE, workers=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("mode")
+def test_pixels_of_an_epoch_are_the_images(class_folders: Any) -> None:
+    images = load(str(class_folders(4, size=11)), "train", LARGER)
+    expected = sorted(images[i][0].numpy().tobytes() for i in range(8))
+    ((pixels, _),) = run(images, [slice(0, 8)])
+    assert sorted(image.numpy().tobytes() for image in pixels) == expected
+
+
+@pytest.mark.usefixtures("mode")
+def test_a_subset_is_all_there_is() -> None:
+    images = LabelledImages(table(10), PREPROCESS, "x")
+    for whole in (images, images.in_memory()):
+        fewer = whole.subset([7, 2, 4])
+        assert (len(fewer), fewer.labels.tolist(), levels(fewer)) == (3, [1, 0, 0], [7, 2, 4])
+        assert sorted(drawn(fewer, [slice(0, 3)])) == [2, 4, 7]
+        assert levels(fewer.subset([2, 0])) == [4, 7]
+    with pytest.raises(DataError, match="x: none of its 10 images are left"):
+        images.subset([])
+
+
+@FORKS
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.usefixtures("mode")
+def test_the_next_readable_image_stands_in(workers: int) -> None:
+    sound = drawn(LabelledImages(table(10), PREPROCESS, "x"), [slice(0, 10)])
+    bad = {sound[place] for place in (0, 4, 5, 9)}  # after the last comes the first
+    after = sound + sound
+    expected = [next(i for i in after[place:] if i not in bad) for place in range(10)]
+    images = LabelledImages(damaged(bad, 10), PREPROCESS, "x")
+    slices = [slice(0, 3), slice(3, 6), slice(6, 10)]
+    for _ in range(2):  # images that were skipped before are not counted again
+        batches = run(images, slices, workers=workers)
+        order = torch.cat([pixels[:, 0, 0, 0] for pixels, _ in batches])
+        assert order.tolist() == expected
+        assert torch.equal(torch.cat([labels for _, labels in batches]), order.long() % 2)
+        assert images.unreadable == 4
+
+
+@pytest.mark.usefixtures("mode")
+def test_too_many_unreadable_images_end_the_run() -> None:
+    images = LabelledImages(damaged(set(range(11)), 40), PREPROCESS, "x")
+    message = (
+        r"^x: 11 of 40 images cannot be read \(27.5%; --max-unreadable allows 1.0%\);"
+        r" the first: x, row \d+ \(bytes in the table\): "
+    )
+    with pytest.raises(DataError, match=message):
+        run(images, [slice(0, 40)])
+    patient = LabelledImages(damaged(set(range(11)), 40), PREPROCESS, "x", max_unreadable=0.3)
+    run(patient, [slice(0, 40)])
+    assert patient.unreadable == 11
+
+
+@pytest.mark.usefixtures("mode")
+def test_nothing_readable() -> None:
+    images = LabelledImages(damaged({0, 1, 2}, 3), PREPROCESS, "x")
+    with pytest.raises(DataError, match="x: 3 images in a row cannot be read; the first: x, row "):
+        run(images, [slice(0, 3)])
+
+
+@pytest.mark.usefixtures("mode")
+def test_readable_leaves_the_others_out() -> None:
+    images = LabelledImages(damaged({1, 4}), PREPROCESS, "x")
+    fewer = images.readable()
+    assert (images.unreadable, fewer.unreadable) == (2, 0)
+    assert levels(fewer) == [0, 2, 3, 5]
+    assert fewer.labels.tolist() == [0, 0, 1, 1]
+    ((pixels, _),) = fewer.batches(range(4), 4)
+    assert pixels[:, 0, 0, 0].tolist() == [0, 2, 3, 5]
+
+
+def test_what_is_known_to_be_unreadable_stays_known_and_weighs_no_more() -> None:
+    images = LabelledImages(damaged(set(range(11)), 40), PREPROCESS, "x", max_unreadable=0.3)
+    fewer = images.in_memory().subset(range(38))
+    run(fewer, [slice(0, 4)])  # 11 of these 38, not of the 4 that are seen
+    assert fewer.unreadable == 11
+
+
+def test_a_gpu_lends_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    assert data._room_bytes(torch.device("cuda")) == 500
+    assert data._room_bytes(CPU) == data.MEMORY_LIMIT_BYTES

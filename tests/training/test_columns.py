@@ -1,0 +1,119 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Features, Image, Value
+
+from pcae_training.columns import Columns, choose
+from pcae_training.source import DataError
+
+PETS = ClassLabel(names=["cat", "dog"])
+INT = Value("int64")
+
+
+def fails(columns: dict[str, Any], **wanted: Any) -> str:
+    with pytest.raises(DataError) as raised:
+        choose(Features(columns), "x", **wanted)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "found"),
+    [
+        ({"photo": Image(), "kind": PETS, "label": INT}, None, ("kind",)),
+        ({"png": Image(), "cls": INT, "__key__": Value("string")}, None, ("cls",)),
+        ({"jpg": Image(), "json": {"label": INT, "width": INT}}, None, ("json", "label")),
+        ({"a": Image(), "json": {"label": INT, "id": INT}}, "json.id", ("json", "id")),
+        ({"a": Image(), "b.c": INT}, "b.c", ("b.c",)),  # a column's own name, and no field
+        ({"a": Image(), "fine": PETS, "coarse": PETS}, "coarse", ("coarse",)),
+    ],
+)
+def test_the_label_column(columns: dict[str, Any], asked: str | None, found: Any) -> None:
+    assert choose(Features(columns), "x", label_column=asked).label == found
+
+
+def test_nothing_need_be_said_of_one_image_and_one_label() -> None:
+    found = choose(Features({"image": Image(), "label": PETS}), "x")
+    assert found == Columns("image", ("label",), ("cat", "dog"))
+
+
+def test_the_image_column_that_is_asked_for() -> None:
+    features = Features({"photo": Image(), "mask": Image(), "label": PETS})
+    assert choose(features, "x", image_column="mask").image == "mask"
+
+
+def test_names_that_are_given_hold() -> None:
+    features = Features({"a": Image(), "cls": INT})
+    assert choose(features, "x").classes == ()
+    assert choose(features, "x", classes=["u", "v", "w"]).classes == ("u", "v", "w")
+    named = Features({"a": Image(), "label": PETS})
+    assert choose(named, "x", classes=["cat", "dog"]).classes == ("cat", "dog")
+
+
+def test_names_that_are_given_are_not_against_the_datas_own() -> None:
+    assert fails({"a": Image(), "label": PETS}, classes=["dog", "cat"]) == (
+        "x calls its classes cat, dog, but dog, cat are asked for"
+    )
+    four = fails({"a": Image(), "label": PETS}, classes=["cat", "dog", "eel", "fox"])
+    assert four == "x calls its classes cat, dog, but cat, dog, eel, … (4) are asked for"
+
+
+def test_unlabelled_needs_an_image_alone() -> None:
+    assert choose(Features({"a": Image()}), "x", labelled=False) == Columns("a")
+    labelled = Features({"a": Image(), "one": PETS, "two": PETS})
+    assert choose(labelled, "x", labelled=False) == Columns("a")
+
+
+def test_what_cannot_be_chosen() -> None:
+    assert fails({"label": PETS}) == "x needs an image column: its columns are label (ClassLabel)"
+    assert fails({"a": Image(), "b": Image(), "label": PETS}) == (
+        "x has 2 image columns, a, b: choose one with --image-column"
+    )
+    assert fails({"a": Image(), "label": PETS}, image_column="b") == (
+        "x has no image column 'b': its columns are a (Image), label (ClassLabel)"
+    )
+    assert fails({"a": Image(), "name": Value("string")}) == (
+        "x needs a label column (class folders have one from two classes on):"
+        " its columns are a (Image), name (string)"
+    )
+    assert fails({"a": Image(), "width": INT}).startswith("x needs a label column")
+    assert fails({"a": Image(), "fine": PETS, "coarse": PETS}) == (
+        "x has 2 label columns, fine, coarse: choose one with --label-column"
+    )
+    for asked in ("nothing", "name", "json.name", "json.label.deeper", "json"):
+        assert fails(
+            {"a": Image(), "name": Value("string"), "json": {"name": Value("string")}},
+            label_column=asked,
+        ).startswith(f"x has no column {asked!r} of class labels or integers: its columns are a (")
+    with pytest.raises(DataError, match="x needs an image column: its columns are not known"):
+        choose(None, "x")
+
+
+def test_classes_that_teach_nothing() -> None:
+    one = {"a": Image(), "label": ClassLabel(names=["cat"])}
+    assert fails(one) == "x has only one class, 'cat': there is nothing to learn"
+    assert fails({"a": Image(), "cls": INT}, classes=["u", "v", "u"]) == (
+        "x has two classes called 'u': give each its own name"
+    )
+
+
+def test_values() -> None:
+    assert Columns("a", ("cls",)).value({"cls": 3}) == 3
+    assert Columns("a", ("json", "label")).value({"json": {"label": 4}}) == 4
+    assert Columns("a", ("json", "label")).value({"json": {"label": None}}) == -1
+    assert Columns("a", ("json", "label")).value({"json": None}) == -1
+    assert Columns("a").value({"cls": 3}) == -1
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])  # as datasets names what is not local
+def test_bodies(prefix: str, tmp_path: Path) -> None:
+    columns = Columns("a")
+    file = tmp_path / "some"
+    file.write_bytes(b"abc")
+    assert columns.body({"a": {"bytes": b"de", "path": "nowhere"}}) == b"de"
+    assert columns.body({"a": {"bytes": None, "path": f"{prefix}{file}"}}) == b"abc"
+    with pytest.raises(OSError, match="there is no image"):
+        columns.body({"a": None})
+    with pytest.raises(FileNotFoundError):
+        columns.body({"a": {"bytes": None, "path": f"{prefix}{tmp_path}/nowhere"}})

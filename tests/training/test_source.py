@@ -1,0 +1,99 @@
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from pcae_training.source import DataError, open_source, title
+
+
+def table(count: int) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"number": list(range(count))})
+
+
+def numbers(source: Any, split: str, stream: bool = False) -> list[int]:
+    return [row["number"] for row in open_source(str(source), split, stream=stream)]
+
+
+def fails(source: Any, split: str = "train", stream: bool = False) -> str:
+    with pytest.raises(DataError) as raised:
+        open_source(str(source), split, stream=stream)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_folder_of_parquet_has_its_splits(stream: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "data"  # beside the cache
+    folder.mkdir()
+    table(6).to_parquet(folder / "train-00000-of-00001.parquet")
+    table(4).to_parquet(folder / "test-00000-of-00001.parquet")
+    assert numbers(str(folder), "train", stream) == [0, 1, 2, 3, 4, 5]
+    assert numbers(str(folder), "test", stream) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_files_by_name_or_pattern_are_whatever_split_is_asked_for(
+    split: str, tmp_path: Path
+) -> None:
+    table(3).to_parquet(tmp_path / "a.parquet")
+    table(2).to_parquet(tmp_path / "b.parquet")
+    assert numbers(str(tmp_path / "a.parquet"), split) == [0, 1, 2]
+    assert numbers(str(tmp_path / "*.parquet"), split) == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("stream", "options"), [(False, {}), (True, {"streaming": True})], ids=["map", "stream"]
+)
+def test_hub_names_go_to_datasets(
+    stream: bool, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def hub(name: str, **given: Any) -> datasets.Dataset:
+        asked.append((name, given))
+        return table(3)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    assert numbers("zalando-datasets/fashion_mnist", "test", stream) == [0, 1, 2]
+    assert asked == [("zalando-datasets/fashion_mnist", {"split": "test", **options})]
+
+
+def test_offline_hub_name_is_one_line() -> None:
+    assert fails("nobody/nothing").startswith("cannot read split 'train' of data set 'nobody/noth")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_wrong_paths(stream: bool, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.parquet").write_text("no parquet at all")
+    (tmp_path / "text.tar").write_text("no tar file at all")
+    (tmp_path / "empty.tar").write_bytes(bytes(10240))  # what tar writes for no files
+    for name in (
+        "nowhere",
+        "nowhere.parquet",
+        "nowhere/*.tar",
+        "empty",
+        "text.parquet",
+        "text.tar",
+        "empty.tar",
+    ):
+        assert fails(tmp_path / name, stream=stream).startswith("cannot read split 'train' of")
+
+
+def test_missing_split(class_folders: Any) -> None:
+    assert "validation" in fails(class_folders(2), "validation")
+
+
+def test_an_error_without_words_still_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: Any, **__: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(datasets, "load_dataset", silent)
+    assert fails("x").endswith("OSError")
+
+
+def test_titles() -> None:
+    assert title("/some/where/flowers", "train") == "flowers/train"
+    assert title("uoft-cs/cifar100", "test") == "cifar100/test"
+    assert title("/data/wds/*.tar", "train") == "wds/*.tar/train"

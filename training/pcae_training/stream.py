@@ -1,0 +1,200 @@
+"""Images read as they come: tar shards and other sources too large to be opened at random.
+
+Every process reads the whole stream and decodes its own share of it, so that the image at a place
+of an epoch is the same for any number of processes, and a resumed run skips to where it was. The
+order is the shuffling of `datasets` (shards, then a buffer) under a key of seed and epoch: good for
+as long as its version stays. It knows nothing of models or of augmentation.
+"""
+
+import copy
+import itertools
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Unpack
+
+import datasets  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+
+from pcae_serve.errors import RequestError, one_line
+from pcae_serve.preprocess import Preprocess
+from pcae_training.columns import Columns, Wanted, check_value, choose
+from pcae_training.data import to_pixels
+from pcae_training.draws import generator
+from pcae_training.skipped import MAX_UNREADABLE, PATIENCE, Skipped, none_readable
+from pcae_training.source import READ_ERRORS, DataError, open_source, title
+
+#: Images among which the next one is drawn; as files they are in memory, about 0.1 MB each.
+BUFFER_SIZE = 1000
+
+#: Slices being decoded while the one before them is in use.
+AHEAD = 2
+
+
+class Sample(NamedTuple):
+    """One row of the stream, its image not decoded."""
+
+    title: str  # names the image in messages, and tells it from others
+    row: dict[str, Any]
+
+
+class Part(NamedTuple):
+    """A slice of the epoch on its way."""
+
+    samples: list[Sample]
+    decoded: list["Future[Tensor | str]"]
+    after: Iterator[Sample]  # the stream beyond it, to copy before it is read
+
+
+class ImageStream:
+    """uint8 pixels and labels, decoded on the way, under the epoch's order (TrainingData)."""
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        preprocess: Preprocess,
+        name: str,
+        columns: Columns,
+        *,
+        epoch_size: int,
+        buffer_size: int = BUFFER_SIZE,
+        max_unreadable: float = MAX_UNREADABLE,
+    ) -> None:
+        """epoch_size: images an epoch; a shorter stream starts again, in another order."""
+        if epoch_size < 1:
+            raise DataError(f"{name}: an epoch of {epoch_size} images is none")
+        if columns.label and not columns.classes:
+            raise DataError(f"{name} has numbers for labels: name the classes with --classes")
+        self.name, self.preprocess = name, preprocess
+        self.classes = list(columns.classes)
+        self._columns, self._epoch_size, self._buffer_size = columns, epoch_size, buffer_size
+        needed = (columns.image, *columns.label[:1], "__url__")
+        rows = rows.select_columns([key for key in rows.features if key in needed])
+        self._rows = rows.cast_column(columns.image, datasets.Image(decode=False))
+        self._skipped = Skipped(name, max_unreadable)
+
+    def __len__(self) -> int:
+        return self._epoch_size
+
+    @property
+    def unreadable(self) -> int:
+        """Images skipped so far by this process."""
+        return len(self._skipped)
+
+    def epoch(
+        self,
+        seed: int,
+        epoch: int,
+        slices: Sequence[slice],
+        device: torch.device,
+        workers: int = 0,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each of `slices`, which rise: pixels uint8 [b, 3, S, S] and labels int64 [b].
+
+        Both are on `device`; labels are -1 without labels. workers: threads that decode (at least
+        one), two slices ahead. The next readable image stands in for one that cannot be read.
+        Raises DataError where the stream cannot be read, has too many unreadable images or a label
+        that is none.
+        """
+        samples = itertools.tee(self._samples(seed, epoch), 1)[0]  # a copy of it looks ahead
+        parts: deque[Part] = deque()
+        place = 0
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for start, stop, _ in (part.indices(len(self)) for part in slices):
+                own = list(itertools.islice(samples, start - place, stop - place))
+                place = stop
+                decoded = [pool.submit(self._decode, sample) for sample in own]
+                parts.append(Part(own, decoded, copy.copy(samples)))
+                if len(parts) > AHEAD:
+                    yield self._batch(parts.popleft(), device)
+            while parts:
+                yield self._batch(parts.popleft(), device)
+
+    def _samples(self, seed: int, epoch: int) -> Iterator[Sample]:
+        """The epoch's order, without end."""
+        place = 0
+        for turn in itertools.count():
+            key = generator(seed, epoch, "order", turn).initial_seed()
+            begun = place
+            try:
+                for row in self._rows.shuffle(seed=key, buffer_size=self._buffer_size):
+                    yield Sample(self._title(row) or f"image {place} of epoch {epoch}", row)
+                    place += 1
+            except READ_ERRORS as error:
+                raise DataError(f"{self.name} cannot be read on: {one_line(error)}") from None
+            if place == begun:
+                raise DataError(f"{self.name} has no rows")
+
+    def _title(self, row: dict[str, Any]) -> str:
+        """The image's shard and file; empty where the row does not tell."""
+        path = (row[self._columns.image] or {}).get("path") or ""
+        return " ".join(filter(None, (row.get("__url__"), path)))
+
+    def _decode(self, sample: Sample) -> Tensor | str:
+        """Pixels [3, S, S], or why there are none."""
+        try:
+            return to_pixels(self.preprocess, self._columns.body(sample.row))
+        except (OSError, RequestError) as error:
+            return f"{self.name}, {sample.title}: {one_line(error)}"
+
+    def _batch(self, part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
+        size = self.preprocess.image_size
+        pixels = torch.empty(len(part.samples), 3, size, size, dtype=torch.uint8)
+        labels = torch.empty(len(part.samples), dtype=torch.int64)
+        reasons: dict[Hashable, str] = {}
+        for i, (sample, future) in enumerate(zip(part.samples, part.decoded, strict=True)):
+            image = future.result()
+            if isinstance(image, str):
+                reasons[sample.title] = image
+                candidates = itertools.chain(part.samples[i + 1 :], copy.copy(part.after))
+                sample, image = self._stand_in(candidates, reasons)
+            pixels[i], labels[i] = image, self._label(sample)
+        self._skipped.note(reasons, len(pixels))
+        if device.type == "cuda":  # page-locked, so that nothing waits for the copy
+            pixels, labels = pixels.pin_memory(), labels.pin_memory()
+        return pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def _stand_in(
+        self, candidates: Iterable[Sample], reasons: dict[Hashable, str]
+    ) -> tuple[Sample, Tensor]:
+        """The first readable one of `candidates`; why the others are not goes to `reasons`."""
+        for sample in itertools.islice(candidates, PATIENCE):
+            image = self._decode(sample)
+            if isinstance(image, Tensor):
+                return sample, image
+            reasons[sample.title] = image
+        raise none_readable(self.name, reasons)
+
+    def _label(self, sample: Sample) -> int:
+        value = self._columns.value(sample.row)
+        if self._columns.label:
+            check_value(value, self.classes, f"{self.name}, {sample.title}")
+        return value
+
+
+def load_stream(
+    source: str,
+    split: str,
+    preprocess: Preprocess,
+    *,
+    epoch_size: int,
+    buffer_size: int = BUFFER_SIZE,
+    max_unreadable: float = MAX_UNREADABLE,
+    **wanted: Unpack[Wanted],
+) -> ImageStream:
+    """Open `source` (as `source.open_source` takes it) to be read as it comes.
+
+    Raises DataError where there is no such data, split, image column or label column.
+    """
+    name = title(source, split)
+    rows = open_source(source, split, stream=True)
+    return ImageStream(
+        rows,
+        preprocess,
+        name,
+        choose(rows.features, name, **wanted),
+        epoch_size=epoch_size,
+        buffer_size=buffer_size,
+        max_unreadable=max_unreadable,
+    )
