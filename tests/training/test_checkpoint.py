@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from pcae_serve.preprocess import Preprocess
 from pcae_training import checkpoint as checkpoints
@@ -185,48 +184,3 @@ def test_damaged_state_is_told_in_one_line(tmp_path: Path) -> None:
     truncate(tmp_path / "one" / "training_state.safetensors")
     with pytest.raises(CheckpointError, match=r"training_state\.safetensors cannot be read"):
         load_state(tmp_path / "one")
-
-
-@pytest.mark.parametrize("size", [3, 32])
-def test_a_patch_size_that_does_not_fit_is_one_line(size: int, tmp_path: Path) -> None:
-    save(fresh(), tmp_path / "one")
-    with pytest.raises(CheckpointError, match=f"patch size {size} does not divide 16"):
-        load(tmp_path / "one", size)
-
-
-def test_same_patch_size_is_the_identity(tmp_path: Path) -> None:
-    before = fresh()
-    save(before, tmp_path / "one")
-    assert same_weights(before, load(tmp_path / "one", patch_size=4))
-    resized = checkpoints.resize_patches(before.model.state_dict(), TINY)
-    for name, tensor in before.model.state_dict().items():
-        torch.testing.assert_close(resized[name], tensor)
-
-
-@pytest.mark.parametrize(("new", "limit"), [(2, 0.2), (8, 0.05)])  # 2 x 2 lose the slopes
-def test_a_resized_patch_gives_nearly_the_same_token(
-    new: int, limit: float, tmp_path: Path
-) -> None:
-    save(fresh(), tmp_path / "one")
-    before, after = load(tmp_path / "one"), load(tmp_path / "one", patch_size=new)
-    assert after.model.config == replace(TINY, patch_size=new)
-    y, x = torch.meshgrid(torch.linspace(0, 2, 16), torch.linspace(0, 3, 16), indexing="ij")
-    smooth = torch.stack([x.sin(), y.cos(), (x + y).sin()])[None]
-    resized = F.interpolate(smooth, scale_factor=new / 4, mode="bilinear")  # same patches, new size
-    tokens = before.model.patch_embed(smooth)
-    error = (after.model.patch_embed(resized) - tokens).norm() / tokens.norm()
-    assert error < limit
-    flat = torch.full((1, 3, 16, 16), 0.7)
-    torch.testing.assert_close(
-        after.model.patch_embed(flat)[:, :1], before.model.patch_embed(flat)[:, :1]
-    )
-    assert after.model(torch.randn(2, 3, 16, 16)).isfinite().all()
-
-
-def test_positions_are_interpolated_and_cls_stays(tmp_path: Path) -> None:
-    save(fresh(), tmp_path / "one")
-    before, after = load(tmp_path / "one"), load(tmp_path / "one", patch_size=2)
-    assert after.model.pos_embed.shape == (1, 65, 16)
-    assert torch.equal(after.model.pos_embed[:, 0], before.model.pos_embed[:, 0])
-    back = checkpoints.resize_patches(after.model.state_dict(), TINY)["pos_embed"]
-    assert (back - before.model.pos_embed).abs().mean() < 0.05

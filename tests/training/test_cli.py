@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from pcae_training.cli import Train
 TINY = [
     "--image-size", "8", "--patch-size", "2", "--width", "8", "--heads", "2", "--depth", "11",
     "--epochs", "1", "--batch-size", "10", "--shift", "0", "--holdout", "10",
-    "--budgets", "1.0,.5", "--no-flip", "--threads", "1",
+    "--budgets", "1.0,.5", "--no-flip", "--threads", "1", "--crop", "0", "--randaugment", "0",
+    "--mixup", "0", "--cutmix", "0", "--erase", "0",
 ]
 # fmt: on
 
@@ -28,7 +30,7 @@ def test_the_installed_command(class_folders: Any, tmp_path: Path) -> None:
         [command, "finetune", *flags, *TINY], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert f"wrote {tmp_path / 'out'}; top-1 on 10 images held out" in done.stdout
+    assert f"wrote {tmp_path / 'out'}; top-1 on images that were not trained on" in done.stdout
     assert "keep 1.0  " in done.stdout
     assert "keep 0.5  " in done.stdout
     assert checkpoints.load(tmp_path / "out").training["settings"]["budgets"] == [1.0, 0.5]
@@ -47,7 +49,10 @@ def test_the_installed_command(class_folders: Any, tmp_path: Path) -> None:
         (["--data", "/nowhere/at/all"], 1, "cannot read split 'train' of data set '/nowhere"),
         (["--holdout", "24"], 1, "cannot hold out 24 of the 24 images of images/train"),
         (["--resume"], 1, "no checkpoint: "),
-        (["--out", "/dev/null/x"], 1, "cannot write the checkpoint /dev/null/x"),
+        (["--keep", "0.5"], 2, "--keep trains one keep ratio, --budgets several: leave out one"),
+        (["--batch-size", "100"], 1, "14 images do not fill one step of --batch-size 100"),
+        (["--init", "/nowhere.pth"], 2, "--init decides the model's sizes: leave out"),
+        (["--out", "/dev/null/x"], 1, "cannot write to /dev/null/x"),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -83,3 +88,25 @@ def test_alone_it_prints_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().err
     assert printed.startswith("usage: pcae-train")
     assert "finetune" in printed
+
+
+def test_the_whole_way(
+    class_folders: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pretrain, fine-tune from it, and measure: as a person would, one command after the other."""
+    data, first, second = str(class_folders()), tmp_path / "first", tmp_path / "second"
+    class_folders(6, split="test")
+    model, steps = TINY[:10], ["--batch-size", "10", "--epochs", "1", "--threads", "1"]
+    assert run(Train, ["pretrain", "--data", data, "--out", str(first), *model, *steps]) == 0
+    assert f"wrote {first}; fine-tune from it: pcae-train finetune --init" in (
+        capsys.readouterr().out
+    )
+    tune = ["--init", str(first), "--out", str(second), "--holdout", "4", "--keep", "0.5"]
+    assert run(Train, ["finetune", "--data", data, *tune, *steps]) == 0
+    assert "not used: norm." in capsys.readouterr().err
+    result = tmp_path / "result.json"
+    assert run(Train, ["evaluate", str(second), "--data", data, "--json", str(result)]) == 0
+    assert "12 images of images/test" in capsys.readouterr().out
+    (budget,) = json.loads(result.read_text())["budgets"]
+    assert budget["keep_ratio"] == 0.5
+    assert budget["top1"]["value"] == pytest.approx(1 - len(budget["wrong"]) / 12)

@@ -1,14 +1,43 @@
+import json
+import math
+import pickle
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliApp, CliSubCommand
+from torch import Tensor
 
+from pcae_serve.command import config, run
+from pcae_serve.errors import PcaeError
 from pcae_serve.preprocess import Preprocess
-from pcae_training.data import LabelledImages, load
-from pcae_training.evaluate import Top1, evaluate, normalise
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
+from pcae_training.data import DataError, LabelledImages, load
+from pcae_training.draws import generator
+from pcae_training.evaluate import (
+    Difference,
+    EvaluateSettings,
+    Score,
+    Top1,
+    evaluate,
+    normalise,
+    ratios_for,
+    run_evaluation,
+    together,
+    write_whole,
+)
 from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.world import World
 
 PREPROCESS = Preprocess(8, 8, (0.5, 0.4, 0.3), (0.5, 0.25, 0.2))
+TINY = ViTConfig(8, 2, width=8, heads=2, classes=2)
 
 
 @pytest.fixture
@@ -16,10 +45,64 @@ def images(class_folders: Any) -> LabelledImages:
     return load(str(class_folders(6)), "train", PREPROCESS)
 
 
+def vit(config: ViTConfig = TINY) -> VisionTransformer:
+    """A model that answers now one class, now the other, and not the same at every budget."""
+    torch.manual_seed(33)
+    model = VisionTransformer(config)
+    if config.classes:
+        torch.nn.init.normal_(model.head.weight)
+    return model
+
+
 @pytest.fixture
 def model() -> VisionTransformer:
-    torch.manual_seed(0)
-    return VisionTransformer(ViTConfig(8, 2, width=8, heads=2, classes=2))
+    return vit()
+
+
+@pytest.fixture
+def settings(class_folders: Any, tmp_path: Path) -> Any:
+    """Settings of an evaluation of a checkpoint, of a model of `config` that was trained so."""
+    data = class_folders(6, split="test")
+
+    def make(
+        config: ViTConfig = TINY,
+        labels: tuple[str, ...] = ("bright", "dark"),
+        training: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> EvaluateSettings:
+        folder = tmp_path / "checkpoint"
+        checkpoints.save(Checkpoint(vit(config), PREPROCESS, list(labels), training or {}), folder)
+        return EvaluateSettings(checkpoint=folder, data=str(data), **changes)
+
+    return make
+
+
+def answers(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Top-1, top-5 and confidence of each image, an image at a time."""
+    found: dict[str, Any] = {"top1": [], "top5": [], "confidence": []}
+    for row, label in zip(logits.double().numpy(), labels.tolist(), strict=True):
+        ranked = sorted(range(len(row)), key=lambda i: -row[i])
+        found["top1"].append(ranked[0] == label)
+        found["top5"].append(label in ranked[:5])
+        found["confidence"].append((np.exp(row - row.max()) / np.exp(row - row.max()).sum()).max())
+    return found
+
+
+def slow_calibration_error(confidence: list[float], right: list[bool]) -> float:
+    """Guo et al., equation 3, a bin at a time."""
+    error = 0.0
+    for m in range(15):
+        inside = [i for i, c in enumerate(confidence) if m / 15 < c <= (m + 1) / 15]
+        if inside:
+            accuracy = sum(right[i] for i in inside) / len(inside)
+            mean = sum(confidence[i] for i in inside) / len(inside)
+            error += len(inside) / len(confidence) * abs(accuracy - mean)
+    return error
+
+
+def random_answers(n: int = 400, classes: int = 7) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return 2 * torch.randn(n, classes), torch.randint(classes, (n,))
 
 
 def test_top1_tells_its_interval() -> None:
@@ -36,25 +119,121 @@ def test_normalise_is_what_the_graph_does() -> None:
     torch.testing.assert_close(normalise(pixels, PREPROCESS).flatten(), torch.tensor(expected))
 
 
-def test_every_budget_is_counted_on_the_rows_asked_for(
+def test_a_score_agrees_with_a_slow_one() -> None:
+    logits, labels = random_answers()
+    score, expected = Score.of(logits, labels), answers(logits, labels)
+    assert score.top1 == Top1(sum(expected["top1"]), 400)
+    assert score.top5 == Top1(sum(expected["top5"]), 400)
+    assert 0 < score.top1.correct < score.top5.correct < 400
+    error = slow_calibration_error(expected["confidence"], expected["top1"])
+    assert score.calibration_error == pytest.approx(error, abs=1e-6)
+
+
+def test_calibration_error_where_it_is_known() -> None:
+    def error(confidence: list[float], right: list[bool]) -> float:
+        return Score(torch.tensor(right), None, torch.tensor(confidence)).calibration_error
+
+    assert error([0.75] * 4, [True, True, True, False]) == pytest.approx(0)
+    assert error([1.0] * 3, [False] * 3) == pytest.approx(1)
+    assert error([0.9, 0.5], [False, True]) == pytest.approx((0.9 + 0.5) / 2)  # bins do not cancel
+    assert error([0.62, 0.65], [True, False]) == pytest.approx(abs(0.62 + 0.65 - 1) / 2)  # one does
+
+
+def test_no_top5_below_six_classes() -> None:
+    logits, labels = random_answers(classes=5)
+    assert Score.of(logits, labels).top5 is None
+    logits, labels = random_answers(classes=6)
+    assert Score.of(logits, labels).top5 is not None
+
+
+def test_scores_of_parts_add_up() -> None:
+    logits, labels = random_answers()
+    whole = Score.of(logits, labels)
+    parts = [Score.of(logits[:130], labels[:130]), Score.of(logits[130:], labels[130:])]
+    for score in (parts[0] + parts[1], pickle.loads(pickle.dumps(Score.joined(parts)))):
+        assert (score.n, score.top1, score.top5) == (400, whole.top1, whole.top5)
+        assert score.calibration_error == pytest.approx(whole.calibration_error)
+    assert together([{0.5: parts[0]}, {0.5: parts[1]}])[0.5].top1 == whole.top1
+    with pytest.raises(ValueError, match="no scores"):
+        Score.joined([])
+
+
+def test_a_difference_counts_the_images_that_one_alone_gets() -> None:
+    def score(right: list[int]) -> Score:
+        return Score(torch.tensor(right).bool(), None, torch.ones(len(right)))
+
+    difference = score([1, 1, 0, 0, 1]).against(score([1, 0, 1, 1, 0]))
+    assert difference == Difference(gained=2, lost=2, n=5)
+    assert score([1, 0, 0]).against(score([1, 1, 1])).value == pytest.approx(-2 / 3)
+    with pytest.raises(ValueError, match="5 answers cannot be paired with 3"):
+        score([1, 1, 1, 1, 1]).against(score([1, 1, 1]))
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(12, 85, 5000), (3, 0, 40), (0, 0, 100)])
+def test_an_interval_is_walds_after_one_more_image_either_way(
+    gained: int, lost: int, n: int
+) -> None:
+    sample = np.array([1] * (gained + 1) + [-1] * (lost + 1) + [0] * (n - gained - lost))
+    assert len(sample) == n + 2
+    half = 1.959964 * sample.std() / math.sqrt(n + 2)
+    expected = (sample.mean() - half, sample.mean() + half)
+    assert Difference(gained, lost, n).interval == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_interval_covers_the_truth_19_times_of_20() -> None:
+    rng, truth = np.random.default_rng(0), 0.02 - 0.05
+    draws: NDArray[np.int64] = rng.multinomial(300, (0.02, 0.05, 0.93), size=2000)
+    covered = 0
+    for gained, lost, _ in draws.tolist():
+        low, high = Difference(gained, lost, 300).interval
+        covered += low <= truth <= high
+    assert 0.935 < covered / 2000 < 0.975
+
+
+def test_a_difference_stays_within_what_can_be() -> None:
+    assert Difference(3, 0, 3).interval[1] == 1
+    assert Difference(0, 3, 3).interval[0] == -1
+    assert str(Difference(12, 85, 5000)).startswith("-1.46 [-1.8")
+
+
+def test_every_budget_is_measured_on_the_rows_asked_for(
     images: LabelledImages, model: VisionTransformer
 ) -> None:
     rows, budgets = [0, 3, 7, 8, 11], (1.0, 0.6)
-    accuracy = evaluate(model, images, rows, budgets, batch_size=2)
-    assert list(accuracy) == [1.0, 0.6]
+    scores = evaluate(model, images, rows, budgets, batch_size=2)
+    assert list(scores) == [1.0, 0.6]
     for budget in budgets:
         counts = model.config.geometry.counts(budget)
-        hits = 0
-        for row in rows:
-            pixels, label = images[row]
-            hits += int(model(normalise(pixels[None], PREPROCESS), counts).argmax()) == label
-        assert accuracy[budget] == Top1(hits, 5)
+        logits = [model(normalise(images[row][0][None], PREPROCESS), counts)[0] for row in rows]
+        expected = answers(torch.stack(logits).detach(), images.labels[rows])
+        assert scores[budget].correct.tolist() == expected["top1"]
+        assert scores[budget].confidence.tolist() == pytest.approx(expected["confidence"], abs=1e-5)
 
 
 def test_a_budget_named_twice_counts_once(images: LabelledImages, model: VisionTransformer) -> None:
-    assert evaluate(model, images, range(12), (1.0, 1.0)) == evaluate(
-        model, images, range(12), (1.0,)
-    )
+    scores = evaluate(model, images, range(12), (1.0, 1.0))
+    assert list(scores) == [1.0]
+    assert scores[1.0].n == 12
+
+
+def test_no_rows_are_a_score_that_adds_nothing(
+    images: LabelledImages, model: VisionTransformer
+) -> None:
+    some, none = (evaluate(model, images, rows, (0.6,))[0.6] for rows in (range(12), []))
+    assert none.n == 0
+    assert torch.equal((none + some).confidence, some.confidence)
+
+
+def test_random_reduction_is_by_row_and_not_by_batch(images: LabelledImages) -> None:
+    model, rows = vit(replace(TINY, reduction="random")), [9, 2, 5, 11]
+    noise = torch.stack([torch.rand(16, generator=generator("evaluate", row)) for row in rows])
+    pixels = torch.stack([images[row][0] for row in rows])
+    counts = model.config.geometry.counts(0.6)
+    logits = model(normalise(pixels, PREPROCESS), counts, noise=noise)
+    expected = logits.softmax(dim=1).amax(dim=1).detach()
+    for batch_size in (1, 3, 4):
+        score = evaluate(model, images, rows, (0.6,), batch_size=batch_size)[0.6]
+        torch.testing.assert_close(score.confidence, expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -66,3 +245,167 @@ def test_nothing_changes(images: LabelledImages, model: VisionTransformer, train
     assert model.training is training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_is_left_training_where_an_image_is_damaged(
+    class_folders: Any, model: VisionTransformer
+) -> None:
+    root = class_folders(2)
+    (root / "train" / "dark" / "001.png").write_bytes(b"\x89PNG")
+    model.train()
+    with pytest.raises(DataError, match="row 3"):
+        evaluate(model, load(str(root), "train", PREPROCESS), range(4), (1.0,), batch_size=1)
+    assert model.training
+
+
+def test_a_run_tells_what_a_loop_finds(settings: Any, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "numbers.json"
+    asked = settings(budgets=(1.0, 0.6, 0.5), json=file, batch_size=5)
+    text = str(run_evaluation(asked))
+    model, images = vit().eval(), load(asked.data, "test", PREPROCESS)
+    right: dict[float, NDArray[np.bool_]] = {}
+    content = json.loads(file.read_text())
+    assert (content["n"], content["data"]) == (12, images.name)
+    assert content["checkpoint"] == str(tmp_path / "checkpoint")
+    for found in content["budgets"]:
+        ratio = found["keep_ratio"]
+        counts = model.config.geometry.counts(ratio)
+        batch = normalise(torch.stack([pixels for pixels, _ in images]), PREPROCESS)
+        expected = answers(model(batch, counts).detach(), images.labels)
+        right[ratio] = np.array(expected["top1"])
+        assert found["patches"] == list(counts)
+        assert found["macs"] == model.config.geometry.macs(counts)
+        assert found["top1"]["value"] == pytest.approx(right[ratio].mean())
+        assert found["top1"]["interval"][0] < right[ratio].mean() < found["top1"]["interval"][1]
+        assert found["top5"] is None
+        error = slow_calibration_error(expected["confidence"], expected["top1"])
+        assert found["calibration_error"] == pytest.approx(error, abs=1e-5)
+        assert found["wrong"] == (~right[ratio]).nonzero()[0].tolist()
+        assert f"{100 * right[ratio].mean():.2f} [" in text
+    first, *others = content["budgets"]
+    assert first["top1_difference"] is None
+    assert any(found["top1_difference"]["value"] for found in others)  # else nothing is tried here
+    for found in others:
+        change = right[found["keep_ratio"]].astype(int) - right[1.0].astype(int)
+        assert found["top1_difference"]["value"] == pytest.approx(change.mean())
+        assert f"{100 * change.mean():+.2f} [" in text
+    header, *lines, note = text.splitlines()[1:]
+    assert "against keep 1 " in header
+    assert [line.split()[0] for line in lines] == ["1", "0.6", "0.5"]
+    assert "9, 5, 3" in lines[1]
+    assert note == "top-5 says nothing about 2 classes"
+
+
+def test_processes_share_the_images_and_keep_their_order(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, parts = settings(budgets=(0.6,)), []
+    whole = run_evaluation(asked)
+
+    class Together(World):
+        """Three processes, one after the other."""
+
+        def gather(self, value: Any) -> list[Any]:
+            parts.append(value)
+            return parts
+
+    for rank in range(3):
+        place = Together(torch.device("cpu"), rank, 3)
+        monkeypatch.setattr("pcae_training.evaluate.join", lambda _, at=place: nullcontext(at))
+        assert (run_evaluation(asked) is None) == (rank > 0)
+    shared = together(parts)[0.6]
+    assert [part[0.6].n for part in parts] == [4, 4, 4]
+    assert whole is not None
+    assert torch.equal(shared.correct, whole.scores[0.6].correct)
+
+
+@pytest.mark.parametrize(
+    ("training", "ratios"),
+    [
+        ({"settings": {"budgets": [0.5, 1.0]}}, (1.0, 0.5)),
+        ({"settings": {"budgets": [1.0, 0.5], "keep": 0.7}}, (0.7,)),
+        ({"settings": {"budgets": [1.0, 0.5], "keep": None}}, (1.0, 0.5)),
+        ({"settings": {"epochs": 3}}, (1.0, 0.9, 0.8, 0.7, 0.6)),
+        ({}, (1.0, 0.9, 0.8, 0.7, 0.6)),
+    ],
+)
+def test_budgets_are_those_of_the_training(
+    training: dict[str, Any], ratios: tuple[float, ...]
+) -> None:
+    checkpoint = Checkpoint(vit(), PREPROCESS, ["bright", "dark"], training)
+    assert ratios_for(checkpoint, None) == ratios
+    assert ratios_for(checkpoint, (0.8,)) == (0.8,)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (("dark", "bright"), "class 0 of images/test is 'bright', but 'dark' in the checkpoint"),
+        (("bright", "dim", "dark"), "images/test has 2 classes, the checkpoint 3"),
+        ((), "no classes: fine-tune it"),
+    ],
+)
+def test_other_labels_are_refused(settings: Any, labels: tuple[str, ...], message: str) -> None:
+    wrong = settings(replace(TINY, classes=len(labels)), labels)
+    with pytest.raises(PcaeError) as caught:
+        run_evaluation(wrong)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_is_told_before_anything_is_measured(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pcae_training.evaluate.evaluate", None)
+    with pytest.raises(PcaeError, match=r"--budgets: keep ratio 0\.2 leaves no patch"):
+        run_evaluation(settings(budgets="1.0,.2"))
+    with pytest.raises(PcaeError, match="it is a folder"):
+        run_evaluation(settings(json=tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(PcaeError, match="is no folder that can be written to"):
+        run_evaluation(settings(json=tmp_path / "file" / "x.json"))
+    with pytest.raises(PcaeError, match="no checkpoint"):
+        run_evaluation(EvaluateSettings(checkpoint=tmp_path / "none", data="x"))
+    if not torch.cuda.is_available():
+        with pytest.raises(PcaeError, match="there is no cuda"):
+            run_evaluation(settings(device="cuda"))
+    for budgets in ("1.0,x", "0", (), "1.5"):
+        with pytest.raises(ValidationError):
+            EvaluateSettings(checkpoint=tmp_path, data="x", budgets=budgets)
+
+
+def test_flags_name_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    class Evaluate(EvaluateSettings):
+        def cli_cmd(self) -> None:
+            print(self.checkpoint, self.data, self.budgets, self.json_file, self.batch_size)
+
+    class Command(BaseSettings):
+        model_config = config("test")
+        evaluate: CliSubCommand[Evaluate]
+
+        def cli_cmd(self) -> None:
+            CliApp.run_subcommand(self)
+
+    flags = ["runs/x", "--data", "d", "--budgets", ".6,1.0", "--json", "n.json"]
+    assert run(Command, ["evaluate", *flags, "--batch-size", "7"]) == 0
+    assert capsys.readouterr().out == "runs/x d (1.0, 0.6) n.json 7\n"
+    assert run(Command, ["evaluate", "runs/x", "--data", "d", "--budgets", "x"]) == 2
+    assert "--budgets: keep ratio must be a number in (0, 1], not 'x'" in capsys.readouterr().err
+
+
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "deep" / "file.json"
+    write_whole(file, b"one")
+    assert file.read_bytes() == b"one"
+
+    def full(self: Path, content: bytes) -> None:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(PcaeError, match=r"cannot write .*file\.json: No space left on device"):
+        write_whole(file, b"two")
+    assert file.read_bytes() == b"one"
+    assert list(file.parent.iterdir()) == [file]

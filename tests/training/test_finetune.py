@@ -1,22 +1,28 @@
-import json
+"""What fine-tuning minimises, what it starts from, and what it leaves behind."""
+
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
 
 from pcae_serve.errors import PcaeError
+from pcae_serve.preprocess import Preprocess
 from pcae_training import checkpoint as checkpoints
-from pcae_training import finetune as module
-from pcae_training.finetune import (
-    FinetuneSettings,
-    Trainer,
-    augmentation,
-    finetune,
-    parameter_groups,
-)
+from pcae_training.checkpoint import Checkpoint
+from pcae_training.draws import Draws
+from pcae_training.finetune import FinetuneSettings, Finetuning, finetune, prepare
 from pcae_training.model import VisionTransformer, ViTConfig
+
+OFF: dict[str, Any] = {
+    "crop": 0, "flip": False, "shift": 0, "randaugment": 0, "erase": 0, "mixup": 0, "cutmix": 0,
+    "drop_path": 0, "label_smoothing": 0,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -27,25 +33,35 @@ def settings(class_folders: Any, tmp_path: Path) -> Any:
     def make(out: str = "out", **changes: Any) -> FinetuneSettings:
         sizes = {} if "init" in changes else {"image_size": 8, "width": 8, "heads": 2, "depth": 11}
         fixed: dict[str, Any] = {
-            "patch_size": 2, "budgets": (1.0, 0.6), "epochs": 2, "batch_size": 10, "lr": 3e-3,
-            "shift": 1, "holdout": 10, "erase": 0.2,
+            "patch_size": 2, "epochs": 2, "batch_size": 10, "lr": 3e-3, "holdout": 10,
         }  # fmt: skip
-        return FinetuneSettings(data=data, out=tmp_path / out, **sizes | fixed | changes)
+        if "keep" not in changes:
+            fixed["budgets"] = (1.0, 0.6)
+        return FinetuneSettings(data=data, out=tmp_path / out, **OFF | sizes | fixed | changes)
 
     return make
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoints.load(folder).model.state_dict()
+def learner(**changes: Any) -> Finetuning:
+    """An objective without data, on a tiny model of two classes."""
+    fixed: dict[str, Any] = {"image_size": 12, "patch_size": 2, "width": 8, "heads": 2}
+    run = FinetuneSettings(data="x", out=Path("y"), **OFF | fixed | changes)
+    torch.manual_seed(0)
+    model = VisionTransformer(run.config(2, reduction=run.reduction))
+    preprocess = Preprocess(12, 12, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return Finetuning(Checkpoint(model, preprocess, ["a", "b"]), run, None)  # type: ignore[arg-type]
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (4, 3, 12, 12), dtype=torch.uint8, generator=generator)
+    return pixels, torch.tensor([0, 1, 1, 0])
 
 
 def test_learns_what_can_be_told_apart(settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    run = settings(epochs=4, lr=1e-2, label_smoothing=0)
+    run = settings(epochs=4, lr=1e-2)
     accuracy = finetune(run)
+    assert accuracy is not None
     assert {budget: (t.value, t.n) for budget, t in accuracy.items()} == {
         1.0: (1.0, 10),
         0.6: (1.0, 10),
@@ -61,35 +77,7 @@ def test_learns_what_can_be_told_apart(settings: Any, capsys: pytest.CaptureFixt
     assert training["epochs_done"] == 4
     assert training["settings"]["budgets"] == [1.0, 0.6]
     printed = capsys.readouterr()
-    assert "keep 0.6   held-out top-1" in printed.out + printed.err
-
-
-def test_resumed_is_bit_for_bit_unbroken(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, broken = settings("whole", epochs=3), settings("broken", epochs=3)
-    finetune(whole)
-
-    epoch = Trainer.epoch
-
-    def stop_after_one(self: Trainer, number: int) -> None:
-        if number == 1:
-            raise KeyboardInterrupt
-        epoch(self, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "epoch", stop_after_one)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(broken)
-    assert checkpoints.load(broken.out).training["epochs_done"] == 1
-    resumed = broken.model_copy(update={"resume": True})
-    accuracy = finetune(resumed)
-    assert same(weights(whole.out), weights(broken.out))
-    one, other = (checkpoints.load(out).training for out in (whole.out, broken.out))
-    assert one["final"] == other["final"]
-    assert [e["train_loss"] for e in one["history"]] == [e["train_loss"] for e in other["history"]]
-
-    assert finetune(resumed) == accuracy  # nothing is left to do, and nothing changes
-    assert same(weights(whole.out), weights(broken.out))
-    assert len(checkpoints.load(broken.out).training["history"]) == 3
+    assert "epoch 4  holdout_top1/1.0 1.0000  holdout_top1/0.6 1.0000" in printed.err
 
 
 def test_a_run_can_be_had_in_two_parts(settings: Any) -> None:
@@ -100,35 +88,93 @@ def test_a_run_can_be_had_in_two_parts(settings: Any) -> None:
     assert training["epochs_done"] == 1
     assert training["final"]
     finetune(parts.model_copy(update={"resume": True}))
-    assert same(weights(whole.out), weights(parts.out))
+    one, two = (checkpoints.load(run.out).model.state_dict() for run in (whole, parts))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_resume_refuses_another_run(settings: Any, tmp_path: Path) -> None:
-    with pytest.raises(PcaeError, match=r"no checkpoint: .*out/config\.json cannot be read"):
-        finetune(settings(resume=True))
-    finetune(settings(epochs=1))
-    with pytest.raises(PcaeError, match=r"written with another --epochs, --lr$"):
-        finetune(settings(resume=True, epochs=3, lr=1e-4))
-    (tmp_path / "out" / "training_state.safetensors").unlink()
-    with pytest.raises(PcaeError, match="without its optimiser's state"):
-        finetune(settings(resume=True, epochs=1))
+def test_the_large_budget_learns_labels_and_the_small_ones_learn_from_it() -> None:
+    objective = learner(budgets=(1.0, 0.7, 0.4), between=0, distil=1.0)
+    pixels, labels = batch()
+    images = (pixels.float() / 255 - 0.5) / 0.5
+    geometry = objective.model.config.geometry
+    full, small = (objective.model(images, geometry.counts(k)) for k in (1.0, 0.4))
+    taught = -(full.softmax(1) * small.log_softmax(1)).sum(1).mean()
+    expected = (F.cross_entropy(full, labels) + taught) / 2
+    loss = objective(pixels, labels, Draws(0, 0, 4), 1.0)
+    torch.testing.assert_close(loss, expected)
+
+    half = learner(budgets=(1.0, 0.4), distil=0.5)
+    expected = (F.cross_entropy(full, labels) + (taught + F.cross_entropy(small, labels)) / 2) / 2
+    torch.testing.assert_close(half(pixels, labels, Draws(0, 0, 4), 1.0), expected)
+
+    loss.backward()  # the teacher's side of the distillation gives no gradient
+    from_both = objective.model.head.weight.grad.clone()
+    objective.zero_grad()
+    full, small = (objective.model(images, geometry.counts(k)) for k in (1.0, 0.4))
+    one_sided = -(full.detach().softmax(1) * small.log_softmax(1)).sum(1).mean()
+    ((F.cross_entropy(full, labels) + one_sided) / 2).backward()
+    torch.testing.assert_close(from_both, objective.model.head.weight.grad)
 
 
-def test_every_budget_is_drawn_and_the_ramp_holds_back(
-    settings: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    budgets, drawn = (1.0, 0.8, 0.6), []
-    step = Trainer.step
+def test_one_ratio_is_plain_cross_entropy() -> None:
+    objective = learner(keep=0.7, label_smoothing=0.2)
+    pixels, labels = batch()
+    images = (pixels.float() / 255 - 0.5) / 0.5
+    logits = objective.model(images, objective.model.config.geometry.counts(0.7))
+    expected = F.cross_entropy(logits, labels, label_smoothing=0.2)
+    torch.testing.assert_close(objective(pixels, labels, Draws(0, 0, 4), 1.0), expected)
 
-    def recorded(self: Trainer, number: int, *batch: torch.Tensor) -> tuple[torch.Tensor, float]:
-        result = step(self, number, *batch)
-        drawn.append((number / self.steps, result[1]))
-        return result
 
-    monkeypatch.setattr(Trainer, "step", recorded)
-    finetune(settings(epochs=4, batch_size=3, budgets=budgets))
-    assert {ratio for at, ratio in drawn if at <= 0.1} == {1.0}
-    assert {ratio for at, ratio in drawn if at >= 0.35} == set(budgets)
+def visits(objective: Finetuning, progress: float) -> list[list[float]]:
+    return [objective.visited(Draws(0, step, 4), progress) for step in range(200)]
+
+
+def test_both_ends_are_always_visited_and_all_between_sometimes() -> None:
+    budgets = (1.0, 0.9, 0.7, 0.5, 0.4)
+    steps = visits(learner(budgets=budgets, between=2), 1.0)
+    assert all(step[0] == 1.0 and step[-1] == 0.4 and len(step) == 4 for step in steps)
+    assert all(step == sorted(set(step), reverse=True) for step in steps)
+    for inner in budgets[1:-1]:
+        assert 90 < sum(inner in step for step in steps) < 180  # two of three
+    assert visits(learner(budgets=budgets, between=9), 1.0) == [list(budgets)] * 200
+
+
+def test_one_budget_a_step() -> None:
+    steps = visits(learner(budgets=(1.0, 0.6), sampling="one"), 1.0)
+    assert 70 < steps.count([1.0]) < 130
+    assert steps.count([1.0]) + steps.count([0.6]) == 200
+
+
+@pytest.mark.parametrize("sampling", ["sandwich", "one"])
+def test_the_ramp_holds_small_budgets_back(sampling: Any) -> None:
+    budgets = (1.0, 0.8, 0.6)
+    objective = learner(budgets=budgets, sampling=sampling)
+    seen = {
+        progress: {ratio for step in visits(objective, progress) for ratio in step}
+        for progress in (0.0, 0.09, 0.2, 0.3, 0.36, 1.0)
+    }
+    assert seen[0.0] == seen[0.09] == {1.0}
+    assert seen[0.3] == {1.0, 0.8}  # the line is at 0.68
+    assert seen[0.36] == seen[1.0] == set(budgets)
+
+
+def test_the_ramp_of_one_ratio_takes_few_steps() -> None:
+    objective = learner(keep=0.6)
+    ratios = [objective.visited(Draws(0, 0, 4), i / 100) for i in range(101)]
+    assert ratios == sorted(ratios, reverse=True)
+    assert {ratio for step in ratios for ratio in step} == {1.0, 0.9, 0.8, 0.7, 0.6}
+
+
+def test_random_dropping_is_drawn_by_sample() -> None:
+    objective = learner(keep=0.5, reduction="random", ramp_start=0, ramp_length=0)
+    pixels, labels = batch()
+    whole = objective(pixels, labels, Draws(0, 3, 4), 1.0)
+    halves = [
+        objective(pixels[i : i + 2], labels[i : i + 2], Draws(0, 3, 4, i, i + 2), 1.0)
+        for i in (0, 2)
+    ]
+    torch.testing.assert_close(torch.stack(halves).mean(), whole)
+    assert not torch.isclose(whole, objective(pixels, labels, Draws(0, 4, 4), 1.0))
 
 
 def test_from_a_checkpoint_with_another_patch_size(settings: Any) -> None:
@@ -141,13 +187,36 @@ def test_from_a_checkpoint_with_another_patch_size(settings: Any) -> None:
     assert saved.training["init"]["settings"]["patch_size"] == 4  # how it came about is kept
 
 
-def test_a_checkpoint_of_other_labels(settings: Any) -> None:
+def test_other_labels_get_a_new_head(settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
     first = settings("first", epochs=1)
     finetune(first)
-    config = first.out / "config.json"
+    config = first.out / "checkpoint" / "config.json"
     config.write_text(config.read_text().replace('"dark"', '"dusky"'))
-    with pytest.raises(PcaeError, match="was trained on labels"):
-        finetune(settings("second", init=first.out))
+    before = checkpoints.load(first.out).model
+    start, _, _ = prepare(settings("second", init=first.out, patch_size=None))
+    assert start.labels == ["bright", "dark"]
+    assert not torch.equal(start.model.head.weight, before.head.weight)
+    assert torch.equal(start.model.patch_embed.proj.weight, before.patch_embed.proj.weight)
+    assert "new, untrained: head.weight, head.bias" in capsys.readouterr().err
+
+
+def test_from_a_state_dict_of_another_project(
+    settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = VisionTransformer(ViTConfig(16, 4, width=8, heads=2, classes=3, pooling="cls"))
+    state = theirs.state_dict() | {"mask_token": torch.zeros(1, 1, 8)}
+    save_file(state, tmp_path / "theirs.safetensors")
+    run = settings(init=tmp_path / "theirs.safetensors", heads=2, patch_size=None, image_size=20)
+    start, _, _ = prepare(run)
+    assert start.model.config == replace(
+        theirs.config, image_size=20, classes=2, reduction_points=(0, 7, 10)
+    )
+    assert start.preprocess.mean == (0.485, 0.456, 0.406)
+    assert torch.equal(start.model.blocks[3].mlp.fc1.weight, theirs.blocks[3].mlp.fc1.weight)
+    told = capsys.readouterr().err
+    assert "new, untrained: head.weight, head.bias" in told
+    unused = next(line for line in told.splitlines() if "not used: " in line)
+    assert set(unused.split(": ")[1].split(", ")) == {"head.weight", "head.bias", "mask_token"}
 
 
 def test_a_budget_the_checkpoint_cannot_serve(settings: Any) -> None:
@@ -157,27 +226,11 @@ def test_a_budget_the_checkpoint_cannot_serve(settings: Any) -> None:
         finetune(settings("second", init=first.out, patch_size=None, budgets=(0.3,)))
 
 
-def test_a_run_that_diverges_leaves_the_last_good_checkpoint(
-    settings: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = settings(epochs=2)
-    normalise = module.normalise
-
-    def poisoned(pixels: torch.Tensor, preprocess: Any) -> torch.Tensor:
-        images = normalise(pixels, preprocess)
-        return images / 0 if run.out.exists() else images
-
-    monkeypatch.setattr(module, "normalise", poisoned)
-    with pytest.raises(PcaeError, match="the loss in epoch 2 is nan: try a smaller --lr"):
-        finetune(run)
-    assert checkpoints.load(run.out).training["epochs_done"] == 1
-
-
 def test_a_place_that_holds_something_else_is_refused_before_training(
     settings: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("")
+    (tmp_path / "out" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint" / "thesis.txt").write_text("")
     with pytest.raises(PcaeError, match="is no checkpoint: it is not replaced"):
         finetune(settings())
 
@@ -186,26 +239,37 @@ def test_bf16_and_lazy_loading(settings: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("pcae_training.data.MEMORY_LIMIT_BYTES", 0)
     run = settings(epochs=1, precision="bf16")
     finetune(run)
-    assert {tensor.dtype for tensor in weights(run.out).values()} == {torch.float32}
-    assert json.loads((run.out / "training.json").read_text())["epochs_done"] == 1
+    saved = checkpoints.load(run.out)
+    assert {tensor.dtype for tensor in saved.model.state_dict().values()} == {torch.float32}
+    assert saved.training["epochs_done"] == 1
 
 
-def test_no_decay_on_biases_norms_and_positions() -> None:
-    model = VisionTransformer(ViTConfig(8, 2, width=8, heads=2, classes=2))
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    decayed, free = parameter_groups(model, 0.05)
-    assert {names[p].rsplit(".", 1)[-1] for p in decayed["params"]} == {"weight"}  # type: ignore[attr-defined]
-    assert {"cls_token", "pos_embed", "fc_norm.weight"} <= {names[p] for p in free["params"]}  # type: ignore[attr-defined]
-    assert len(decayed["params"]) + len(free["params"]) == len(names)  # type: ignore[arg-type]
+def test_measured_on_images_of_another_data_set(settings: Any, class_folders: Any) -> None:
+    folder = str(class_folders(3, split="validation"))
+    accuracy = finetune(settings(epochs=1, eval_data=folder))
+    assert accuracy is not None
+    assert accuracy[1.0].n == 6
 
 
-def test_augmentation_off_changes_nothing(settings: Any) -> None:
-    images = torch.randn(4, 3, 8, 8)
-    off = augmentation(settings(shift=0, flip=False, erase=0), 8)
-    assert torch.equal(off(images), images)
-    on = augmentation(settings(shift=2, flip=True, erase=0.5), 8)(images)
-    assert on.shape == images.shape
-    assert not torch.equal(on, images)
+def test_a_dry_run_says_what_would_be_done(
+    settings: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = settings(dry_run=True)
+    assert finetune(run) == {}
+    printed = capsys.readouterr().out
+    assert "16 patches), width 8, depth 11, 2 heads, 2 classes" in printed
+    assert "keep 0.6   16 → 9 → 5 → 3 patches" in printed
+    assert "2 epochs x 3 steps of 10 images (30 images an epoch)" in printed
+    assert not run.out.exists()
+
+
+def test_the_defaults_are_the_recipe_of_mae_and_the_ramp_of_the_paper() -> None:
+    run = FinetuneSettings(data="x", out=Path("y"), batch_size=1024)
+    assert (run.peak_lr, run.min_lr, run.warmup * run.epochs) == (2e-3, 1e-6, 5)
+    assert (run.drop_path, run.randaugment, run.erase, run.mixup, run.cutmix) == (
+        0.1, 9, 0.25, 0.8, 1.0,
+    )  # fmt: skip
+    assert (run.ramp_start * run.epochs, run.ramp_length * run.epochs) == (10, 25)
 
 
 @pytest.mark.parametrize("written", ["1.0,.5", "[1.0, 0.5]", ".5,1", (0.5, 1.0, 1.0), ["1", ".5"]])
@@ -226,9 +290,11 @@ def test_budgets_are_read_in_many_forms(written: Any) -> None:
         ({"budgets": "0.01"}, "leaves no patch"),
         ({"image_size": 28}, "patch size 16 does not divide 28"),
         ({"width": 194}, "do not divide width"),
-        ({"depth": 4}, "greater than or equal to 11"),
+        ({"depth": 4}, "ends before the last reduction point"),
+        ({"keep": 0.5, "budgets": (0.5,)}, "leave out one"),
+        ({"stream": True, "epoch_size": 9}, "--eval-data"),
         ({"ramp_start": 0.5, "ramp_length": 0.6}, "reach beyond the run"),
-        ({"init": Path("z"), "width": 64, "image_size": 28}, "leave out --image-size, --width"),
+        ({"init": Path("z"), "width": 64, "depth": 12}, "leave out --depth, --width"),
         ({"device": "tpu"}, "should match pattern"),
         ({"lr": 0}, "greater than 0"),
     ],

@@ -189,7 +189,7 @@ def test_names_are_timms(pooling: Any, norm: str) -> None:
 
 
 def test_shapes_of_vit_b() -> None:
-    with torch.device("meta"), mock.patch("pcae_training.model._init"):
+    with torch.device("meta"), mock.patch("pcae_training.model.init_weights"):
         model = VisionTransformer(ViTConfig())
     assert sum(p.numel() for p in model.parameters()) == 86_567_656  # timm vit_base_patch16_224
     assert model.pos_embed.shape == (1, 197, 768)

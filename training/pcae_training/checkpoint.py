@@ -5,30 +5,31 @@
     model.safetensors          weights under timm's names
     training_state.safetensors / training.json   optimiser and position, to resume
 
-Written whole or not at all: a new one is made as `.NAME.new`; the old one steps aside as
-`.NAME.old` until the new one stands in its place, where `load` finds it if the writer was killed.
-One writer at a time. It knows nothing of data or schedules.
+Written whole or not at all, also when the power goes: a new one is made and synced as `.NAME.new`;
+the old one steps aside as `.NAME.old` until the new one stands in its place, where `load` finds it
+if the writer was killed. One writer at a time. A training run's folder may stand for the checkpoint
+inside it. It knows nothing of data or schedules.
 """
 
 import json
-import math
+import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from pcae_serve.errors import PcaeError
 from pcae_serve.preprocess import Preprocess
 from pcae_training.model import VisionTransformer, ViTConfig
 
 MODEL_TYPE = "pcae_vit"
+#: Where a training run keeps its checkpoint, inside its folder.
+LAST = "checkpoint"
 
 
 class CheckpointError(PcaeError):
@@ -60,6 +61,11 @@ def to_config(config: ViTConfig, labels: list[str]) -> dict[str, Any]:
         "layer_norm_eps": config.norm_eps,
         "pooling": config.pooling,
         "reduction_points": list(config.reduction_points),
+        "reduction": config.reduction,
+        "qkv_bias": config.qkv_bias,
+        "layer_scale": config.layer_scale,
+        "distilled": config.distilled,
+        "num_register_tokens": config.registers,
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
     }
@@ -80,6 +86,12 @@ def from_config(config: dict[str, Any]) -> tuple[ViTConfig, list[str]]:
         pooling=config["pooling"],
         norm_eps=config["layer_norm_eps"],
         reduction_points=tuple(config["reduction_points"]),
+        # checkpoints of version 0.1 lack what follows
+        reduction=config.get("reduction", "ptr"),
+        qkv_bias=config.get("qkv_bias", True),
+        layer_scale=config.get("layer_scale", False),
+        distilled=config.get("distilled", False),
+        registers=config.get("num_register_tokens", 0),
     ), labels
 
 
@@ -102,10 +114,13 @@ def save(checkpoint: Checkpoint, folder: Path, state: dict[str, Tensor] | None =
         _write_tensors(fresh / "model.safetensors", checkpoint.model.state_dict())
         if state is not None:
             _write_tensors(fresh / "training_state.safetensors", state)
+        for file in (*fresh.iterdir(), fresh):
+            _sync(file)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         fresh.rename(folder)
+        _sync(folder.parent)  # the renames, before the old one goes
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from None
@@ -127,32 +142,29 @@ def check_place(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is no checkpoint: it is not replaced")
 
 
-def load(folder: Path, patch_size: int | None = None) -> Checkpoint:
-    """Rebuild the model (float32, evaluation mode); `patch_size` resizes patch and positions to it.
+def load(folder: Path) -> Checkpoint:
+    """Rebuild the model (float32, evaluation mode).
 
     Raises CheckpointError with one line that names the file at fault.
     """
-    place = _place(folder)
-    content = _read_json(place / "config.json")
+    found = place(folder)
+    content = read_json(found / "config.json")
     if content.get("model_type") != MODEL_TYPE:
         kind = content.get("model_type")
         raise CheckpointError(
-            f"{place / 'config.json'}: model_type is {kind!r}, not {MODEL_TYPE!r}"
+            f"{found / 'config.json'}: model_type is {kind!r}, not {MODEL_TYPE!r}"
         )
     try:
         config, labels = from_config(content)
-        preprocess = Preprocess.from_config(_read_json(place / "preprocessor_config.json"))
+        preprocess = Preprocess.from_config(read_json(found / "preprocessor_config.json"))
     except KeyError as error:
         raise CheckpointError(f"{folder}: its configuration lacks {error}") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{folder}: its configuration is damaged: {error}") from None
-    training_file = place / "training.json"
-    training = _read_json(training_file) if training_file.exists() else {}
-    weights = _read_tensors(place / "model.safetensors")
+    training_file = found / "training.json"
+    training = read_json(training_file) if training_file.exists() else {}
+    weights = read_tensors(found / "model.safetensors")
     try:
-        if patch_size is not None and patch_size != config.patch_size:
-            config = replace(config, patch_size=patch_size)
-            weights = resize_patches(weights, config)
         model = VisionTransformer(config)
         model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     except ValueError as error:  # of ViTConfig
@@ -165,49 +177,43 @@ def load(folder: Path, patch_size: int | None = None) -> Checkpoint:
 
 def load_state(folder: Path) -> dict[str, Tensor] | None:
     """The training state saved with the checkpoint, or None where it was saved without."""
-    file = _place(folder) / "training_state.safetensors"
-    return _read_tensors(file) if file.exists() else None
+    file = place(folder) / "training_state.safetensors"
+    return read_tensors(file) if file.exists() else None
 
 
-def resize_patches(weights: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
-    """Weights for another patch size at the same image size.
+def place(folder: Path) -> Path:
+    """Where the last good checkpoint is: `folder`, or beside it where a writer was killed.
 
-    Patch kernels by the pseudo-inverse of bilinear resizing, so that a resized patch gives the
-    token it gave before, as nearly as it can (FlexiViT, arXiv 2212.08013, section 3.4);
-    positions by bicubic interpolation.
+    Or inside it, where `folder` is that of a training run.
     """
-    kernel = weights["patch_embed.proj.weight"]  # [D, C, p, p]
-    old, new = kernel.shape[-1], config.patch_size
-    unit = torch.eye(old * old).view(old * old, 1, old, old)
-    smaller = F.interpolate(unit, size=(new, new), mode="bilinear", antialias=False)
-    resize = smaller.view(old * old, new * new).T  # [new^2, old^2]: a flat patch to the new size
-    resized = kernel.float().flatten(2) @ torch.linalg.pinv(resize)  # [D, C, new^2]
-    positions = weights["pos_embed"].float()  # [1, 1 + n, D]
-    cls, grid = positions[:, :1], positions[:, 1:]
-    side = math.isqrt(grid.shape[1])
-    grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(config.grid, config.grid), mode="bicubic", antialias=False)
-    return weights | {
-        "patch_embed.proj.weight": resized.view(*kernel.shape[:2], new, new),
-        "pos_embed": torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1),
-    }
-
-
-def _place(folder: Path) -> Path:
-    """Where the last good checkpoint is: `folder`, or beside it where a writer was killed."""
-    old = _beside(folder.absolute(), "old")
-    return old if old.exists() and not folder.exists() else folder
+    for candidate in (folder, folder / LAST):
+        old = _beside(candidate.absolute(), "old")
+        if (candidate / "config.json").exists():
+            return candidate
+        if old.exists() and not candidate.exists():
+            return old
+    return folder
 
 
 def _beside(folder: Path, role: str) -> Path:
     return folder.with_name(f".{folder.name}.{role}")
 
 
+def _sync(path: Path) -> None:
+    """Have the system write a file, or a folder's entries, to the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError where there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -224,7 +230,8 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(content, file, metadata={"format": "pt"})
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; CheckpointError where it is missing or damaged."""
     try:
         return load_file(file)
     except FileNotFoundError:

@@ -5,7 +5,21 @@ import sys
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
 from pcae_serve.command import config, run
+from pcae_training.evaluate import EvaluateSettings, run_evaluation
 from pcae_training.finetune import FinetuneSettings, finetune
+from pcae_training.pretrain import PretrainSettings, pretrain
+from pcae_training.settings import RunSettings
+from pcae_training.trainer import STOPPED
+
+
+class Pretrain(PretrainSettings):
+    __doc__ = PretrainSettings.__doc__
+
+    def cli_cmd(self) -> None:
+        if not pretrain(self):
+            _stopped(self)
+        if not self.dry_run:
+            print(f"wrote {self.out}; fine-tune from it: pcae-train finetune --init {self.out}")
 
 
 class Finetune(FinetuneSettings):
@@ -13,9 +27,20 @@ class Finetune(FinetuneSettings):
 
     def cli_cmd(self) -> None:
         accuracy = finetune(self)
-        print(f"wrote {self.out}; top-1 on {self.holdout:,} images held out from training:")
-        for budget, top1 in accuracy.items():
-            print(f"  keep {budget:<4} {top1}")
+        if accuracy is None:
+            _stopped(self)
+        if accuracy:
+            print(f"wrote {self.out}; top-1 on images that were not trained on:")
+            for budget, top1 in accuracy.items():
+                print(f"  keep {budget:<4} {top1}")
+
+
+class Evaluate(EvaluateSettings):
+    __doc__ = EvaluateSettings.__doc__
+
+    def cli_cmd(self) -> None:
+        if (evaluation := run_evaluation(self)) is not None:
+            print(evaluation)
 
 
 class Train(BaseSettings):
@@ -23,10 +48,17 @@ class Train(BaseSettings):
 
     model_config = config("pcae-train")
 
+    pretrain: CliSubCommand[Pretrain]
     finetune: CliSubCommand[Finetune]
+    evaluate: CliSubCommand[Evaluate]
 
     def cli_cmd(self) -> None:
         CliApp.run_subcommand(self)
+
+
+def _stopped(settings: RunSettings) -> None:
+    print(f"pcae-train: stopped; go on with --resume --out {settings.out}", file=sys.stderr)
+    sys.exit(STOPPED)
 
 
 def main() -> None:

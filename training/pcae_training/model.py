@@ -4,9 +4,9 @@ Parameter names are those of timm, MAE and DeiT. The model knows pixels already 
 float; it knows nothing of budgets or tiers, only how many patches to keep after each stage.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +191,8 @@ class Block(nn.Module):
         transformed = self.ls2(self.mlp(self.norm2(x)))
         if drop_path is not None:
             transformed = transformed * drop_path[1, :, None, None].to(transformed.dtype)
-        return x + transformed
+        x = x + transformed
+        return x
 
     def attention_received(self, x: Tensor) -> Tensor:
         """How much the tokens of x [B, N, D] attend to each one in this block: [B, N]."""
@@ -298,13 +299,14 @@ class VisionTransformer(nn.Module):
         rule = self.config.reduction
         if rule == "random" and counts and noise is None:
             noise = torch.rand(position.shape, device=x.device)
-        for i, block in enumerate(self.blocks):
-            m, attended = counts.get(i, n), None
+        for i, block in enumerate(cast(Iterable[Block], self.blocks)):
+            m = counts.get(i, n)
+            attended: Tensor | None = None
             if m < n and rule == "attention":
                 attended = block.attention_received(x)[:, prefix : prefix + n]
             x = block(x, None if drop_path is None else drop_path[i])
             if m < n:
-                head, patches, tail = x.split([prefix, n, x.shape[1] - prefix - n], dim=1)
+                head, patches, tail = x[:, :prefix], x[:, prefix : prefix + n], x[:, prefix + n :]
                 scores = None  # the paper's own
                 if rule == "ptr-normalised":
                     scores = redundancy(patches, normalised=True)
@@ -330,7 +332,7 @@ class VisionTransformer(nn.Module):
 
     def prefix_tokens(self, batch: int) -> Tensor:
         """CLS, distillation and register tokens, with positions where they have one."""
-        tokens = self.cls_token
+        tokens: Tensor = self.cls_token
         if self.config.distilled:
             tokens = torch.cat([tokens, self.dist_token], dim=1)
         tokens = tokens + self.pos_embed[:, : self.config.positioned]

@@ -1,4 +1,4 @@
-"""Progressive token reduction (PTR): which patches stay after a stage, and what is kept of the rest.
+"""Progressive token reduction (PTR): which patches stay after a stage, what is kept of the rest.
 
 It knows patch tokens and scores; nothing of blocks, budgets or where the stages are.
 """
@@ -57,4 +57,5 @@ def attention_received(q: Tensor, k: Tensor) -> Tensor:
     """
     with torch.no_grad():
         weights = (q.float() @ k.float().transpose(-2, -1)) / q.shape[-1] ** 0.5
-        return weights.softmax(dim=-1).mean(dim=(1, 2))
+        received: Tensor = weights.softmax(dim=-1).mean(dim=(1, 2))
+        return received

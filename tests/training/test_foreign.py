@@ -1,0 +1,561 @@
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from pcae_serve.preprocess import Preprocess
+from pcae_training import checkpoint
+from pcae_training.checkpoint import Checkpoint, CheckpointError
+from pcae_training.foreign import Found, adapt, initialise, read, resize_kernel
+from pcae_training.model import VisionTransformer, ViTConfig
+
+TINY = ViTConfig(
+    image_size=24,
+    patch_size=4,
+    width=16,
+    depth=2,
+    heads=2,
+    classes=5,
+    pooling="cls",
+    reduction_points=(),
+)
+DINOV2_SMALL = Path(__file__).parents[2].parent / "shared" / "data" / "dinov2-small"
+SIZES = {
+    "image_size": 24,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "layer_norm_eps": 0.05,  # far from every default: it must be read
+}
+
+Weights = dict[str, Tensor]
+
+
+def vit(config: ViTConfig = TINY, seed: int = 0) -> VisionTransformer:
+    return randomised(VisionTransformer(config), seed)
+
+
+def randomised(model: Any, seed: int = 0) -> Any:
+    """Every parameter random: none that is zero or one at first may be lost unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return model.eval()
+
+
+def rebuilt(found: Found) -> VisionTransformer:
+    model = VisionTransformer(found.config)
+    model.load_state_dict(found.weights)
+    return model.eval()
+
+
+def pixels(size: int = 24) -> Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def normed_tokens(model: VisionTransformer, images: Tensor) -> Tensor:
+    *_, last = model.walk(model.embed(images))
+    tokens: Tensor = model.norm(last.x)
+    return tokens
+
+
+def saved(content: Any, folder: Path, name: str = "x.pth") -> Path:
+    torch.save(content, folder / name)
+    return folder / name
+
+
+def refused(source: Path, message: str, **flags: Any) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read(source, **flags)
+    assert "\n" not in str(caught.value)
+    assert source.name in str(caught.value)
+
+
+def renamed(weights: Weights, *renames: tuple[str, str]) -> Weights:
+    for pattern, replacement in renames:
+        weights = {re.sub(pattern, replacement, name): t for name, t in weights.items()}
+    return weights
+
+
+# Hugging Face folders, against transformers itself
+
+
+@pytest.fixture(scope="module")
+def hugging_face() -> Iterator[Any]:
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.disable_progress_bar()
+    yield transformers
+    transformers.logging.enable_progress_bar()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("as_on_disk", [True, False])
+def test_vit_of_hugging_face(hugging_face: Any, as_on_disk: bool, tmp_path: Path) -> None:
+    labels = {i: f"class {i}" for i in range(5)}
+    config = hugging_face.ViTConfig(**SIZES, intermediate_size=40, id2label=labels)
+    theirs = randomised(hugging_face.ViTForImageClassification(config))
+    theirs.save_pretrained(tmp_path, save_original_format=as_on_disk)
+    names = " ".join(load_file(tmp_path / "model.safetensors"))
+    assert ("vit.encoder.layer.0." in names) == as_on_disk
+    found = read(tmp_path)
+    assert found.config == replace(TINY, mlp_ratio=2.5, norm_eps=0.05)
+    assert (found.labels, found.ignored) == (list(labels.values()), [])
+    close(rebuilt(found)(pixels()), theirs(pixels()).logits)
+
+    larger = VisionTransformer(replace(found.config, image_size=40)).eval()
+    adapted = initialise(larger, found)
+    assert (adapted.fresh, adapted.dropped) == ([], [])
+    expected = theirs(pixels(40), interpolate_pos_encoding=True).logits
+    close(larger(pixels(40)), expected)
+
+
+@torch.inference_mode()
+def test_vit_without_head_biases_and_prefix(hugging_face: Any, tmp_path: Path) -> None:
+    config = hugging_face.ViTConfig(**SIZES, intermediate_size=40, qkv_bias=False)
+    theirs = randomised(hugging_face.ViTModel(config))
+    theirs.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    saved(load_file(weights), tmp_path, "pytorch_model.bin")
+    weights.unlink()
+    found = read(tmp_path)
+    assert (found.config.classes, found.config.qkv_bias, found.labels) == (0, False, None)
+    assert sorted(found.ignored) == ["pooler.dense.bias", "pooler.dense.weight"]
+    expected = theirs(pixels()).last_hidden_state
+    close(normed_tokens(rebuilt(found), pixels()), expected)
+    assert read(tmp_path / "pytorch_model.bin").config == found.config  # config.json beside it
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("kind", "distilled", "registers"),
+    [("ForImageClassificationWithTeacher", True, 0), ("ForImageClassification", False, 1)],
+)
+def test_deit_of_hugging_face(
+    hugging_face: Any, kind: str, distilled: bool, registers: int, tmp_path: Path
+) -> None:
+    config = hugging_face.DeiTConfig(**SIZES, intermediate_size=40, num_labels=5)
+    theirs = randomised(getattr(hugging_face, f"DeiT{kind}")(config))
+    theirs.save_pretrained(tmp_path)
+    found = read(tmp_path)
+    assert (found.config.distilled, found.config.registers) == (distilled, registers)
+    close(rebuilt(found)(pixels()), theirs(pixels()).logits)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("as_on_disk", [True, False])
+def test_dinov2_with_registers(hugging_face: Any, as_on_disk: bool, tmp_path: Path) -> None:
+    config = hugging_face.Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, num_register_tokens=3)
+    theirs = randomised(hugging_face.Dinov2WithRegistersModel(config))
+    theirs.save_pretrained(tmp_path, save_original_format=as_on_disk)
+    found = read(tmp_path)
+    assert (found.config.registers, found.config.layer_scale) == (3, True)
+    assert found.ignored == ["embeddings.mask_token"]
+    for size in (24, 16, 32):  # smaller is told from larger by antialiasing
+        ours = VisionTransformer(replace(found.config, image_size=size)).eval()
+        initialise(ours, found)
+        close(normed_tokens(ours, pixels(size)), theirs(pixels(size)).last_hidden_state)
+
+
+@torch.inference_mode()
+def test_dinov2_classifier_reads_two_tokens_so_it_is_left_out(
+    hugging_face: Any, tmp_path: Path
+) -> None:
+    config = hugging_face.Dinov2Config(**SIZES, mlp_ratio=2, num_labels=5)
+    theirs = randomised(hugging_face.Dinov2ForImageClassification(config))
+    theirs.save_pretrained(tmp_path)
+    found = read(tmp_path)
+    assert (found.config.classes, found.labels) == (0, None)
+    assert {"classifier.weight", "classifier.bias"} < set(found.ignored)
+    close(rebuilt(found)(pixels()), theirs.dinov2(pixels()).pooler_output)
+
+
+@torch.inference_mode()
+def test_mae_of_hugging_face(hugging_face: Any, tmp_path: Path) -> None:
+    config = hugging_face.ViTMAEConfig(
+        **SIZES,
+        intermediate_size=40,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
+        mask_ratio=0.0,
+    )
+    theirs = randomised(hugging_face.ViTMAEForPreTraining(config))
+    theirs.save_pretrained(tmp_path)
+    found = read(tmp_path)
+    assert found.config.classes == 0
+    assert all(name.startswith("decoder.") for name in found.ignored)
+    assert "decoder.mask_token" in found.ignored
+    in_order = torch.arange(36.0).expand(2, -1)
+    expected = theirs.vit(pixels(), noise=in_order).last_hidden_state
+    close(normed_tokens(rebuilt(found), pixels()), expected)
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not DINOV2_SMALL.is_dir(), reason=f"no weights of DINOv2 at {DINOV2_SMALL}")
+def test_real_dinov2_at_224(hugging_face: Any) -> None:
+    found = read(DINOV2_SMALL)
+    assert found.preprocess is not None
+    assert (found.preprocess.resize, found.preprocess.image_size) == (256, 224)
+    assert found.config == ViTConfig(
+        image_size=518,
+        patch_size=14,
+        width=384,
+        heads=6,
+        classes=0,
+        pooling="cls",
+        layer_scale=True,
+    )
+    ours = VisionTransformer(replace(found.config, image_size=224)).eval()
+    initialise(ours, found)
+    theirs = hugging_face.Dinov2Model.from_pretrained(DINOV2_SMALL, dtype=torch.float32).eval()
+    tokens, expected = normed_tokens(ours, pixels(224)), theirs(pixels(224)).last_hidden_state
+    assert tokens.shape == expected.shape == (2, 257, 384)
+    assert (tokens - expected).norm() < 1e-5 * expected.norm()
+
+
+def close(ours: Tensor, expected: Tensor) -> None:
+    assert expected.std() > 0.1  # else every model would agree
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+# State dicts, made from our own model by renaming
+
+
+def mae_pretrained(weights: Weights) -> Any:
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 16)}
+    encoder = {n: t for n, t in weights.items() if not n.startswith("head.")}
+    options = argparse.Namespace(lr=1e-3, model="mae_vit_base")
+    return {"model": encoder | decoder, "epoch": 799, "args": options}
+
+
+def dino_teacher(weights: Weights) -> Any:
+    backbone = {f"backbone.{name}": tensor for name, tensor in weights.items()}
+    return {"teacher": backbone | {"head.mlp.0.weight": torch.zeros(8, 16)}, "epoch": 1}
+
+
+def in_chunks(weights: Weights) -> Any:
+    renames = (r"^blocks\.(\d)", r"blocks.\1.\1"), ("^reg_token", "register_tokens")
+    return renamed(weights, *renames) | {"mask_token": torch.zeros(1, 16)}
+
+
+def deit_3(weights: Weights) -> Any:
+    """Its CLS token has no position: the one it has here goes into the token."""
+    patches = weights["pos_embed"][:, 1:]
+    cls = weights["cls_token"] + weights["pos_embed"][:, :1]
+    weights = weights | {"pos_embed": patches, "cls_token": cls}
+    return {"model": renamed(weights, (r"\.ls(\d)\.gamma", r".gamma_\1"))}
+
+
+SCALED = replace(TINY, layer_scale=True)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("config", "written"),
+    [
+        (replace(TINY, classes=0), mae_pretrained),
+        (replace(TINY, pooling="mean"), lambda weights: {"model": weights}),  # MAE, fine-tuned
+        (TINY, dict),  # timm, DeiT
+        (replace(TINY, distilled=True), lambda weights: {"model": weights}),
+        (replace(TINY, classes=0), dino_teacher),
+        (replace(TINY, classes=0), lambda weights: {"teacher": renamed(weights, ("^", "module."))}),
+        (TINY, lambda weights: {"state_dict": renamed(weights, ("^", "module.encoder."))}),
+        (replace(SCALED, classes=0, registers=4), in_chunks),
+        (SCALED, deit_3),
+        (replace(SCALED, registers=4, qkv_bias=False, mlp_ratio=1.5, channels=1), dict),
+    ],
+)
+def test_state_dicts_give_the_same_logits(
+    config: ViTConfig, written: Callable[[Weights], Any], tmp_path: Path
+) -> None:
+    model = vit(config)
+    found = read(saved(written(model.state_dict()), tmp_path), heads=2)
+    assert found.config == config
+    images = pixels()[:, : config.channels]
+    assert torch.equal(rebuilt(found)(images), model(images))
+
+
+def test_what_means_nothing_is_named(tmp_path: Path) -> None:
+    weights = vit(replace(TINY, classes=0)).state_dict()
+    found = read(saved(mae_pretrained(weights), tmp_path), heads=2)
+    assert found.ignored == ["mask_token", "decoder_embed.weight"]
+    found = read(saved(dino_teacher(weights), tmp_path), heads=2)
+    assert found.ignored == ["head.mlp.0.weight"]
+
+
+def test_half_weights_of_a_safetensors_file_come_as_float32(tmp_path: Path) -> None:
+    weights = vit().half().state_dict()
+    save_file(weights, tmp_path / "x.safetensors")
+    found = read(tmp_path / "x.safetensors", heads=2)
+    assert {tensor.dtype for tensor in found.weights.values()} == {torch.float32}
+    assert torch.equal(found.weights["head.bias"], weights["head.bias"].float())
+
+
+@pytest.mark.parametrize(("width", "heads"), [(64, 1), (192, 3), (1280, 16)])  # ViT-H: 80 a head
+def test_heads_by_width(width: int, heads: int, tmp_path: Path) -> None:
+    model = VisionTransformer(replace(TINY, width=width, heads=1, depth=1, mlp_ratio=0.1))
+    assert read(saved(model.state_dict(), tmp_path)).config.heads == heads
+
+
+def test_deep_models_reduce_where_the_paper_does(tmp_path: Path) -> None:
+    model = VisionTransformer(replace(TINY, depth=12))
+    assert read(saved(model.state_dict(), tmp_path), heads=2).config.reduction_points == (0, 7, 10)
+
+
+def test_folder_of_timm(tmp_path: Path) -> None:
+    save_file(vit().state_dict(), tmp_path / "model.safetensors")
+    preprocess = {
+        "input_size": [3, 24, 24],
+        "crop_pct": 0.9,
+        "interpolation": "bilinear",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.1, 0.2, 0.3],
+    }
+    write_json(tmp_path, {"architecture": "vit_tiny", "pretrained_cfg": preprocess})
+    found = read(tmp_path, heads=2)
+    assert found.config == TINY
+    assert found.preprocess == Preprocess(
+        24, 26, (0.5, 0.5, 0.5), (0.1, 0.2, 0.3), Image.Resampling.BILINEAR
+    )
+
+
+def test_preprocessing_that_lies_beside(tmp_path: Path) -> None:
+    source = saved(vit().state_dict(), tmp_path)
+    assert read(source, heads=2).preprocess is None
+    content = {"size": 24, "image_mean": [0.1] * 3, "image_std": [0.2] * 3, "resample": 2}
+    write_json(tmp_path, content, "preprocessor_config.json")
+    found = read(source, heads=2)
+    expected = Preprocess(24, 24, (0.1,) * 3, (0.2,) * 3, Image.Resampling.BILINEAR)
+    assert found.preprocess == expected
+    write_json(tmp_path, {"size": 24}, "preprocessor_config.json")
+    refused(source, "its preprocessing cannot be used .*image_mean", heads=2)
+
+
+def test_checkpoints_of_our_own(tmp_path: Path) -> None:
+    model, preprocess = vit(), Preprocess(24, 24, (0.5,) * 3, (0.5,) * 3)
+    checkpoint.save(Checkpoint(model, preprocess, list("abcde")), tmp_path / "run")
+    for source in (tmp_path / "run", tmp_path / "run" / "model.safetensors"):
+        found = read(source)
+        assert (found.config, found.labels, found.preprocess) == (TINY, list("abcde"), preprocess)
+        assert torch.equal(rebuilt(found)(pixels()), model(pixels()))
+
+
+def write_json(folder: Path, content: Any, name: str = "config.json") -> None:
+    (folder / name).write_text(json.dumps(content))
+
+
+# A model that is not the checkpoint's own
+
+
+def found_from(model: VisionTransformer) -> Found:
+    return Found(model.config, dict(model.state_dict()))
+
+
+HEAD = ["head.weight", "head.bias"]
+NORM, FC_NORM = ["norm.weight", "norm.bias"], ["fc_norm.weight", "fc_norm.bias"]
+
+
+@pytest.mark.parametrize(
+    ("change", "fresh", "dropped"),
+    [
+        ({"image_size": 40}, [], []),
+        ({"classes": 3}, HEAD, HEAD),
+        ({"classes": 0}, [], HEAD),
+        ({"pooling": "mean"}, [*FC_NORM, *HEAD], [*NORM, *HEAD]),
+    ],
+)
+def test_fresh_parameters_stay_as_they_are(
+    change: dict[str, Any], fresh: list[str], dropped: list[str]
+) -> None:
+    source, model = vit(seed=1), vit(replace(TINY, **change), seed=2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted = initialise(model, found_from(source))
+    assert (adapted.fresh, adapted.dropped) == (fresh, dropped)
+    for name, tensor in model.state_dict().items():
+        if name in fresh:
+            assert torch.equal(tensor, before[name]), name
+        elif name != "pos_embed":
+            assert torch.equal(tensor, source.state_dict()[name]), name
+    prefix = model.pos_embed[:, :1]
+    assert torch.equal(prefix, source.pos_embed[:, :1])  # CLS has no place on the grid
+
+
+def test_another_count_of_classes_of_a_distilled_model() -> None:
+    adapted = adapt(
+        found_from(vit(replace(TINY, distilled=True))), replace(TINY, distilled=True, classes=3)
+    )
+    assert adapted.fresh == [*HEAD, "head_dist.weight", "head_dist.bias"]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("distilled", [False, True])
+def test_another_patch_size_gives_a_resized_patch_its_token(distilled: bool) -> None:
+    source = vit(replace(TINY, distilled=distilled))
+    config = replace(source.config, image_size=48, patch_size=8)  # the same grid
+    model = VisionTransformer(config).eval()
+    initialise(model, found_from(source))
+    patch = torch.randn(1, 3, 4, 4)
+    resized = F.interpolate(patch, size=(8, 8), mode="bilinear")
+    expected = source.patch_embed(patch)
+    torch.testing.assert_close(model.patch_embed(resized), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.pos_embed, source.pos_embed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 32}, r"cls_token is \[1, 1, 16\], not \[1, 1, 32\]"),
+        ({"depth": 3}, r"lacks blocks.2.norm1.weight \[16\]"),
+        ({"depth": 1}, r"blocks.1.norm1.weight \[16\] has no place"),
+        ({"mlp_ratio": 2.0}, r"blocks.0.mlp.fc1.weight is \[64, 16\], not \[32, 16\]"),
+        ({"heads": 4}, "the checkpoint has 2 heads, the model 4"),
+        ({"registers": 2}, r"lacks reg_token \[1, 2, 16\]"),
+        ({"channels": 1}, r"patch_embed.proj.weight is \[16, 3, 4, 4\], not \[16, 1, 4, 4\]"),
+    ],
+)
+def test_what_cannot_fit_is_named_with_both_shapes(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        adapt(found_from(vit()), replace(TINY, **change))
+
+
+# Files that are refused
+
+
+def with_tensor(name: str) -> Weights:
+    return vit().state_dict() | {name: torch.zeros(2)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (with_tensor("blocks.0.mlp.w12.weight"), "SwiGLU MLPs are not supported: it has blocks.0"),
+        (with_tensor("blocks.0.attn.relative_position_bias_table"), "relative positions"),
+        (with_tensor("blocks.0.attn.q_norm.weight"), "normalised queries and keys"),
+        (with_tensor("norm_pre.weight"), "a norm before the blocks"),
+        (with_tensor("layers.0.blocks.0.norm1.weight"), "stages that merge patches"),
+        (with_tensor("pre_logits.fc.weight"), r"pre_logits.fc.weight \[2\] has no place"),
+        (with_tensor("momentum.patch_embed.proj.weight"), "more than one encoder"),
+        ({"conv1.weight": torch.zeros(2)}, "is no vision transformer"),
+        ({1: torch.zeros(2)}, "is no vision transformer"),
+        ({"model": {"epoch": 3}}, "is no vision transformer"),
+        ([1, 2], "holds a list, no state dict"),
+        (renamed(vit().state_dict(), ("^norm.weight", "mask_token")), "lacks norm.weight"),
+        (renamed(vit().state_dict(), ("^pos_embed", "mask_token")), "lacks pos_embed"),
+        (vit().state_dict() | {"pos_embed": torch.zeros(1, 31, 16)}, "30 patches are no square"),
+        (vit().state_dict() | {"norm.bias": torch.zeros(3)}, r"norm.bias is \[3\], not \[16\]"),
+        (vit().state_dict() | {"pos_embed": torch.zeros(16)}, r"pos_embed \[16\] must have 3"),
+    ],
+)
+def test_state_dicts_that_are_no_plain_vit(content: Any, message: str, tmp_path: Path) -> None:
+    refused(saved(content, tmp_path), message, heads=2)
+
+
+def test_keys_without_biases_among_queries_that_have_them(tmp_path: Path) -> None:
+    q, k, v = vit().state_dict()["blocks.0.attn.qkv.weight"].chunk(3)
+    names = (
+        (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+        (r"^pos_embed", "embeddings.position_embeddings"),
+        (r"blocks\.", "layers."),
+    )
+    weights = renamed(vit().state_dict(), *names)
+    weights.pop("layers.0.attn.qkv.weight")
+    weights |= {"layers.0.attention.q_proj.weight": q, "layers.0.attention.v_proj.weight": v}
+    refused(saved(weights, tmp_path), "lacks blocks.0.attn.qkv.weight", heads=2)
+    weights["layers.0.attention.k_proj.weight"] = k
+    assert read(saved(weights, tmp_path), heads=2).config == TINY
+
+
+def test_heads_no_tensor_tells(tmp_path: Path) -> None:
+    source = saved(vit().state_dict(), tmp_path)
+    refused(source, "no tensor tells how many heads width 16 has: say --heads")
+    refused(source, "3 heads do not divide width 16", heads=3)
+
+
+class Malicious:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
+    source = saved({"model": Malicious(tmp_path / "ran")}, tmp_path)
+    refused(source, "holds more than tensors")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x.bin"])
+def test_files_that_are_damaged(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    refused(file, "no checkpoint: .* is missing")
+    if file.suffix == ".safetensors":
+        save_file(vit().state_dict(), file)
+    else:
+        saved(vit().state_dict(), tmp_path, name)
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:5], b"", b"<html>404</html>"):
+        file.write_bytes(content)
+        refused(file, "cannot be read|truncated|damaged")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "swin"}, "model_type 'swin' is not supported: only vit, deit"),
+        ({"hidden_size": 16}, "model_type None is not supported"),
+        ({"model_type": "vit", "hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
+        ({"model_type": "dinov2", "use_swiglu_ffn": True}, "SwiGLU"),
+        ({"model_type": "vit", "num_attention_heads": "two"}, "config.json is damaged: .*'str'"),
+        (
+            {"model_type": "vit", "num_attention_heads": 2, "id2label": {"0": "a"}},
+            "names 1 labels for 5 classes",
+        ),
+    ],
+)
+def test_folders_that_are_no_plain_vit(config: Any, message: str, tmp_path: Path) -> None:
+    save_file(vit().state_dict(), tmp_path / "model.safetensors")
+    write_json(tmp_path, config)
+    refused(tmp_path, message)
+
+
+def test_folders_that_lack_something(tmp_path: Path) -> None:
+    refused(tmp_path, r"config.json cannot be read")
+    write_json(tmp_path, {"model_type": "vit"})
+    refused(tmp_path, "holds neither model.safetensors nor pytorch_model.bin")
+
+
+@pytest.mark.parametrize(("new", "limit"), [(2, 0.2), (8, 0.05)])  # 2 x 2 lose the slopes
+def test_a_resized_patch_gives_nearly_the_same_token(new: int, limit: float) -> None:
+    torch.manual_seed(0)
+    kernel = torch.randn(16, 3, 4, 4) / 7  # 48 numbers a patch
+    y, x = torch.meshgrid(torch.linspace(0, 2, 16), torch.linspace(0, 3, 16), indexing="ij")
+    smooth = torch.stack([x.sin(), y.cos(), (x + y).sin()])[None]
+    resized = F.interpolate(smooth, scale_factor=new / 4, mode="bilinear")  # same patches, new size
+    tokens = F.conv2d(smooth, kernel, stride=4)
+    again = F.conv2d(resized, resize_kernel(kernel, new), stride=new)
+    assert (again - tokens).norm() / tokens.norm() < limit
+    flat = torch.full((1, 3, 16, 16), 0.7)
+    torch.testing.assert_close(
+        F.conv2d(flat, resize_kernel(kernel, new), stride=new)[..., 0, 0],
+        F.conv2d(flat, kernel, stride=4)[..., 0, 0],
+    )
+
+
+def test_the_same_patch_size_is_the_identity() -> None:
+    kernel = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(resize_kernel(kernel, 4), kernel)

@@ -1,0 +1,297 @@
+"""The loop: resumed anywhere, shared by processes, stopped by signals, it computes the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from pcae_serve.errors import PcaeError
+from pcae_training import checkpoint as checkpoints
+from pcae_training.finetune import FinetuneSettings, Finetuning, finetune
+from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.pretrain import PretrainSettings, pretrain
+from pcae_training.trainer import Trainer, parameter_groups
+
+MODEL = {"image_size": 8, "patch_size": 2, "width": 8, "depth": 11, "heads": 2}
+TRAIN = [sys.executable, "-m", "pcae_training.cli"]
+
+
+@pytest.fixture
+def tune(class_folders: Any, tmp_path: Path) -> Callable[..., FinetuneSettings]:
+    """Settings of a fine-tuning of six steps with everything random switched on."""
+    data = str(class_folders(20))
+
+    def make(out: str, **changes: Any) -> FinetuneSettings:
+        fixed: dict[str, Any] = {
+            "budgets": (1.0, 0.8, 0.6), "ramp_start": 0, "ramp_length": 0, "epochs": 2,
+            "batch_size": 10, "lr": 3e-3, "holdout": 10, "drop_path": 0.3, "log_every": 1,
+        }  # fmt: skip
+        return FinetuneSettings(data=data, out=tmp_path / out, **MODEL | fixed | changes)
+
+    return make
+
+
+@pytest.fixture
+def learn(class_folders: Any, tmp_path: Path) -> Callable[..., PretrainSettings]:
+    """Settings of a pretraining of eight steps."""
+    data = str(class_folders(20))
+
+    def make(out: str, **changes: Any) -> PretrainSettings:
+        fixed: dict[str, Any] = {
+            "epochs": 2, "batch_size": 10, "lr": 3e-3, "log_every": 1, "drop_path": 0.3,
+        }  # fmt: skip
+        return PretrainSettings(data=data, out=tmp_path / out, **MODEL | fixed | changes)
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    state = checkpoints.load_state(folder)
+    assert state is not None
+    return checkpoints.load(folder).model.state_dict() | state
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Killed(BaseException):
+    """As abrupt as a process that is gone: nothing gets to save."""
+
+
+def kill_at(step: int, patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Have `act` happen before the optimiser step of that number, counted from 0."""
+    original = Trainer._step
+
+    def watched(self: Trainer, *arguments: Any) -> None:
+        if self.step == step:
+            act()
+        original(self, *arguments)
+
+    patch.setattr(Trainer, "_step", watched)
+
+
+def killed() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5])  # in an epoch, at its edge, in the next
+@pytest.mark.parametrize("save_every_s", [1e-9, 1e9])  # after every step, after every epoch
+def test_killed_anywhere_and_resumed_is_unbroken(
+    step: int, save_every_s: float, tune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if step < 3 and save_every_s > 1:
+        pytest.skip("nothing is saved before the first epoch ends")
+    whole = tune("whole")
+    finetune(whole)
+    with monkeypatch.context() as patch:
+        kill_at(step, patch, killed)
+        with pytest.raises(Killed):
+            finetune(tune("broken", save_every_s=save_every_s))
+    accuracy = finetune(tune("broken", save_every_s=save_every_s, resume=True))
+    broken = tune("broken")
+    assert same(weights(whole.out), weights(broken.out))
+    one, other = (checkpoints.load(run.out).training for run in (whole, broken))
+    assert one["final"] == other["final"]
+    assert [e["train_loss"] for e in one["history"]] == [e["train_loss"] for e in other["history"]]
+    assert accuracy is not None
+    trails = [
+        [(line["step"], line["loss"]) for line in metrics(run.out) if "loss" in line]
+        for run in (whole, broken)
+    ]
+    assert trails[0] == trails[1]  # lines of steps that were done again are not there twice
+
+
+def test_a_pretraining_is_resumed_with_its_teacher(
+    learn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = learn("whole", ema=0.9)
+    pretrain(whole)
+    with monkeypatch.context() as patch:
+        kill_at(6, patch, killed)
+        with pytest.raises(Killed):
+            pretrain(learn("broken", ema=0.9, save_every_s=1e-9))
+    assert pretrain(learn("broken", ema=0.9, resume=True))
+    one, other = weights(whole.out), weights(learn("broken").out)
+    assert same(one, other)
+    assert any(name.startswith("objective/teacher.") for name in one)
+    assert any(name.startswith("optimizer/decoder.") for name in one)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_saves_itself(
+    number: signal.Signals, tune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = tune("whole"), tune("stopped", log_every=100)
+    finetune(whole)
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        kill_at(1, patch, lambda: os.kill(os.getpid(), number))
+        assert finetune(stopped) is None
+    assert signal.getsignal(number) is before
+    assert checkpoints.load(stopped.out).training["step"] == 2  # the step at hand is finished
+    assert finetune(stopped.model_copy(update={"resume": True})) is not None
+    assert same(weights(whole.out), weights(stopped.out))
+
+
+def test_the_command_says_so_and_exits_143(learn: Any) -> None:
+    run = learn("run")
+    flags = [f"--data={run.data}", f"--out={run.out}", "--image-size=8", "--patch-size=2"]
+    flags += ["--width=8", "--heads=2", "--batch-size=10", "--epochs=100000", "--log-every=1"]
+    with subprocess.Popen([*TRAIN, "pretrain", *flags], stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while not (run.out / "metrics.jsonl").exists() or not metrics(run.out):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        printed = process.stderr.read().decode()
+        assert process.wait(30) == 143
+    assert printed.splitlines()[-1] == f"pcae-train: stopped; go on with --resume --out {run.out}"
+    assert checkpoints.load(run.out).training["step"] >= 1
+
+
+def test_two_processes_train_as_one(tune: Any) -> None:
+    flags = {"seed": 3, "batch_size": 8, "accumulate": 2, "randaugment": 9, "erase": 0.5}
+    alone, shared = tune("alone", **flags), tune("shared", **flags)
+    finetune(alone)
+    given = [
+        f"--{name.replace('_', '-')}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
+        for name, v in shared.model_dump(exclude_defaults=True).items()
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "pcae_training.cli", "finetune", *given]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = metrics(alone.out), metrics(shared.out)
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (one, two)]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    accuracy = [[line for line in lines if "holdout_top1/1.0" in line] for lines in (one, two)]
+    assert accuracy[0] == accuracy[1]
+    ours, theirs = weights(alone.out), weights(shared.out)
+    for name, tensor in ours.items():
+        if not name.endswith("qkv.bias"):  # softmax ignores the keys': Adam scales up rounding
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_accumulation_changes_nothing_but_rounding(tune: Any) -> None:
+    whole, parts = tune("whole", mixup=0, cutmix=0), tune("parts", mixup=0, cutmix=0, accumulate=5)
+    finetune(whole)
+    finetune(parts)
+    losses = [
+        [line["loss"] for line in metrics(run.out) if "loss" in line] for run in (whole, parts)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it, and hides this
+def test_budgets_cost_few_graphs(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = CompileCounter()
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compile_block(self, backend=counter)
+    )
+    torch._dynamo.reset()
+    graphs = []
+    ended = Finetuning.epoch_ended
+
+    def counted(self: Finetuning, world: Any) -> Any:
+        graphs.append(counter.frame_count)  # before evaluation's own
+        return ended(self, world)
+
+    monkeypatch.setattr(Finetuning, "epoch_ended", counted)
+    budgets = (1.0, 0.9, 0.8, 0.7, 0.6)
+    finetune(tune("run", compile=True, budgets=budgets, epochs=6, batch_size=5, drop_path=0))
+    torch._dynamo.reset()
+    assert counter.frame_count > 0
+    # a number of tokens is met as a fixed one first, then any number with the same graph
+    assert graphs[0] <= 4
+    assert graphs[-1] == graphs[1]
+
+
+def test_a_loss_that_is_no_number(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tune("run", log_every=1)
+    forward = Finetuning.forward
+
+    def poisoned(self: Finetuning, pixels: Tensor, labels: Tensor, draws: Any, at: float) -> Tensor:
+        loss = forward(self, pixels, labels, draws, at)
+        return loss / 0 if draws.step == 4 else loss
+
+    monkeypatch.setattr(Finetuning, "forward", poisoned)
+    with pytest.raises(PcaeError, match=r"not finite in step 5 \(epoch 2\): try a smaller --lr"):
+        finetune(run)
+    saved = checkpoints.load(run.out)
+    assert saved.training["step"] == 3
+    assert all(tensor.isfinite().all() for tensor in saved.model.state_dict().values())
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, refused = tune("run"), []
+
+    def second() -> None:
+        with pytest.raises(PcaeError, match="another run is writing to") as error:
+            finetune(run)
+        refused.append(str(error.value))
+
+    kill_at(1, monkeypatch, second)
+    finetune(run)
+    assert len(refused) == 1
+
+
+def test_resume_refuses_another_run(tune: Any) -> None:
+    with pytest.raises(PcaeError, match=r"no checkpoint: .*config\.json cannot be read"):
+        finetune(tune("run", resume=True))
+    finetune(tune("run", epochs=1))
+    with pytest.raises(PcaeError, match=r"written with another --epochs, --lr$"):
+        finetune(tune("run", resume=True, epochs=3, lr=1e-4))
+    (tune("run").out / "checkpoint" / "training_state.safetensors").unlink()
+    with pytest.raises(PcaeError, match="without its optimiser's state"):
+        finetune(tune("run", resume=True, epochs=1))
+
+
+def test_a_new_run_does_not_replace_an_old_one_unasked(tune: Any) -> None:
+    finetune(tune("run", epochs=1))
+    with pytest.raises(PcaeError, match="holds a run already: go on with --resume"):
+        finetune(tune("run", epochs=1, seed=5))
+
+
+def test_groups() -> None:
+    model = VisionTransformer(ViTConfig(8, 2, width=8, heads=2, depth=11, classes=2))
+    plain = parameter_groups(model, model, 0.05)
+    assert sorted(group["weight_decay"] for group in plain) == [0.0, 0.05]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in plain:
+        for parameter in group["params"]:
+            undecayed = (
+                names[parameter].endswith(("bias", "token", "embed"))
+                or "norm" in (names[parameter])
+            )
+            assert (group["weight_decay"] == 0) == undecayed
+
+    scales = {
+        names[parameter]: group["scale"]
+        for group in parameter_groups(model, model, 0.05, layer_decay=0.5)
+        for parameter in group["params"]
+    }
+    assert len(scales) == len(names)
+    assert scales["head.weight"] == scales["fc_norm.bias"] == 1
+    assert scales["blocks.10.mlp.fc2.weight"] == 0.5
+    assert scales["blocks.0.norm1.bias"] == 0.5**11
+    assert scales["cls_token"] == scales["patch_embed.proj.weight"] == 0.5**12

@@ -1,0 +1,49 @@
+"""The light transformer that predicts hidden patches from visible ones (MAE; paper, appendix B).
+
+It knows latents and positions, nothing of what its predictions are compared with.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pcae_training.masking import gather
+from pcae_training.model import Block, ViTConfig, init_weights, sincos_position
+
+
+class Decoder(nn.Module):
+    """Latents of CLS and visible patches, and positions to predict, to a prediction for each."""
+
+    def __init__(self, config: ViTConfig, outputs: int, depth: int, width: int, heads: int) -> None:
+        """config: the encoder's; outputs: numbers predicted for a patch."""
+        super().__init__()
+        self.decoder_embed = nn.Linear(config.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("decoder_pos_embed", sincos_position(width, config.grid))
+        hidden = round(width * config.mlp_ratio)
+        self.decoder_blocks = nn.ModuleList(
+            Block(width, heads, hidden, config.norm_eps) for _ in range(depth)
+        )
+        self.decoder_norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.decoder_pred = nn.Linear(width, outputs)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
+        """Predictions [B, w, outputs] at the patches `wanted` [B, w].
+
+        latent [B, 1 + v, D]: CLS and the patches `visible` [B, v]. Patches in neither take no part.
+        """
+        positions: Tensor = self.decoder_pos_embed  # type: ignore[assignment]
+        table = positions[:, 1:].expand(latent.shape[0], -1, -1)
+        shown = self.decoder_embed(latent)
+        cls, shown = shown[:, :1] + positions[:, :1], shown[:, 1:] + gather(table, visible)
+        x = torch.cat([cls, shown, self.mask_token + gather(table, wanted)], dim=1)
+        for block in self.decoder_blocks:
+            x = block(x)
+        prediction: Tensor = self.decoder_pred(self.decoder_norm(x[:, -wanted.shape[1] :]))
+        return prediction
+
+
+def default_width(width: int) -> int:
+    """512 beside ViT-B as MAE, and as much narrower beside a narrower encoder."""
+    return min(512, max(32, round(width * 2 / 3 / 32) * 32))
