@@ -10,6 +10,7 @@ from pcae_training.finetune import FinetuneSettings, finetune
 from pcae_training.pretrain import PretrainSettings, pretrain
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import STOPPED
+from pcae_training.visualize import VisualizeSettings, visualize
 
 
 class Pretrain(PretrainSettings):
@@ -43,6 +44,14 @@ class Evaluate(EvaluateSettings):
             print(evaluation)
 
 
+class Visualize(VisualizeSettings):
+    __doc__ = VisualizeSettings.__doc__
+
+    def cli_cmd(self) -> None:
+        for file in visualize(self):
+            print(f"wrote {file}")
+
+
 class Train(BaseSettings):
     """Train vision transformers that answer at several token budgets."""
 
@@ -51,6 +60,7 @@ class Train(BaseSettings):
     pretrain: CliSubCommand[Pretrain]
     finetune: CliSubCommand[Finetune]
     evaluate: CliSubCommand[Evaluate]
+    visualize: CliSubCommand[Visualize]
 
     def cli_cmd(self) -> None:
         CliApp.run_subcommand(self)

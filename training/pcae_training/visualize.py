@@ -1,0 +1,328 @@
+"""Which patches a model keeps (paper, Figure 2) and how diverse its tokens are (Figure 3), as PNG.
+
+It knows checkpoints, image files and charts; what is kept and how diversity is measured is decided
+elsewhere.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
+
+import torch
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic_settings import CliPositionalArg, NoDecode
+from torch import Tensor
+from tqdm import tqdm
+
+from pcae_serve.errors import PcaeError, RequestError
+from pcae_serve.preprocess import MAX_PIXELS, Preprocess
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
+from pcae_training.data import load, to_pixels
+from pcae_training.diversity import diversity
+from pcae_training.evaluate import (
+    Ratios,
+    check_place,
+    normalise,
+    ratios_for,
+    row_noise,
+    write_whole,
+)
+from pcae_training.world import join
+
+if TYPE_CHECKING:  # imported where it draws: on import it writes caches, which training needs not
+    from matplotlib.figure import Figure
+
+#: The grey of patches that are gone: neither the page's white nor a photograph's usual highlights.
+GONE = 192
+
+#: Small images are scaled up by a whole factor until they are this wide, in pixels.
+LEAST_SIDE = 224
+
+#: Around panels, and above them for their titles, in pixels.
+GAP, TITLE = 8, 28
+
+#: Pixels an inch: a power of two, so that no size in pixels is lost to rounding.
+DPI = 128
+
+#: Letters 14 pixels high.
+FONT_POINTS = 14 * 72 / DPI
+
+#: Images at a time.
+BATCH = 32
+
+
+def _paths(value: object) -> object:
+    """Paths written as one text with commas."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _rows(value: object) -> object:
+    """Row numbers and ranges written as one text with commas: 0-3,17 is 0, 1, 2, 3, 17."""
+    if not isinstance(value, str):
+        return value
+    rows: list[int] = []
+    for part in value.strip("[]()").split(","):
+        first, _, last = part.strip().partition("-")
+        last = last or first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise ValueError(f"rows are numbers and ranges, as 0-3,17, not {value!r}")
+        rows.extend(range(int(first), int(last) + 1))
+    return rows
+
+
+class VisualizeSettings(BaseModel):
+    """Draw which patches a checkpoint keeps of images, or how diverse its tokens are."""
+
+    checkpoint: CliPositionalArg[Path] = Field(description="folder written by pcae-train")
+    image: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)] = Field(
+        (), description="image files, with commas between or the flag repeated"
+    )
+    data: str | None = Field(None, description="also images of a data set, as --rows says")
+    split: str = Field("test", description="split of --data")
+    rows: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_rows)] = Field(
+        (0, 1, 2, 3), min_length=1, description="rows of --data, as 0-3,17"
+    )
+    out: Path = Field(description=".png file for all, or folder for a file per image")
+    budgets: Ratios = Field(
+        None, description="keep ratios, as 1.0,0.8,.6; default: those trained for"
+    )
+    diversity: bool = Field(
+        False, description="a chart of the tokens' diversity by layer, and its numbers as JSON"
+    )
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
+
+    @model_validator(mode="after")
+    def _has_images(self) -> Self:
+        if not self.image and self.data is None:
+            raise ValueError("there is nothing to draw: name --image files or a --data set")
+        return self
+
+    @property
+    def file(self) -> Path | None:
+        """The one file to write; None where --out is a folder. Raises PcaeError."""
+        if self.out.is_dir() or not self.out.suffix:
+            return None
+        if self.out.suffix.lower() != ".png":
+            raise PcaeError(f"--out {self.out} is neither a .png file nor a folder that exists")
+        return self.out
+
+
+class Picture(NamedTuple):
+    """An image that is decoded when it is drawn."""
+
+    number: int  # its place among all; what the `random` rule draws by
+    name: str  # of the file that shows it
+    place: str  # for messages
+    body: Callable[[], bytes]
+
+    def pixels(self, preprocess: Preprocess) -> Tensor:
+        """uint8 [3, S, S], as the server would make them. Raises PcaeError."""
+        try:
+            return to_pixels(preprocess, self.body())
+        except OSError as error:
+            raise PcaeError(f"cannot read the image {self.place}: {error.strerror}") from None
+        except RequestError as error:
+            raise PcaeError(f"{self.place}: {error}") from None
+
+
+class Panel(NamedTuple):
+    """One square of a sheet."""
+
+    title: str
+    pixels: Tensor  # uint8 [3, S, S]
+
+
+def visualize(settings: VisualizeSettings) -> list[Path]:
+    """Draw what the settings name; returns the files written.
+
+    Patches kept: all images in one .png, or one for each in a folder. Diversity: a chart, and its
+    numbers beside it. Each file is written whole or not at all. Raises PcaeError.
+    """
+    checkpoint = checkpoints.load(settings.checkpoint)
+    ratios = ratios_for(checkpoint, settings.budgets)
+    if settings.budgets is None:  # 1.0 drops nothing: what curves are compared with, no panel's aim
+        smaller = tuple(ratio for ratio in ratios if ratio < 1)
+        ratios = (1.0, *smaller) if settings.diversity else smaller or ratios
+    pictures = list(_pictures(settings, checkpoint.preprocess))
+    files = _files(settings, pictures)
+    with join(settings.device) as world:
+        checkpoint.model.to(world.device)
+        if settings.diversity:
+            curves = measure_diversity(checkpoint, pictures, ratios)
+            contents = iter([draw_chart(curves), curves.to_json()])
+        else:
+            groups = [pictures] if settings.file else [[picture] for picture in pictures]
+            contents = (draw_sheet(kept_panels(checkpoint, group, ratios)) for group in groups)
+        for file, content in zip(files, contents, strict=True):
+            write_whole(file, content)
+    return files
+
+
+@torch.inference_mode()
+def kept_panels(
+    checkpoint: Checkpoint, pictures: Sequence[Picture], ratios: Sequence[float]
+) -> list[list[Panel]]:
+    """A row for each picture and keep ratio: the image as the model sees it, then each stage."""
+    model, preprocess = checkpoint.model, checkpoint.preprocess
+    config, device = model.config, model.pos_embed.device
+    rows = []
+    for picture in pictures:
+        pixels = picture.pixels(preprocess)
+        images = normalise(pixels[None].to(device), preprocess)
+        noise = row_noise(config, [picture.number], device)
+        for ratio in ratios:
+            counts = config.geometry.counts(ratio)
+            _, kept = model.classify(images, counts, noise=noise)
+            before = (config.geometry.patches, *counts)
+            rows.append([Panel(f"keep {ratio:g}: {before[0]} patches", pixels)])
+            for n, m, index in zip(before, counts, kept, strict=False):
+                left = only(pixels, index[0].cpu(), config.patch_size)
+                rows[-1].append(Panel(f"{n} → {m}", left))
+    return rows
+
+
+def only(pixels: Tensor, kept: Tensor, patch_size: int) -> Tensor:
+    """The image [3, S, S] with all patches but the `kept` [m], counted row by row, in GONE."""
+    grid = pixels.shape[-1] // patch_size
+    mask = torch.zeros(grid * grid, dtype=torch.bool)
+    mask[kept] = True
+    mask = mask.view(grid, grid)
+    for dim in (0, 1):
+        mask = mask.repeat_interleave(patch_size, dim)
+    return pixels.masked_fill(~mask, GONE)
+
+
+def draw_sheet(rows: Sequence[Sequence[Panel]]) -> bytes:
+    """Rows of panels, all of one size, as a PNG file; small ones scaled up by a whole factor.
+
+    Raises PcaeError where the file would have more than MAX_PIXELS pixels.
+    """
+    from matplotlib.figure import Figure
+
+    size = rows[0][0].pixels.shape[-1]
+    scale = -(-LEAST_SIDE // size)
+    cell, line = size * scale + GAP, size * scale + TITLE
+    width, height = len(rows[0]) * cell + GAP, len(rows) * line + GAP
+    if width * height > MAX_PIXELS:
+        raise PcaeError(
+            f"{len(rows)} rows of panels do not fit one file: give a folder, or fewer images"
+        )
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    for i, row in enumerate(rows):
+        for j, panel in enumerate(row):
+            left, top = GAP + j * cell, height - i * line  # pixels from the lower left corner
+            large = panel.pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+            figure.figimage(large.permute(1, 2, 0).numpy(), left, top - line, origin="upper")
+            middle = (top - TITLE / 2) / height
+            figure.text(left / width, middle, panel.title, va="center", fontsize=FONT_POINTS)
+    return _png(figure)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The diversity of patch tokens, averaged over images, at every layer."""
+
+    images: int
+    stages: tuple[int, ...]  # layers that patches are dropped in; layer 0 is the input
+    values: dict[float, list[float]]  # by keep ratio: nuclear norm per token, [depth + 1]
+
+    def to_json(self) -> bytes:
+        """The same as a JSON file."""
+        content = {
+            "measure": "nuclear norm of the patch tokens at length one, divided by their number",
+            "images": self.images,
+            "stages": self.stages,
+            "curves": [
+                {"keep_ratio": ratio, "values": values} for ratio, values in self.values.items()
+            ],
+        }
+        return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def measure_diversity(
+    checkpoint: Checkpoint, pictures: Sequence[Picture], ratios: Sequence[float]
+) -> Curves:
+    """A curve for each keep ratio, over all pictures."""
+    model, preprocess = checkpoint.model, checkpoint.preprocess
+    config, device = model.config, model.pos_embed.device
+    totals = {ratio: torch.zeros(config.depth + 1) for ratio in ratios}
+    with tqdm(total=len(pictures), desc="measuring", unit="img", leave=False) as bar:
+        for start in range(0, len(pictures), BATCH):
+            batch = pictures[start : start + BATCH]
+            pixels = torch.stack([picture.pixels(preprocess) for picture in batch])
+            images = normalise(pixels.to(device), preprocess)
+            noise = row_noise(config, [picture.number for picture in batch], device)
+            for ratio, total in totals.items():
+                counts = config.geometry.counts(ratio)
+                mean = diversity(model, images, counts, noise=noise)
+                total += mean.cpu() * len(batch)
+            bar.update(len(batch))
+    return Curves(
+        images=len(pictures),
+        stages=tuple(point + 1 for point in config.reduction_points),
+        values={ratio: (total / len(pictures)).tolist() for ratio, total in totals.items()},
+    )
+
+
+def draw_chart(curves: Curves) -> bytes:
+    """A line for each budget as a PNG file, with dotted lines where patches are dropped."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=DPI, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    for stage in curves.stages:
+        axes.axvline(stage, color="0.7", linestyle=":")
+    for ratio, values in curves.values.items():
+        axes.plot(range(len(values)), values, marker="o", label=f"keep {ratio:g}")
+    axes.set_xlabel("layer (0: the tokens as they enter; dotted: patches are dropped)")
+    axes.set_ylabel("nuclear norm / tokens")
+    axes.set_title(f"Diversity of patch tokens, mean of {curves.images:,} images")
+    axes.legend()
+    return _png(figure)
+
+
+def _pictures(settings: VisualizeSettings, preprocess: Preprocess) -> Iterator[Picture]:
+    """Image files first, then the rows of the data set."""
+    for number, path in enumerate(settings.image):
+        yield Picture(number, path.stem, str(path), path.read_bytes)
+    if settings.data is None:
+        return
+    images = load(settings.data, settings.split, preprocess, labelled=False)
+    for number, row in enumerate(settings.rows, start=len(settings.image)):
+        if row >= len(images):
+            raise PcaeError(f"--rows: {images.name} has {len(images)} rows, there is no row {row}")
+        place = f"{images.name}, row {row}"
+        yield Picture(number, f"row-{row}", place, partial(images.body, row))
+
+
+def _files(settings: VisualizeSettings, pictures: Sequence[Picture]) -> list[Path]:
+    """The files to write. Raises PcaeError where one cannot be, or is an image to read."""
+    file, folder = settings.file, settings.out
+    if settings.diversity:
+        chart = file or folder / "diversity.png"
+        files = [chart, chart.with_suffix(".json")]
+    elif file is not None:
+        files = [file]
+    else:
+        names = [f"{picture.name}-kept" for picture in pictures]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                names[i] = f"{name}-{i}"
+        files = [folder / f"{name}.png" for name in names]
+    read = {path.resolve() for path in settings.image}
+    for target in files:
+        if target.resolve() in read:
+            raise PcaeError(f"--out would replace the image {target}: give another")
+        check_place(target)
+    return files
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
