@@ -11,7 +11,7 @@ from tqdm import tqdm
 from pcae_serve.bundle import Accuracy, Bundle
 from pcae_serve.engines import Engine, Pixels
 from pcae_training.data import LabelledImages
-from pcae_training.evaluate import Top1
+from pcae_training.score import Top1
 
 BATCH = 8
 

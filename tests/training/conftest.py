@@ -1,6 +1,7 @@
-"""Tiny labelled images as people keep them, and caches that end with the test."""
+"""Tiny labelled images as people keep them, slow scores, and caches that end with the test."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 MakeFolders = Callable[..., Path]
 
@@ -40,3 +42,39 @@ def class_folders(tmp_path: Path) -> MakeFolders:
         return tmp_path / "images"
 
     return make
+
+
+@dataclass(frozen=True)
+class SlowScore:
+    """What a score is compared with: an image at a time, a bin at a time."""
+
+    top1: list[bool]
+    top5: list[bool]
+    confidence: list[float]
+
+    @property
+    def calibration_error(self) -> float:
+        """Guo et al. 2017, equation 3."""
+        error = 0.0
+        for m in range(15):
+            inside = [i for i, c in enumerate(self.confidence) if m / 15 < c <= (m + 1) / 15]
+            if inside:
+                accuracy = sum(self.top1[i] for i in inside) / len(inside)
+                mean = sum(self.confidence[i] for i in inside) / len(inside)
+                error += len(inside) / len(self.confidence) * abs(accuracy - mean)
+        return error
+
+
+@pytest.fixture
+def slow_score() -> Callable[[Tensor, Tensor], SlowScore]:
+    def score(logits: Tensor, labels: Tensor) -> SlowScore:
+        found = SlowScore([], [], [])
+        for row, label in zip(logits.double().numpy(), labels.tolist(), strict=True):
+            ranked = sorted(range(len(row)), key=lambda i: -row[i])
+            found.top1.append(ranked[0] == label)
+            found.top5.append(label in ranked[:5])
+            likely = np.exp(row - row.max())
+            found.confidence.append(float(likely.max() / likely.sum()))
+        return found
+
+    return score

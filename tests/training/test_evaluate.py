@@ -1,6 +1,4 @@
 import json
-import math
-import pickle
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
-from torch import Tensor
 
 from pcae_serve.command import config, run
 from pcae_serve.errors import PcaeError
@@ -22,18 +19,15 @@ from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import DataError, LabelledImages, load
 from pcae_training.draws import generator
 from pcae_training.evaluate import (
-    Difference,
     EvaluateSettings,
-    Score,
-    Top1,
     evaluate,
     normalise,
     ratios_for,
     run_evaluation,
     together,
-    write_whole,
 )
 from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.score import Score
 from pcae_training.world import World
 
 PREPROCESS = Preprocess(8, 8, (0.5, 0.4, 0.3), (0.5, 0.25, 0.2))
@@ -77,127 +71,14 @@ def settings(class_folders: Any, tmp_path: Path) -> Any:
     return make
 
 
-def answers(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Top-1, top-5 and confidence of each image, an image at a time."""
-    found: dict[str, Any] = {"top1": [], "top5": [], "confidence": []}
-    for row, label in zip(logits.double().numpy(), labels.tolist(), strict=True):
-        ranked = sorted(range(len(row)), key=lambda i: -row[i])
-        found["top1"].append(ranked[0] == label)
-        found["top5"].append(label in ranked[:5])
-        found["confidence"].append((np.exp(row - row.max()) / np.exp(row - row.max()).sum()).max())
-    return found
-
-
-def slow_calibration_error(confidence: list[float], right: list[bool]) -> float:
-    """Guo et al., equation 3, a bin at a time."""
-    error = 0.0
-    for m in range(15):
-        inside = [i for i, c in enumerate(confidence) if m / 15 < c <= (m + 1) / 15]
-        if inside:
-            accuracy = sum(right[i] for i in inside) / len(inside)
-            mean = sum(confidence[i] for i in inside) / len(inside)
-            error += len(inside) / len(confidence) * abs(accuracy - mean)
-    return error
-
-
-def random_answers(n: int = 400, classes: int = 7) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(1)
-    return 2 * torch.randn(n, classes), torch.randint(classes, (n,))
-
-
-def test_top1_tells_its_interval() -> None:
-    top1 = Top1(correct=4600, n=5000)
-    assert top1.value == 0.92
-    assert top1.interval == pytest.approx((0.9122, 0.9272), abs=1e-4)  # Wilson
-    assert str(top1) == "92.00 % [91.22, 92.72] of 5,000"
-    assert Top1(5, 5).interval[1] == pytest.approx(1)
-
-
 def test_normalise_is_what_the_graph_does() -> None:
     pixels = torch.tensor([0, 102, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     expected = [(0 - 0.5) / 0.5, (0.4 - 0.4) / 0.25, (1 - 0.3) / 0.2]
     torch.testing.assert_close(normalise(pixels, PREPROCESS).flatten(), torch.tensor(expected))
 
 
-def test_a_score_agrees_with_a_slow_one() -> None:
-    logits, labels = random_answers()
-    score, expected = Score.of(logits, labels), answers(logits, labels)
-    assert score.top1 == Top1(sum(expected["top1"]), 400)
-    assert score.top5 == Top1(sum(expected["top5"]), 400)
-    assert 0 < score.top1.correct < score.top5.correct < 400
-    error = slow_calibration_error(expected["confidence"], expected["top1"])
-    assert score.calibration_error == pytest.approx(error, abs=1e-6)
-
-
-def test_calibration_error_where_it_is_known() -> None:
-    def error(confidence: list[float], right: list[bool]) -> float:
-        return Score(torch.tensor(right), None, torch.tensor(confidence)).calibration_error
-
-    assert error([0.75] * 4, [True, True, True, False]) == pytest.approx(0)
-    assert error([1.0] * 3, [False] * 3) == pytest.approx(1)
-    assert error([0.9, 0.5], [False, True]) == pytest.approx((0.9 + 0.5) / 2)  # bins do not cancel
-    assert error([0.62, 0.65], [True, False]) == pytest.approx(abs(0.62 + 0.65 - 1) / 2)  # one does
-
-
-def test_no_top5_below_six_classes() -> None:
-    logits, labels = random_answers(classes=5)
-    assert Score.of(logits, labels).top5 is None
-    logits, labels = random_answers(classes=6)
-    assert Score.of(logits, labels).top5 is not None
-
-
-def test_scores_of_parts_add_up() -> None:
-    logits, labels = random_answers()
-    whole = Score.of(logits, labels)
-    parts = [Score.of(logits[:130], labels[:130]), Score.of(logits[130:], labels[130:])]
-    for score in (parts[0] + parts[1], pickle.loads(pickle.dumps(Score.joined(parts)))):
-        assert (score.n, score.top1, score.top5) == (400, whole.top1, whole.top5)
-        assert score.calibration_error == pytest.approx(whole.calibration_error)
-    assert together([{0.5: parts[0]}, {0.5: parts[1]}])[0.5].top1 == whole.top1
-    with pytest.raises(ValueError, match="no scores"):
-        Score.joined([])
-
-
-def test_a_difference_counts_the_images_that_one_alone_gets() -> None:
-    def score(right: list[int]) -> Score:
-        return Score(torch.tensor(right).bool(), None, torch.ones(len(right)))
-
-    difference = score([1, 1, 0, 0, 1]).against(score([1, 0, 1, 1, 0]))
-    assert difference == Difference(gained=2, lost=2, n=5)
-    assert score([1, 0, 0]).against(score([1, 1, 1])).value == pytest.approx(-2 / 3)
-    with pytest.raises(ValueError, match="5 answers cannot be paired with 3"):
-        score([1, 1, 1, 1, 1]).against(score([1, 1, 1]))
-
-
-@pytest.mark.parametrize(("gained", "lost", "n"), [(12, 85, 5000), (3, 0, 40), (0, 0, 100)])
-def test_an_interval_is_walds_after_one_more_image_either_way(
-    gained: int, lost: int, n: int
-) -> None:
-    sample = np.array([1] * (gained + 1) + [-1] * (lost + 1) + [0] * (n - gained - lost))
-    assert len(sample) == n + 2
-    half = 1.959964 * sample.std() / math.sqrt(n + 2)
-    expected = (sample.mean() - half, sample.mean() + half)
-    assert Difference(gained, lost, n).interval == pytest.approx(expected, abs=1e-6)
-
-
-def test_an_interval_covers_the_truth_19_times_of_20() -> None:
-    rng, truth = np.random.default_rng(0), 0.02 - 0.05
-    draws: NDArray[np.int64] = rng.multinomial(300, (0.02, 0.05, 0.93), size=2000)
-    covered = 0
-    for gained, lost, _ in draws.tolist():
-        low, high = Difference(gained, lost, 300).interval
-        covered += low <= truth <= high
-    assert 0.935 < covered / 2000 < 0.975
-
-
-def test_a_difference_stays_within_what_can_be() -> None:
-    assert Difference(3, 0, 3).interval[1] == 1
-    assert Difference(0, 3, 3).interval[0] == -1
-    assert str(Difference(12, 85, 5000)).startswith("-1.46 [-1.8")
-
-
 def test_every_budget_is_measured_on_the_rows_asked_for(
-    images: LabelledImages, model: VisionTransformer
+    images: LabelledImages, model: VisionTransformer, slow_score: Any
 ) -> None:
     rows, budgets = [0, 3, 7, 8, 11], (1.0, 0.6)
     scores = evaluate(model, images, rows, budgets, batch_size=2)
@@ -205,9 +86,9 @@ def test_every_budget_is_measured_on_the_rows_asked_for(
     for budget in budgets:
         counts = model.config.geometry.counts(budget)
         logits = [model(normalise(images[row][0][None], PREPROCESS), counts)[0] for row in rows]
-        expected = answers(torch.stack(logits).detach(), images.labels[rows])
-        assert scores[budget].correct.tolist() == expected["top1"]
-        assert scores[budget].confidence.tolist() == pytest.approx(expected["confidence"], abs=1e-5)
+        expected = slow_score(torch.stack(logits).detach(), images.labels[rows])
+        assert scores[budget].correct.tolist() == expected.top1
+        assert scores[budget].confidence.tolist() == pytest.approx(expected.confidence, abs=1e-5)
 
 
 def test_a_budget_named_twice_counts_once(images: LabelledImages, model: VisionTransformer) -> None:
@@ -258,7 +139,7 @@ def test_a_model_is_left_training_where_an_image_is_damaged(
     assert model.training
 
 
-def test_a_run_tells_what_a_loop_finds(settings: Any, tmp_path: Path) -> None:
+def test_a_run_tells_what_a_loop_finds(settings: Any, slow_score: Any, tmp_path: Path) -> None:
     file = tmp_path / "new" / "numbers.json"
     asked = settings(budgets=(1.0, 0.6, 0.5), json=file, batch_size=5)
     text = str(run_evaluation(asked))
@@ -271,14 +152,14 @@ def test_a_run_tells_what_a_loop_finds(settings: Any, tmp_path: Path) -> None:
         ratio = found["keep_ratio"]
         counts = model.config.geometry.counts(ratio)
         batch = normalise(torch.stack([pixels for pixels, _ in images]), PREPROCESS)
-        expected = answers(model(batch, counts).detach(), images.labels)
-        right[ratio] = np.array(expected["top1"])
+        expected = slow_score(model(batch, counts).detach(), images.labels)
+        right[ratio] = np.array(expected.top1)
         assert found["patches"] == list(counts)
         assert found["macs"] == model.config.geometry.macs(counts)
         assert found["top1"]["value"] == pytest.approx(right[ratio].mean())
         assert found["top1"]["interval"][0] < right[ratio].mean() < found["top1"]["interval"][1]
         assert found["top5"] is None
-        error = slow_calibration_error(expected["confidence"], expected["top1"])
+        error = expected.calibration_error
         assert found["calibration_error"] == pytest.approx(error, abs=1e-5)
         assert found["wrong"] == (~right[ratio]).nonzero()[0].tolist()
         assert f"{100 * right[ratio].mean():.2f} [" in text
@@ -294,6 +175,18 @@ def test_a_run_tells_what_a_loop_finds(settings: Any, tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines] == ["1", "0.6", "0.5"]
     assert "9, 5, 3" in lines[1]
     assert note == "top-5 says nothing about 2 classes"
+
+
+def test_scores_of_processes_are_put_together_by_budget() -> None:
+    def score(*right: bool) -> Score:
+        return Score(torch.tensor(right), None, torch.ones(len(right)))
+
+    parts = [
+        {1.0: score(True), 0.5: score(False)},
+        {1.0: score(True, False), 0.5: score(True, True)},
+    ]
+    whole = {budget: joined.correct.tolist() for budget, joined in together(parts).items()}
+    assert whole == {1.0: [True, True, False], 0.5: [False, True, True]}
 
 
 def test_processes_share_the_images_and_keep_their_order(
@@ -391,21 +284,3 @@ def test_flags_name_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "runs/x d (1.0, 0.6) n.json 7\n"
     assert run(Command, ["evaluate", "runs/x", "--data", "d", "--budgets", "x"]) == 2
     assert "--budgets: keep ratio must be a number in (0, 1], not 'x'" in capsys.readouterr().err
-
-
-def test_a_file_is_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "deep" / "file.json"
-    write_whole(file, b"one")
-    assert file.read_bytes() == b"one"
-
-    def full(self: Path, content: bytes) -> None:
-        self.touch()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(PcaeError, match=r"cannot write .*file\.json: No space left on device"):
-        write_whole(file, b"two")
-    assert file.read_bytes() == b"one"
-    assert list(file.parent.iterdir()) == [file]

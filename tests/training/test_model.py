@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -7,90 +8,207 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pcae_training.model import (
-    VisionTransformer,
-    ViTConfig,
-    sincos_position,
-)
-from pcae_training.reduction import reduce_patches, redundancy
+from pcae_training.model import VisionTransformer, ViTConfig, sincos_position
+from pcae_training.reduction import redundancy
 
 TINY = ViTConfig(image_size=24, patch_size=4, width=16, depth=12, heads=2, classes=5)
 COUNTS = [(36, 36, 36), (25, 17, 11), (36, 20, 20), (21, 12, 7), (3, 2, 1)]
+KINDS = {
+    "MAE": TINY,
+    "ViT": replace(TINY, pooling="cls"),
+    "DeiT": replace(TINY, pooling="cls", distilled=True),
+    "DINOv2": replace(TINY, pooling="cls", registers=4, layer_scale=True),
+    "all": replace(TINY, registers=2, layer_scale=True, qkv_bias=False),
+}
+each_kind = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
 
 def vit(config: ViTConfig = TINY) -> VisionTransformer:
     torch.manual_seed(0)
-    return VisionTransformer(config).eval()
+    model = VisionTransformer(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.normal_(parameter)  # as new, a branch hardly counts
+    return model
 
 
 def pixels(batch: int = 3) -> Tensor:
     return torch.randn(batch, 3, 24, 24, generator=torch.Generator().manual_seed(1))
 
 
+def plain_embed(model: Any, images: Tensor) -> Tensor:
+    """Prefix tokens and patches, with positions for all but registers."""
+    patches = model.patch_embed.proj(images).flatten(2).transpose(1, 2)
+    positions = iter(model.pos_embed[0])
+    tokens = [model.cls_token[0, 0] + next(positions)]
+    if model.config.distilled:
+        tokens.append(model.dist_token[0, 0] + next(positions))
+    if model.config.registers:
+        tokens.extend(model.reg_token[0])
+    patches = patches + torch.stack(list(positions))
+    return torch.cat([torch.stack(tokens).expand(len(images), -1, -1), patches], dim=1)
+
+
+def plain_pool(model: Any, x: Tensor, patches: Tensor) -> Tensor:
+    """Logits of tokens x [B, N, D], with the patches [B, n, D] among them."""
+    if model.config.pooling == "mean":
+        return model.head(model.fc_norm(patches.mean(dim=1)))
+    logits = model.head(model.norm(x[:, 0]))
+    if model.config.distilled:
+        logits = (logits + model.head_dist(model.norm(x[:, 1]))) / 2
+    return logits
+
+
 def plain_forward(model: Any, images: Tensor) -> Tensor:
     """A plain ViT, written from the textbook, on the same modules."""
-    patches = model.patch_embed.proj(images).flatten(2).transpose(1, 2)
-    cls = model.cls_token.expand(len(images), -1, -1)
-    x = torch.cat([cls, patches], dim=1) + model.pos_embed
+    x = plain_embed(model, images)
+    b, n, d = x.shape
     for block in model.blocks:
+        scale1, scale2 = (block.ls1.gamma, block.ls2.gamma) if model.config.layer_scale else (1, 1)
         heads = []
-        b, n, d = x.shape
         for part in block.attn.qkv(block.norm1(x)).chunk(3, dim=-1):
             heads.append(part.view(b, n, model.config.heads, -1).transpose(1, 2))
         mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(b, n, d)
-        x = x + block.attn.proj(mixed)
-        x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
-    if model.config.pooling == "cls":
-        return model.head(model.norm(x[:, 0]))
-    return model.head(model.fc_norm(x[:, 1:].mean(dim=1)))
+        x = x + block.attn.proj(mixed) * scale1
+        x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x)))) * scale2
+    return plain_pool(model, x, x[:, n - 36 :])
 
 
-def slow_ptr(model: Any, image: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, list[list[int]]]:
-    """DESIGN section 2 for one image, a token at a time."""
-    x = model.embed(image[None])[0]
-    cls, patches = x[0], dict(enumerate(x[1:]))
+def slow_walk(
+    model: Any,
+    x: Tensor,
+    counts: tuple[int, ...],
+    prefix: int = 1,
+    append: bool = True,
+    points: tuple[int, ...] = TINY.reduction_points,
+) -> tuple[Tensor, list[dict[int, Tensor]]]:
+    """DESIGN section 2 for one image's tokens x [N, D], a token at a time.
+
+    The tokens that come out, and each stage's patches by where they stand in the image.
+    """
+    head, patches = x[:prefix], dict(enumerate(x[prefix:]))
     appended: list[Tensor] = []
-    kept_per_stage = []
+    stages = []
     for i, block in enumerate(model.blocks):
-        x = block(torch.stack([cls, *patches.values(), *appended])[None])[0]
-        cls, tokens = x[0], x[1 : 1 + len(patches)]
-        appended = list(x[1 + len(patches) :])
+        x = block(torch.stack([*head, *patches.values(), *appended])[None])[0]
+        end = prefix + len(patches)
+        head, tokens, appended = x[:prefix], x[prefix:end], list(x[end:])
         patches = dict(zip(patches, tokens, strict=True))
-        if i in model.config.reduction_points:
-            m = counts[len(kept_per_stage)]
+        if i in points:
+            m = counts[len(stages)]
             if m < len(patches):
                 mean = sum(patches.values()) / len(patches)
                 ranked = sorted(
                     patches,
                     key=lambda j: float(patches[j] @ mean / (patches[j].norm() * mean.norm())),
                 )
-                appended.append(sum(patches[j] for j in ranked[m:]) / (len(patches) - m))
+                dropped = sum(patches[j] for j in ranked[m:]) / (len(patches) - m)
+                appended += [dropped] if append else []
                 patches = {j: patches[j] for j in ranked[:m]}
-            kept_per_stage.append(list(patches))
-    if model.config.pooling == "cls":
-        return model.head(model.norm(cls)), kept_per_stage
-    return model.head(model.fc_norm(sum(patches.values()) / len(patches))), kept_per_stage
+            stages.append(patches)
+    return torch.stack([*head, *patches.values(), *appended]), [*stages, patches]
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_keeping_all_is_bit_for_bit_the_plain_vit(pooling: Any) -> None:
-    model, images = vit(replace(TINY, pooling=pooling)), pixels()
+@each_kind
+def test_keeping_all_is_bit_for_bit_the_plain_vit(config: ViTConfig) -> None:
+    model, images = vit(config), pixels()
     expected = plain_forward(model, images)
     assert torch.equal(model(images), expected)
     assert torch.equal(model(images, (36, 36, 36)), expected)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@each_kind
 @pytest.mark.parametrize("counts", COUNTS)
-def test_reduction_agrees_with_a_slow_one(counts: tuple[int, ...], pooling: Any) -> None:
-    model, images = vit(replace(TINY, pooling=pooling)), pixels()
+def test_reduction_agrees_with_a_slow_one(counts: tuple[int, ...], config: ViTConfig) -> None:
+    model, images = vit(config), pixels()
     logits, kept = model.classify(images, counts)
     assert [k.shape for k in kept] == [(3, m) for m in counts]
-    for row, image in enumerate(images):
-        expected, expected_kept = slow_ptr(model, image, counts)
-        torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=1e-4)
-        assert [sorted(k[row].tolist()) for k in kept] == [sorted(k) for k in expected_kept]
+    for row, x in enumerate(plain_embed(model, images)):
+        x, (*stages, patches) = slow_walk(model, x, counts, prefix=len(x) - 36)
+        expected = plain_pool(model, x[None], torch.stack(list(patches.values()))[None])
+        torch.testing.assert_close(logits[row], expected[0], atol=1e-5, rtol=1e-4)
+        assert [sorted(k[row].tolist()) for k in kept] == [sorted(stage) for stage in stages]
+
+
+@torch.inference_mode()
+def test_patches_alone_walk_without_means_at_stages_of_their_own() -> None:
+    model, counts, points = vit(), (20, 9), (1, 4)
+    patches = model.embed_patches(pixels())
+    assert patches.shape == (3, 36, 16)
+    walked = list(model.walk(patches, counts, prefix=0, points=points, append=False))
+    assert torch.equal(walked[0].x, patches)
+    assert [tokens.x.shape[1] for tokens in walked] == [36, 36, *[20] * 3, *[9] * 8]
+    last = walked[-1]
+    assert torch.equal(last.patch_tokens, last.x)
+    for row, x in enumerate(patches):
+        expected, stages = slow_walk(model, x, counts, prefix=0, append=False, points=points)
+        assert last.position[row].tolist() == list(stages[-1])
+        torch.testing.assert_close(last.x[row], expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+@each_kind
+def test_walking_keeps_the_prefix_before_the_patches(config: ViTConfig) -> None:
+    model, prefix = vit(config), 1 + config.distilled + config.registers
+    walked = list(model.walk(model.embed(pixels()), (21, 12, 7)))
+    assert len(walked) == 13
+    for tokens in walked:
+        assert tokens.prefix == prefix
+        assert tokens.patch_tokens.shape == (3, tokens.patches, 16)
+    assert walked[-1].x.shape == (3, prefix + 7 + 3, 16)  # a mean of each stage
+
+
+@torch.inference_mode()
+@each_kind
+def test_without_classes_the_model_gives_what_its_head_reads(config: ViTConfig) -> None:
+    classifier: Any = vit(config)
+    model = vit(replace(config, classes=0))
+    left = model.load_state_dict(classifier.state_dict(), strict=False)
+    heads = ["head", "head_dist"][: 1 + config.distilled]
+    wanted = [f"{head}.{kind}" for head in heads for kind in ("weight", "bias")]
+    assert (left.missing_keys, left.unexpected_keys) == ([], wanted)
+    if config.distilled:
+        classifier.head_dist = classifier.head  # then the mean may be taken before as well
+    features = model(pixels(), (21, 12, 7))
+    assert features.shape == (3, 16)
+    torch.testing.assert_close(classifier.head(features), classifier(pixels(), (21, 12, 7)))
+
+
+@torch.inference_mode()
+def test_drop_path_multiplies_each_samples_branches() -> None:
+    block, x = vit(KINDS["DINOv2"]).blocks[0], torch.randn(4, 7, 16)
+    factors = torch.tensor([[0.0, 1, 2, 0], [0, 1, 0, 3]])
+    found = block(x, factors)
+    assert torch.equal(found[0], x[0])  # both branches dropped
+    assert torch.equal(found[1], block(x)[1])
+    attended = block.attn(block.norm1(x)) * block.ls1.gamma
+    torch.testing.assert_close(found[2], x[2] + 2 * attended[2])
+    transformed = block.mlp(block.norm2(x)) * block.ls2.gamma
+    torch.testing.assert_close(found[3], x[3] + 3 * transformed[3])
+
+
+@torch.inference_mode()
+def test_drop_path_reaches_the_block_it_is_for() -> None:
+    model, images = vit(), pixels()
+    factors = torch.ones(12, 2, 3)
+    assert torch.equal(model(images, drop_path=factors), model(images))
+    factors[3, :, 1] = 0
+    walked = list(model.walk(model.embed(images), (21, 12, 7), drop_path=factors))
+    unchanged = [
+        bool((b.x[1] == a.x[1]).all()) for a, b in pairwise(walked) if a.x.shape == b.x.shape
+    ]
+    assert unchanged == [i == 2 for i in range(9)]  # after blocks 0, 7 and 10 are stages
+    logits = model(images, drop_path=0 * factors)
+    patches = plain_embed(model, images)[:, 1:]
+    torch.testing.assert_close(logits, plain_pool(model, patches, patches))
+
+
+def test_layer_scale_starts_next_to_nothing() -> None:
+    torch.manual_seed(0)
+    model: Any = VisionTransformer(KINDS["DINOv2"])
+    for block in model.blocks:
+        assert block.ls1.gamma.tolist() == block.ls2.gamma.tolist() == pytest.approx([1e-5] * 16)
 
 
 @torch.inference_mode()
@@ -122,16 +240,6 @@ def test_kept_are_original_indices_each_stage_within_the_one_before() -> None:
         assert stages[2] < stages[1] < stages[0] < set(range(36))
 
 
-def test_reduce_patches_keeps_the_least_alike_and_averages_the_rest() -> None:
-    patches = torch.tensor([[[1.0, 0.3], [1, 0.1], [0, 5], [1, -0.1], [-3, 0]]])
-    kept, mean, index = reduce_patches(patches, 2, 3)
-    similarity = redundancy(patches)[0]
-    order = similarity.argsort().tolist()
-    assert index[0].tolist() == order[:2]
-    assert torch.equal(kept[0], patches[0, order[:2]])
-    torch.testing.assert_close(mean[0, 0], patches[0, order[2:]].mean(dim=0))
-
-
 def test_ranking_is_float32_under_autocast() -> None:
     model = vit()
     with (
@@ -146,11 +254,6 @@ def test_ranking_is_float32_under_autocast() -> None:
         assert torch.equal(result, redundancy(call.args[0].float()))  # as outside of autocast
 
 
-def test_ranking_is_float32_for_a_half_model() -> None:
-    patches = torch.randn(2, 9, 8).bfloat16()
-    assert torch.equal(redundancy(patches), redundancy(patches.float()))
-
-
 def test_attention_is_fused() -> None:
     with mock.patch.object(
         F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention
@@ -159,9 +262,9 @@ def test_attention_is_fused() -> None:
     assert fused.call_count == 12
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_gradient_reaches_every_parameter(pooling: Any) -> None:
-    model = vit(replace(TINY, pooling=pooling))
+@each_kind
+def test_gradient_reaches_every_parameter(config: ViTConfig) -> None:
+    model = vit(config)
     model(pixels(), (21, 12, 7)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -186,6 +289,18 @@ def test_names_are_timms(pooling: Any, norm: str) -> None:
         "head.weight",
         "head.bias",
     ]
+
+
+def test_names_of_more_tokens_and_scales_are_those_of_deit_and_dinov2() -> None:
+    plain = vit(KINDS["ViT"]).state_dict()
+    deit, dino = vit(KINDS["DeiT"]).state_dict(), vit(KINDS["DINOv2"]).state_dict()
+    assert set(deit) - set(plain) == {"dist_token", "head_dist.weight", "head_dist.bias"}
+    scales = {f"blocks.{i}.{name}.gamma" for i in range(12) for name in ("ls1", "ls2")}
+    assert set(dino) - set(plain) == {"reg_token", *scales}
+    assert deit["pos_embed"].shape == (1, 2 + 36, 16)
+    assert dino["pos_embed"].shape == (1, 1 + 36, 16)  # registers have none
+    assert dino["reg_token"].shape == (1, 4, 16)
+    assert "blocks.0.attn.qkv.bias" not in vit(KINDS["all"]).state_dict()
 
 
 def test_shapes_of_vit_b() -> None:
@@ -214,6 +329,11 @@ def test_positions_tell_rows_from_columns() -> None:
         ({"width": 18}, "width 18 is not a multiple of 4"),
         ({"depth": 10}, "outside 10 blocks"),
         ({"reduction_points": (7, 0, 10)}, "must rise"),
+        (
+            {"reduction": "least"},
+            "reduction 'least' is none of ptr, ptr-normalised, random, attention",
+        ),
+        ({"distilled": True}, "a distilled model pools its CLS and distillation tokens"),
     ],
 )
 def test_sizes_that_cannot_be(change: dict[str, Any], message: str) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from pcae_serve.errors import PcaeError
+from pcae_serve.preprocess import Preprocess
 from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
+from pcae_training.draws import Draws
 from pcae_training.finetune import FinetuneSettings, Finetuning, finetune
 from pcae_training.model import VisionTransformer, ViTConfig
-from pcae_training.pretrain import PretrainSettings, pretrain
+from pcae_training.pretrain import PretrainSettings, build, pretrain
 from pcae_training.trainer import Trainer, parameter_groups
 
 MODEL = {"image_size": 8, "patch_size": 2, "width": 8, "depth": 11, "heads": 2}
@@ -224,6 +228,34 @@ def test_budgets_cost_few_graphs(tune: Any, monkeypatch: pytest.MonkeyPatch) -> 
     # a number of tokens is met as a fixed one first, then any number with the same graph
     assert graphs[0] <= 4
     assert graphs[-1] == graphs[1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"reduction": rule} for rule in ("ptr", "random", "attention")]
+    + [{"method": method} for method in ("pcae", "mae", "simmim", "pcae-simmim")],
+)
+def test_a_step_asks_the_device_for_nothing(
+    flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors on `meta` have no values: whatever would wait for a GPU's, raises there."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta
+    fixed = {"data": "x", "out": Path("y"), "image_size": 24, "patch_size": 4, "shift": 1}
+    preprocess = Preprocess(24, 24, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    learner: Any
+    if "method" in flags:
+        pre = PretrainSettings(**fixed | flags, width=16, heads=2, drop_path=0.1)
+        learner = build(pre, preprocess, steps=1000)
+    else:
+        tuning = FinetuneSettings(**fixed | flags, width=8, heads=2, budgets=(1.0, 0.6))
+        model = VisionTransformer(tuning.config(3, reduction=tuning.reduction))
+        learner = Finetuning(Checkpoint(model, preprocess, list("abc")), tuning, None)  # type: ignore[arg-type]
+    learner.to("meta")
+    pixels = torch.zeros(8, 3, 28, 28, dtype=torch.uint8, device="meta")
+    labels = torch.zeros(8, dtype=torch.int64, device="meta")
+    for step in range(8):  # so that every RandAugment operation is drawn
+        learner(pixels, labels, Draws(0, step, 8), 1.0).backward()
+        learner.stepped()
 
 
 def test_a_loss_that_is_no_number(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:

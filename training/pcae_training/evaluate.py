@@ -1,22 +1,20 @@
-"""Accuracy and calibration per budget, with intervals: what tiers are chosen by.
+"""A model's scores per budget on labelled images: what tiers are chosen by.
 
 Budgets answer the same images, so that their accuracies are compared image by image: a difference
-may be certain where the two accuracies' own intervals overlap. It knows a model, pixels and labels;
-it changes nothing, and what the `random` rule draws depends on an image's row alone.
+may be certain where the two accuracies' own intervals overlap. It knows a model, pixels and labels,
+not what answers are worth (`score`); it changes nothing, and what the `random` rule draws depends
+on an image's row alone.
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_settings import CliPositionalArg, NoDecode
-from scipy.stats import binomtest
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,140 +26,12 @@ from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
 from pcae_training.draws import generator
 from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.output import check_place, write_whole
+from pcae_training.score import LEAST_CLASSES_FOR_TOP5, Difference, Score, Top1
 from pcae_training.world import World, join
-
-#: Confidence bins of the calibration error, of equal width (Guo et al. 2017).
-BINS = 15
-
-#: Below so many classes the label is among the five highest logits whatever the model says.
-LEAST_CLASSES_FOR_TOP5 = 6
 
 #: The keep ratios of the paper's tables.
 PAPER_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
-
-_Z_95 = NormalDist().inv_cdf(0.975)
-
-
-@dataclass(frozen=True)
-class Top1:
-    """Share of images answered rightly, with a 95 % Wilson interval."""
-
-    correct: int
-    n: int
-
-    @property
-    def value(self) -> float:
-        return self.correct / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        bounds = binomtest(self.correct, self.n).proportion_ci(0.95, method="wilson")
-        return float(bounds.low), float(bounds.high)
-
-    def __str__(self) -> str:
-        low, high = (100 * bound for bound in self.interval)
-        return f"{100 * self.value:.2f} % [{low:.2f}, {high:.2f}] of {self.n:,}"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One budget's top-1 less another's, on the same n images, with a 95 % interval."""
-
-    gained: int  # images that only the one answers rightly
-    lost: int  # images that only the other does
-    n: int
-
-    @property
-    def value(self) -> float:
-        return (self.gained - self.lost) / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wald's for paired proportions after one more image either way (Bonett and Price 2012).
-
-        Without the two images it would be of no width where both answer alike, and too narrow
-        where nearly so.
-        """
-        n = self.n + 2
-        centre = (self.gained - self.lost) / n
-        variance = (self.gained + self.lost + 2) / n - centre**2
-        half = _Z_95 * (variance / n) ** 0.5
-        return max(-1.0, centre - half), min(1.0, centre + half)
-
-    def __str__(self) -> str:
-        low, high = (100 * bound for bound in self.interval)
-        return f"{100 * self.value:+.2f} [{low:+.2f}, {high:+.2f}] points"
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """One budget's answers, image by image; scores of other images add up with `+`."""
-
-    correct: Tensor  # [n] bool: the label has the highest logit
-    among_five: Tensor | None  # [n] bool: one of the five highest; None below six classes
-    confidence: Tensor  # [n] float32: the answer's probability
-
-    @classmethod
-    def of(cls, logits: Tensor, labels: Tensor) -> "Score":
-        """Of logits [n, classes] and labels [n], on their device: nothing waits for it."""
-        among_five = None
-        if logits.shape[1] >= LEAST_CLASSES_FOR_TOP5:
-            among_five = (logits.topk(5, dim=1).indices == labels[:, None]).any(dim=1)
-        confidence = logits.float().softmax(dim=1).amax(dim=1)
-        return cls(logits.argmax(dim=1) == labels, among_five, confidence)
-
-    @classmethod
-    def joined(cls, parts: Sequence["Score"]) -> "Score":
-        """The parts' images one after the other, on the CPU. Raises ValueError on no part."""
-        if not parts:
-            raise ValueError("no scores to join")
-        five = [part.among_five for part in parts if part.among_five is not None]
-        return cls(
-            torch.cat([part.correct for part in parts]).cpu(),
-            torch.cat(five).cpu() if five else None,
-            torch.cat([part.confidence for part in parts]).cpu(),
-        )
-
-    def __add__(self, other: "Score") -> "Score":
-        return Score.joined([self, other])
-
-    @property
-    def n(self) -> int:
-        return len(self.correct)
-
-    @property
-    def top1(self) -> Top1:
-        return Top1(int(self.correct.sum()), self.n)
-
-    @property
-    def top5(self) -> Top1 | None:
-        """Share of images whose label is among the five highest logits; None below six classes."""
-        if self.among_five is None:
-            return None
-        return Top1(int(self.among_five.sum()), self.n)
-
-    @property
-    def calibration_error(self) -> float:
-        """Expected calibration error in [0, 1] (Guo et al., arXiv 1706.04599, equation 3).
-
-        The mean distance between confidence and accuracy, over BINS bins that hold confidences
-        above their lower edge, up to and with their upper one.
-        """
-        edges = torch.arange(1, BINS, dtype=torch.float64) / BINS
-        confidence = self.confidence.double()
-        bins = torch.bucketize(confidence, edges)
-        gaps = torch.bincount(bins, weights=confidence - self.correct.double(), minlength=BINS)
-        return float(gaps.abs().sum()) / self.n
-
-    def against(self, other: "Score") -> Difference:
-        """Top-1 less that of `other` on the same images. Raises ValueError on fewer or more."""
-        if self.n != other.n:
-            raise ValueError(f"{self.n} answers cannot be paired with {other.n}")
-        return Difference(
-            gained=int((self.correct & ~other.correct).sum()),
-            lost=int((other.correct & ~self.correct).sum()),
-            n=self.n,
-        )
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
@@ -228,8 +98,11 @@ def together(parts: Sequence[dict[float, Score]]) -> dict[float, Score]:
     return {budget: Score.joined([part[budget] for part in parts]) for budget in parts[0]}
 
 
-def _ratios(value: object) -> object:
-    """Keep ratios written as one text with commas, or as numbers: each once, from the largest."""
+def read_ratios(value: object) -> tuple[float, ...]:
+    """Keep ratios written as one text with commas, or as numbers: each once, from the largest.
+
+    Raises ValueError on what is no keep ratio in (0, 1].
+    """
     if isinstance(value, str):
         value = value.strip("[]()").split(",")
     if not isinstance(value, Sequence) or not value:
@@ -238,7 +111,7 @@ def _ratios(value: object) -> object:
 
 
 #: Keep ratios as a flag takes them; None: what the checkpoint was trained for.
-Ratios = Annotated[tuple[float, ...] | None, NoDecode, BeforeValidator(_ratios)]
+Ratios = Annotated[tuple[float, ...] | None, NoDecode, BeforeValidator(read_ratios)]
 
 
 class EvaluateSettings(BaseModel):
@@ -258,6 +131,7 @@ class EvaluateSettings(BaseModel):
     batch_size: int = Field(250, ge=1, description="images at a time")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs under autocast")
+    threads: int = Field(0, ge=0, description="CPU threads; 0 = torch's choice")
     workers: int = Field(0, ge=0, description="loader processes")
 
     @property
@@ -350,6 +224,8 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
 
     Raises PcaeError where checkpoint, data and budgets do not fit, before anything is measured.
     """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     checkpoint = checkpoints.load(settings.checkpoint)
     budgets = ratios_for(checkpoint, settings.budgets)
     if settings.json_file is not None:
@@ -401,29 +277,6 @@ def check_labels(checkpoint: Checkpoint, images: LabelledImages) -> None:
                 f"class {i} of {images.name} is {label!r}, but {other!r} in the checkpoint: give"
                 " data with the classes it was trained on, in the same order"
             )
-
-
-def check_place(file: Path) -> None:
-    """Raise PcaeError where `write_whole` could not write `file`, as far as can be told before."""
-    there = next(parent for parent in file.absolute().parents if parent.exists())
-    if file.is_dir():
-        raise PcaeError(f"cannot write {file}: it is a folder")
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise PcaeError(f"cannot write {file}: {there} is no folder that can be written to")
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write `file` beside its place, then put it there: never half. Raises PcaeError."""
-    fresh = file.with_name(f".{file.name}.new")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            fresh.write_bytes(content)
-            fresh.replace(file)
-        finally:
-            fresh.unlink(missing_ok=True)
-    except OSError as error:
-        raise PcaeError(f"cannot write {file}: {error.strerror or error}") from None
 
 
 def _measured(

@@ -6,30 +6,31 @@ slimmable networks, arXiv 1903.05134). It knows losses and budgets; `trainer` ha
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import NoDecode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pcae_serve.errors import PcaeError
 from pcae_serve.preprocess import Preprocess
-from pcae_serve.tokens import REDUCTION_POINTS, exact
+from pcae_serve.tokens import REDUCTION_POINTS
 from pcae_training import foreign
 from pcae_training.augment import Augmentation, Mixing
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, TrainingData, hold_out, load
 from pcae_training.draws import Draws, drop_path_factors
-from pcae_training.evaluate import Score, Top1, evaluate, normalise
+from pcae_training.evaluate import evaluate, normalise, read_ratios, together
 from pcae_training.model import VisionTransformer
 from pcae_training.plan import describe
 from pcae_training.reduction import Rule
 from pcae_training.schedule import ladder, ramped
+from pcae_training.score import Score, Top1
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import Trainer, check_out, parameter_groups, training_data
 from pcae_training.world import World, join
@@ -54,7 +55,7 @@ class FinetuneSettings(RunSettings):
     holdout: int = Field(5000, ge=1, description="training images held out for every choice")
 
     keep: float | None = Field(None, gt=0, le=1, description="one keep ratio, as the paper trains")
-    budgets: Annotated[tuple[float, ...], NoDecode] = Field(
+    budgets: Annotated[tuple[float, ...], NoDecode, BeforeValidator(read_ratios)] = Field(
         (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), description="keep ratios, as 1.0,0.8,.6"
     )
     sampling: Literal["sandwich", "one"] = Field(
@@ -81,16 +82,6 @@ class FinetuneSettings(RunSettings):
     mixup: float = Field(0.8, ge=0, description="alpha of mixup; 0 = off")
     cutmix: float = Field(1.0, ge=0, description="alpha of CutMix; 0 = off")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="0 = off")
-
-    @field_validator("budgets", mode="before")
-    @classmethod
-    def _exact(cls, budgets: object) -> tuple[float, ...]:
-        """One text with commas, or numbers: each once, from the largest to the smallest."""
-        if isinstance(budgets, str):
-            budgets = budgets.strip("[]()").split(",")
-        if not isinstance(budgets, Sequence) or not budgets:
-            raise ValueError(f"keep ratios are numbers with commas between, not {budgets!r}")
-        return tuple(sorted({float(exact(budget)) for budget in budgets}, reverse=True))
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -201,10 +192,8 @@ class Finetuning(nn.Module):
     def measure(self, ratios: Iterable[float], world: World) -> dict[float, Score]:
         """Held-out scores; every process measures its share of the rows."""
         rows = range(world.rank, len(self.judge), world.size)
-        parts = world.gather(
-            evaluate(self.model, self.judge, rows, ratios, precision=self.settings.dtype)
-        )
-        return {ratio: Score.joined([part[ratio] for part in parts]) for ratio in parts[0]}
+        own = evaluate(self.model, self.judge, rows, ratios, precision=self.settings.dtype)
+        return together(world.gather(own))
 
     def checkpoint(self) -> Checkpoint:
         """The classifier, and how it came about."""

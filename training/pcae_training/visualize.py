@@ -24,14 +24,8 @@ from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import load, to_pixels
 from pcae_training.diversity import diversity
-from pcae_training.evaluate import (
-    Ratios,
-    check_place,
-    normalise,
-    ratios_for,
-    row_noise,
-    write_whole,
-)
+from pcae_training.evaluate import Ratios, normalise, ratios_for, row_noise
+from pcae_training.output import check_place, write_whole
 from pcae_training.world import join
 
 if TYPE_CHECKING:  # imported where it draws: on import it writes caches, which training needs not

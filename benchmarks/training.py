@@ -1,0 +1,225 @@
+"""Images a second of training steps, side by side in one run: what PCAE and PTR save.
+
+    python benchmarks/training.py [--device cuda] [--precision bf16] [--batch-size 64] [--json FILE]
+
+ViT-B/16 at 224 unless told otherwise, on random pixels that lie on the device, with fused attention
+in every case. A step is augmentation-free: forward, backward, optimiser, and the teacher's average.
+Cases take turns, a round at a time; figures are medians over rounds with their quartiles. The MAC
+ratio beside each ratio is the yardstick (forward and backward of the student and decoder count
+three forward passes, the teacher's one).
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from pcae_training.checkpoint import Checkpoint
+from pcae_training.draws import Draws
+from pcae_training.finetune import FinetuneSettings, Finetuning
+from pcae_training.journal import surroundings
+from pcae_training.model import VisionTransformer
+from pcae_training.pretrain import PretrainSettings, build
+from pcae_training.settings import RunSettings
+from pcae_training.trainer import parameter_groups
+
+
+@dataclass
+class Case:
+    """An objective and an optimiser: calling it makes one step."""
+
+    objective: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    settings: RunSettings
+    device: torch.device
+    steps: int = 0
+
+    def __call__(self) -> None:
+        settings, size = self.settings, self.settings.image_size or 224
+        shape = (settings.batch_size, 3, size, size)
+        if self.steps == 0:
+            self.pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
+            self.labels = torch.zeros(settings.batch_size, dtype=torch.int64, device=self.device)
+        draws = Draws(settings.seed, self.steps, settings.batch_size)
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, settings.dtype, enabled=settings.precision != "fp32"):
+            loss = self.objective(self.pixels, self.labels, draws, 1.0)  # the ramp is over
+        loss.backward()
+        self.optimizer.step()
+        self.objective.stepped()  # type: ignore[operator]
+        self.steps += 1
+
+
+def pretraining(settings: PretrainSettings, device: torch.device) -> Case:
+    """A step of a pretraining method."""
+    torch.manual_seed(0)
+    preprocess = settings.preprocess(settings.image_size or 224)
+    objective = build(settings, preprocess, steps=100_000).to(device)
+    return _case(objective, settings, device)
+
+
+def finetuning(settings: FinetuneSettings, device: torch.device, classes: int = 1000) -> Case:
+    """A step of fine-tuning."""
+    torch.manual_seed(0)
+    model = VisionTransformer(settings.config(classes))
+    labels = [str(i) for i in range(classes)]
+    start = Checkpoint(model, settings.preprocess(settings.image_size or 224), labels)
+    return _case(Finetuning(start, settings, None).to(device), settings, device)  # type: ignore[arg-type]
+
+
+def _case(objective: torch.nn.Module, settings: RunSettings, device: torch.device) -> Case:
+    groups = parameter_groups(objective, objective.model, settings.weight_decay)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=True)
+    return Case(objective, optimizer, settings, device)
+
+
+def interleave(
+    cases: Mapping[str, Callable[[], None]], rounds: int, steps: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds a step of each case, a figure a round; the first round warms up and is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(rounds + 1):
+        for name, case in cases.items():
+            _wait(device)
+            begin = time.perf_counter()
+            for _ in range(steps):
+                case()
+            _wait(device)
+            if turn:
+                seconds[name].append((time.perf_counter() - begin) / steps)
+    return seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def macs(case: Case) -> float:
+    """Multiply-adds of a training step for one image: 3 x what learns, 1 x the teacher."""
+    settings = case.settings
+    model = case.objective.model
+    assert isinstance(model, VisionTransformer)
+    geometry = model.config.geometry
+    if isinstance(settings, FinetuneSettings):
+        return 3.0 * geometry.macs(geometry.counts(settings.ratios[-1]))
+    assert isinstance(settings, PretrainSettings)
+    visible = settings.visible(geometry.patches)
+    hidden = geometry.patches - visible
+    counts = settings.teacher_counts(geometry.patches)
+    wanted = counts[-1] if settings.method == "pcae" else hidden
+    decoder = case.objective.decoder
+    width, depth = decoder.decoder_embed.out_features, len(decoder.decoder_blocks)
+    outputs = decoder.decoder_pred.out_features
+    learnt = _blocks(geometry.width, [1 + visible] * geometry.depth)
+    learnt += visible * geometry.patch_values * geometry.width
+    learnt += (1 + visible) * geometry.width * width + wanted * width * outputs
+    learnt += _blocks(width, [1 + visible + wanted] * depth)
+    taught = 0.0
+    if settings.has_teacher:
+        lengths, left = [], hidden  # no CLS, nothing appended
+        after = dict(zip(settings.reduce_after, counts, strict=True))
+        for block in range(geometry.depth):
+            lengths.append(left)
+            left = after.get(block, left)
+        taught = _blocks(geometry.width, lengths) + hidden * geometry.patch_values * geometry.width
+    return 3 * learnt + taught
+
+
+def _blocks(width: int, lengths: Sequence[int]) -> float:
+    """Multiply-adds of blocks with so many tokens each."""
+    return float(sum(12 * n * width**2 + 2 * n * n * width for n in lengths))
+
+
+def cases(args: argparse.Namespace, device: torch.device) -> dict[str, Case]:
+    """What is compared, the yardstick of each group first."""
+    common = {
+        "data": "none",
+        "out": Path("none"),
+        "image_size": args.image_size,
+        "patch_size": args.patch_size,
+        "width": args.width,
+        "heads": args.width // 64,
+        "batch_size": args.batch_size,
+        "precision": args.precision,
+        "crop": 0,
+        "flip": False,
+    }
+    plain = {"randaugment": 0, "erase": 0, "mixup": 0, "cutmix": 0, "drop_path": 0}
+
+    def pre(**flags: Any) -> Case:
+        return pretraining(PretrainSettings(**common, **flags), device)
+
+    def fine(keep: float) -> Case:
+        return finetuning(FinetuneSettings(**common, **plain, keep=keep), device)
+
+    return {
+        "mae": pre(method="mae"),
+        "mae, 2-block decoder": pre(method="mae", decoder_depth=2),
+        "pcae, mask 0.75": pre(method="pcae"),
+        "pcae, mask 0.85": pre(method="pcae", mask_ratio=0.85),
+        "fine-tune, keep 1.0": fine(1.0),
+        "fine-tune, keep 0.6": fine(0.6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--patch-size", type=int, default=16)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="steps a round")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    compared = cases(args, device)
+    seconds = interleave(compared, args.rounds, args.steps, device)
+    rows = []
+    for name, case in compared.items():
+        base = "mae" if "fine-tune" not in name else "fine-tune, keep 1.0"
+        ratios = [a / b for a, b in zip(seconds[base], seconds[name], strict=True)]
+        low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        expected = macs(compared[base]) / macs(case)
+        rows.append(
+            {
+                "case": name,
+                "img_per_s": args.batch_size / median(seconds[name]),
+                "gmacs_a_step_and_image": macs(case) / 1e9,
+                "ratio": median(ratios),
+                "ratio_quartiles": [low, high],
+                "mac_ratio": expected,
+                "efficiency": median(ratios) / expected,
+                "n": len(ratios),
+            }
+        )
+    print(
+        f"{'case':24} {'img/s':>8} {'GMACs':>7} {'ratio':>6} {'quartiles':>13} {'MACs':>6} {'of it':>6}"
+    )
+    for row in rows:
+        low, high = row["ratio_quartiles"]
+        print(
+            f"{row['case']:24} {row['img_per_s']:8.1f} {row['gmacs_a_step_and_image']:7.2f}"
+            f" {row['ratio']:6.2f} {low:6.2f}-{high:6.2f} {row['mac_ratio']:6.2f}"
+            f" {row['efficiency']:6.2f}"
+        )
+    if args.json:
+        content = {
+            "arguments": vars(args) | {"json": str(args.json)},
+            **surroundings(),
+            "rows": rows,
+        }
+        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

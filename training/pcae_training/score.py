@@ -1,0 +1,142 @@
+"""What answers are worth: accuracy, its differences and calibration, with intervals.
+
+It knows logits and labels, image by image, and nothing of models.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+#: Confidence bins of the calibration error, of equal width (Guo et al. 2017).
+BINS = 15
+
+#: Below so many classes the label is among the five highest logits whatever the model says.
+LEAST_CLASSES_FOR_TOP5 = 6
+
+_Z_95 = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Top1:
+    """Share of images answered rightly, with a 95 % Wilson interval."""
+
+    correct: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        bounds = binomtest(self.correct, self.n).proportion_ci(0.95, method="wilson")
+        return float(bounds.low), float(bounds.high)
+
+    def __str__(self) -> str:
+        low, high = (100 * bound for bound in self.interval)
+        return f"{100 * self.value:.2f} % [{low:.2f}, {high:.2f}] of {self.n:,}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One budget's top-1 less another's, on the same n images, with a 95 % interval."""
+
+    gained: int  # images that only the one answers rightly
+    lost: int  # images that only the other does
+    n: int
+
+    @property
+    def value(self) -> float:
+        return (self.gained - self.lost) / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wald's for paired proportions after one more image either way (Bonett and Price 2012).
+
+        Without the two images it would be of no width where both answer alike, and too narrow
+        where nearly so.
+        """
+        n = self.n + 2
+        centre = (self.gained - self.lost) / n
+        variance = (self.gained + self.lost + 2) / n - centre**2
+        half = _Z_95 * (variance / n) ** 0.5
+        return max(-1.0, centre - half), min(1.0, centre + half)
+
+    def __str__(self) -> str:
+        low, high = (100 * bound for bound in self.interval)
+        return f"{100 * self.value:+.2f} [{low:+.2f}, {high:+.2f}] points"
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """One budget's answers, image by image; scores of other images add up with `+`."""
+
+    correct: Tensor  # [n] bool: the label has the highest logit
+    among_five: Tensor | None  # [n] bool: one of the five highest; None below six classes
+    confidence: Tensor  # [n] float32: the answer's probability
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> "Score":
+        """Of logits [n, classes] and labels [n], on their device: nothing waits for it."""
+        among_five = None
+        if logits.shape[1] >= LEAST_CLASSES_FOR_TOP5:
+            among_five = (logits.topk(5, dim=1).indices == labels[:, None]).any(dim=1)
+        confidence = logits.float().softmax(dim=1).amax(dim=1)
+        return cls(logits.argmax(dim=1) == labels, among_five, confidence)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Score"]) -> "Score":
+        """The parts' images one after the other, on the CPU. Raises ValueError on no part."""
+        if not parts:
+            raise ValueError("no scores to join")
+        five = [part.among_five for part in parts if part.among_five is not None]
+        return cls(
+            torch.cat([part.correct for part in parts]).cpu(),
+            torch.cat(five).cpu() if five else None,
+            torch.cat([part.confidence for part in parts]).cpu(),
+        )
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score.joined([self, other])
+
+    @property
+    def n(self) -> int:
+        return len(self.correct)
+
+    @property
+    def top1(self) -> Top1:
+        return Top1(int(self.correct.sum()), self.n)
+
+    @property
+    def top5(self) -> Top1 | None:
+        """Share of images whose label is among the five highest logits; None below six classes."""
+        if self.among_five is None:
+            return None
+        return Top1(int(self.among_five.sum()), self.n)
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error in [0, 1] (Guo et al., arXiv 1706.04599, equation 3).
+
+        The mean distance between confidence and accuracy, over BINS bins that hold confidences
+        above their lower edge, up to and with their upper one.
+        """
+        edges = torch.arange(1, BINS, dtype=torch.float64) / BINS
+        confidence = self.confidence.double()
+        bins = torch.bucketize(confidence, edges)
+        gaps = torch.bincount(bins, weights=confidence - self.correct.double(), minlength=BINS)
+        return float(gaps.abs().sum()) / self.n
+
+    def against(self, other: "Score") -> Difference:
+        """Top-1 less that of `other` on the same images. Raises ValueError on fewer or more."""
+        if self.n != other.n:
+            raise ValueError(f"{self.n} answers cannot be paired with {other.n}")
+        return Difference(
+            gained=int((self.correct & ~other.correct).sum()),
+            lost=int((other.correct & ~self.correct).sum()),
+            n=self.n,
+        )
