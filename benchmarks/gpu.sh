@@ -13,7 +13,8 @@
 # stopped goes on at the next call on the same machine, from its checkpoints in WORK.
 #
 # DEVICE=cpu SCALE=tiny shows in a minute that all of it runs. PYTHON names the interpreter; the
-# packages (`.[train]`) must be importable, this checkout need not be installed.
+# packages (`.[train]`) must be importable, this checkout need not be installed. SEEDS ("0 1 2") and
+# JOBS (4, at a time) are of the questions.
 set -euo pipefail
 if [ $# -ne 3 ]; then
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2
@@ -95,12 +96,12 @@ throughput() {
 }
 
 questions() {
-  local flags=(--data "$data" --work "$work/questions" --scale "$scale" --device "$device")
-  local seconds
+  local flags=(--data "$data" --work "$work/questions" --scale "$scale" --device "$device") seconds
+  flags+=(--seeds ${SEEDS:-0 1 2} --jobs "${JOBS:-4}" --report "$out/questions.partial.json")
   seconds=$(left_s)
   [ "$seconds" -gt 0 ] || { echo "questions: no time left"; return 0; }
   within questions "$python" benchmarks/questions.py "${flags[@]}" \
-    --minutes "$(((seconds - 20) / 60))" --jobs "${JOBS:-4}" --report "$out/questions.partial.json" || return 0
+    --minutes "$(((seconds - 20) / 60))" || return 0
   mv "$out/questions.partial.json" "$out/questions.json"
 }
 

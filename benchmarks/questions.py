@@ -6,7 +6,7 @@
 
 Every job is a `pcae-train` command in a folder of its own under --work; one that is done is not
 done again, one that was stopped goes on. Seeds come one after another, so that what there is at any
-time is balanced. Results are top-1 on the test images, compared by seed and image.
+time is balanced. Results are top-1 on the test images, compared by seed.
 
     python benchmarks/questions.py --data FOLDER --work FOLDER --scale two-cores --minutes 60
     python benchmarks/questions.py --work FOLDER --report record.json     # only what there is
@@ -27,9 +27,10 @@ from typing import Any
 
 from scipy.stats import t
 
+from pcae_training import checkpoint as checkpoints
 from pcae_training.journal import surroundings
 
-OUT_OF_TIME = 3  # exit code: something is left to do
+FAILED, OUT_OF_TIME = 1, 3  # exit codes: a job has failed; something is left to do
 TRAIN = [sys.executable, "-m", "pcae_training.cli"]
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of elastic training
 KEEP = (1.0, 0.7, 0.5, 0.3)  # what is fine-tuned for alone
@@ -132,7 +133,7 @@ def jobs(scale: Scale, seed: int, data: Path) -> list[Job]:
     finetune("mae-1.0", "mae", 1.0)
     finetune("pcae-1.0", "pcae", 1.0)
     finetune("pcae-0.5", "pcae", 0.5)
-    finetune("pcae-elastic", "pcae", None)
+    finetune("pcae-elastic", "pcae", None, "--distil=0.5")
     finetune("pcae-0.5-random", "pcae", 0.5, "--reduction=random")
     finetune("pcae-0.3", "pcae", 0.3)
     finetune("pcae-0.7", "pcae", 0.7)
@@ -144,8 +145,8 @@ def jobs(scale: Scale, seed: int, data: Path) -> list[Job]:
     return found
 
 
-def work(scale: Scale, args: argparse.Namespace) -> bool:
-    """Do the jobs of every seed, --jobs at a time; False where the time did not suffice."""
+def work(scale: Scale, args: argparse.Namespace) -> int:
+    """Do the jobs of every seed, --jobs at a time: 0, FAILED, or OUT_OF_TIME."""
     end = time.monotonic() + args.minutes * 60
     waiting = [job for seed in args.seeds for job in jobs(scale, seed, args.data)]
     waiting = [job for job in waiting if not done(args.work / job.name)]
@@ -160,16 +161,18 @@ def work(scale: Scale, args: argparse.Namespace) -> bool:
             start(args, job)
             running.append(job)
         if waiting and not running:
-            print(f"{len(waiting)} jobs cannot be done: what they need has failed")
-            return False
+            say(f"{len(waiting)} jobs cannot be done: what they need has failed")
+            return FAILED
         time.sleep(0.2)
     for job in running:
         assert job.process is not None
         job.process.send_signal(signal.SIGTERM)  # saves itself: the next call goes on from there
         job.process.wait()
     if running or waiting:
-        print(f"out of time: {len(running)} stopped, {len(waiting)} not begun", flush=True)
-    return not running and not waiting
+        say(f"out of time: {len(running)} stopped, {len(waiting)} not begun")
+        return OUT_OF_TIME
+    everything = (job for seed in args.seeds for job in jobs(scale, seed, args.data))
+    return 0 if all(done(args.work / job.name) for job in everything) else FAILED
 
 
 def needs(job: Job) -> Iterator[str]:
@@ -188,7 +191,7 @@ def start(args: argparse.Namespace, job: Job) -> None:
         command.append(f"--init={args.work / job.after}")
     if job.timed_by:
         command.append(f"--epochs={equal_time(args.work, job)}")
-    if (folder / "checkpoint").exists():
+    if (checkpoints.place(folder) / "config.json").exists():
         command.append("--resume")
     say(f"{job.name}: pcae-train {' '.join(command)}")
     launch(job, command, folder)
@@ -265,8 +268,8 @@ COMPARISONS = (
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """What there is so far: every job's top-1, and differences by seed.
 
-    The interval is Student's over seeds; their spread holds that of training and of the test images;
-    with two seeds it is wide, with one there is none.
+    The interval is Student's over seeds, whose spread holds that of training and of the test
+    images; with two seeds it is wide, with one there is none.
     """
     seeds = [seed for seed in args.seeds if any(args.work.glob(f"*-{seed}/result.json"))]
     models: dict[str, dict[str, Any]] = {}
@@ -338,13 +341,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", type=Path, help="write what there is to this file as JSON")
     args = parser.parse_args()
-    finished = args.data is None or work(SCALES[args.scale], args)
+    code = work(SCALES[args.scale], args) if args.data else OUT_OF_TIME
     found = report(args)
     print(*table(found), sep="\n")
     if args.report:
-        content = found | {"finished": finished} | surroundings()
+        content = found | {"finished": code == 0} | surroundings()
         args.report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sys.exit(0 if finished else OUT_OF_TIME)
+    sys.exit(code if args.data else 0)
 
 
 if __name__ == "__main__":

@@ -12,20 +12,21 @@ three forward passes, the teacher's one).
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.draws import Draws
 from pcae_training.finetune import FinetuneSettings, Finetuning
 from pcae_training.journal import surroundings
 from pcae_training.model import VisionTransformer
-from pcae_training.pretrain import PretrainSettings, build
+from pcae_training.pretrain import Pretraining, PretrainSettings, build
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import parameter_groups
 
@@ -101,40 +102,26 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def reads(case: Case) -> int:
+    """How often a step waits for the device: what torch's profiler sees of it."""
+    kinds = [ProfilerActivity.CPU]
+    if case.device.type == "cuda":
+        kinds.append(ProfilerActivity.CUDA)
+    with profile(activities=kinds) as seen:
+        case()
+    names = ("cudaStreamSynchronize", "cudaDeviceSynchronize")
+    if case.device.type == "cpu":  # there what would wait shows as reading a tensor's value
+        names = ("aten::nonzero", "aten::masked_select")
+    return sum(event.count for event in seen.key_averages() if event.key in names)
+
+
 def macs(case: Case) -> float:
-    """Multiply-adds of a training step for one image: 3 x what learns, 1 x the teacher."""
-    settings = case.settings
-    model = case.objective.model
-    assert isinstance(model, VisionTransformer)
-    geometry = model.config.geometry
-    if isinstance(settings, FinetuneSettings):
-        return 3.0 * geometry.macs(geometry.counts(settings.ratios[-1]))
-    assert isinstance(settings, PretrainSettings)
-    visible = settings.visible(geometry.patches)
-    hidden = geometry.patches - visible
-    counts = settings.teacher_counts(geometry.patches)
-    wanted = counts[-1] if settings.method == "pcae" else hidden
-    decoder = case.objective.decoder
-    width, depth = decoder.decoder_embed.out_features, len(decoder.decoder_blocks)
-    outputs = decoder.decoder_pred.out_features
-    learnt = _blocks(geometry.width, [1 + visible] * geometry.depth)
-    learnt += visible * geometry.patch_values * geometry.width
-    learnt += (1 + visible) * geometry.width * width + wanted * width * outputs
-    learnt += _blocks(width, [1 + visible + wanted] * depth)
-    taught = 0.0
-    if settings.has_teacher:
-        lengths, left = [], hidden  # no CLS, nothing appended
-        after = dict(zip(settings.reduce_after, counts, strict=True))
-        for block in range(geometry.depth):
-            lengths.append(left)
-            left = after.get(block, left)
-        taught = _blocks(geometry.width, lengths) + hidden * geometry.patch_values * geometry.width
-    return 3 * learnt + taught
-
-
-def _blocks(width: int, lengths: Sequence[int]) -> float:
-    """Multiply-adds of blocks with so many tokens each."""
-    return float(sum(12 * n * width**2 + 2 * n * n * width for n in lengths))
+    """Multiply-adds of a training step for one image."""
+    if isinstance(case.objective, Pretraining):
+        return case.objective.macs()
+    assert isinstance(case.settings, FinetuneSettings)
+    geometry = case.objective.model.config.geometry  # type: ignore[union-attr]
+    return 3.0 * geometry.macs(geometry.counts(case.settings.ratios[-1]))
 
 
 def cases(args: argparse.Namespace, device: torch.device) -> dict[str, Case]:
@@ -184,41 +171,52 @@ def main() -> None:
     device = torch.device(args.device)
     compared = cases(args, device)
     seconds = interleave(compared, args.rounds, args.steps, device)
-    rows = []
+    found = rows(compared, seconds, args.batch_size)
+    print(*table(found), sep="\n")
+    waits = {name: reads(case) for name, case in compared.items()}
+    print("read from the device in a step: " + ", ".join(f"{n} {w}" for n, w in waits.items()))
+    if args.json:
+        flags = {name: value for name, value in vars(args).items() if name != "json"}
+        content = {"flags": flags, **surroundings(), "rows": found, "waits": waits}
+        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def rows(
+    compared: Mapping[str, Case], seconds: Mapping[str, list[float]], batch_size: int
+) -> list[dict[str, Any]]:
+    """What each case came to, against the first of its kind in the same rounds."""
+    found = []
     for name, case in compared.items():
-        base = "mae" if "fine-tune" not in name else "fine-tune, keep 1.0"
+        base = "mae" if isinstance(case.settings, PretrainSettings) else "fine-tune, keep 1.0"
         ratios = [a / b for a, b in zip(seconds[base], seconds[name], strict=True)]
         low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         expected = macs(compared[base]) / macs(case)
-        rows.append(
+        found.append(
             {
                 "case": name,
-                "img_per_s": args.batch_size / median(seconds[name]),
-                "gmacs_a_step_and_image": macs(case) / 1e9,
+                "img_per_s": batch_size / median(seconds[name]),
+                "gmacs_an_image": macs(case) / 1e9,
                 "ratio": median(ratios),
                 "ratio_quartiles": [low, high],
                 "mac_ratio": expected,
                 "efficiency": median(ratios) / expected,
-                "n": len(ratios),
+                "rounds": len(ratios),
             }
         )
-    print(
-        f"{'case':24} {'img/s':>8} {'GMACs':>7} {'ratio':>6} {'quartiles':>13} {'MACs':>6} {'of it':>6}"
-    )
-    for row in rows:
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> Iterator[str]:
+    """The rows as Markdown."""
+    yield "| case | img/s | GMACs an image | ratio (quartiles) | MAC ratio | of it |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for row in found:
         low, high = row["ratio_quartiles"]
-        print(
-            f"{row['case']:24} {row['img_per_s']:8.1f} {row['gmacs_a_step_and_image']:7.2f}"
-            f" {row['ratio']:6.2f} {low:6.2f}-{high:6.2f} {row['mac_ratio']:6.2f}"
-            f" {row['efficiency']:6.2f}"
+        yield (
+            f"| {row['case']} | {row['img_per_s']:.1f} | {row['gmacs_an_image']:.2f}"
+            f" | {row['ratio']:.2f} ({low:.2f}-{high:.2f}) | {row['mac_ratio']:.2f}"
+            f" | {row['efficiency']:.2f} |"
         )
-    if args.json:
-        content = {
-            "arguments": vars(args) | {"json": str(args.json)},
-            **surroundings(),
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

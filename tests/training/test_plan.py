@@ -41,7 +41,8 @@ def test_what_does_not_divide() -> None:
     with pytest.raises(PcaeError, match="does not divide into 5 processes x 1 micro-batches"):
         plan(size=5)
     with pytest.raises(PcaeError, match="4 micro-batches of an odd number of images"):
-        plan(size=2, accumulate=2)
+        plan(size=2, accumulate=2).check_pairs()
+    plan(size=2, accumulate=3).check_pairs()
     with pytest.raises(PcaeError, match="11 images do not fill one step of --batch-size 12"):
         plan(images=11)
 

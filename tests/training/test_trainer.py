@@ -120,6 +120,27 @@ def test_killed_anywhere_and_resumed_is_unbroken(
     assert trails[0] == trails[1]  # lines of steps that were done again are not there twice
 
 
+def test_killed_before_an_epoch_is_closed(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tune("whole")
+    finetune(whole)
+    close = Trainer._close_epoch
+
+    def second(self: Trainer, log: Any) -> None:
+        close(self, log) if self.step == 3 else killed()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_close_epoch", second)
+        with pytest.raises(Killed):
+            finetune(tune("broken", save_every_s=1e-9))
+    finetune(tune("broken", resume=True))
+    one, other = (checkpoints.load(tune(out).out).training for out in ("whole", "broken"))
+    for epochs in (one["history"], other["history"]):
+        for epoch in epochs:
+            del epoch["train_s"]
+    assert one["history"] == other["history"]
+    assert len(one["history"]) == 2
+
+
 def test_a_pretraining_is_resumed_with_its_teacher(
     learn: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,19 +191,34 @@ def test_the_command_says_so_and_exits_143(learn: Any) -> None:
     assert checkpoints.load(run.out).training["step"] >= 1
 
 
-def test_two_processes_train_as_one(tune: Any) -> None:
-    flags = {"seed": 3, "batch_size": 8, "accumulate": 2, "randaugment": 9, "erase": 0.5}
-    alone, shared = tune("alone", **flags), tune("shared", **flags)
-    finetune(alone)
-    given = [
+def flags(run: FinetuneSettings | PretrainSettings) -> list[str]:
+    """The command line that gives these settings."""
+    given = run.model_dump(exclude_defaults=True).items()
+    return [
         f"--{name.replace('_', '-')}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
-        for name, v in shared.model_dump(exclude_defaults=True).items()
+        for name, v in given
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "pcae_training.cli", "finetune", *given]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def two_processes(command: str, run: FinetuneSettings | PretrainSettings) -> list[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return [*launch, "-m", "pcae_training.cli", command, *flags(run)]
+
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_two_processes_train_as_one(tune: Any) -> None:
+    """The second epoch, going on from what one process made of the first."""
+    more = {"seed": 3, "batch_size": 8, "accumulate": 2, "randaugment": 9, "erase": 0.5}
+    alone, shared = tune("alone", **more), tune("shared", **more)
+    finetune(alone)
+    finetune(shared.model_copy(update={"stop_after": 1}))
+    again = shared.model_copy(update={"resume": True})
+    command = two_processes("finetune", again)
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("wrote") == 1
     one, two = metrics(alone.out), metrics(shared.out)
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (one, two)]
     assert len(losses[0]) == 6
@@ -193,6 +229,28 @@ def test_two_processes_train_as_one(tune: Any) -> None:
     for name, tensor in ours.items():
         if not name.endswith("qkv.bias"):  # softmax ignores the keys': Adam scales up rounding
             torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_share_masks_and_stop_together(learn: Any) -> None:
+    more = {"epochs": 100_000, "reduction": "random", "log_every": 1}
+    shared, alone = learn("shared", **more), learn("alone", **more)
+    command = two_processes("pretrain", shared)
+    with subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 90
+        while not (shared.out / "metrics.jsonl").exists() or len(metrics(shared.out)) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        printed = process.stderr.read().decode()
+        process.wait(60)
+    step = checkpoints.load(shared.out).training["step"]
+    assert step >= 3, printed[-2000:]
+    assert printed.count("pcae-train: stopped; go on with --resume") == 1
+    pretrain(alone.model_copy(update={"stop_after": 1}))
+    losses = [[line["loss"] for line in metrics(run.out)][:3] for run in (shared, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_accumulation_changes_nothing_but_rounding(tune: Any) -> None:
@@ -274,6 +332,26 @@ def test_a_loss_that_is_no_number(tune: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert all(tensor.isfinite().all() for tensor in saved.model.state_dict().values())
 
 
+def test_weights_that_are_no_numbers_are_not_saved(
+    tune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of a step is finite, what the optimiser makes of it is not."""
+    run = tune("run", log_every=100)
+    stepped = Finetuning.stepped
+
+    def spoilt(self: Finetuning) -> None:
+        stepped(self)
+        if spoil.pop(0):
+            with torch.no_grad():
+                self.model.head.bias[0] = float("nan")
+
+    spoil = [False, False, False, False, False, True]
+    monkeypatch.setattr(Finetuning, "stepped", spoilt)
+    with pytest.raises(PcaeError, match=r"head\.bias is not finite after step 6"):
+        finetune(run)
+    assert checkpoints.load(run.out).training["step"] == 3
+
+
 def test_one_run_at_a_time_writes_to_a_folder(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run, refused = tune("run"), []
 
@@ -293,6 +371,9 @@ def test_resume_refuses_another_run(tune: Any) -> None:
     finetune(tune("run", epochs=1))
     with pytest.raises(PcaeError, match=r"written with another --epochs, --lr$"):
         finetune(tune("run", resume=True, epochs=3, lr=1e-4))
+    (Path(tune("run").data) / "train" / "dark" / "000.png").unlink()
+    with pytest.raises(PcaeError, match="was trained on 30 images, and there are 29 now"):
+        finetune(tune("run", resume=True, epochs=1))
     (tune("run").out / "checkpoint" / "training_state.safetensors").unlink()
     with pytest.raises(PcaeError, match="without its optimiser's state"):
         finetune(tune("run", resume=True, epochs=1))

@@ -122,7 +122,7 @@ def save(checkpoint: Checkpoint, folder: Path, state: dict[str, Tensor] | None =
         fresh.rename(folder)
         _sync(folder.parent)  # the renames, before the old one goes
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # of a full disk, say
         raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

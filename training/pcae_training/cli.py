@@ -1,5 +1,6 @@
 """pcae-train: the command line of training. It only reads flags and prints results."""
 
+import os
 import sys
 
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
@@ -12,6 +13,9 @@ from pcae_training.settings import RunSettings
 from pcae_training.trainer import STOPPED
 from pcae_training.visualize import VisualizeSettings, visualize
 
+#: Whether this process is the one that prints, where torchrun started several.
+MAIN = os.environ.get("RANK", "0") == "0"
+
 
 class Pretrain(PretrainSettings):
     __doc__ = PretrainSettings.__doc__
@@ -19,7 +23,7 @@ class Pretrain(PretrainSettings):
     def cli_cmd(self) -> None:
         if not pretrain(self):
             _stopped(self)
-        if not self.dry_run:
+        if not self.dry_run and MAIN:
             print(f"wrote {self.out}; fine-tune from it: pcae-train finetune --init {self.out}")
 
 
@@ -30,7 +34,7 @@ class Finetune(FinetuneSettings):
         accuracy = finetune(self)
         if accuracy is None:
             _stopped(self)
-        if accuracy:
+        if accuracy and MAIN:
             print(f"wrote {self.out}; top-1 on images that were not trained on:")
             for budget, top1 in accuracy.items():
                 print(f"  keep {budget:<4} {top1}")
@@ -67,7 +71,8 @@ class Train(BaseSettings):
 
 
 def _stopped(settings: RunSettings) -> None:
-    print(f"pcae-train: stopped; go on with --resume --out {settings.out}", file=sys.stderr)
+    if MAIN:
+        print(f"pcae-train: stopped; go on with --resume --out {settings.out}", file=sys.stderr)
     sys.exit(STOPPED)
 
 

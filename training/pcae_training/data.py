@@ -8,6 +8,7 @@ asks for them. It knows nothing of models or of augmentation.
 import copy
 import math
 import os
+import signal
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -280,6 +281,7 @@ class _Slices(Dataset[_Batch]):
             sampler=slices,
             num_workers=workers,
             pin_memory=pin,
+            worker_init_fn=_undisturbed,
             generator=torch.Generator(),  # of its own: torch's global one is left as it was
         )
         yield from loader
@@ -348,6 +350,12 @@ def load(
 def to_pixels(preprocess: Preprocess, body: bytes) -> Tensor:
     """uint8 [3, S, S] of an image file's bytes, as the server makes them. Raises RequestError."""
     return torch.from_numpy(preprocess(body).copy()).permute(2, 0, 1)
+
+
+def _undisturbed(_: int) -> None:
+    """A loader process leaves stopping to the one it loads for: signals reach the whole group."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _labels(rows: datasets.Dataset, columns: Columns, name: str) -> tuple[Tensor, list[str]]:

@@ -43,6 +43,14 @@ class Decoder(nn.Module):
         prediction: Tensor = self.decoder_pred(self.decoder_norm(x[:, -wanted.shape[1] :]))
         return prediction
 
+    def macs(self, visible: int, wanted: int) -> int:
+        """Multiply-adds for one image with so many patches visible, and so many predicted."""
+        embed, predict, tokens = self.decoder_embed, self.decoder_pred, 1 + visible + wanted
+        width, depth = embed.out_features, len(self.decoder_blocks)
+        blocks = depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
+        outside = (1 + visible) * embed.in_features + wanted * predict.out_features
+        return blocks + outside * width
+
 
 def default_width(width: int) -> int:
     """512 beside ViT-B as MAE, and as much narrower beside a narrower encoder."""

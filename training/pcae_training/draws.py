@@ -55,4 +55,11 @@ def drop_path_factors(draws: Draws, depth: int, rate: float, device: torch.devic
         return None
     keep = 1 - torch.linspace(0, rate, depth)[:, None]  # [depth, 1]
     factors = (draws.uniform("drop path", depth, 2) < keep) / keep
-    return factors.permute(1, 2, 0).to(device, non_blocking=True)
+    return sent(factors.permute(1, 2, 0), device)
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """CPU numbers on `device`, without waiting for it: a GPU copies pinned memory by itself."""
+    if device.type == "cuda":
+        numbers = numbers.contiguous().pin_memory()
+    return numbers.to(device, non_blocking=True)

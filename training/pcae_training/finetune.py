@@ -1,8 +1,9 @@
 """Fine-tune a ViT on labels: at one keep ratio as the paper, or one set of weights for all.
 
 Elastic training, which is this project's own: every step runs both ends of the budgets and some
-between; the largest learns from the labels, the others from what it says (the sandwich rule of
-slimmable networks, arXiv 1903.05134). It knows losses and budgets; `trainer` has the loop.
+between; all learn the labels, and the smaller ones what the largest says as well (the sandwich rule
+and in-place distillation of slimmable networks, arXiv 1903.05134). It knows losses and budgets;
+`trainer` has the loop.
 """
 
 import sys
@@ -17,14 +18,14 @@ from pydantic_settings import NoDecode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pcae_serve.errors import PcaeError
+from pcae_serve.errors import PcaeError, one_line
 from pcae_serve.preprocess import Preprocess
 from pcae_serve.tokens import REDUCTION_POINTS
 from pcae_training import foreign
 from pcae_training.augment import Augmentation, Mixing
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, TrainingData, hold_out, load
-from pcae_training.draws import Draws, drop_path_factors
+from pcae_training.draws import Draws, drop_path_factors, sent
 from pcae_training.evaluate import evaluate, normalise, read_ratios, together
 from pcae_training.model import VisionTransformer
 from pcae_training.plan import describe
@@ -63,7 +64,11 @@ class FinetuneSettings(RunSettings):
     )
     between: int = Field(1, ge=0, description="sandwich: budgets drawn between the ends")
     distil: float = Field(
-        1.0, ge=0, le=1, description="sandwich: small budgets learn from the largest; 0 = labels"
+        0.5,
+        ge=0,
+        le=1,
+        description="share of a small budget's loss that comes from the largest's"
+        " answer instead of the labels",
     )
     ramp_start: float = Field(0.10, ge=0, le=1, description="share of the run before any dropping")
     ramp_length: float = Field(0.25, ge=0, le=1, description="share over which dropping rises")
@@ -149,7 +154,7 @@ class Finetuning(nn.Module):
         drop_path = drop_path_factors(draws, config.depth, self.settings.drop_path, device)
         noise = None
         if config.reduction == "random":
-            noise = draws.uniform("reduction", config.geometry.patches).to(device)
+            noise = sent(draws.uniform("reduction", config.geometry.patches), device)
         first, losses = None, []
         for keep_ratio in self.visited(draws, progress):
             counts = config.geometry.counts(keep_ratio)
@@ -212,12 +217,18 @@ def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
         torch.set_num_threads(settings.threads)
     with join(settings.device) as world:
         start, data, judge = prepare(settings, report=world.main)
-        objective = Finetuning(start, settings, judge).to(world.device)
+        try:
+            objective = Finetuning(start, settings, judge).to(world.device)
+        except ValueError as error:  # of flags that only fit larger images
+            raise PcaeError(one_line(error)) from None
         decay = settings.layer_decay or (0.65 if settings.init else 1.0)
         groups = parameter_groups(objective, objective.model, settings.weight_decay, decay)
         trainer = Trainer(settings, objective, groups, (0.9, 0.999), data, world)
+        if settings.mixup or settings.cutmix:
+            trainer.plan.check_pairs()
         if settings.dry_run:
-            print(*describe(trainer.plan, objective, settings.ratios), sep="\n")
+            if world.main:
+                print(*describe(trainer.plan, objective, settings.ratios), sep="\n")
             return {}
         if not trainer.run():
             return None
@@ -242,7 +253,14 @@ def prepare(
         preprocess = _preprocess(found, settings)
     source = settings.source(preprocess)
     if settings.eval_data is not None:
-        judge = load(settings.eval_data, settings.eval_split, preprocess, **settings.columns)
+        limit = settings.max_unreadable
+        judge = load(
+            settings.eval_data,
+            settings.eval_split,
+            preprocess,
+            max_unreadable=limit,
+            **settings.columns,
+        )
         images: TrainingData = training_data(settings, source, classes=judge.classes)
     else:
         whole = load_labelled(settings, source)
@@ -297,8 +315,12 @@ def _model(
             config.geometry.counts(ratio)
     except ValueError as error:
         raise PcaeError(f"{settings.init}: {error}") from None
+    if not config.reduction_points and settings.ratios[-1] < 1:
+        raise PcaeError(f"{settings.init} has {config.depth} blocks: to drop patches takes 11")
     model = VisionTransformer(config)
     adapted = foreign.initialise(model, found)
+    if isinstance(model.head, nn.Linear) and "head.weight" in adapted.fresh:
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE: it does not disturb at first
     if report:
         unused = [*adapted.dropped, *found.ignored]
         print(f"{settings.init}: {len(adapted.weights)} tensors taken", file=sys.stderr)

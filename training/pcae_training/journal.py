@@ -20,6 +20,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pcae_training.output import write_whole
+
 METRICS, CONFIGURATION, EVENTS = "metrics.jsonl", "run.json", "tensorboard"
 
 
@@ -32,11 +34,10 @@ class Journal:
         """images: how many the run has seen before `step`; total: how many it will have seen."""
         folder.mkdir(parents=True, exist_ok=True)
         content = {"settings": dict(configuration), "started": now(), **surroundings()}
-        (folder / CONFIGURATION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / CONFIGURATION, (json.dumps(content, indent=2) + "\n").encode())
         file = folder / METRICS
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() and step else []
-        earlier = [line for line in lines if _step(line) <= step]
-        file.write_text("".join(f"{line}\n" for line in earlier), encoding="utf-8")
+        lines = file.read_bytes().splitlines() if file.exists() and step else []
+        write_whole(file, b"".join(line + b"\n" for line in lines if _step(line) <= step))
         self._metrics = file.open("a", encoding="utf-8", buffering=1)  # whole lines
         self._events = SummaryWriter(str(folder / EVENTS), purge_step=step or None)
         self._bar = tqdm(total=total, initial=images, unit="img", unit_scale=True, smoothing=0.05)
@@ -87,7 +88,7 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _step(line: str) -> int:
+def _step(line: bytes) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # cut off where the writer was killed

@@ -29,15 +29,19 @@ class Plan:
                 f"--batch-size {self.settings.batch_size} does not divide into"
                 f" {self.world.size} processes x {self.settings.accumulate} micro-batches"
             )
-        if parts > 1 and self.settings.batch_size // parts % 2:
-            raise PcaeError(  # neighbours are mixed in pairs, which no two processes may share
-                f"--batch-size {self.settings.batch_size} leaves {parts} micro-batches of an odd"
-                " number of images: make it even"
-            )
         if self.images < self.settings.batch_size:
             raise PcaeError(
                 f"{self.images} images do not fill one step of --batch-size"
                 f" {self.settings.batch_size}"
+            )
+
+    def check_pairs(self) -> None:
+        """Raise PcaeError where two processes would share a pair of neighbours, to be mixed."""
+        parts = self.world.size * self.settings.accumulate
+        if parts > 1 and self.settings.batch_size // parts % 2:
+            raise PcaeError(
+                f"--batch-size {self.settings.batch_size} leaves {parts} micro-batches of an odd"
+                " number of images, and --mixup and --cutmix mix pairs: make it even"
             )
 
     @property

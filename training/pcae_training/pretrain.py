@@ -9,7 +9,7 @@
 It knows losses and masks; `trainer` has the loop.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from pcae_serve.errors import PcaeError, one_line
 from pcae_serve.preprocess import Preprocess
 from pcae_serve.tokens import REDUCTION_POINTS, patches_kept
 from pcae_training.augment import Augmentation
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.decoder import Decoder, default_width
-from pcae_training.draws import Draws, drop_path_factors
+from pcae_training.draws import Draws, drop_path_factors, sent
 from pcae_training.evaluate import normalise
 from pcae_training.masking import Mask, gather, mask, patchify, visible_patches
 from pcae_training.model import VisionTransformer, ViTConfig
@@ -84,16 +85,15 @@ class PretrainSettings(RunSettings):
         """What flags together cannot mean is told before any data is read."""
         if self.drop_targets != "none" and self.method != "mae":
             raise ValueError("--drop-targets is for --method mae: pcae always drops")
-        config = self.config(classes=0, reduction_points=self.reduce_after)
+        points = self.reduce_after if self.has_teacher else ()
+        config = self.config(classes=0, reduction_points=points)
         if config.grid % self.mask_unit:
             raise ValueError(
                 f"--mask-unit {self.mask_unit} does not divide the {config.grid} patches of a side"
             )
         patches = config.grid**2
-        if not 0 < self.visible(patches) < patches:
-            raise ValueError(
-                f"--mask-ratio {self.hidden_share} of {patches} patches hides all or none"
-            )
+        if self.visible(patches) < 1:
+            raise ValueError(f"--mask-ratio {self.hidden_share} hides all of {patches} patches")
         if self.has_teacher:
             self.teacher_counts(patches)
         return self
@@ -141,7 +141,7 @@ class Teacher(nn.Module):
         self.network = VisionTransformer(replace(student.config, reduction=rule))
         self.network.load_state_dict(student.state_dict())
         self.network.requires_grad_(False)
-        self.points, self.counts = points, counts
+        self.points, self.counts, self.ema = points, counts, ema
         self._average = get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -199,7 +199,7 @@ class Pretraining(nn.Module):
             images = normalise(self.augment(pixels.float() / 255, draws) * 255, self.preprocess)
             values = patchify(images, config.patch_size)
             squares = (config.grid // settings.mask_unit) ** 2
-            noise = draws.uniform("mask", squares).to(device, non_blocking=True)
+            noise = sent(draws.uniform("mask", squares), device)
             parts = mask(noise, settings.hidden_share, settings.mask_unit)
         drop_path = drop_path_factors(draws, config.depth, settings.drop_path, device)
         return self.loss(values, parts, draws, drop_path)
@@ -236,9 +236,47 @@ class Pretraining(nn.Module):
     def targets(self, values: Tensor, hidden: Tensor, draws: Draws) -> Targets:
         """What the teacher retains of the patches `hidden` [b, h]."""
         assert self.teacher is not None  # `has_teacher` says which methods have one
-        noise = draws.uniform("teacher", values.shape[1]).to(values.device, non_blocking=True)
+        noise = sent(draws.uniform("teacher", values.shape[1]), values.device)
         targets: Targets = self.teacher(values, hidden, noise)
         return targets
+
+    def macs(self) -> int:
+        """Multiply-adds of a training step for one image.
+
+        Forward and backward of what learns count as three forward passes, the teacher as one.
+        """
+        config, settings = self.model.config, self.settings
+        patches, width = config.geometry.patches, config.width
+        visible = settings.visible(patches)
+        hidden = patches - visible
+        carried = settings.method.endswith("simmim")
+        taught, wanted = 0, hidden
+        if self.teacher is not None:
+            left, lengths = hidden, []
+            after = dict(zip(self.teacher.points, self.teacher.counts, strict=True))
+            for block in range(config.depth):  # no CLS, nothing appended
+                lengths.append(left)
+                left = after.get(block, left)
+            taught = _blocks(width, lengths) + hidden * config.geometry.patch_values * width
+            wanted = hidden if settings.drop_targets == "loss" else left
+        learnt = _blocks(width, [1 + visible + (wanted if carried else 0)] * config.depth)
+        learnt += visible * config.geometry.patch_values * width
+        if isinstance(decoder := getattr(self, "decoder", None), Decoder):
+            learnt += decoder.macs(visible, wanted)
+        else:
+            learnt += wanted * width * (width if self.teacher else config.geometry.patch_values)
+        return 3 * learnt + taught
+
+    def facts(self) -> Iterator[str]:
+        """Lines for people on what this method makes of the model."""
+        settings, patches = self.settings, self.model.config.geometry.patches
+        visible = settings.visible(patches)
+        yield f"method     {settings.method}, {visible} of {patches} patches visible"
+        if self.teacher is not None:
+            left = " → ".join(map(str, (patches - visible, *self.teacher.counts)))
+            rule, ema = settings.reduction, self.teacher.ema
+            yield f"  teacher  {left} patches by {rule}, momentum {ema:.5g}"
+        yield f"  cost     {self.macs() / 1e9:.3f} GMACs a training image, backward and teacher too"
 
     def stepped(self) -> None:
         """The optimiser has made a step: the teacher follows."""
@@ -370,11 +408,15 @@ def pretrain(settings: PretrainSettings) -> bool:
         preprocess = settings.preprocess(settings.image_size or 224)
         images = training_data(settings, settings.source(preprocess), labelled=False)
         plan = Plan(settings, world, len(images))
-        objective = build(settings, preprocess, plan.steps).to(world.device)
+        try:
+            objective = build(settings, preprocess, plan.steps).to(world.device)
+        except ValueError as error:  # of flags that only fit larger images
+            raise PcaeError(one_line(error)) from None
         groups = parameter_groups(objective, objective.model, settings.weight_decay)
         trainer = Trainer(settings, objective, groups, (0.9, 0.95), images, world)
         if settings.dry_run:
-            print(*describe(plan, objective), sep="\n")
+            if world.main:
+                print(*describe(plan, objective), *objective.facts(), sep="\n")
             return True
         return trainer.run()
 
@@ -405,6 +447,11 @@ def embed(model: VisionTransformer, values: Tensor, index: Tensor) -> Tensor:
     tokens = F.linear(gather(values, index), projection.weight.flatten(1), projection.bias)
     positions = model.pos_embed[:, model.config.positioned :].expand(len(values), -1, -1)
     return tokens + gather(positions, index)
+
+
+def _blocks(width: int, lengths: Sequence[int]) -> int:
+    """Multiply-adds of blocks with so many tokens each (see `pcae_serve.tokens`)."""
+    return sum(12 * n * width**2 + 2 * n * n * width for n in lengths)
 
 
 def decoder(config: ViTConfig, settings: PretrainSettings, outputs: int) -> Decoder:

@@ -18,7 +18,7 @@ from pcae_training.model import ViTConfig
 #: Settings that say where or how a run is computed, not what comes of it: free when it is resumed.
 PLACE = {
     "resume", "dry_run", "out", "stop_after", "save_every_s", "log_every",
-    "device", "threads", "workers", "compile",
+    "device", "threads", "workers", "compile", "accumulate", "max_unreadable",
 }  # fmt: skip
 
 
@@ -70,7 +70,9 @@ class RunSettings(BaseModel):
     weight_decay: float = Field(0.05, ge=0, description="on matrices; none on biases and norms")
     clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 = any")
 
-    seed: int = Field(0, description="of weights, order, crops, masks, budgets and hold-out")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of weights, order, crops, masks, budgets and hold-out"
+    )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs under autocast")
     compile: bool = Field(False, description="compile the blocks with torch.compile")
@@ -88,6 +90,10 @@ class RunSettings(BaseModel):
     def _complete(self) -> Self:
         if self.stream and self.epoch_size is None:
             raise ValueError("--stream has no end: say how long an epoch is with --epoch-size")
+        if self.epoch_size is not None and not self.stream:
+            raise ValueError("--epoch-size is for --stream: other data have a size of their own")
+        if self.min_lr > self.peak_lr:
+            raise ValueError(f"--min-lr {self.min_lr} is above the peak, {self.peak_lr:.3g}")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"--batch-size {self.batch_size} does not divide into --accumulate"

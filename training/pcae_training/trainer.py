@@ -19,9 +19,10 @@ from typing import Any, Protocol, Unpack
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
 
-from pcae_serve.errors import PcaeError
+from pcae_serve.errors import PcaeError, one_line
 from pcae_serve.preprocess import Preprocess
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ from pcae_training.columns import Wanted
 from pcae_training.data import LabelledImages, TrainingData, load
 from pcae_training.draws import Draws
 from pcae_training.journal import Journal
-from pcae_training.model import VisionTransformer
+from pcae_training.model import Block, VisionTransformer
 from pcae_training.plan import Plan
 from pcae_training.schedule import cosine
 from pcae_training.settings import PLACE, RunSettings
@@ -85,18 +86,19 @@ class Trainer:
         self._epoch_loss, self._epoch_steps, self._epoch_s = 0.0, 0, 0.0  # of the epoch at hand
         # since the last report: sum of losses, first step whose loss is no number, micro-batches
         self._loss = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self._clock = 0.0  # when the last report ended
         self._stop: signal.Signals | None = None
 
     def run(self) -> bool:
         """Train to the end of this start; False where a signal stopped it before."""
         settings, plan = self.settings, self.plan
         if settings.compile:
-            for block in self.objective.model.blocks:
+            for block in (m for m in self.objective.modules() if isinstance(m, Block)):
                 block.compile()
         learner = self.objective
         if self.world.size > 1:
             learner = DistributedDataParallel(self.objective, find_unused_parameters=False)
-        with self._lock(), self._signals():
+        with self._lock(), self._signals(), self._compiling():
             if settings.resume:
                 self._resume()
             seen = self.step * settings.batch_size
@@ -123,24 +125,24 @@ class Trainer:
             settings.seed, epoch, plan.slices(at), self.world.device, settings.workers
         )
         self._loss.zero_()
-        reported = saved = time.monotonic()
+        self._clock = saved = time.monotonic()
         for _ in range(at, plan.steps_per_epoch):
             self._step(learner, batches)
             if log:
                 log.advance(settings.batch_size, f"epoch {epoch + 1}/{settings.epochs}")
-            if self.step % settings.log_every == 0 or self.step % plan.steps_per_epoch == 0:
-                now = time.monotonic()
-                self._report(log, now - reported)
-                if self.world.any(now - saved > settings.save_every_s):
+            if self.step % plan.steps_per_epoch == 0:
+                break  # to be saved once it is closed, not before
+            if self.step % settings.log_every == 0:
+                self._report(log)
+                if self.world.any(self._clock - saved > settings.save_every_s):
                     self.save()
-                    saved = time.monotonic()
-                reported = time.monotonic()
+                    self._clock = saved = time.monotonic()
             if self._stopped():
                 break
+        if self._loss[2] > 0:  # steps that no report has told of
+            self._report(log)
         if self.step % plan.steps_per_epoch == 0:
             self._close_epoch(log)
-        elif self.step % settings.log_every:
-            self._report(log, time.monotonic() - reported)
         self.save()
 
     def _close_epoch(self, log: Journal | None) -> None:
@@ -203,15 +205,14 @@ class Trainer:
         self._loss[1] += bad * (self.step + 1)
         self._loss[2] += 1
 
-    def _report(self, log: Journal | None, seconds: float) -> None:
-        """Read the loss of the steps since the last time; PcaeError where it was not finite.
-
-        seconds: what those steps took.
-        """
+    def _report(self, log: Journal | None) -> None:
+        """Read the loss of the steps since the last time; PcaeError where it was not finite."""
         epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
-        readings = self.world.gather(self._loss.tolist())  # waits for the device
+        readings = self.world.gather([*self._loss.tolist(), self.data.unreadable])
+        now = time.monotonic()  # the device has been waited for
+        seconds, self._clock = now - self._clock, now
         self._loss.zero_()
-        if bad := [int(step) for _, step, _ in readings if step]:
+        if bad := [int(step) for _, step, _, _ in readings if step]:
             raise PcaeError(
                 f"the loss is not finite in step {min(bad)} (epoch {epoch}): try a smaller --lr;"
                 f" {self.settings.out} keeps the last good checkpoint, if there was one"
@@ -229,18 +230,27 @@ class Trainer:
                     "loss": total / steps,
                     "lr": max(float(g["lr"]) for g in self.optimizer.param_groups),
                     "img_per_s": steps * self.settings.batch_size / max(seconds, 1e-9),
-                    "unreadable": self.data.unreadable,
+                    "unreadable": max(unreadable for *_, unreadable in readings),
                 },
             )
 
     def save(self) -> None:
-        """Write the checkpoint with all that is needed to go on from it."""
+        """Write the checkpoint with all that is needed to go on from it.
+
+        Raises PcaeError, and leaves the last one, where a weight is no finite number.
+        """
+        if bad := [n for n, p in self.objective.named_parameters() if not p.isfinite().all()]:
+            raise PcaeError(
+                f"{bad[0]} is not finite after step {self.step}: try a smaller --lr;"
+                f" {self.settings.out} keeps the last good checkpoint, if there was one"
+            )
         if not self.world.main:
             return
         checkpoint = self.objective.checkpoint()
         checkpoint.training = checkpoint.training | {
             "settings": self.settings.model_dump(mode="json", exclude={"resume"}),
             "step": self.step,
+            "images": self.plan.images,
             "epochs_done": self.step // self.plan.steps_per_epoch,
             "history": self.history,
             "epoch_at_hand": [self._epoch_loss, self._epoch_steps, self._epoch_s],
@@ -267,6 +277,11 @@ class Trainer:
         if changed := [name for name in now if name not in PLACE and before.get(name) != now[name]]:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
             raise PcaeError(f"cannot resume {out}: it was written with another {flags}")
+        if training["images"] != self.plan.images:
+            raise PcaeError(
+                f"cannot resume {out}: it was trained on {training['images']} images, and there are"
+                f" {self.plan.images} now"
+            )
         try:
             weights = {f"{MODEL}{name}": value for name, value in saved.model.state_dict().items()}
             for name, value in state.items():
@@ -276,9 +291,7 @@ class Trainer:
             for name, parameter in self.objective.named_parameters():
                 if f"optimizer/{name}/step" in state:
                     self.optimizer.state[parameter] = {
-                        key: state[f"optimizer/{name}/{key}"].to(
-                            parameter.device if key != "step" else "cpu"
-                        )
+                        key: state[f"optimizer/{name}/{key}"].to(parameter.device)
                         for key in ("step", "exp_avg", "exp_avg_sq")
                     }
         except (KeyError, RuntimeError) as error:
@@ -289,32 +302,44 @@ class Trainer:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """Keep a second run from writing to the same folder."""
-        if not self.world.main:
-            yield
-            return
-        folder = self.settings.out
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / LOCK, timeout=0)
-            lock.acquire()
-        except Timeout:
-            raise PcaeError(f"another run is writing to {folder}: choose another --out") from None
-        except OSError as error:
-            raise PcaeError(f"cannot write to {folder}: {error.strerror}") from None
+        """Keep a second run from writing to the same folder; all processes go on, or none."""
+        folder, failure = self.settings.out, ""
+        lock = FileLock(folder / LOCK, timeout=0)
+        if self.world.main:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+            except Timeout:
+                failure = f"another run is writing to {folder}: choose another --out"
+            except OSError as error:
+                failure = f"cannot write to {folder}: {error.strerror}"
+        if any(failures := self.world.gather(failure)):
+            raise PcaeError(failures[0])
         try:
             yield
         finally:
             lock.release()
 
     @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """What stops --compile, such as a missing compiler, in one line."""
+        try:
+            yield
+        except TorchDynamoException as error:
+            raise PcaeError(f"--compile does not work here: {one_line(error)}") from None
+
+    @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run after the step at hand; a second one ends it at once."""
+        """SIGTERM and Ctrl-C end the run after the step at hand; a second one ends it at once.
+
+        Not where torchrun started several: it passes on what its terminal has sent already.
+        """
 
         def stop(number: int, _: FrameType | None) -> None:
             self._stop = signal.Signals(number)
-            for each, handler in before.items():
-                signal.signal(each, handler)
+            if self.world.size == 1:
+                for each, handler in before.items():
+                    signal.signal(each, handler)
 
         before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
         for each in before:
@@ -326,13 +351,10 @@ class Trainer:
                 signal.signal(each, handler)
 
     def _stopped(self) -> bool:
-        """Whether to end now. Several processes ask each other at every report, and agree."""
-        if self.world.size == 1:
-            return self._stop is not None
-        if self.step % self.settings.log_every == 0 and self.world.any(self._stop is not None):
+        """Whether to end now: all processes or none."""
+        if self.world.any(self._stop is not None):
             self._stop = self._stop or signal.SIGTERM
-            return True
-        return False
+        return self._stop is not None
 
 
 def check_out(settings: RunSettings) -> None:
@@ -367,10 +389,11 @@ def training_data(
 def parameter_groups(
     objective: nn.Module, model: VisionTransformer, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Parameters by weight decay and learning-rate scale, as MAE groups them.
+    """Parameters by weight decay and learning-rate scale, as MAE groups them to fine-tune.
 
-    No decay on biases, norms, and single tokens; the rate of a layer is `layer_decay` times that
-    of the layer above it: embeddings lowest, head and final norm at 1.
+    No decay on biases, norms, and single tokens (in pretraining MAE decays CLS and mask token); the
+    rate of a layer is `layer_decay` times that of the layer above it: embeddings lowest, head and
+    final norm at 1.
     """
     depth = model.config.depth
     layer = {

@@ -18,11 +18,14 @@ phase() {
   local name=$1 resume=()
   shift
   [ -e "$out/$name.done" ] && return
-  [ -e "$out/$name/checkpoint" ] && resume=(--resume)
+  if [ -e "$out/$name/checkpoint" ] || [ -e "$out/$name/.checkpoint.old" ]; then
+    resume=(--resume)
+  fi
   "${train[@]}" "$@" --data "$data" --out "$out/$name" "${resume[@]}"
   touch "$out/$name.done"
 }
 
+trap : TERM # the run at hand saves itself; its exit code then ends this
 mkdir -p "$out"
 phase pretrained pretrain --method pcae --image-size 28 --patch-size 2 \
   --width "${WIDTH:-192}" --heads "${HEADS:-3}" --depth 12 \
