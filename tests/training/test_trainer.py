@@ -193,11 +193,15 @@ def test_the_command_says_so_and_exits_143(learn: Any) -> None:
 
 def flags(run: FinetuneSettings | PretrainSettings) -> list[str]:
     """The command line that gives these settings."""
-    given = run.model_dump(exclude_defaults=True).items()
-    return [
-        f"--{name.replace('_', '-')}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
-        for name, v in given
-    ]
+    given = []
+    for name, value in run.model_dump(exclude_defaults=True).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            given.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            given.append(f"--{flag}={text}")
+    return given
 
 
 def two_processes(command: str, run: FinetuneSettings | PretrainSettings) -> list[str]:
@@ -309,11 +313,11 @@ def test_a_step_asks_the_device_for_nothing(
         model = VisionTransformer(tuning.config(3, reduction=tuning.reduction))
         learner = Finetuning(Checkpoint(model, preprocess, list("abc")), tuning, None)  # type: ignore[arg-type]
     learner.to("meta")
-    pixels = torch.zeros(8, 3, 28, 28, dtype=torch.uint8, device="meta")
-    labels = torch.zeros(8, dtype=torch.int64, device="meta")
-    for step in range(8):  # so that every RandAugment operation is drawn
-        learner(pixels, labels, Draws(0, step, 8), 1.0).backward()
-        learner.stepped()
+    batch = 64  # so that every RandAugment operation is drawn
+    pixels = torch.zeros(batch, 3, 28, 28, dtype=torch.uint8, device="meta")
+    labels = torch.zeros(batch, dtype=torch.int64, device="meta")
+    learner(pixels, labels, Draws(0, 0, batch), 1.0).backward()
+    learner.stepped()
 
 
 def test_a_loss_that_is_no_number(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
