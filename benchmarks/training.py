@@ -102,16 +102,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def reads(case: Case) -> int:
-    """How often a step waits for the device: what torch's profiler sees of it."""
-    kinds = [ProfilerActivity.CPU]
-    if case.device.type == "cuda":
-        kinds.append(ProfilerActivity.CUDA)
-    with profile(activities=kinds) as seen:
+def waits(case: Case) -> int:
+    """How often a step waits for its GPU, as torch's profiler sees it."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         case()
     names = ("cudaStreamSynchronize", "cudaDeviceSynchronize")
-    if case.device.type == "cpu":  # there what would wait shows as reading a tensor's value
-        names = ("aten::nonzero", "aten::masked_select")
     return sum(event.count for event in seen.key_averages() if event.key in names)
 
 
@@ -173,11 +168,15 @@ def main() -> None:
     seconds = interleave(compared, args.rounds, args.steps, device)
     found = rows(compared, seconds, args.batch_size)
     print(*table(found), sep="\n")
-    waits = {name: reads(case) for name, case in compared.items()}
-    print("read from the device in a step: " + ", ".join(f"{n} {w}" for n, w in waits.items()))
+    if device.type == "cuda":
+        for row in found:
+            row["waits_a_step"] = waits(compared[row["case"]])
+        print(
+            *(f"{row['case']}: waits {row['waits_a_step']} times a step" for row in found), sep="\n"
+        )
     if args.json:
         flags = {name: value for name, value in vars(args).items() if name != "json"}
-        content = {"flags": flags, **surroundings(), "rows": found, "waits": waits}
+        content = {"flags": flags, **surroundings(), "rows": found}
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
