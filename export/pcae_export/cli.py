@@ -39,6 +39,8 @@ class EvalData(BaseModel):
     def open(self, checkpoint: Checkpoint) -> LabelledImages:
         """The images, checked to carry the checkpoint's labels. Raises PcaeError."""
         images = load(self.eval_data, self.eval_split, checkpoint.preprocess)
+        if not checkpoint.labels:
+            raise PcaeError("the checkpoint has no classes: fine-tune it before it is exported")
         if images.classes != checkpoint.labels:
             raise PcaeError(
                 f"{images.name} has {len(images.classes)} labels ({_first(images.classes)}), but"

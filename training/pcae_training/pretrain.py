@@ -166,24 +166,28 @@ class Teacher(nn.Module):
         self._average(list(self.network.parameters()), list(student.parameters()), None)
 
 
+class Start(NamedTuple):
+    """What a method is made from."""
+
+    model: VisionTransformer  # a new encoder, without a head
+    preprocess: Preprocess
+    settings: PretrainSettings
+    ema: float  # the teacher's momentum
+
+
 class Pretraining(nn.Module):
     """What all methods share: images, masks, the encoder, and what is kept of them."""
 
-    def __init__(
-        self,
-        model: VisionTransformer,
-        preprocess: Preprocess,
-        settings: PretrainSettings,
-        ema: float,
-    ) -> None:
+    def __init__(self, start: Start) -> None:
         super().__init__()
-        self.model, self.preprocess, self.settings = model, preprocess, settings
+        model, settings = start.model, start.settings
+        self.model, self.preprocess, self.settings = model, start.preprocess, settings
         self.model.pos_embed.requires_grad_(False)  # fixed sine-cosine, as MAE
         self.teacher: Teacher | None = None
         if settings.has_teacher:
             counts = settings.teacher_counts(model.config.grid**2)
             points, rule = settings.reduce_after, settings.reduction
-            self.teacher = Teacher(model, points, counts, rule, ema)
+            self.teacher = Teacher(model, points, counts, rule, start.ema)
         self.augment = Augmentation(
             size=model.config.image_size,
             crop=settings.crop,
@@ -296,15 +300,10 @@ class Pretraining(nn.Module):
 class Pcae(Pretraining):
     """Predict the teacher's retained tokens from the visible patches (paper, section 3)."""
 
-    def __init__(
-        self,
-        model: VisionTransformer,
-        preprocess: Preprocess,
-        settings: PretrainSettings,
-        ema: float,
-    ) -> None:
-        super().__init__(model, preprocess, settings, ema)
-        self.decoder = decoder(model.config, settings, outputs=model.config.width)
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        config = start.model.config
+        self.decoder = decoder(config, start.settings, outputs=config.width)
 
     def loss(self, values: Tensor, mask: Mask, draws: Draws, drop_path: Tensor | None) -> Tensor:
         targets = self.targets(values, mask.hidden, draws)
@@ -320,16 +319,10 @@ class PcaeSimMim(Pretraining):
     patches three times gives 14, so 92; --teacher-keep 0.54 gives 63, 34 and the text's 18.
     """
 
-    def __init__(
-        self,
-        model: VisionTransformer,
-        preprocess: Preprocess,
-        settings: PretrainSettings,
-        ema: float,
-    ) -> None:
-        super().__init__(model, preprocess, settings, ema)
-        self.mask_token = mask_token(model.config.width)
-        self.predict = linear(model.config.width, model.config.width)
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        width = start.model.config.width
+        self.mask_token, self.predict = mask_token(width), linear(width, width)
 
     def loss(self, values: Tensor, mask: Mask, draws: Draws, drop_path: Tensor | None) -> Tensor:
         targets = self.targets(values, mask.hidden, draws)
@@ -345,16 +338,10 @@ class Mae(Pretraining):
     say what ranks the patches; here it is PCAE's teacher.
     """
 
-    def __init__(
-        self,
-        model: VisionTransformer,
-        preprocess: Preprocess,
-        settings: PretrainSettings,
-        ema: float,
-    ) -> None:
-        super().__init__(model, preprocess, settings, ema)
-        values = model.config.channels * model.config.patch_size**2
-        self.decoder = decoder(model.config, settings, outputs=values)
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        config = start.model.config
+        self.decoder = decoder(config, start.settings, outputs=config.geometry.patch_values)
 
     def loss(self, values: Tensor, mask: Mask, draws: Draws, drop_path: Tensor | None) -> Tensor:
         latent = self.encode(values, mask.visible, drop_path)
@@ -380,17 +367,10 @@ class Mae(Pretraining):
 class SimMim(Pretraining):
     """Predict the pixels of hidden patches within the encoder, by absolute error."""
 
-    def __init__(
-        self,
-        model: VisionTransformer,
-        preprocess: Preprocess,
-        settings: PretrainSettings,
-        ema: float,
-    ) -> None:
-        super().__init__(model, preprocess, settings, ema)
-        values = model.config.channels * model.config.patch_size**2
-        self.mask_token = mask_token(model.config.width)
-        self.predict = linear(model.config.width, values)
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        width, values = start.model.config.width, start.model.config.geometry.patch_values
+        self.mask_token, self.predict = mask_token(width), linear(width, values)
 
     def loss(self, values: Tensor, mask: Mask, draws: Draws, drop_path: Tensor | None) -> Tensor:
         carried = self.carry(values, mask.visible, mask.hidden, self.mask_token, drop_path)
@@ -427,15 +407,17 @@ def build(settings: PretrainSettings, preprocess: Preprocess, steps: int) -> Pre
     config = settings.config(classes=0, pooling="cls", reduction_points=points)
     model = VisionTransformer(config)
     ema = settings.ema if settings.ema is not None else momentum(steps)
-    match settings.method:
-        case "pcae":
-            return Pcae(model, preprocess, settings, ema)
-        case "pcae-simmim":
-            return PcaeSimMim(model, preprocess, settings, ema)
-        case "simmim":
-            return SimMim(model, preprocess, settings, ema)
-        case "mae":
-            return Mae(model, preprocess, settings, ema)
+    start = Start(model, preprocess, settings, ema)
+    return METHODS[settings.method](start)
+
+
+#: The objective of each method.
+METHODS: dict[Method, type[Pretraining]] = {
+    "pcae": Pcae,
+    "mae": Mae,
+    "simmim": SimMim,
+    "pcae-simmim": PcaeSimMim,
+}
 
 
 def embed(model: VisionTransformer, values: Tensor, index: Tensor) -> Tensor:
