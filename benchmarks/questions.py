@@ -171,8 +171,13 @@ def work(scale: Scale, args: argparse.Namespace) -> int:
     if running or waiting:
         say(f"out of time: {len(running)} stopped, {len(waiting)} not begun")
         return OUT_OF_TIME
+    return 0 if finished(scale, args) else FAILED
+
+
+def finished(scale: Scale, args: argparse.Namespace) -> bool:
+    """Whether every job has its result."""
     everything = (job for seed in args.seeds for job in jobs(scale, seed, args.data))
-    return 0 if all(done(args.work / job.name) for job in everything) else FAILED
+    return all(done(args.work / job.name) for job in everything)
 
 
 def needs(job: Job) -> Iterator[str]:
@@ -276,7 +281,8 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     for file in sorted(args.work.glob("*/result.json")):
         name, seed = file.parent.name.rsplit("-", 1)
         seconds, epochs = spent_s(file.parent)
-        model = models.setdefault(name, {"train_s": {}, "epochs": epochs, "top1": {}})
+        model = models.setdefault(name, {"train_s": {}, "epochs": {}, "top1": {}})
+        model["epochs"][seed] = epochs
         model["train_s"][seed] = round(seconds, 1)
         for budget in json.loads(file.read_text()).get("budgets", []):
             share = budget["top1"]["value"]
@@ -319,7 +325,8 @@ def table(found: dict[str, Any]) -> Iterator[str]:
         for ratio, shares in model["top1"].items() or {"": {}}.items():
             each = ", ".join(f"{100 * share:.2f}" for share in shares.values())
             mean = f"{100 * statistics.mean(shares.values()):.2f}" if shares else ""
-            yield f"| {name} | {model['epochs']} | {seconds:.0f} | {ratio} | {each} | {mean} |"
+            epochs = "/".join(map(str, dict.fromkeys(model["epochs"].values())))
+            yield f"| {name} | {epochs} | {seconds:.0f} | {ratio} | {each} | {mean} |"
     yield ""
     yield "| question | points [95 % over seeds] | by seed |"
     yield "| --- | --- | --- |"
@@ -341,13 +348,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", type=Path, help="write what there is to this file as JSON")
     args = parser.parse_args()
-    code = work(SCALES[args.scale], args) if args.data else OUT_OF_TIME
+    code = work(SCALES[args.scale], args) if args.data else 0
     found = report(args)
     print(*table(found), sep="\n")
     if args.report:
-        content = found | {"finished": code == 0} | surroundings()
+        content = found | {"finished": finished(SCALES[args.scale], args)} | surroundings()
         args.report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sys.exit(code if args.data else 0)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
