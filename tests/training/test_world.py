@@ -20,3 +20,30 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_such_device(device: str) -> None:
     with pytest.raises(PcaeError, match=f"there is no {device} on this machine"), join(device):
         pass
+
+
+@pytest.mark.parametrize(
+    ("asked", "local_rank", "given"), [("cuda", None, 0), ("cuda", "1", 1), ("cuda:1", None, 1)]
+)
+def test_a_gpu_has_a_number(
+    asked: str, local_rank: str | None, given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    before = torch.get_float32_matmul_precision()
+    try:
+        with join(asked) as world:
+            assert world.device == torch.device("cuda", given)
+        assert chosen == [world.device]  # set_device raises on a device without a number
+        with (
+            pytest.raises(PcaeError, match="there is no cuda:7: this machine has 2"),
+            join("cuda:7"),
+        ):
+            pass
+    finally:
+        torch.set_float32_matmul_precision(before)

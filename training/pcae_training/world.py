@@ -55,11 +55,11 @@ def join(device: str) -> Iterator[World]:
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if device != "cpu" and not torch.cuda.is_available():
         raise PcaeError(f"there is no {device} on this machine: use --device cpu")
-    if size > 1 and device == "cuda":
+    if device == "cuda":  # torch wants a number
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     place = torch.device(device)
     if place.type == "cuda":
-        if (place.index or 0) >= torch.cuda.device_count():
+        if place.index >= torch.cuda.device_count():
             raise PcaeError(f"there is no {device}: this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
