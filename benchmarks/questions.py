@@ -142,13 +142,15 @@ def jobs(scale: Scale, seed: int, data: Path) -> list[Job]:
     pretrain("mae_time", "mae", timed_by=("pcae", "mae"))
     finetune("mae_time-1.0", "mae_time", 1.0)
     finetune("none_time-1.0", None, 1.0, timed_by=("pcae", "pcae-1.0", "none-1.0"))
+    alone = ("pcae-1.0", "pcae-0.7", "pcae-0.5", "pcae-0.3")
+    finetune("elastic_time", "pcae", None, "--distil=0.5", timed_by=(*alone, "pcae-elastic"))
     return found
 
 
 def work(scale: Scale, args: argparse.Namespace) -> int:
     """Do the jobs of every seed, --jobs at a time: 0, FAILED, or OUT_OF_TIME."""
     end = time.monotonic() + args.minutes * 60
-    waiting = [job for seed in args.seeds for job in jobs(scale, seed, args.data)]
+    waiting = wanted(scale, args)
     waiting = [job for job in waiting if not done(args.work / job.name)]
     running: list[Job] = []
     while (waiting or running) and time.monotonic() < end:
@@ -176,8 +178,13 @@ def work(scale: Scale, args: argparse.Namespace) -> int:
 
 def finished(scale: Scale, args: argparse.Namespace) -> bool:
     """Whether every job has its result."""
-    everything = (job for seed in args.seeds for job in jobs(scale, seed, args.data))
-    return all(done(args.work / job.name) for job in everything)
+    return all(done(args.work / job.name) for job in wanted(scale, args))
+
+
+def wanted(scale: Scale, args: argparse.Namespace) -> list[Job]:
+    """The jobs of all seeds, or of them those that --only names."""
+    everything = [job for seed in args.seeds for job in jobs(scale, seed, args.data)]
+    return [job for job in everything if not args.only or job.name.rsplit("-", 1)[0] in args.only]
 
 
 def needs(job: Job) -> Iterator[str]:
@@ -233,10 +240,13 @@ def launch(job: Job, command: list[str], folder: Path) -> None:
 
 
 def equal_time(work: Path, job: Job) -> int:
-    """Epochs that take as long as PCAE's pretraining and what follows it, by what others took."""
-    pcae, *_ = job.timed_by
-    own, all_epochs = spent_s(work / job.timed_by[-1])
-    total = spent_s(work / pcae)[0] + sum(spent_s(work / name)[0] for name in job.timed_by[1:-1])
+    """Epochs that take as long as all the other jobs together, by what an epoch took before.
+
+    The last of `timed_by` is this job at its usual length.
+    """
+    *others, same = job.timed_by
+    own, all_epochs = spent_s(work / same)
+    total = sum(spent_s(work / name)[0] for name in others)
     return max(1, round(total / (own / all_epochs)))
 
 
@@ -266,6 +276,10 @@ COMPARISONS = (
     ("3 elastic against alone, keep 0.7", "pcae-elastic", 0.7, "pcae-0.7", 0.7),
     ("3 elastic against alone, keep 0.5", "pcae-elastic", 0.5, "pcae-0.5", 0.5),
     ("3 elastic against alone, keep 0.3", "pcae-elastic", 0.3, "pcae-0.3", 0.3),
+    *(
+        (f"3 elastic against alone, equal time, keep {k}", "elastic_time", k, f"pcae-{k}", k)
+        for k in KEEP
+    ),
     ("3 elastic, keep 0.5 against 1.0", "pcae-elastic", 0.5, "pcae-elastic", 1.0),
 )
 
@@ -343,6 +357,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the jobs")
     parser.add_argument("--scale", choices=SCALES, default="two-cores")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="jobs by name, with those that they need")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("--minutes", type=float, default=60, help="stop after so long")
     parser.add_argument("--device", default="cpu")

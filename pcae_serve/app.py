@@ -198,7 +198,7 @@ async def _unless_left(request: Request, classify: Classify, limit: int) -> Answ
 def _classification(
     answer: Answer, ask: Ask, labels: tuple[str, ...], top_k: int, explain: bool
 ) -> schemas.Classification:
-    exponents = np.exp(answer.logits - answer.logits.max())
+    exponents = np.exp(answer.vector - answer.vector.max())
     probabilities = exponents / exponents.sum()
     best = np.argsort(-probabilities, kind="stable")[:top_k]
     total_ms = answer.total_s * 1e3

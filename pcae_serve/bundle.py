@@ -21,11 +21,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pcae_serve.errors import BundleError
 from pcae_serve.preprocess import Preprocess
+from pcae_serve.tokens import Rule
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
 WEIGHTS = "model.safetensors"
 ELASTIC_GRAPH = "elastic.onnx"
+INT8_GRAPH = "elastic.int8.onnx"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NAME = r"^[a-z0-9][a-z0-9_-]{0,39}$"
@@ -58,6 +60,14 @@ class Agreement(_Part):
     data_set: str
 
 
+class Fidelity(_Part):
+    """Mean cosine of the tier's features to those of k = 1.0, where there is no head to agree."""
+
+    cosine: Annotated[float, Field(ge=-1, le=1)]
+    n: Annotated[int, Field(ge=1)]
+    data_set: str
+
+
 class Model(_Part):
     """What the server needs to know of one network, and the exporter took from it."""
 
@@ -68,8 +78,10 @@ class Model(_Part):
     depth: Annotated[int, Field(ge=1)]
     parameters: Annotated[int, Field(ge=1)]
     reduction_points: tuple[int, ...]
-    reduction: Literal["ptr"] = "ptr"  # DESIGN section 2
+    reduction: Rule = "ptr"  # DESIGN section 2
     pooling: Literal["mean", "cls"]
+    answers: Literal["logits", "features"] = "logits"  # features [N, width] where it has no head
+    half: Literal["float16", "bfloat16"] | None = None  # of the graphs for GPUs; None: it has none
 
 
 class Tier(_Part):
@@ -80,14 +92,40 @@ class Tier(_Part):
     keep_ratio: Annotated[float, Field(gt=0, le=1)]
     token_counts: tuple[int, ...]  # patches left after each reduction point
     macs: Annotated[int, Field(ge=1)]  # multiply-adds for one image
+    precision: Literal["float32", "int8"] = "float32"  # of the weights' products on a CPU
     accuracy: Accuracy | None = None
     agreement: Agreement | None = None
+    fidelity: Fidelity | None = None
     dominated: bool = False  # a cheaper tier is at least as good
 
     @property
+    def quality(self) -> float | None:
+        """What tiers are compared by: top-1, or what stands in for it; None: not measured."""
+        if self.accuracy is not None:
+            return self.accuracy.top1
+        if self.agreement is not None:
+            return self.agreement.share
+        return None if self.fidelity is None else self.fidelity.cosine
+
+    @property
+    def elastic_graph(self) -> str:
+        """File name of the graph that serves it on a CPU, its counts an input."""
+        return INT8_GRAPH if self.precision == "int8" else ELASTIC_GRAPH
+
+    @property
     def graph(self) -> str:
-        """File name of the static graph, its counts constant."""
+        """File name of the static float32 graph, its counts constant."""
         return f"{self.name}.onnx"
+
+    @property
+    def cuda_graph(self) -> str:
+        """File name of the static half-precision graph with fused attention, for ONNX Runtime."""
+        return f"{self.name}.cuda.onnx"
+
+    @property
+    def tensorrt_graph(self) -> str:
+        """File name of the static half-precision graph in plain operators, for TensorRT."""
+        return f"{self.name}.tensorrt.onnx"
 
 
 class Manifest(_Part):
@@ -97,7 +135,7 @@ class Manifest(_Part):
     name: str
     created: datetime
     producer: dict[str, str]  # versions of what made it
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # none where the models answer with features
     models: Annotated[dict[Name, Model], Field(min_length=1)]
     tiers: Annotated[tuple[Tier, ...], Field(min_length=1)]  # by MACs, the cheapest first
     files: dict[str, str]  # path inside the bundle -> sha256, of every file but this one
@@ -114,6 +152,11 @@ class Manifest(_Part):
             raise ValueError("tiers must be ordered by MACs, the cheapest first")
         if len({model.image_size for model in self.models.values()}) > 1:
             raise ValueError("all models of a bundle must take one image size")
+        answers = {(m.answers, m.answers == "features" and m.width) for m in self.models.values()}
+        if len(answers) > 1:
+            raise ValueError("all models of a bundle must answer alike: logits, or features")
+        if bool(self.labels) != (answers.pop()[0] == "logits"):
+            raise ValueError("there must be labels where the models answer with logits, else none")
         for tier in self.tiers:
             model = self.models.get(tier.model)
             if model is None:
@@ -128,7 +171,7 @@ class Manifest(_Part):
                     f"tier {tier.name!r}: token counts {tier.token_counts} do not fall from"
                     f" {model.patches} over {len(model.reduction_points)} stages"
                 )
-            for file in (ELASTIC_GRAPH, WEIGHTS, "preprocessor_config.json"):
+            for file in (tier.elastic_graph, WEIGHTS, "preprocessor_config.json"):
                 if f"models/{tier.model}/{file}" not in self.files:
                     raise ValueError(f"models/{tier.model}/{file} is not among the files")
         for path in self.files:
@@ -159,14 +202,38 @@ class Bundle:
     def image_size(self) -> int:
         return next(iter(self.manifest.models.values())).image_size
 
+    @property
+    def answers(self) -> Literal["logits", "features"]:
+        """What its models say of an image."""
+        return next(iter(self.manifest.models.values())).answers
+
+    @property
+    def width(self) -> int:
+        """Numbers in an answer: one a label, or the features'."""
+        return len(self.labels) or next(iter(self.manifest.models.values())).width
+
     def file(self, model: str, name: str) -> Path:
         """Path of one of a model's files."""
         return self.root / "models" / model / name
 
     @cached_property
     def preprocess(self) -> Preprocess:
-        """How image bytes become pixels; one for all models of the bundle."""
-        path = self.file(self.tiers[0].model, "preprocessor_config.json")
+        """How image bytes become pixels; one for all models, whose graphs normalise by themselves.
+
+        Raises BundleError where they want other pixels.
+        """
+        found = {model: self._preprocess(model) for model in self.manifest.models}
+        first = found[self.tiers[0].model]
+        for model, preprocess in found.items():
+            if not preprocess.same_pixels(first):
+                raise BundleError(
+                    f"{self.root}: model {model!r} resizes images in another way than"
+                    f" {self.tiers[0].model!r}, but one decoding serves both"
+                )
+        return first
+
+    def _preprocess(self, model: str) -> Preprocess:
+        path = self.file(model, "preprocessor_config.json")
         try:
             return Preprocess.from_config(json.loads(path.read_text()))
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -6,7 +6,7 @@ It knows image files and sizes, nothing of models: scaling and normalising happe
 import contextlib
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,10 @@ class Preprocess:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
+
+    def same_pixels(self, other: "Preprocess") -> bool:
+        """Whether both make the same pixels; mean and std come later, inside the graph."""
+        return replace(self, mean=other.mean, std=other.std) == other
 
     def __call__(self, body: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """An image file's bytes to pixels [H, W, 3], H = W = image_size."""

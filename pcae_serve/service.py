@@ -71,7 +71,7 @@ class Ask:
 class Answer:
     """One image's share of a batch, and where its time went."""
 
-    logits: NDArray[np.float32]  # [classes]
+    vector: NDArray[np.float32]  # [classes] logits, or [width] features
     kept: tuple[NDArray[np.int32], ...]  # per stage [m_i]
     tier: Tier
     reason: str
@@ -298,7 +298,7 @@ class Service:
             return
         waiting.answer.set_result(
             Answer(
-                logits=output.logits[row],
+                vector=output.vectors[row],
                 kept=tuple(kept[row] for kept in output.kept),
                 tier=self.bundle.tiers[tier],
                 reason=self._reason(tier, waiting, start_s),

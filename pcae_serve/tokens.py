@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from math import floor
+from typing import Literal
 
 KeepRatio = float | str | Decimal | Fraction
+
+#: How patches are ranked, and what becomes of those that go: `pcae_training.reduction` says it.
+Rule = Literal["ptr", "ptr-normalised", "weighted", "merged", "random", "attention"]
 
 #: After which blocks (counted from 0) a 12-block classifier drops tokens (PCAE paper, section 3.4).
 REDUCTION_POINTS = (0, 7, 10)

@@ -31,7 +31,7 @@ def top1(
             batch = rows[start : start + BATCH]
             pixels, labels = decode(images, batch), images.labels[batch].numpy()
             for tier in bundle.tiers:
-                answers = engine.run(tier, pixels).logits.argmax(axis=1)
+                answers = engine.run(tier, pixels).vectors.argmax(axis=1)
                 correct[tier.name] += int((answers == labels).sum())
             bar.update(len(batch))
     found = {}

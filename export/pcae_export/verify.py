@@ -177,14 +177,14 @@ def _compare(found: Output, expected: Reference, rows: slice, where: str) -> flo
     """The largest |difference| of a logit among the clear images. Raises ParityError."""
     logits: NDArray[np.float32] = expected.logits[rows].numpy()
     clear = (expected.margin[rows] > MARGIN).numpy()
-    if found.logits.shape != logits.shape:
-        raise ParityError(f"{where}: logits are {found.logits.shape}, not {logits.shape}")
-    difference = np.abs(found.logits - logits).max(axis=1)[clear]
+    if found.vectors.shape != logits.shape:
+        raise ParityError(f"{where}: logits are {found.vectors.shape}, not {logits.shape}")
+    difference = np.abs(found.vectors - logits).max(axis=1)[clear]
     if not (difference <= TOLERANCE).all():  # so written, not-a-number fails too
         raise ParityError(
             f"{where}: a logit differs from torch by {difference.max():.3g}, more than {TOLERANCE}"
         )
-    changed = (found.logits.argmax(axis=1) != logits.argmax(axis=1)) & clear
+    changed = (found.vectors.argmax(axis=1) != logits.argmax(axis=1)) & clear
     if changed.any():
         raise ParityError(f"{where}: another class than torch's comes first")
     for stage, (ours, theirs) in enumerate(zip(found.kept, expected.kept, strict=True)):

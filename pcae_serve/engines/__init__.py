@@ -17,7 +17,7 @@ Pixels = NDArray[np.uint8]  # [N, H, W, 3]
 class Output(NamedTuple):
     """What the network said of a batch."""
 
-    logits: NDArray[np.float32]  # [N, classes]
+    vectors: NDArray[np.float32]  # [N, classes] logits, or [N, width] features without a head
     kept: tuple[NDArray[np.int32], ...]  # per stage [N, m_i]: original indices of the patches left
 
 
@@ -30,7 +30,7 @@ class Engine(Protocol):
     threads: int  # of one batch; 0 = the backend's own choice
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
-        """Logits for a batch, at one tier. Blocks until they are there."""
+        """Answers to a batch, at one tier. Blocks until they are there."""
         ...
 
 

@@ -42,8 +42,8 @@ class OnnxRuntimeEngine:
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         counts = np.array(tier.token_counts, dtype=np.int64)
         feeds: dict[str, Any] = {"pixels": pixels, "token_counts": counts}
-        logits, *kept = self._sessions[tier.model].run(None, feeds)
-        return Output(logits, tuple(kept))
+        vectors, *kept = self._sessions[tier.model].run(None, feeds)
+        return Output(vectors, tuple(kept))
 
     def _check(self, bundle: Bundle) -> None:
         """Run every tier once: what does not fit its manifest is told at start, not to callers."""
@@ -53,8 +53,8 @@ class OnnxRuntimeEngine:
                 output = self.run(tier, blank)
             except Exception as error:
                 raise StartError(f"tier {tier.name!r} does not run: {one_line(error)}") from None
-            if output.logits.shape != (1, len(bundle.labels)):
+            if output.vectors.shape != (1, len(bundle.labels)):
                 raise StartError(
-                    f"tier {tier.name!r} answers {output.logits.shape[1]} classes, but the bundle"
+                    f"tier {tier.name!r} answers {output.vectors.shape[1]} classes, but the bundle"
                     f" names {len(bundle.labels)}: export it again"
                 )

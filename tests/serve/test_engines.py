@@ -25,9 +25,9 @@ def engine(demo: Bundle) -> engines.Engine:
 def test_one_session_serves_every_tier(demo: Bundle, engine: engines.Engine) -> None:
     for tier in demo.tiers:
         output = engine.run(tier, PIXELS)
-        assert output.logits.shape == (5, 10)
-        assert output.logits.dtype == np.float32
-        assert np.isfinite(output.logits).all()
+        assert output.vectors.shape == (5, 10)
+        assert output.vectors.dtype == np.float32
+        assert np.isfinite(output.vectors).all()
         assert [stage.shape for stage in output.kept] == [(5, m) for m in tier.token_counts]
 
 
@@ -44,8 +44,8 @@ def test_kept_patches_are_original_indices_each_stage_within_the_last(
 
 def test_an_answer_does_not_depend_on_its_batch(demo: Bundle, engine: engines.Engine) -> None:
     for tier in demo.tiers:
-        together = engine.run(tier, PIXELS).logits
-        alone = np.concatenate([engine.run(tier, PIXELS[i : i + 1]).logits for i in range(5)])
+        together = engine.run(tier, PIXELS).vectors
+        alone = np.concatenate([engine.run(tier, PIXELS[i : i + 1]).vectors for i in range(5)])
         np.testing.assert_allclose(together, alone, atol=1e-3)
 
 
@@ -72,5 +72,5 @@ def test_the_simulated_engine_takes_the_time_it_is_told_to(demo: Bundle) -> None
     simulated = SimulatedEngine(demo, seconds=lambda tier, n: n * tier.macs, sleep=slept.append)
     output = simulated.run(demo.tiers[0], PIXELS)
     assert slept == [5 * demo.tiers[0].macs]
-    assert output.logits.shape == (5, 10)
+    assert output.vectors.shape == (5, 10)
     assert [stage.shape for stage in output.kept] == [(5, m) for m in demo.tiers[0].token_counts]
