@@ -27,28 +27,46 @@ MAX_PIXELS = 50_000_000
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize the shorter side, crop the centre; mean and std per channel, of values in [0, 1]."""
+    """Resize the shorter side, crop the centre; mean and std per channel, of values in [0, 1].
+
+    squash: resize both sides to image_size instead, as Hugging Face's ViTs were trained.
+    """
 
     image_size: int
     resize: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resample: Image.Resampling = Image.Resampling.BICUBIC
+    squash: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.image_size <= self.resize:
             raise ValueError(f"cannot crop {self.image_size} pixels out of {self.resize}")
+        if self.squash and self.image_size != self.resize:
+            raise ValueError("what is squashed to its size is not cropped")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Preprocess":
-        """Read a Hugging Face preprocessor_config.json; KeyError where a field is missing."""
-        size, crop = config["size"], config.get("crop_size", config["size"])
+        """Read a Hugging Face preprocessor_config.json.
+
+        Raises KeyError where a field is missing, ValueError for what is not supported.
+        """
+        size = config["size"]
+        squash = "shortest_edge" not in size and not config.get("do_center_crop", False)
+        side = size["shortest_edge"] if "shortest_edge" in size else size["height"]
+        crop = size if squash else config.get("crop_size", {"height": side, "width": side})
+        if crop["height"] != crop["width"]:
+            raise ValueError("images that are not square are not supported")
+        if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+            raise ValueError(f"rescale_factor must be 1/255, not {config['rescale_factor']}")
+        plain = not config.get("do_normalize", True)
         return cls(
             image_size=int(crop["height"]),
-            resize=int(size["shortest_edge"] if "shortest_edge" in size else size["height"]),
-            mean=tuple(config["image_mean"]),
-            std=tuple(config["image_std"]),
+            resize=int(side),
+            mean=(0.0,) * 3 if plain else tuple(config["image_mean"]),
+            std=(1.0,) * 3 if plain else tuple(config["image_std"]),
             resample=Image.Resampling(config["resample"]),
+            squash=squash,
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -57,9 +75,11 @@ class Preprocess:
             "image_processor_type": "ViTImageProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"shortest_edge": self.resize},
+            "size": {"height": self.resize, "width": self.resize}
+            if self.squash
+            else {"shortest_edge": self.resize},
             "resample": int(self.resample),
-            "do_center_crop": True,
+            "do_center_crop": not self.squash,
             "crop_size": {"height": self.image_size, "width": self.image_size},
             "do_rescale": True,
             "rescale_factor": 1 / 255,
@@ -81,6 +101,8 @@ class Preprocess:
 
         Only the centre is ever made: whole, a strip one pixel high would grow beyond any memory.
         """
+        if self.squash:
+            return np.asarray(image.resize((self.image_size,) * 2, self.resample), dtype=np.uint8)
         short = min(image.size)
         resized = [max(self.resize, round(s * self.resize / short)) for s in image.size]
         left, top = ((side - self.image_size) // 2 for side in resized)

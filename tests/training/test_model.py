@@ -331,7 +331,7 @@ def test_positions_tell_rows_from_columns() -> None:
         ({"reduction_points": (7, 0, 10)}, "must rise"),
         (
             {"reduction": "least"},
-            "reduction 'least' is none of ptr, ptr-normalised, random, attention",
+            "reduction 'least' is none of ptr, ptr-normalised, weighted, merged, random, attention",
         ),
         ({"distilled": True}, "a distilled model pools its CLS and distillation tokens"),
     ],

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from pcae_serve.errors import PcaeError, one_line
 from pcae_serve.preprocess import Preprocess
-from pcae_serve.tokens import REDUCTION_POINTS
+from pcae_serve.tokens import REDUCTION_POINTS, Rule
 from pcae_training import foreign
 from pcae_training.augment import Augmentation, Mixing
 from pcae_training.checkpoint import Checkpoint
@@ -29,7 +29,6 @@ from pcae_training.draws import Draws, drop_path_factors, sent
 from pcae_training.evaluate import evaluate, normalise, read_ratios, together
 from pcae_training.model import VisionTransformer
 from pcae_training.plan import describe
-from pcae_training.reduction import Rule
 from pcae_training.schedule import ladder, ramped
 from pcae_training.score import Score, Top1
 from pcae_training.settings import RunSettings

@@ -105,6 +105,7 @@ class Found:
     ignored: list[str] = field(default_factory=list)  # decoder, pooler: by the file's own names
     antialias: bool = False  # how its family makes its position grid smaller
     training: dict[str, Any] = field(default_factory=dict)  # how it came about, where it says so
+    ours: bool = False  # so its config says how it is reduced
 
     def headless(self) -> "Found":
         """The same without its head, which has learnt other classes."""
@@ -189,6 +190,7 @@ def _own(folder: Path) -> Found:
         loaded.preprocess,
         antialias=config.registers > 0,
         training=loaded.training,
+        ours=True,
     )
 
 

@@ -6,14 +6,14 @@ float; it knows nothing of budgets or tiers, only how many patches to keep after
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pcae_serve.tokens import REDUCTION_POINTS, Geometry
-from pcae_training.reduction import RULES, Rule, attention_received, reduce_patches, redundancy
+from pcae_serve.tokens import REDUCTION_POINTS, Geometry, Rule
+from pcae_training.reduction import RULES, Tokens, attention_received, reduce_tokens
 
 
 @dataclass(frozen=True)
@@ -89,20 +89,6 @@ class ViTConfig:
         )
 
 
-class Tokens(NamedTuple):
-    """The tokens after a block."""
-
-    x: Tensor  # [B, prefix + n + e, D]: prefix tokens, patches, means of what was dropped
-    patches: int  # n
-    position: Tensor  # [B, n], int64: which of the image's patches each one is
-    prefix: int
-
-    @property
-    def patch_tokens(self) -> Tensor:
-        """[B, n, D]"""
-        return self.x[:, self.prefix : self.prefix + self.patches]
-
-
 class PatchEmbed(nn.Module):
     """[B, C, H, W] to [B, patches, D], row by row."""
 
@@ -131,9 +117,11 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         return tuple(qkv.permute(2, 0, 3, 1, 4).unbind(0))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [B, N, D]; bias, broadcast to [B, heads, N, N], is added before the softmax."""
         q, k, v = self.split(x)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mask = None if bias is None else bias.to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = self.proj(mixed.transpose(1, 2).reshape(x.shape))
         return x
 
@@ -182,9 +170,14 @@ class Block(nn.Module):
         self.mlp = Mlp(width, hidden)
         self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor, drop_path: Tensor | None = None) -> Tensor:
-        """x [B, N, D]; drop_path [2, B]: what each sample's two branches are multiplied by."""
-        attended = self.ls1(self.attn(self.norm1(x)))
+    def forward(
+        self, x: Tensor, drop_path: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """x [B, N, D]; drop_path [2, B]: what each sample's two branches are multiplied by.
+
+        bias: see `Attention`.
+        """
+        attended = self.ls1(self.attn(self.norm1(x), bias))
         if drop_path is not None:
             attended = attended * drop_path[0, :, None, None].to(attended.dtype)
         x = x + attended
@@ -261,17 +254,18 @@ class VisionTransformer(nn.Module):
         *,
         drop_path: Tensor | None = None,
         noise: Tensor | None = None,
+        kept: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """As `forward`, with the original indices [B, m_i] of the patches left after each stage."""
-        kept = []
-        tokens = None
-        for i, tokens in enumerate(
-            self.walk(self.embed(images), token_counts, drop_path=drop_path, noise=noise), start=-1
-        ):
+        positions, tokens = [], None
+        layers = self.walk(
+            self.embed(images), token_counts, drop_path=drop_path, noise=noise, kept=kept
+        )
+        for i, tokens in enumerate(layers, start=-1):
             if token_counts and i in self.config.reduction_points:
-                kept.append(tokens.position)
+                positions.append(tokens.position)
         assert tokens is not None  # `walk` begins with the tokens it is given
-        return self.pool(tokens.x, tokens.patch_tokens), kept
+        return self.pool(tokens), positions
 
     def walk(
         self,
@@ -280,6 +274,7 @@ class VisionTransformer(nn.Module):
         *,
         drop_path: Tensor | None = None,
         noise: Tensor | None = None,
+        kept: Sequence[Tensor] | None = None,
         prefix: int | None = None,
         points: Sequence[int] | None = None,
         append: bool = True,
@@ -289,36 +284,46 @@ class VisionTransformer(nn.Module):
         prefix: how many of x are no patches (default: all of the model's own). points: the blocks
         after which `token_counts` hold (default: the model's). append: whether the mean of what a
         stage drops goes on as a token (section 3.4), or not (pretraining, section 3.2).
+        kept, per stage [B, m_i]: original indices of the patches to keep, whatever the rule says.
         """
-        prefix = self.config.prefix if prefix is None else prefix
         points = self.config.reduction_points if points is None else points
         counts = dict(zip(points, token_counts or (), strict=bool(token_counts)))
-        n = x.shape[1] - prefix
-        position = torch.arange(n, device=x.device).expand(x.shape[0], -1)
-        yield Tokens(x, n, position, prefix)
-        rule = self.config.reduction
-        if rule == "random" and counts and noise is None:
-            noise = torch.rand(position.shape, device=x.device)
+        chosen = dict(zip(points, kept, strict=True)) if kept is not None else {}
+        tokens = self.tokens(x, prefix)
+        yield tokens
+        if self.config.reduction == "random" and counts and noise is None:
+            noise = torch.rand(tokens.position.shape, device=x.device)
         for i, block in enumerate(cast(Iterable[Block], self.blocks)):
-            m = counts.get(i, n)
-            attended: Tensor | None = None
-            if m < n and rule == "attention":
-                attended = block.attention_received(x)[:, prefix : prefix + n]
-            x = block(x, None if drop_path is None else drop_path[i])
+            n, m = tokens.patches, counts.get(i, tokens.patches)
+            scores = None
+            if m < n and i in chosen:
+                scores = (tokens.position[..., None] != chosen[i][:, None]).all(dim=-1).float()
+            elif m < n:
+                scores = self.scores(block, tokens, noise)
+            factors = None if drop_path is None else drop_path[i]
+            tokens = tokens._replace(x=block(tokens.x, factors, tokens.attention_bias))
             if m < n:
-                head, patches, tail = x[:, :prefix], x[:, prefix : prefix + n], x[:, prefix + n :]
-                scores = None  # the paper's own
-                if rule == "ptr-normalised":
-                    scores = redundancy(patches, normalised=True)
-                elif rule == "random":
-                    assert noise is not None
-                    scores = noise.gather(1, position)
-                elif attended is not None:
-                    scores = -attended
-                patches, mean, index = reduce_patches(patches, m, n - m, scores)
-                x = torch.cat([head, patches, tail, *([mean] if append else [])], dim=1)
-                position, n = position.gather(1, index), m
-            yield Tokens(x, n, position, prefix)
+                tokens = reduce_tokens(tokens, m, n - m, self.config.reduction, scores, int(append))
+            yield tokens
+
+    def tokens(self, x: Tensor, prefix: int | None = None) -> Tokens:
+        """x [B, prefix + n, D] as the tokens before the first block."""
+        prefix = self.config.prefix if prefix is None else prefix
+        n = x.shape[1] - prefix
+        return Tokens(x, n, torch.arange(n, device=x.device).expand(x.shape[0], -1), prefix)
+
+    def scores(self, block: Block, tokens: Tokens, noise: Tensor | None) -> Tensor | None:
+        """What the stage after `block` ranks by, where that is known before the block has run.
+
+        [B, n], the lowest stay; None: by the tokens that come out of it. noise [1 or B, patches].
+        """
+        if self.config.reduction == "random":
+            assert noise is not None
+            return noise.expand(len(tokens.position), -1).gather(1, tokens.position)
+        if self.config.reduction == "attention":
+            received = block.attention_received(tokens.x)
+            return -received[:, tokens.prefix : tokens.prefix + tokens.patches]
+        return None
 
     def embed(self, images: Tensor) -> Tensor:
         """Prefix and patch tokens with their positions: [B, prefix + n, D]."""
@@ -340,17 +345,14 @@ class VisionTransformer(nn.Module):
             tokens = torch.cat([tokens, self.reg_token], dim=1)
         return tokens.expand(batch, -1, -1)
 
-    def pool(self, x: Tensor, patches: Tensor) -> Tensor:
-        """Logits [B, classes] of all tokens x [B, prefix + n + e, D] and patches [B, n, D].
-
-        The appended means are left out (paper, section 3.4).
-        """
+    def pool(self, tokens: Tokens) -> Tensor:
+        """Logits [B, classes] of the last block's tokens; features [B, D] without a head."""
         if self.config.pooling == "mean":
-            logits: Tensor = self.head(self.fc_norm(patches.mean(dim=1)))
+            logits: Tensor = self.head(self.fc_norm(tokens.pooled()))
             return logits
-        logits = self.head(self.norm(x[:, 0]))
+        logits = self.head(self.norm(tokens.x[:, 0]))
         if self.config.distilled:  # DeiT, at inference: the mean of both heads
-            logits = (logits + self.head_dist(self.norm(x[:, 1]))) / 2
+            logits = (logits + self.head_dist(self.norm(tokens.x[:, 1]))) / 2
         return logits
 
 

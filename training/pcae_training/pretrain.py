@@ -22,7 +22,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pcae_serve.errors import PcaeError, one_line
 from pcae_serve.preprocess import Preprocess
-from pcae_serve.tokens import REDUCTION_POINTS, patches_kept
+from pcae_serve.tokens import REDUCTION_POINTS, Rule, patches_kept
 from pcae_training.augment import Augmentation
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.decoder import Decoder, default_width
@@ -31,7 +31,6 @@ from pcae_training.evaluate import normalise
 from pcae_training.masking import Mask, gather, mask, patchify, visible_patches
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.plan import Plan, describe
-from pcae_training.reduction import Rule
 from pcae_training.schedule import momentum
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import Trainer, check_out, parameter_groups, training_data
