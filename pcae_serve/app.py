@@ -6,10 +6,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager
 from functools import partial
 from math import ceil
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import FastAPI, Header, Query, Request, Response
+from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
@@ -18,9 +18,11 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from pcae_serve import __version__, schemas
+from pcae_serve.engines import GPU_BACKENDS, NOTES
 from pcae_serve.errors import (
     Draining,
     InvalidParameter,
+    NotOffered,
     RequestError,
     TooLarge,
     UnreadableImage,
@@ -31,8 +33,9 @@ from pcae_serve.service import Answer, Ask, Service
 PROBLEM = "application/problem+json"
 LATENCY_BATCHES = (1, 8)  # what /tiers quotes
 
-Classify = Callable[[Callable[[], Awaitable[bytes]]], Coroutine[Any, Any, Answer]]
+Run = Callable[[Callable[[], Awaitable[bytes]]], Coroutine[Any, Any, Answer]]
 Budget = Annotated[float | None, Query(gt=0, le=3_600_000, allow_inf_nan=False)]
+Explain = Annotated[bool, Query(description="also return the kept patches")]
 
 _IMAGE_BODY = {
     "requestBody": {
@@ -53,6 +56,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.Problem, "description": description}
     for status, description in {
         400: "the image is empty, truncated or damaged",
+        404: "the bundle answers in the other way: classes with a head, features without",
         413: "too many bytes or pixels",
         415: "not an image type this server reads",
         422: "a parameter is wrong, or the budget is below what the fastest allowed tier needs",
@@ -92,30 +96,54 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
     app.add_exception_handler(ClientDisconnect, _nobody)
     app.add_exception_handler(Exception, _unexpected)
 
+    async def asked(
+        tier: Annotated[str, Query(description="a tier's name, or auto")] = "auto",
+        budget_ms: Annotated[Budget, Query(description="time you can wait")] = None,
+        min_tier: Annotated[str | None, Query(description="refuse rather than go below")] = None,
+        x_latency_budget_ms: Annotated[
+            Budget, Header(description="as budget_ms, which wins")
+        ] = None,
+    ) -> Ask:
+        arrival_s = asyncio.get_running_loop().time()
+        budget = budget_ms or x_latency_budget_ms or service.settings.budget_ms
+        return Ask(arrival_s, budget, tier, min_tier)
+
+    async def answered(
+        request: Request, response: Response, ask: Ask, answers: Literal["logits", "features"]
+    ) -> Answer:
+        _require(service, answers)
+        limit = int(service.settings.max_body_mb * 1e6)
+        answer = await _unless_left(request, partial(service.answer, ask), limit)
+        response.headers["Server-Timing"] = ", ".join(
+            f"{name};dur={ms}" for name, ms in _timings(answer).model_dump().items()
+        )
+        return answer
+
     @app.post("/classify", openapi_extra=_IMAGE_BODY, responses=_PROBLEMS)
     async def classify(
         request: Request,
         response: Response,
-        tier: Annotated[str, Query(description="a tier's name, or auto")] = "auto",
-        budget_ms: Annotated[Budget, Query(description="time you can wait")] = None,
-        min_tier: Annotated[str | None, Query(description="refuse rather than go below")] = None,
+        ask: Annotated[Ask, Depends(asked)],
         top_k: Annotated[int, Query(ge=1, description="classes to return")] = 5,
-        explain: Annotated[bool, Query(description="also return the kept patches")] = False,
-        x_latency_budget_ms: Annotated[
-            Budget, Header(description="as budget_ms, which wins")
-        ] = None,
+        explain: Explain = False,
     ) -> schemas.Classification:
         """Classify one image: the body is the image file, or the multipart field `image`."""
-        arrival_s = asyncio.get_running_loop().time()
-        budget = budget_ms or x_latency_budget_ms or service.settings.budget_ms
-        ask = Ask(arrival_s, budget, tier, min_tier)
-        limit = int(service.settings.max_body_mb * 1e6)
-        answer = await _unless_left(request, partial(service.classify, ask), limit)
-        result = _classification(answer, ask, service.bundle.labels, top_k, explain)
-        response.headers["Server-Timing"] = ", ".join(
-            f"{name};dur={ms}" for name, ms in result.timings_ms.model_dump().items()
+        answer = await answered(request, response, ask, "logits")
+        return schemas.Classification(
+            predictions=_predictions(answer, service.bundle.labels, top_k),
+            **_told(answer, ask, explain),
         )
-        return result
+
+    @app.post("/embed", openapi_extra=_IMAGE_BODY, responses=_PROBLEMS)
+    async def embed(
+        request: Request,
+        response: Response,
+        ask: Annotated[Ask, Depends(asked)],
+        explain: Explain = False,
+    ) -> schemas.Embedding:
+        """Features of one image, from a bundle without a head; the body is as for /classify."""
+        answer = await answered(request, response, ask, "features")
+        return schemas.Embedding(features=answer.vector.tolist(), **_told(answer, ask, explain))
 
     @app.get("/tiers")
     async def tiers() -> schemas.Tiers:
@@ -168,7 +196,7 @@ async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
         yield chunk
 
 
-async def _unless_left(request: Request, classify: Classify, limit: int) -> Answer:
+async def _unless_left(request: Request, run: Run, limit: int) -> Answer:
     """Wait for the answer; where the client leaves first, cancel it: nobody would read it."""
     body_read = asyncio.Event()
 
@@ -183,7 +211,7 @@ async def _unless_left(request: Request, classify: Classify, limit: int) -> Answ
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    answer, disconnected = asyncio.create_task(classify(read)), asyncio.create_task(left())
+    answer, disconnected = asyncio.create_task(run(read)), asyncio.create_task(left())
     both: set[asyncio.Task[Any]] = {answer, disconnected}
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -195,65 +223,90 @@ async def _unless_left(request: Request, classify: Classify, limit: int) -> Answ
             task.cancel()
 
 
-def _classification(
-    answer: Answer, ask: Ask, labels: tuple[str, ...], top_k: int, explain: bool
-) -> schemas.Classification:
+def _require(service: Service, answers: Literal["logits", "features"]) -> None:
+    """Raise NotOffered where the bundle's models answer in the other way."""
+    if service.bundle.answers == answers:
+        return
+    if answers == "logits":
+        raise NotOffered("this bundle's models have no head, so no classes: POST to /embed instead")
+    raise NotOffered("this bundle's models answer with classes: POST to /classify instead")
+
+
+def _predictions(answer: Answer, labels: tuple[str, ...], top_k: int) -> list[schemas.Prediction]:
     exponents = np.exp(answer.vector - answer.vector.max())
     probabilities = exponents / exponents.sum()
     best = np.argsort(-probabilities, kind="stable")[:top_k]
-    total_ms = answer.total_s * 1e3
-    return schemas.Classification(
-        predictions=[
-            schemas.Prediction(
-                label=labels[index],
-                index=int(index),
-                probability=round(float(probabilities[index]), 6),
-            )
-            for index in best
-        ],
-        tier=answer.tier.name,
-        keep_ratio=answer.tier.keep_ratio,
-        tokens=list(answer.tier.token_counts),
-        reason=answer.reason,
-        budget_ms=ask.budget_ms,
-        met_budget=total_ms <= ask.budget_ms,
-        timings_ms=schemas.Timings(
-            decode=round(answer.decode_s * 1e3, 2),
-            queue=round(answer.queue_s * 1e3, 2),
-            compute=round(answer.compute_s * 1e3, 2),
-            total=round(total_ms, 2),
-        ),
-        kept=[np.sort(stage).tolist() for stage in answer.kept] if explain else None,
+    return [
+        schemas.Prediction(
+            label=labels[index],
+            index=int(index),
+            probability=round(float(probabilities[index]), 6),
+        )
+        for index in best
+    ]
+
+
+def _told(answer: Answer, ask: Ask, explain: bool) -> dict[str, Any]:
+    """The fields of schemas.Answered."""
+    return {
+        "tier": answer.tier.name,
+        "keep_ratio": answer.tier.keep_ratio,
+        "tokens": list(answer.tier.token_counts),
+        "reason": answer.reason,
+        "budget_ms": ask.budget_ms,
+        "met_budget": answer.total_s * 1e3 <= ask.budget_ms,
+        "timings_ms": _timings(answer),
+        "kept": [np.sort(stage).tolist() for stage in answer.kept] if explain else None,
+    }
+
+
+def _timings(answer: Answer) -> schemas.Timings:
+    return schemas.Timings(
+        decode=round(answer.decode_s * 1e3, 2),
+        queue=round(answer.queue_s * 1e3, 2),
+        compute=round(answer.compute_s * 1e3, 2),
+        total=round(answer.total_s * 1e3, 2),
     )
 
 
 def _tiers(service: Service) -> schemas.Tiers:
-    bundle, latency = service.bundle, service.latency
-    now_s = asyncio.get_running_loop().time()
+    bundle, engine = service.bundle, service.engine
     return schemas.Tiers(
         bundle=bundle.manifest.name,
         digest=bundle.digest,
-        backend=service.engine.name,
-        device=service.engine.device,
+        backend=engine.name,
+        backend_version=engine.version,
+        backend_note=NOTES.get(engine.name),
+        device=engine.device,
         policy=service.settings.policy,
         budget_ms=service.settings.budget_ms,
         image_size=bundle.image_size,
+        answers=bundle.answers,
+        width=bundle.width,
         labels=list(bundle.labels),
-        tiers=[
-            schemas.TierInfo(
-                name=tier.name,
-                keep_ratio=tier.keep_ratio,
-                tokens=list(tier.token_counts),
-                macs=tier.macs,
-                accuracy=tier.accuracy,
-                agreement=tier.agreement,
-                dominated=tier.dominated,
-                latency_ms=None
-                if latency is None
-                else {n: round(latency.expected(i, n, now_s) * 1e3, 2) for n in LATENCY_BATCHES},
-            )
-            for i, tier in enumerate(bundle.tiers)
-        ],
+        tiers=[_tier(service, i) for i in range(len(bundle.tiers))],
+    )
+
+
+def _tier(service: Service, index: int) -> schemas.TierInfo:
+    tier, latency = service.bundle.tiers[index], service.latency
+    model, now_s = service.bundle.manifest.models[tier.model], asyncio.get_running_loop().time()
+    half = model.half if service.engine.name in GPU_BACKENDS else None
+    return schemas.TierInfo(
+        name=tier.name,
+        model=tier.model,
+        reduction=model.reduction,
+        precision=half or tier.precision,
+        keep_ratio=tier.keep_ratio,
+        tokens=list(tier.token_counts),
+        macs=tier.macs,
+        accuracy=tier.accuracy,
+        agreement=tier.agreement,
+        fidelity=tier.fidelity,
+        dominated=tier.dominated,
+        latency_ms=None
+        if latency is None
+        else {n: round(latency.expected(index, n, now_s) * 1e3, 2) for n in LATENCY_BATCHES},
     )
 
 

@@ -26,7 +26,9 @@ class Serve(Settings):
         logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
         with listen(self.host, self.port) as listener:
             served = bundle.load(self.bundle or bundle.demo())
-            engine = engines.load(self.backend, served, self.device, self.threads)
+            engine = engines.load(
+                self.backend, served, self.device, self.threads, self.max_batch, self.cache_dir
+            )
             serve(Service(self, served, engine), listener)
 
 

@@ -2,8 +2,9 @@
 
     PcaeError
     ├── BundleError            the bundle is missing, damaged or of another schema   exit 1
-    ├── StartError             the server cannot start: port taken, no runtime       exit 1
+    ├── StartError             the server cannot start: port taken, no runtime, GPU   exit 1
     └── RequestError           one request is refused; the server goes on
+        ├── NotOffered         404  classes of a bundle without a head, features of one with
         ├── UnreadableImage    400  empty, truncated or damaged
         ├── TooLarge           413  more bytes or pixels than the server takes
         ├── UnsupportedType    415  no image type this server reads
@@ -47,6 +48,10 @@ class RequestError(PcaeError):
         """`members` join the problem document, such as needed_ms or retry_after_s."""
         super().__init__(detail)
         self.detail, self.members = detail, members
+
+
+class NotOffered(RequestError):
+    status, title = 404, "Not offered by this bundle"
 
 
 class UnreadableImage(RequestError):

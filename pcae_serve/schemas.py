@@ -1,8 +1,11 @@
 """What the REST API says, as pydantic models: they are the documentation under /docs."""
 
+from typing import Literal
+
 from pydantic import BaseModel, Field
 
-from pcae_serve.bundle import Accuracy, Agreement
+from pcae_serve.bundle import Accuracy, Agreement, Fidelity
+from pcae_serve.tokens import Rule
 
 
 class Prediction(BaseModel):
@@ -18,10 +21,9 @@ class Timings(BaseModel):
     total: float = Field(description="from the request's headers to this answer")
 
 
-class Classification(BaseModel):
-    """The answer to one image."""
+class Answered(BaseModel):
+    """What every answer to an image tells of itself."""
 
-    predictions: list[Prediction]
     tier: str = Field(description="the tier that answered")
     keep_ratio: float
     tokens: list[int] = Field(description="patches left after each reduction stage")
@@ -34,13 +36,33 @@ class Classification(BaseModel):
     )
 
 
+class Classes(BaseModel):
+    predictions: list[Prediction]
+
+
+class Features(BaseModel):
+    features: list[float] = Field(description="of the image; not scaled to length 1")
+
+
+class Classification(Answered, Classes):  # fields of the last base come first
+    """The answer to one image, from a model with a head."""
+
+
+class Embedding(Answered, Features):
+    """The answer to one image, from a model without a head."""
+
+
 class TierInfo(BaseModel):
     name: str
+    model: str
+    reduction: Rule = Field(description="how its model chooses the patches that go")
+    precision: str = Field(description="of the products with the weights, on this backend")
     keep_ratio: float
     tokens: list[int] = Field(description="patches left after each reduction stage")
     macs: int = Field(description="multiply-adds for one image")
     accuracy: Accuracy | None
     agreement: Agreement | None = Field(description="with k = 1.0, where no labels were at hand")
+    fidelity: Fidelity | None = Field(description="to the features of k = 1.0, without a head")
     dominated: bool = Field(description="a cheaper tier is as good: auto never takes it")
     latency_ms: dict[int, float] | None = Field(
         description="by batch size, on this machine, as expected now; null until measured"
@@ -53,10 +75,16 @@ class Tiers(BaseModel):
     bundle: str
     digest: str = Field(description="sha256 of the bundle's manifest")
     backend: str
+    backend_version: str
+    backend_note: str | None = Field(description="what to know before relying on it")
     device: str
     policy: str
     budget_ms: float = Field(description="for requests that name none")
     image_size: int
+    answers: Literal["logits", "features"] = Field(
+        description="logits: POST /classify; features: POST /embed"
+    )
+    width: int = Field(description="numbers the models answer with: classes, or features")
     labels: list[str]
     tiers: list[TierInfo]
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pcae_serve import profile
 from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.engines import Engine, Output
+from pcae_serve.engines import NOTES, Engine, Output
 from pcae_serve.errors import (
     BudgetPassed,
     BudgetTooSmall,
@@ -131,9 +131,11 @@ class Service:
         )
         now_s = asyncio.get_running_loop().time()
         log.info(
-            "ready: %s on %s, one image takes %s",
+            "ready: %s on %s, backend %s (%s), one image takes %s",
             self.bundle.manifest.name,
             self.engine.device,
+            self.engine.name,
+            "; ".join(filter(None, (self.engine.version, NOTES.get(self.engine.name)))),
             ", ".join(
                 f"{self.latency.expected(i, 1, now_s) * 1e3:.1f} ms ({tier.name})"
                 for i, tier in enumerate(self.bundle.tiers)
@@ -167,7 +169,7 @@ class Service:
         tiers = range(lowest, len(names))
         return tuple(i for i in tiers if i == lowest or not self.bundle.tiers[i].dominated)
 
-    async def classify(self, ask: Ask, read: Callable[[], Awaitable[bytes]]) -> Answer:
+    async def answer(self, ask: Ask, read: Callable[[], Awaitable[bytes]]) -> Answer:
         """Read, decode, queue and run one image.
 
         `read` is awaited only if the image can still be answered in time, and no longer than that.

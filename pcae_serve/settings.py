@@ -19,6 +19,10 @@ from pydantic_settings import (
 from pcae_serve.command import config
 from pcae_serve.preprocess import MAX_PIXELS
 
+#: Where what belongs to this machine is kept: latency profiles, TensorRT plans.
+CACHE_DIR = user_cache_path("pcae-serve")
+MAX_BATCH = 32  # images in one batch at most
+
 
 class Settings(BaseSettings):
     """Serve a bundle over HTTP; without --bundle, the demo bundle inside the package."""
@@ -28,17 +32,24 @@ class Settings(BaseSettings):
     bundle: Path | None = Field(None, description="bundle folder; the demo bundle where left out")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    device: str = Field("cpu", description="cpu")
-    backend: Literal["auto", "onnxruntime", "simulated"] = Field(
-        "auto", description="what runs the graphs; simulated answers nonsense in realistic time"
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda:\d+)$",
+        description="cpu, cuda:N, or auto: the first NVIDIA GPU where there is one, else the CPU",
     )
-    threads: int = Field(0, ge=0, description="threads of one batch; 0 = one a core")
+    backend: Literal["auto", "tensorrt", "cuda", "onnxruntime", "simulated"] = Field(
+        "auto",
+        description="tensorrt (needs plans: pcae-export tensorrt), cuda (ONNX Runtime on the GPU),"
+        " onnxruntime (on the CPU), or auto: the first of these that works, each step down logged;"
+        " simulated answers nonsense in realistic time",
+    )
+    threads: int = Field(0, ge=0, description="threads of one batch on a CPU; 0 = one a core")
     policy: Literal["greedy"] = Field("greedy", description="how tier and batch are chosen")
 
     budget_ms: float = Field(
         1000, gt=0, allow_inf_nan=False, description="for requests that name no budget_ms"
     )
-    max_batch: int = Field(32, ge=1, description="images in one batch at most")
+    max_batch: int = Field(MAX_BATCH, ge=1, description="images in one batch at most")
     queue_limit: int = Field(
         256, ge=1, description="requests in the server at once; beyond, 503 with Retry-After"
     )
@@ -50,8 +61,7 @@ class Settings(BaseSettings):
         6.0, gt=0, le=10, description="time to measure latencies where none are cached"
     )
     cache_dir: Path = Field(
-        user_cache_path("pcae-serve"),
-        description="what belongs to this machine: latency profiles",
+        CACHE_DIR, description="what belongs to this machine: latency profiles, TensorRT plans"
     )
 
     @classmethod

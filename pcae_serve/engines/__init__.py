@@ -1,15 +1,30 @@
 """Engines run one batch on one device. One small interface; each body lives in its own module.
 
+    tensorrt      NVIDIA GPU, plans built on it      cuda        NVIDIA GPU, ONNX Runtime
+    onnxruntime   CPU                                simulated   no graph at all
+
 An engine knows graphs and arrays; it knows nothing of requests, budgets or queues.
 """
 
+import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.errors import StartError
+from pcae_serve.engines import driver
+from pcae_serve.errors import PcaeError, StartError, one_line
+from pcae_serve.settings import CACHE_DIR, MAX_BATCH
+
+log = logging.getLogger(__name__)
+
+#: Backends that run a bundle's half-precision graphs, the faster first.
+GPU_BACKENDS = ("tensorrt", "cuda")
+#: What the log and /tiers add to a backend's name. A record of a run on a GPU takes its entry away.
+NOTES = dict.fromkeys(GPU_BACKENDS, "built, not yet run on a GPU")
 
 Pixels = NDArray[np.uint8]  # [N, H, W, 3]
 
@@ -19,6 +34,7 @@ class Output(NamedTuple):
 
     vectors: NDArray[np.float32]  # [N, classes] logits, or [N, width] features without a head
     kept: tuple[NDArray[np.int32], ...]  # per stage [N, m_i]: original indices of the patches left
+    padding: int = 0  # rows computed beyond N to fill a bucket: waste
 
 
 class Engine(Protocol):
@@ -34,14 +50,112 @@ class Engine(Protocol):
         ...
 
 
-def load(backend: str, bundle: Bundle, device: str, threads: int = 0) -> Engine:
-    """The engine of that name. Raises StartError where its library is missing or a graph fails."""
+def load(
+    backend: str,
+    bundle: Bundle,
+    device: str = "auto",
+    threads: int = 0,
+    max_batch: int = MAX_BATCH,
+    cache_dir: Path = CACHE_DIR,
+) -> Engine:
+    """The engine that was asked for; with auto the fastest that works, each step down logged.
+
+    backend: auto, tensorrt, cuda, onnxruntime or simulated. device: auto, cpu or cuda:N. One that
+    was named is never left for another. threads: of one batch on a CPU; 0 = one a core. max_batch:
+    the largest batch that a GPU is set up for. cache_dir: where TensorRT's plans lie.
+    Raises StartError, in one line that says what is missing.
+    """
     if backend == "simulated":
         from pcae_serve.engines.simulated import SimulatedEngine
 
-        return SimulatedEngine(bundle, device)
+        return SimulatedEngine(bundle, "cpu" if device == "auto" else device)
+    if backend == "onnxruntime" and device not in ("auto", "cpu"):
+        raise StartError(f"backend onnxruntime runs on the CPU: for {device} use --backend cuda")
+    if backend in GPU_BACKENDS and device == "cpu":
+        raise StartError(f"backend {backend} runs on a GPU: use --device cuda:0, or leave it out")
+    if backend == "onnxruntime" or device == "cpu":
+        return _on_cpu(bundle, threads)
+
+    gpu = "cuda:0" if device == "auto" else device
+    names = GPU_BACKENDS if backend == "auto" else (backend,)
+    try:
+        return _on_gpu(names, bundle, gpu, max_batch, cache_dir)
+    except StartError as error:
+        if (backend, device) != ("auto", "auto"):
+            raise
+        engine = _on_cpu(bundle, threads)
+        level = logging.INFO if isinstance(error, driver.NoGpu) else logging.WARNING
+        log.log(level, "on the CPU: %s", error)
+        return engine
+
+
+def check(engine: Engine, bundle: Bundle, batches: Sequence[int] = (1,)) -> None:
+    """Run every tier at these sizes: what does not fit its manifest is told before any caller asks.
+
+    Raises StartError.
+    """
+    size = bundle.image_size
+    for tier in bundle.tiers:
+        for batch in batches:
+            try:
+                output = engine.run(tier, np.zeros((batch, size, size, 3), np.uint8))
+            except Exception as error:  # libraries raise kinds of their own
+                raise StartError(
+                    f"tier {tier.name!r} does not run on {engine.device} with a batch of {batch}:"
+                    f" {one_line(error)}"
+                ) from None
+            width, counts = output.vectors.shape[1], tuple(k.shape[1] for k in output.kept)
+            if width != bundle.width:
+                raise StartError(
+                    f"tier {tier.name!r} answers with {width} {bundle.answers}, but the bundle"
+                    f" names {bundle.width}: export it again"
+                )
+            if counts != tier.token_counts:
+                raise StartError(
+                    f"tier {tier.name!r} keeps {counts} patches, but the bundle names"
+                    f" {tier.token_counts}: export it again"
+                )
+
+
+def _on_gpu(
+    names: Sequence[str], bundle: Bundle, gpu: str, max_batch: int, cache_dir: Path
+) -> Engine:
+    """The first of these backends that works. Raises StartError with every one's reason."""
+    found = driver.gpus()
+    if int(gpu.removeprefix("cuda:")) >= len(found):
+        raise StartError(f"there is no {gpu}: this machine has {len(found)} ({', '.join(found)})")
+    failures: list[str] = []
+    for name in names:
+        try:
+            engine = _gpu_engine(name, bundle, gpu, max_batch, cache_dir)
+        except PcaeError as error:
+            failures.append(f"{name}: {error}")
+        else:
+            for failure in failures:
+                log.info("on the GPU without %s", failure)
+            return engine
+    raise StartError("; ".join(failures))
+
+
+def _gpu_engine(name: str, bundle: Bundle, gpu: str, max_batch: int, cache_dir: Path) -> Engine:
     try:  # heavy, so imported by those who run it
+        if name == "tensorrt":
+            from pcae_serve.engines.tensorrt import TensorRtEngine
+
+            return TensorRtEngine(bundle, gpu, cache_dir=cache_dir, max_batch=max_batch)
+        from pcae_serve.engines.cuda import CudaEngine
+
+        return CudaEngine(bundle, gpu, max_batch)
+    except ModuleNotFoundError as error:
+        extra = "tensorrt" if name == "tensorrt" else "gpu"
+        raise StartError(
+            f"{error.name} is not installed: pip install 'pcae-serve[{extra}]'"
+        ) from None
+
+
+def _on_cpu(bundle: Bundle, threads: int) -> Engine:
+    try:
         from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
     except ModuleNotFoundError:
         raise StartError("onnxruntime is not installed: pip install 'pcae-serve[cpu]'") from None
-    return OnnxRuntimeEngine(bundle, device, threads)
+    return OnnxRuntimeEngine(bundle, threads)

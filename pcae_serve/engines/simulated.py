@@ -23,7 +23,7 @@ def by_macs(tier: Tier, batch: int) -> float:
 
 
 class SimulatedEngine:
-    """Sleeps as long as `seconds` says; the predicted class follows from the mean pixel."""
+    """Sleeps as long as `seconds` says; the largest number follows from the mean pixel."""
 
     name = "simulated"
     version = "1"
@@ -37,15 +37,15 @@ class SimulatedEngine:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.device, self._seconds, self._sleep = device, seconds, sleep
-        self._classes = len(bundle.labels)
+        self._width = bundle.width
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         batch = len(pixels)
         self._sleep(self._seconds(tier, batch))
-        logits = np.zeros((batch, self._classes), dtype=np.float32)
-        brightest = pixels.reshape(batch, -1).mean(axis=1) * self._classes // 256
-        logits[np.arange(batch), brightest.astype(int)] = 5.0
+        vectors = np.zeros((batch, self._width), dtype=np.float32)
+        brightest = pixels.reshape(batch, -1).mean(axis=1) * self._width // 256
+        vectors[np.arange(batch), brightest.astype(int)] = 5.0
         kept = tuple(
             np.tile(np.arange(count, dtype=np.int32), (batch, 1)) for count in tier.token_counts
         )
-        return Output(logits, kept)
+        return Output(vectors, kept)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pcae_serve.errors import Draining
 from pcae_serve.preprocess import Preprocess
 from pcae_serve.service import Ask, Service
 from pcae_serve.settings import Settings
-from tests.serve.conftest import image_bytes, write_bundle
+from tests.serve.conftest import image_bytes, manifest, write_bundle
 
 MakeSettings = Callable[..., Settings]
 
@@ -214,7 +215,25 @@ def test_tiers_tells_accuracy_beside_latency(client: TestClient) -> None:
     assert [tier["name"] for tier in document["tiers"]] == ["fast", "balanced", "full"]
     assert document["tiers"][0]["accuracy"]["top1"] == 0.80
     assert document["tiers"][2]["latency_ms"]["1"] >= 40
-    assert document["backend"] == "simulated"
+    assert (document["backend"], document["backend_note"]) == ("simulated", None)
+    assert (document["answers"], document["width"]) == ("logits", 4)
+    told = {key: document["tiers"][0][key] for key in ("model", "reduction", "precision")}
+    assert told == {"model": "vit", "reduction": "ptr", "precision": "float32"}
+
+
+def test_a_backend_that_no_gpu_has_run_says_so(
+    small_bundle: Bundle, settings: MakeSettings
+) -> None:
+    vit = small_bundle.manifest.models["vit"].model_copy(update={"half": "bfloat16"})
+    served = replace(
+        small_bundle, manifest=small_bundle.manifest.model_copy(update={"models": {"vit": vit}})
+    )
+    engine = SimulatedEngine(served, device="cuda:0", seconds=quick)
+    engine.name = "cuda"
+    with serving(Service(settings(), served, engine)) as client:
+        document = client.get("/tiers").json()
+    assert document["backend_note"] == "built, not yet run on a GPU"
+    assert document["tiers"][0]["precision"] == "bfloat16"
 
 
 def test_health_and_documentation(client: TestClient) -> None:
@@ -224,6 +243,62 @@ def test_health_and_documentation(client: TestClient) -> None:
     operation = client.get("/openapi.json").json()["paths"]["/classify"]["post"]
     assert "image/*" in operation["requestBody"]["content"]
     assert {"200", "400", "413", "415", "422", "503", "504"} <= set(operation["responses"])
+
+
+@pytest.fixture
+def headless(tmp_path: Path, settings: MakeSettings) -> Iterator[TestClient]:
+    """A server whose model answers with 8 features."""
+    models = {"vit": manifest({})["models"]["vit"] | {"answers": "features"}}
+    served = bundle.load(write_bundle(tmp_path / "headless", labels=[], models=models))
+    engine = SimulatedEngine(served, seconds=quick)
+    with serving(Service(settings(max_body_mb=0.1), served, engine)) as client:
+        yield client
+
+
+def test_a_bundle_without_a_head_answers_with_features(headless: TestClient) -> None:
+    response = headless.post("/embed?tier=fast&budget_ms=800", content=image_bytes(255))
+    answer = response.json()
+    assert response.status_code == 200, answer
+    assert answer["features"] == [0, 0, 0, 0, 0, 0, 0, 5]
+    told = {key: answer[key] for key in ("tier", "keep_ratio", "tokens", "budget_ms", "reason")}
+    assert told == {
+        "tier": "fast",
+        "keep_ratio": 0.6,
+        "tokens": [9, 5, 3],
+        "budget_ms": 800,
+        "reason": "asked for",
+    }
+    assert answer["kept"] is None
+    assert set(answer["timings_ms"]) == {"decode", "queue", "compute", "total"}
+    assert response.headers["server-timing"].startswith("decode;dur=")
+    form = headless.post("/embed?explain=true", files={"image": ("a.png", image_bytes(255))})
+    assert form.json()["features"] == answer["features"]
+    assert [len(stage) for stage in form.json()["kept"]] == [16, 16, 16]
+
+
+def test_features_are_refused_as_classes_are(headless: TestClient) -> None:
+    problem(headless.post("/embed", content=b""), 400)
+    problem(headless.post("/embed", content=b"just some text"), 415)
+    problem(headless.post("/embed", content=bytes(200_000)), 413)
+    problem(headless.post("/embed?tier=turbo", content=image_bytes()), 422)
+    header = {"X-Latency-Budget-Ms": "1"}
+    assert problem(headless.post("/embed", content=image_bytes(), headers=header), 422)["needed_ms"]
+
+
+@pytest.mark.parametrize("body", [image_bytes(), bytes(200_000)], ids=["image", "too large"])
+def test_the_route_of_the_other_kind_of_bundle_names_the_right_one(
+    client: TestClient, headless: TestClient, body: bytes
+) -> None:
+    document = problem(client.post("/embed", content=body), 404)
+    assert "/classify" in document["detail"]
+    assert document["type"] == "urn:pcae-serve:not-offered"
+    assert "/embed" in problem(headless.post("/classify", content=body), 404)["detail"]
+
+
+def test_tiers_tells_of_features(headless: TestClient) -> None:
+    document = headless.get("/tiers").json()
+    assert (document["answers"], document["width"], document["labels"]) == ("features", 8, [])
+    assert document["tiers"][0]["fidelity"] is None
 
 
 class Gate:
@@ -402,7 +477,7 @@ async def classify(service: Service, level: int, budget_ms: float) -> Any:
         return image_bytes(level)
 
     ask = Ask(asyncio.get_running_loop().time(), budget_ms)
-    return await service.classify(ask, read)
+    return await service.answer(ask, read)
 
 
 def test_requests_that_wait_together_run_together(

@@ -1,6 +1,7 @@
 """The installed command, as a process with a real socket."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -141,7 +142,29 @@ def test_a_graph_that_does_not_load(bundle_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "word"),
-    [(("--port", "99999"), "--port"), (("--budget-ms", "-1"), "--budget-ms")],
+    [
+        (("--backend", "cuda", "--device", "cpu"), "--device cuda:0"),
+        (("--backend", "tensorrt", "--device", "cpu"), "--device cuda:0"),
+        (("--backend", "onnxruntime", "--device", "cuda:0"), "--backend cuda"),
+        (("--device", "cuda:4095"), "NVIDIA driver|there is no cuda:4095"),
+    ],
+)
+def test_a_backend_and_a_device_that_do_not_go_together(
+    bundle_dir: Path, flags: tuple[str, ...], word: str
+) -> None:
+    code, line = failed("--port", "0", "--bundle", str(bundle_dir), *flags)
+    assert code == 1
+    assert re.search(word, line)
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--port", "99999"), "--port"),
+        (("--budget-ms", "-1"), "--budget-ms"),
+        (("--device", "gpu"), "--device"),
+        (("--backend", "torch"), "--backend"),
+    ],
 )
 def test_a_wrong_flag(flags: tuple[str, ...], word: str) -> None:
     code, line = failed(*flags)

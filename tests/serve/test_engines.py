@@ -1,13 +1,19 @@
+import logging
+import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from pcae_serve import bundle, engines
 from pcae_serve.bundle import Bundle
+from pcae_serve.engines import driver
 from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
 from pcae_serve.engines.simulated import SimulatedEngine
-from pcae_serve.errors import StartError
+from pcae_serve.errors import BundleError, StartError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3), np.uint8)
 
@@ -19,7 +25,7 @@ def demo() -> Bundle:
 
 @pytest.fixture(scope="module")
 def engine(demo: Bundle) -> engines.Engine:
-    return engines.load("auto", demo, "cpu")
+    return engines.load("auto", demo, "cpu", threads=1)
 
 
 def test_one_session_serves_every_tier(demo: Bundle, engine: engines.Engine) -> None:
@@ -49,15 +55,39 @@ def test_an_answer_does_not_depend_on_its_batch(demo: Bundle, engine: engines.En
         np.testing.assert_allclose(together, alone, atol=1e-3)
 
 
-def test_a_device_that_is_not_served_is_told(demo: Bundle) -> None:
-    with pytest.raises(StartError, match="cuda:0"):
-        engines.load("onnxruntime", demo, "cuda:0")
-
-
 def test_labels_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> None:
     manifest = demo.manifest.model_copy(update={"labels": demo.labels[:9]})
-    with pytest.raises(StartError, match="10 classes, but the bundle names 9"):
+    with pytest.raises(StartError, match="answers with 10 logits, but the bundle names 9"):
         OnnxRuntimeEngine(replace(demo, manifest=manifest))
+
+
+def test_features_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> None:
+    vit = demo.manifest.models["vit"].model_copy(update={"answers": "features"})
+    manifest = demo.manifest.model_copy(update={"labels": (), "models": {"vit": vit}})
+    with pytest.raises(StartError, match="answers with 10 features, but the bundle names 192"):
+        OnnxRuntimeEngine(replace(demo, manifest=manifest))
+
+
+def test_an_int8_tier_runs_a_graph_of_its_own(demo: Bundle, tmp_path: Path) -> None:
+    root = tmp_path / "models" / "vit"
+    shutil.copytree(demo.root / "models" / "vit", root)
+    tiers = [
+        tier.model_copy(update={"precision": precision, "name": f"{tier.name}-{precision}"})
+        for tier in demo.tiers[:2]
+        for precision in ("float32", "int8")
+    ]
+    manifest = demo.manifest.model_copy(update={"tiers": tuple(tiers)})
+    served = replace(demo, root=tmp_path, manifest=manifest)
+    with pytest.raises(StartError, match=r"elastic\.int8\.onnx"):
+        OnnxRuntimeEngine(served)
+    graph = onnx.load(root / "elastic.onnx", load_external_data=False)
+    graph.graph.node.append(onnx.helper.make_node("Neg", [graph.graph.output[0].name], ["negated"]))
+    graph.graph.output[0].name = "negated"  # what tells the two apart here
+    onnx.save(graph, root / "elastic.int8.onnx")
+    engine = OnnxRuntimeEngine(served)
+    for plain, quantised in ((tiers[0], tiers[1]), (tiers[2], tiers[3])):
+        ours, theirs = engine.run(quantised, PIXELS), engine.run(plain, PIXELS)
+        np.testing.assert_allclose(ours.vectors, -theirs.vectors, atol=1e-5)
 
 
 def test_counts_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> None:
@@ -74,3 +104,133 @@ def test_the_simulated_engine_takes_the_time_it_is_told_to(demo: Bundle) -> None
     assert slept == [5 * demo.tiers[0].macs]
     assert output.vectors.shape == (5, 10)
     assert [stage.shape for stage in output.kept] == [(5, m) for m in demo.tiers[0].token_counts]
+
+
+def test_the_simulated_engine_answers_with_features_too(demo: Bundle) -> None:
+    vit = demo.manifest.models["vit"].model_copy(update={"answers": "features"})
+    manifest = demo.manifest.model_copy(update={"labels": (), "models": {"vit": vit}})
+    simulated = SimulatedEngine(replace(demo, manifest=manifest), sleep=lambda _: None)
+    assert simulated.run(demo.tiers[0], PIXELS).vectors.shape == (5, 192)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("onnx_runtime", "cpu"), ("cuda", "gpu")])
+def test_a_missing_library_is_told_with_what_installs_it(
+    demo: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, extra: str
+) -> None:
+    monkeypatch.delitem(sys.modules, f"pcae_serve.engines.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(driver, "gpus", lambda: ["NVIDIA"])
+    backend = "onnxruntime" if extra == "cpu" else "cuda"
+    with pytest.raises(StartError, match=rf"onnxruntime is not installed: .*\[{extra}\]"):
+        engines.load(backend, demo)
+
+
+class Machine:
+    """GPUs and GPU backends as a machine may have them; what was asked of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gpus: list[str] | StartError = ["NVIDIA A", "NVIDIA B"]
+        self.broken: dict[str, str] = {}
+        self.asked: list[tuple[str, str]] = []
+        monkeypatch.setattr(driver, "gpus", self._gpus)
+        monkeypatch.setattr(engines, "_gpu_engine", self._engine)
+
+    def _gpus(self) -> list[str]:
+        if isinstance(self.gpus, StartError):
+            raise self.gpus
+        return self.gpus
+
+    def _engine(self, name: str, served: Bundle, gpu: str, *_: object) -> engines.Engine:
+        self.asked.append((name, gpu))
+        if name in self.broken:  # a bundle without graphs for TensorRT is such a reason, too
+            raise (BundleError if name == "tensorrt" else StartError)(self.broken[name])
+        engine = SimulatedEngine(served, gpu)
+        engine.name = name
+        return engine
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Machine:
+    caplog.set_level(logging.INFO)
+    return Machine(monkeypatch)
+
+
+BROKEN = {"tensorrt": "no plans", "cuda": "no libraries"}
+
+
+@pytest.mark.parametrize(
+    ("broken", "device", "chosen", "level", "words"),
+    [
+        ([], "auto", ("tensorrt", "cuda:0"), None, ""),
+        ([], "cuda:1", ("tensorrt", "cuda:1"), None, ""),
+        (["tensorrt"], "auto", ("cuda", "cuda:0"), "INFO", "tensorrt: no plans"),
+        (["tensorrt"], "cuda:1", ("cuda", "cuda:1"), "INFO", "tensorrt: no plans"),
+        (
+            ["tensorrt", "cuda"], "auto", ("onnxruntime", "cpu"),
+            "WARNING", "on the CPU: tensorrt: no plans; cuda: no libraries",
+        ),
+        ([], "cpu", ("onnxruntime", "cpu"), None, ""),
+    ],
+)  # fmt: skip
+def test_auto_takes_the_first_backend_that_works_and_says_why(
+    demo: Bundle,
+    machine: Machine,
+    caplog: pytest.LogCaptureFixture,
+    broken: list[str],
+    device: str,
+    chosen: tuple[str, str],
+    level: str | None,
+    words: str,
+) -> None:
+    machine.broken = {name: BROKEN[name] for name in broken}
+    engine = engines.load("auto", demo, device, threads=1)
+    assert (engine.name, engine.device) == chosen
+    assert [record.levelname for record in caplog.records] == ([level] if level else [])
+    assert words in caplog.text
+
+
+@pytest.mark.parametrize("error", [driver.NoGpu("no driver"), StartError("the driver fails")])
+def test_a_machine_without_a_gpu_serves_on_its_cpu_and_a_broken_one_warns(
+    demo: Bundle, machine: Machine, caplog: pytest.LogCaptureFixture, error: StartError
+) -> None:
+    machine.gpus = error
+    assert engines.load("auto", demo, threads=1).name == "onnxruntime"
+    [record] = caplog.records
+    assert str(error) in record.message
+    assert record.levelno == (logging.INFO if isinstance(error, driver.NoGpu) else logging.WARNING)
+    assert machine.asked == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "words"),
+    [
+        ("tensorrt", "auto", "no plans"),
+        ("cuda", "cuda:1", "no libraries"),
+        ("auto", "cuda:1", "tensorrt: no plans; cuda: no libraries"),
+        ("auto", "cuda:2", r"there is no cuda:2: this machine has 2 \(NVIDIA A, NVIDIA B\)"),
+        ("cuda", "cuda:2", "there is no cuda:2"),
+        ("cuda", "cpu", "backend cuda runs on a GPU: use --device cuda:0"),
+        ("tensorrt", "cpu", "backend tensorrt runs on a GPU"),
+        ("onnxruntime", "cuda:0", "runs on the CPU: for cuda:0 use --backend cuda"),
+    ],
+)
+def test_what_was_named_is_never_left_for_something_else(
+    demo: Bundle,
+    machine: Machine,
+    caplog: pytest.LogCaptureFixture,
+    backend: str,
+    device: str,
+    words: str,
+) -> None:
+    machine.broken = BROKEN
+    with pytest.raises(StartError, match=words):
+        engines.load(backend, demo, device)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("backend", ["auto", "cuda", "tensorrt"])
+def test_a_named_gpu_without_a_driver(demo: Bundle, machine: Machine, backend: str) -> None:
+    machine.gpus = driver.NoGpu("no driver")
+    with pytest.raises(StartError, match="no driver"):
+        engines.load(backend, demo, "cuda:0")
+    assert machine.asked == []

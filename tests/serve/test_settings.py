@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -32,9 +33,19 @@ def test_a_config_file_that_cannot_be_read_is_named(
 
 
 @pytest.mark.parametrize(
-    "change", [{"port": 70000}, {"budget_ms": 0}, {"budget_ms": float("nan")}, {"max_batch": 0}]
+    "change",
+    [
+        {"port": 70000},
+        {"budget_ms": 0},
+        {"budget_ms": float("nan")},
+        {"max_batch": 0},
+        {"device": "gpu"},
+        {"device": "cuda"},
+        {"device": "cuda:first"},
+        {"backend": "torch"},
+    ],
 )
-def test_senseless_values_are_refused(change: dict[str, float]) -> None:
+def test_senseless_values_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Settings(**change)
 
