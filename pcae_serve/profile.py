@@ -1,6 +1,10 @@
 """A machine's latency profile: measured once per bundle, engine and machine, kept in the cache.
 
-It runs an engine and reads a clock; what the numbers are used for is the latency model's business.
+    take_turns  run the engine under a clock            -> seconds [rounds, tiers] by batch
+    summarise   those seconds                           -> Profile
+    load        the profile in the cache, or a short measurement at start
+
+It knows engines and a clock; what the numbers are used for is the latency model's business.
 """
 
 import hashlib
@@ -10,33 +14,55 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median, quantiles
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pcae_serve.bundle import Bundle
-from pcae_serve.engines import Engine
+import pcae_serve
+from pcae_serve.bundle import Bundle, Tier
+from pcae_serve.engines import Engine, driver
+from pcae_serve.errors import StartError
 from pcae_serve.latency import Latency, Line
 
 log = logging.getLogger(__name__)
 
-#: Few sizes: a line goes through them, and running batches refine it.
+#: Few sizes at start: a line goes through them, and running batches refine it.
 BATCHES = (1, 4, 8)
-MOST_RUNS = 15
+#: Rounds of a short measurement.
+MOST_ROUNDS = 15
+
+#: Seconds of one batch, [rounds, tiers], by batch size.
+Rounds = Mapping[int, NDArray[np.float64]]
 
 
 class Point(BaseModel):
-    """Seconds of one (tier, batch)."""
+    """Seconds of one (tier, batch). A quantile is None where no run is left to lie beyond it."""
 
     model_config = ConfigDict(frozen=True)
 
     batch: int
     runs: int
-    median_s: float
-    p95_s: float
+    p50_s: float
+    p95_s: float | None  # of at least 20 runs
+    p99_s: float | None  # of at least 100 runs
+
+
+class Origin(BaseModel):
+    """Where and when a profile was taken: for people; what it is valid for is the key."""
+
+    model_config = ConfigDict(frozen=True)
+
+    date: datetime
+    processor: str
+    gpu: str | None  # where the engine runs on one
+    cores: int
+    memory_gb: float
+    threads: int  # of one batch; 0 = the backend's own choice
+    versions: dict[str, str]
 
 
 class Profile(BaseModel):
@@ -45,68 +71,131 @@ class Profile(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     key: dict[str, str]
+    origin: Origin
+    spread: float  # p95 of a run over its (tier, batch)'s median; all of them together
     points: dict[str, list[Point]]  # by tier name
 
     def latency(self) -> Latency:
         """The latency model that starts from these points."""
         lines = [
-            Line.through({point.batch: point.median_s for point in points})
+            Line.through({point.batch: point.p50_s for point in points})
             for points in self.points.values()
         ]
-        ratios = [p.p95_s / p.median_s for points in self.points.values() for p in points]
-        return Latency(lines, spread=float(np.clip(median(ratios), 1.05, 2.0)))
+        return Latency(lines, spread=float(np.clip(self.spread, 1.05, 2.0)))
 
 
-def measure(
-    bundle: Bundle, engine: Engine, limit_s: float, clock: Callable[[], float] = time.perf_counter
-) -> Profile:
-    """Run every tier at a few batch sizes within about `limit_s`; a batch of one is always run.
+def take_turns(
+    engine: Engine,
+    tiers: Sequence[Tier],
+    batches: Sequence[int],
+    image_size: int,
+    limit_s: float,
+    *,
+    most_rounds: int = MOST_ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[float], None] = lambda elapsed_s: None,
+) -> Rounds:
+    """Seconds of one batch, [rounds, tiers] by batch size, measured within about `limit_s`.
 
-    Tiers take turns, so that a slow moment of a shared machine does not fall on one of them.
+    A round is every tier once at one batch size, in random order, so that a slow moment of a
+    shared machine falls on all of them. A round that would pass the limit is not begun, but two at
+    the smallest batch are always run. The first one warms up (memory is allocated, clocks rise) and
+    counts only where no second one fitted; a batch size of which none fitted is left out.
+    `progress` is told the time passed after every run.
     """
-    size, start = bundle.image_size, clock()
-    noise = np.random.default_rng(0).integers(0, 256, (max(BATCHES), size, size, 3), np.uint8)
-    samples: dict[tuple[str, int], list[float]] = {}
-    for tier in bundle.tiers:
-        engine.run(tier, noise[:1])  # warm-up: the first run allocates
-    for turn in range(MOST_RUNS):
-        for batch in BATCHES:
-            for tier in bundle.tiers:
-                known = samples.setdefault((tier.name, batch), [])
-                needed = known[-1] if known else batch * min(samples[tier.name, 1], default=0.0)
-                if (turn or batch > 1) and clock() - start + needed > limit_s:
+    draw, smallest = np.random.default_rng(0), min(batches)
+    noise = draw.integers(0, 256, (max(batches), image_size, image_size, 3), np.uint8)
+    start_s = clock()
+    rounds: dict[int, list[NDArray[np.float64]]] = {batch: [] for batch in sorted(batches)}
+    for turn in range(1 + most_rounds):
+        begun = False
+        for batch, known in rounds.items():
+            if batch > smallest or turn > 1:
+                known_s = known[-1] if known else rounds[smallest][-1] * batch / smallest
+                if clock() - start_s + known_s.sum() > limit_s:
                     continue
-                begin = clock()
-                engine.run(tier, noise[:batch])
-                known.append(clock() - begin)
+            begun = True
+            seconds = np.empty(len(tiers))
+            for i in draw.permutation(len(tiers)):
+                begin_s = clock()
+                engine.run(tiers[i], noise[:batch])
+                seconds[i] = clock() - begin_s
+                progress(clock() - start_s)
+            known.append(seconds)
+        if not begun:
+            break
+    return {batch: np.stack(known[1:] or known) for batch, known in rounds.items() if known}
+
+
+def summarise(bundle: Bundle, engine: Engine, rounds: Rounds) -> Profile:
+    """The profile of rounds over the bundle's tiers."""
     points = {
-        tier.name: [
-            Point(batch=batch, runs=len(runs), median_s=median(runs), p95_s=_p95(runs))
-            for batch in BATCHES
-            if (runs := samples[tier.name, batch])
-        ]
-        for tier in bundle.tiers
+        tier.name: [point(batch, seconds[:, i]) for batch, seconds in rounds.items()]
+        for i, tier in enumerate(bundle.tiers)
     }
-    return Profile(key=key(bundle, engine), points=points)
+    over_median = [(s / np.median(s, axis=0)).ravel() for s in rounds.values()]
+    return Profile(
+        key=key(bundle, engine),
+        origin=origin(engine),
+        spread=float(np.quantile(np.concatenate(over_median), 0.95)),
+        points=points,
+    )
+
+
+def point(batch: int, seconds: NDArray[np.float64]) -> Point:
+    """The quantiles of runs at one (tier, batch)."""
+    return Point(
+        batch=batch,
+        runs=len(seconds),
+        p50_s=float(np.median(seconds)),
+        p95_s=_quantile(seconds, 95),
+        p99_s=_quantile(seconds, 99),
+    )
 
 
 def load(bundle: Bundle, engine: Engine, cache_dir: Path, limit_s: float) -> Profile:
-    """This machine's profile from the cache, or measured now and put there."""
-    wanted = key(bundle, engine)
-    name = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:24]
-    path = cache_dir / "profiles" / f"{name}.json"
+    """This machine's profile from the cache, or a short one measured now and put there."""
+    cached = read(bundle, engine, cache_dir)
+    if cached is not None:
+        return cached
+    rounds = take_turns(engine, bundle.tiers, BATCHES, bundle.image_size, limit_s)
+    better = read(bundle, engine, cache_dir)  # `pcae-export profile` may have ended meanwhile
+    if better is not None:
+        return better
+    measured = summarise(bundle, engine, rounds)
     try:
-        profile = Profile.model_validate_json(path.read_bytes())
-        if profile.key == wanted and set(profile.points) == {t.name for t in bundle.tiers}:
-            return profile
-    except (OSError, ValidationError):
-        pass  # none yet, or damaged: measured anew and replaced
-    profile = measure(bundle, engine, limit_s)
-    try:
-        _write(path, profile.model_dump_json(indent=1))
+        write(measured, cache_dir)
     except OSError as error:
         log.warning("cannot keep the latency profile in %s: %s", cache_dir, error.strerror)
-    return profile
+    return measured
+
+
+def read(bundle: Bundle, engine: Engine, cache_dir: Path) -> Profile | None:
+    """The profile in the cache; None where there is none, or a damaged or foreign one."""
+    wanted = key(bundle, engine)
+    try:
+        profile = Profile.model_validate_json(path(wanted, cache_dir).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    fits = profile.key == wanted and set(profile.points) == {t.name for t in bundle.tiers}
+    return profile if fits and all(profile.points.values()) else None
+
+
+def write(profile: Profile, cache_dir: Path) -> Path:
+    """Put the profile into the cache, whole or not at all. Raises OSError."""
+    place = path(profile.key, cache_dir)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        draft = Path(folder) / place.name
+        draft.write_text(profile.model_dump_json(indent=1))
+        draft.replace(place)
+    return place
+
+
+def path(key: Mapping[str, str], cache_dir: Path) -> Path:
+    """Where the cache keeps the profile of that key."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_dir / "profiles" / f"{name}.json"
 
 
 def key(bundle: Bundle, engine: Engine) -> dict[str, str]:
@@ -114,11 +203,43 @@ def key(bundle: Bundle, engine: Engine) -> dict[str, str]:
     return {
         "bundle": bundle.digest,
         "engine": f"{engine.name} {engine.version}",
-        "device": engine.device,
+        "device": " ".join(filter(None, (engine.device, gpu(engine)))),
         "machine": f"{platform.machine()} {processor()}",
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(cores()),
         "threads": str(engine.threads),
     }
+
+
+def origin(engine: Engine) -> Origin:
+    """This machine, now."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Origin(
+        date=datetime.now(UTC),
+        processor=processor(),
+        gpu=gpu(engine),
+        cores=cores(),
+        memory_gb=round(memory / 1e9, 1),
+        threads=engine.threads,
+        versions={
+            "pcae-serve": pcae_serve.__version__,
+            engine.name: engine.version,
+            "python": platform.python_version(),
+        },
+    )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def gpu(engine: Engine) -> str | None:
+    """Name of the GPU that the engine runs on; None on a CPU, or where no driver tells."""
+    kind, _, number = engine.device.partition(":")
+    try:
+        return driver.gpus()[int(number)] if kind == "cuda" else None
+    except (StartError, IndexError):  # the simulated engine needs no GPU to be there
+        return None
 
 
 def processor() -> str:
@@ -130,12 +251,8 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
 
 
-def _p95(runs: list[float]) -> float:
-    return quantiles(runs, n=20, method="inclusive")[-1] if len(runs) > 1 else runs[0]
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    Path(file.name).replace(path)
+def _quantile(seconds: NDArray[np.float64], percent: int) -> float | None:
+    """None of fewer runs than it takes for one to lie beyond: it would be made up."""
+    if len(seconds) * (100 - percent) < 100:
+        return None
+    return float(np.quantile(seconds, percent / 100))
