@@ -1,0 +1,410 @@
+"""TensorRT: every tier's graph built on this GPU, proven there, and kept in the machine's cache.
+
+    graph → parsed → built → run beside ONNX Runtime's float32 answers → cache
+
+It knows bundles, TensorRT's builder and the plans' cache; how a plan runs is the server's engine's
+business, and what is proven here is run by it. Precision is in the graphs: networks are strongly
+typed and no flag changes that.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, model_validator
+from pydantic_settings import CliPositionalArg
+from tqdm import tqdm
+
+from pcae_export import images
+from pcae_serve import bundle as bundles
+from pcae_serve import plans
+from pcae_serve.bundle import ELASTIC_GRAPH, Bundle, Tier
+from pcae_serve.engines import Output, Pixels
+from pcae_serve.engines.gpu import CudaError, Gpu, find
+from pcae_serve.engines.tensorrt import Library, Runner, library, output
+from pcae_serve.errors import PcaeError, StartError, one_line
+from pcae_serve.plans import Key, Parity, Plan, Recipe
+from pcae_serve.settings import MAX_BATCH, Settings
+from pcae_training.data import load
+
+AGREEMENT = 0.995  # of the class that comes first: half precision may turn a near tie
+COSINE = 0.999
+MIN_IMAGES = 64
+REFERENCE_BATCH = 8
+#: What TensorRT calls the kernel that computes a whole attention block.
+FUSED = "_gemm_mha"
+
+
+class PlanError(PcaeError):
+    """A graph cannot be built, or a plan does not answer as its graph should."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A plan that nothing has proven yet."""
+
+    data: bytes
+    seconds: float
+    shapes: dict[str, tuple[int, ...]]  # of `pixels`
+    outputs: dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype and shape for one image
+    fused_attention: int
+
+
+class TensorRt(BaseModel):
+    """Build a bundle's TensorRT plans on this GPU, prove them and keep them in the cache."""
+
+    bundle: CliPositionalArg[Path] = Field(description="bundle folder")
+    device: str = Field("cuda:0", description="the GPU to build on and for")
+    cache_dir: Path | None = Field(
+        None, description="where the server looks for plans; its own setting where left out"
+    )
+    max_batch: int = Field(MAX_BATCH, ge=1, description="images in one batch at most, as served")
+    opt_batch: int = Field(8, ge=1, description="images in the batch that kernels are chosen for")
+    optimization_level: int = Field(
+        3, ge=0, le=5, description="how long TensorRT searches: 0 is quick, 5 exhaustive"
+    )
+    workspace_mb: int = Field(4096, ge=1, description="GPU memory that kernels may work in")
+    eval_data: str | None = Field(
+        None, description="images that parity is proven on; generated ones where left out"
+    )
+    eval_split: str = Field("test", description="split of --eval-data")
+    parity_images: int = Field(256, ge=MIN_IMAGES, description="images that parity is proven on")
+    dry_run: bool = Field(
+        False, description="build every plan and keep none: needs no GPU with tensorrt_rtx"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "TensorRt":
+        if self.opt_batch > self.max_batch:
+            raise ValueError(f"--opt-batch {self.opt_batch} is above --max-batch {self.max_batch}")
+        return self
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(
+            opt_batch=self.opt_batch,
+            max_batch=self.max_batch,
+            optimization_level=self.optimization_level,
+            workspace_mb=self.workspace_mb,
+        )
+
+    def cli_cmd(self) -> None:
+        bundle = bundles.load(self.bundle)
+        for tier in bundle.tiers:
+            plans.graph(bundle, tier)  # what is missing is told before the slow part
+        found = library()
+        if self.dry_run:
+            self._try(bundle, found)
+            return
+        gpu = find(self.device)
+        if found.ahead_of_time:
+            print(f"TensorRT is not installed: building for {found.name} {found.version}")
+        pixels, data_set = self._pixels(bundle)
+        cache_dir = self.cache_dir or Settings().cache_dir
+        maker = Maker(bundle, found, gpu, self.recipe, cache_dir, pixels, data_set)
+        for tier in bundle.tiers:
+            plan, new = maker.ensure(tier)
+            state = f"built in {plan.build_s:.0f} s" if new else "there already"
+            print(f"{tier.name:<12} {state:<18} {plan.parity}; {_fused(bundle, tier, plan)}")
+
+    def _try(self, bundle: Bundle, found: Library) -> None:
+        if not found.ahead_of_time:
+            find(self.device)  # TensorRT's builder crashes where there is none
+        for tier in bundle.tiers:
+            built = build(found, bundle, tier, self.recipe, None)
+            print(
+                f"{tier.name:<12} builds in {built.seconds:.0f} s with {found.name}"
+                f" {found.version}: {len(built.data) / 1e6:.1f} MB; {_fused(bundle, tier, built)}"
+            )
+
+    def _pixels(self, bundle: Bundle) -> tuple[Pixels, str]:
+        if self.eval_data is None:
+            return images.generated(self.parity_images, bundle.image_size), "generated clouds"
+        data = load(self.eval_data, self.eval_split, bundle.preprocess)
+        if len(data) < self.parity_images:
+            raise PlanError(
+                f"{data.name} has {len(data)} images, but parity is proven on"
+                f" {self.parity_images}: give more, or lower --parity-images"
+            )
+        rows = np.random.default_rng(0).permutation(len(data))[: self.parity_images]
+        return images.decode(data, rows.tolist()), data.name
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Sees to it that a proven plan of every tier lies in the cache."""
+
+    bundle: Bundle
+    library: Library
+    gpu: Gpu
+    recipe: Recipe
+    cache_dir: Path
+    pixels: Pixels  # [N, H, W, 3], what parity is proven on
+    data_set: str
+
+    def ensure(self, tier: Tier) -> tuple[Plan, bool]:
+        """The tier's plan, and whether it was built just now.
+
+        One process builds it, others wait and find it there. Raises PlanError where it does not
+        build or answer right; nothing is kept then. Raises PcaeError where the cache cannot be
+        written.
+        """
+        key = plans.key(self.bundle, tier, self.library.machine(self.gpu), self.recipe)
+        folder = plans.folder(self.cache_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder / f"{key.name}.lock", tier):
+                plan = self._present(key)
+                return (plan, False) if plan else (self._make(key, tier), True)
+        except OSError as error:
+            raise PcaeError(
+                f"the plan of tier {tier.name!r} cannot be kept in {folder}"
+                f" ({error.strerror or error}): make room there, or name another --cache-dir"
+            ) from None
+
+    def _present(self, key: Key) -> Plan | None:
+        """The plan that lies there, if it is whole and loads."""
+        plan = plans.load(self.cache_dir, key)
+        if plan is None:
+            return None
+        try:
+            data = plans.read(self.cache_dir, plan)
+            Runner(self.library, self.gpu, {key.tier: data}, (1,)).close()
+        except StartError as error:
+            tqdm.write(f"{error}: it is built anew")
+            return None
+        return plan
+
+    def _make(self, key: Key, tier: Tier) -> Plan:
+        machine = plans.sha256(key.machine.model_dump_json().encode())[:24]
+        timings = plans.folder(self.cache_dir) / f"{machine}.timings"
+        built = build(self.library, self.bundle, tier, self.recipe, timings)
+        parity = prove(self.library, self.gpu, self.bundle, tier, built, self.pixels, self.data_set)
+        plan = Plan(
+            key=key,
+            sha256=plans.sha256(built.data),
+            built=datetime.now(UTC),
+            build_s=round(built.seconds, 3),
+            driver=self.gpu.driver,
+            shapes=built.shapes,
+            fused_attention=built.fused_attention,
+            parity=parity,
+        )
+        plans.write(self.cache_dir, plan, built.data)
+        return plan
+
+
+def build(
+    library: Library, bundle: Bundle, tier: Tier, recipe: Recipe, timings: Path | None
+) -> Built:
+    """A plan of the tier's graph. timings: a file of kernels timed before, read and written.
+
+    Raises PlanError with what the parser or the builder says.
+    """
+    trt, graph = library.trt, plans.graph(bundle, tier)
+    where = f"tier {tier.name!r}: {library.name} {library.version}"
+    library.messages.layers.clear()
+    builder = trt.Builder(library.messages)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, library.messages)
+    if not parser.parse_from_file(str(graph)):
+        errors = [parser.get_error(number).desc() for number in range(parser.num_errors)]
+        reason = "; ".join(error.strip().splitlines()[0] for error in errors) or library.why()
+        raise PlanError(f"{where} cannot read {graph}: {reason}")
+    pixels = network.get_input(0)
+    least, best, largest = (
+        (batch, *tuple(pixels.shape)[1:]) for batch in (1, recipe.opt_batch, recipe.max_batch)
+    )
+    profile = builder.create_optimization_profile()
+    profile.set_shape(pixels.name, least, best, largest)
+    config = builder.create_builder_config()
+    config.add_optimization_profile(profile)
+    config.builder_optimization_level = recipe.optimization_level
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, recipe.workspace_mb << 20)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers are named, for `FUSED`
+    if library.ahead_of_time:
+        timings = None  # it times nothing
+    if timings:
+        _read_timings(config, timings)
+    start = time.perf_counter()
+    with tqdm(desc=f"building {tier.name}", leave=False) as bar:
+        monitor = _monitor(trt, bar)
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise PlanError(f"{where} cannot build {graph}: {library.why()}")
+    seconds = time.perf_counter() - start
+    if timings:
+        plans.replace(timings, bytes(config.get_timing_cache().serialize()))
+    outputs = map(network.get_output, range(network.num_outputs))
+    return Built(
+        bytes(plan),
+        seconds,
+        {"min": least, "opt": best, "max": largest},
+        {o.name: (np.dtype(trt.nptype(o.dtype)).name, tuple(o.shape)[1:]) for o in outputs},
+        sum(layer.startswith(FUSED) for layer in library.messages.layers),
+    )
+
+
+def prove(
+    library: Library,
+    gpu: Gpu,
+    bundle: Bundle,
+    tier: Tier,
+    built: Built,
+    pixels: Pixels,
+    data_set: str,
+) -> Parity:
+    """Run a plan as the server would, beside ONNX Runtime's float32 answers of the same tier.
+
+    Every bucket runs, and every image of pixels [N, H, W, 3]. Raises PlanError where the answers
+    differ by more than half precision may.
+    """
+    sizes = plans.buckets(built.shapes["max"][0])
+    try:
+        runner = Runner(library, gpu, {tier.name: built.data}, sizes)
+        try:
+            batches = list(_batches(len(pixels), sizes))
+            answers = [output(bundle, tier, runner.run(tier.name, pixels[b])) for b in batches]
+        finally:
+            runner.close()
+    except (StartError, CudaError) as error:
+        raise PlanError(f"tier {tier.name!r}: the new plan does not run: {error}") from None
+    rows = np.concatenate(batches)
+    expected = reference(bundle, tier, pixels)
+    return judge(bundle, tier, _joined(answers), _rows(expected, rows), len(pixels), data_set)
+
+
+def judge(
+    bundle: Bundle, tier: Tier, found: Output, expected: Output, distinct: int, data_set: str
+) -> Parity:
+    """Compare answers row by row. distinct: images among the rows. Raises PlanError."""
+    if bundle.answers == "logits":
+        same = found.vectors.argmax(axis=1) == expected.vectors.argmax(axis=1)
+        same &= np.isfinite(found.vectors).all(axis=1)
+        parity_measure, value, least = "top-1 agreement", float(same.mean()), AGREEMENT
+    else:
+        product = (found.vectors * expected.vectors).sum(axis=1)
+        lengths = np.linalg.norm(found.vectors, axis=1) * np.linalg.norm(expected.vectors, axis=1)
+        parity_measure, value, least = "mean cosine", float((product / lengths).mean()), COSINE
+    shared = [
+        len(np.intersect1d(ours, theirs)) / len(theirs)
+        for stages in zip(found.kept, expected.kept, strict=True)
+        for ours, theirs in zip(*stages, strict=True)
+    ]
+    difference = float(np.abs(found.vectors - expected.vectors).max())
+    if not value >= least:  # so written, not-a-number fails too
+        raise PlanError(
+            f"tier {tier.name!r}: the plan's {parity_measure} with ONNX Runtime is {value:.4f} on"
+            f" {distinct} images of {data_set}, below {least}: it is not kept (largest difference"
+            f" {difference:.3g})"
+        )
+    return Parity(
+        images=distinct,
+        data_set=data_set,
+        measure=parity_measure,
+        value=value,
+        largest_difference=difference,
+        same_patches=float(np.mean(shared)) if shared else 1.0,
+    )
+
+
+def reference(bundle: Bundle, tier: Tier, pixels: Pixels) -> Output:
+    """What the tier's float32 graph answers on the CPU, also where the tier is served in int8."""
+    graph = bundle.file(tier.model, ELASTIC_GRAPH)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    try:
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
+        raise PlanError(f"ONNX Runtime cannot load {graph}: {one_line(error)}") from None
+    counts = np.array(tier.token_counts, np.int64)
+    answers = []
+    for start in range(0, len(pixels), REFERENCE_BATCH):
+        batch = pixels[start : start + REFERENCE_BATCH]
+        vectors, *kept = session.run(None, {"pixels": batch, "token_counts": counts})
+        answers.append(Output(vectors, tuple(kept)))
+    return _joined(answers)
+
+
+def _batches(images: int, sizes: Sequence[int]) -> Iterator[NDArray[np.intp]]:
+    """Rows of batches: every size once, then in turn until all images have been used."""
+    start = 0
+    for turn, size in enumerate(cycle(sizes)):
+        if turn < len(sizes):
+            yield np.arange(start, start + size) % images
+        elif start < images:
+            yield np.arange(start, min(start + size, images))
+        else:
+            return
+        start += size
+
+
+def _joined(answers: list[Output]) -> Output:
+    stages = zip(*(answer.kept for answer in answers), strict=True)
+    return Output(
+        np.concatenate([answer.vectors for answer in answers]),
+        tuple(np.concatenate(stage) for stage in stages),
+    )
+
+
+def _rows(answers: Output, rows: NDArray[np.intp]) -> Output:
+    return Output(answers.vectors[rows], tuple(stage[rows] for stage in answers.kept))
+
+
+def _read_timings(config: Any, timings: Path) -> None:
+    """Kernels timed before; those of another TensorRT or GPU are refused by it, and not used."""
+    try:
+        data = timings.read_bytes()
+    except FileNotFoundError:
+        data = b""
+    if not config.set_timing_cache(config.create_timing_cache(data), False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _locked(path: Path, tier: Tier) -> AbstractContextManager[object]:
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        tqdm.write(f"tier {tier.name!r}: another process builds it, waiting")
+        return lock.acquire()
+
+
+def _monitor(trt: Any, bar: "tqdm[Any]") -> Any:
+    """An IProgressMonitor that moves a bar by the steps of the whole build."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self._whole = ""
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self._whole = phase
+                bar.reset(steps)
+            bar.set_postfix_str(phase)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase == self._whole:
+                bar.update()
+            return True  # go on
+
+        def phase_finish(self, phase: str) -> None:
+            pass
+
+    return Monitor()
+
+
+def _fused(bundle: Bundle, tier: Tier, plan: Plan | Built) -> str:
+    depth = bundle.manifest.models[tier.model].depth
+    return f"{plan.fused_attention} of {depth} attention blocks fused"

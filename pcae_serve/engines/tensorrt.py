@@ -1,0 +1,323 @@
+"""TensorRT: one plan a tier, built on this GPU by `pcae-export tensorrt`, run as CUDA graphs.
+
+    find the GPU → load the library → read the plans → capture every (tier, bucket) → run
+
+The only module of the server that imports tensorrt. A batch is padded to the next bucket; what the
+padding answers is not read.
+"""
+
+import logging
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pcae_serve import plans
+from pcae_serve.bundle import Bundle, Tier
+from pcae_serve.engines import Output, Pixels, check
+from pcae_serve.engines.gpu import Buffer, Cuda, CudaError, Gpu, find
+from pcae_serve.errors import StartError, one_line
+from pcae_serve.plans import Machine
+from pcae_serve.settings import CACHE_DIR, MAX_BATCH
+
+log = logging.getLogger(__name__)
+
+#: Packages with TensorRT's interface, the first that is there is used. The wheels of tensorrt_rtx
+#: bring only its bindings.
+PACKAGES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
+OLDEST = (10, 16)  # of tensorrt: what this is written against, beside 11
+
+
+@dataclass(frozen=True)
+class Library:
+    """TensorRT's Python module, and where its messages go."""
+
+    name: str  # tensorrt, or tensorrt_rtx
+    version: str
+    trt: Any
+    messages: Any  # an ILogger, with `errors` and `layers`; it must outlive what it is given to
+
+    @property
+    def ahead_of_time(self) -> bool:
+        """Whether it builds where there is neither GPU nor driver."""
+        return self.name == "tensorrt_rtx"
+
+    def machine(self, gpu: Gpu) -> Machine:
+        """What plans built here are valid on."""
+        return Machine(
+            library=self.name,
+            version=self.version,
+            gpu=gpu.name,
+            compute_capability=gpu.compute_capability,
+        )
+
+    def why(self) -> str:
+        """The last error it logged, on one line: its calls only return that they failed."""
+        errors: list[str] = self.messages.errors
+        return errors[-1].strip().splitlines()[0] if errors else "TensorRT does not say why"
+
+
+def library() -> Library:
+    """TensorRT where it is installed, else TensorRT-RTX. Raises StartError."""
+    for package in PACKAGES:
+        try:
+            trt = import_module(package)
+        except ModuleNotFoundError as error:
+            if error.name == package:
+                continue
+            raise StartError(f"{package} does not load: {one_line(error)}") from None
+        except (ImportError, OSError) as error:
+            raise StartError(f"{package} does not load: {one_line(error)}") from None
+        version: str = trt.__version__
+        if package == "tensorrt" and tuple(map(int, version.split(".")[:2])) < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            raise StartError(f"TensorRT {version} is too old: {oldest} or newer is needed")
+        return Library(package.removesuffix("_bindings"), version, trt, _messages(trt))
+    raise StartError("TensorRT is not installed: pip install 'pcae-serve[tensorrt]'")
+
+
+class TensorRtEngine:
+    """The plans of a bundle's tiers, resident on one GPU."""
+
+    name = "tensorrt"
+    threads = 0
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = "cuda:0",
+        cache_dir: Path = CACHE_DIR,
+        max_batch: int = MAX_BATCH,
+    ) -> None:
+        """Capture every tier at every bucket up to max_batch.
+
+        Raises StartError where library, driver, GPU or a plan is missing, or a plan does not fit.
+        """
+        gpu = find(device)  # before TensorRT
+        found = library()
+        machine, data = found.machine(gpu), {}
+        for tier in bundle.tiers:
+            plan = plans.find(cache_dir, bundle, tier, machine, max_batch)
+            data[tier.name] = plans.read(cache_dir, plan)
+        self._bundle = bundle
+        self._runner = Runner(found, gpu, data, plans.buckets(max_batch))
+        self.version = f"{found.name} {found.version}"
+        self.device = f"{device} ({gpu.name})"
+        try:
+            check(self, bundle)
+        except StartError:
+            self.close()
+            raise
+
+    def run(self, tier: Tier, pixels: Pixels) -> Output:
+        answers = self._runner.run(tier.name, pixels)
+        padding = self._runner.bucket(len(pixels)) - len(pixels)
+        return output(self._bundle, tier, answers)._replace(padding=padding)
+
+    def close(self) -> None:
+        """Give the GPU's memory back; the engine cannot run afterwards."""
+        self._runner.close()
+
+
+def output(bundle: Bundle, tier: Tier, answers: Mapping[str, NDArray[Any]]) -> Output:
+    """A plan's outputs by name, in the order that engines answer in."""
+    stages = range(len(tier.token_counts))
+    return Output(answers[bundle.answers], tuple(answers[f"kept_{stage}"] for stage in stages))
+
+
+@dataclass
+class _Resident:
+    """One plan: its tensors' buffers, and a captured graph a bucket."""
+
+    pixels: Buffer
+    outputs: dict[str, Buffer]
+    graphs: dict[int, Any] = field(default_factory=dict)
+
+
+class Runner:
+    """Plans on one GPU, one stream and one call at a time; it knows them by name only.
+
+    Each bucket has its own execution context, since a captured graph holds the state of the one it
+    was captured from. All share one scratch memory, which is right because they take turns.
+    """
+
+    def __init__(
+        self, library: Library, gpu: Gpu, data: Mapping[str, bytes], buckets: Sequence[int]
+    ) -> None:
+        """data: name to plan. buckets: batch sizes to capture, ascending.
+
+        Raises StartError where a plan does not load or run.
+        """
+        self._library, self._buckets, self._lock = library, tuple(buckets), threading.Lock()
+        self._residents: dict[str, _Resident] = {}
+        with ExitStack() as stack:  # what it took so far is given back where a step fails
+            try:
+                self._cuda = Cuda(gpu.number)
+                self._cuda.use()
+                self._stream = self._cuda.call(
+                    "cudaStreamCreateWithFlags", self._cuda.runtime.cudaStreamNonBlocking
+                )
+                stack.callback(self._cuda.call, "cudaStreamDestroy", self._stream)
+                self._load(data, stack)
+            except CudaError as error:
+                raise StartError(f"TensorRT cannot start on {gpu.name}: {error}") from None
+            self._closing = weakref.finalize(self, _close, self._cuda, stack.pop_all())
+
+    def run(self, name: str, pixels: Pixels) -> dict[str, NDArray[Any]]:
+        """What a plan answers to pixels uint8 [N, H, W, 3], by output name: arrays [N, …].
+
+        Raises ValueError for pixels it does not take, CudaError where the GPU fails.
+        """
+        resident, count = self._residents[name], len(pixels)
+        bucket, image = self.bucket(count), resident.pixels.host.shape[1:]
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != image:
+            raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 [N, *{image}]")
+        with self._lock:
+            if not self._closing.alive:
+                raise CudaError("the engine is closed")
+            self._cuda.use()
+            resident.pixels.host[:count] = pixels  # rows beyond hold older images: not read below
+            self._cuda.call("cudaGraphLaunch", resident.graphs[bucket], self._stream)
+            self._cuda.call("cudaStreamSynchronize", self._stream)
+            return {name: buffer.host[:count].copy() for name, buffer in resident.outputs.items()}
+
+    def bucket(self, count: int) -> int:
+        """The batch size that so many images run at. Raises ValueError beyond the largest."""
+        if not 1 <= count <= self._buckets[-1]:
+            raise ValueError(f"{count} images: a batch has 1 to {self._buckets[-1]}")
+        return next(size for size in self._buckets if size >= count)
+
+    def close(self) -> None:
+        """Give all of it back, in the opposite order; done once, at the latest as Python ends."""
+        with self._lock:
+            self._closing()
+
+    def _load(self, data: Mapping[str, bytes], stack: ExitStack) -> None:
+        runtime = self._library.trt.Runtime(self._library.messages)
+        engines = {name: self._deserialise(runtime, name, plan) for name, plan in data.items()}
+        nbytes = max(engine.device_memory_size_v2 for engine in engines.values())
+        scratch = self._cuda.call("cudaMalloc", max(nbytes, 1))
+        stack.callback(self._cuda.call, "cudaFree", scratch)
+        held: list[Any] = [runtime, *engines.values()]  # and their contexts, as they are made
+        stack.callback(_release, held)
+        for name, engine in engines.items():
+            resident = self._buffers(name, engine, stack)
+            for bucket in self._buckets:
+                context = engine.create_execution_context(
+                    self._library.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+                )
+                if context is None:
+                    raise self._refused(name, f"no context: {self._library.why()}")
+                held.append(context)
+                context.set_device_memory(scratch, nbytes)
+                resident.graphs[bucket] = self._capture(name, context, resident, bucket, stack)
+            self._residents[name] = resident
+
+    def _deserialise(self, runtime: Any, name: str, plan: bytes) -> Any:
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise self._refused(name, self._library.why())
+        return engine
+
+    def _buffers(self, name: str, engine: Any, stack: ExitStack) -> _Resident:
+        trt, buffers = self._library.trt, {}
+        for tensor in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+            shape = tuple(engine.get_tensor_shape(tensor))[1:]
+            dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(tensor)))
+            wanted: type[np.generic] = np.int32 if tensor.startswith("kept_") else np.float32
+            if engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT:
+                wanted = np.uint8
+                _, _, largest = engine.get_tensor_profile_shape(tensor, 0)
+                if largest[0] < self._buckets[-1]:
+                    raise self._refused(name, f"it takes {largest[0]} images at most")
+            if dtype != wanted or -1 in shape:
+                raise self._refused(name, f"{tensor} is {dtype} {shape}, not {np.dtype(wanted)}")
+            buffers[tensor] = Buffer(self._cuda, (self._buckets[-1], *shape), dtype)
+            stack.callback(buffers[tensor].free)
+        if "pixels" not in buffers:
+            raise self._refused(name, "it has no input 'pixels'")
+        return _Resident(buffers.pop("pixels"), buffers)
+
+    def _capture(
+        self, name: str, context: Any, resident: _Resident, bucket: int, stack: ExitStack
+    ) -> Any:
+        """The way of one batch as a CUDA graph: pixels to the GPU, the plan, answers back."""
+        call, stream = self._cuda.call, self._stream
+
+        def execute() -> None:
+            if not context.execute_async_v3(int(stream)):
+                raise self._refused(name, f"batch {bucket} does not run: {self._library.why()}")
+
+        tensors = {"pixels": resident.pixels} | resident.outputs
+        shape = (bucket, *resident.pixels.host.shape[1:])
+        if not context.set_input_shape("pixels", shape) or not all(
+            context.set_tensor_address(tensor, buffer.device) for tensor, buffer in tensors.items()
+        ):
+            raise self._refused(name, f"batch {bucket} is not taken: {self._library.why()}")
+        resident.pixels.send(bucket, stream)
+        execute()  # what a new shape defers happens here: it may not be captured
+        call("cudaStreamSynchronize", stream)
+        mode = self._cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        call("cudaStreamBeginCapture", stream, mode)
+        try:
+            resident.pixels.send(bucket, stream)
+            execute()
+            for buffer in resident.outputs.values():
+                buffer.fetch(bucket, stream)
+        except BaseException:
+            self._cuda.runtime.cudaStreamEndCapture(stream)  # its code says only that it failed
+            raise
+        graph = call("cudaStreamEndCapture", stream)
+        try:
+            executable = call("cudaGraphInstantiate", graph, 0)
+        finally:
+            call("cudaGraphDestroy", graph)
+        stack.callback(call, "cudaGraphExecDestroy", executable)
+        return executable
+
+    def _refused(self, name: str, reason: str) -> StartError:
+        return StartError(
+            f"the TensorRT plan of tier {name!r} cannot be used: {reason}; run '{plans.COMMAND}'"
+            " again"
+        )
+
+
+def _close(calls: Cuda, stack: ExitStack) -> None:
+    calls.use()
+    stack.close()
+
+
+def _release(held: list[Any]) -> None:
+    """Contexts, then their engines, then the runtime: TensorRT frees what nobody refers to."""
+    while held:
+        held.pop()
+
+
+def _messages(trt: Any) -> Any:
+    """An ILogger that keeps what is asked for later; the rest is for --log-level debug."""
+    severity = trt.ILogger.Severity
+
+    class Messages(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.layers: list[str] = []  # names of a plan's layers, told as it is built
+
+        def log(self, level: Any, message: str) -> None:
+            if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                self.errors.append(message)
+            if level != severity.VERBOSE:
+                log.debug("%s", message)
+                return
+            for line in message.splitlines():
+                if line.startswith("Name: "):
+                    self.layers.append(line.removeprefix("Name: ").partition(",")[0])
+
+    return Messages()

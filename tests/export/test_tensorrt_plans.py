@@ -1,0 +1,382 @@
+"""Plans with the real parser and builder of TensorRT-RTX, which need no GPU, and proven by a
+stand-in that computes with ONNX Runtime.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from pydantic_settings import BaseSettings, CliApp, CliSubCommand
+
+from pcae_export import tensorrt_plans
+from pcae_export.tensorrt_plans import Maker, PlanError, TensorRt, build, judge, reference
+from pcae_serve import bundle as bundles
+from pcae_serve import plans
+from pcae_serve.bundle import Bundle
+from pcae_serve.command import config, run
+from pcae_serve.engines import Output, driver, tensorrt
+from pcae_serve.engines.gpu import find
+from pcae_serve.engines.tensorrt import Library, TensorRtEngine
+from pcae_serve.errors import PcaeError
+from pcae_serve.plans import Recipe
+from tests.serve import tensorrt_standin as standin
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 3), np.uint8)
+RECIPE = Recipe(opt_batch=2, max_batch=4)
+
+
+class Command(BaseSettings):
+    """The command as pcae-export has it."""
+
+    model_config = config("pcae-export")
+
+    tensorrt: CliSubCommand[TensorRt]
+
+    def cli_cmd(self) -> None:
+        CliApp.run_subcommand(self)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return standin.demo_with_graphs(
+        tmp_path_factory.mktemp("demo") / "bundle", float32=True, tiers=3
+    )
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The demo bundle with the graphs that it ships for TensorRT."""
+    return standin.demo_with_graphs(tmp_path_factory.mktemp("demo") / "bundle", float32=False)
+
+
+@pytest.fixture
+def trt(monkeypatch: pytest.MonkeyPatch) -> standin.TensorRt:
+    return standin.install(monkeypatch)
+
+
+@pytest.fixture
+def maker(bundle: Bundle, trt: standin.TensorRt, tmp_path: Path) -> Maker:
+    return Maker(bundle, tensorrt.library(), find("cuda:0"), RECIPE, tmp_path, PIXELS, "noise")
+
+
+@pytest.fixture
+def rtx(monkeypatch: pytest.MonkeyPatch) -> Library:
+    """The real TensorRT-RTX, also where the real TensorRT is installed."""
+    pytest.importorskip("tensorrt_rtx_bindings")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    return tensorrt.library()
+
+
+# with TensorRT-RTX
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "fast")) for n in (
+        "fast", "brisk", "balanced", "careful", "full")]
+)  # fmt: skip
+def test_tensorrt_rtx_builds_every_tier(real: Bundle, rtx: Library, name: str) -> None:
+    tier = next(tier for tier in real.tiers if tier.name == name)
+    built = build(rtx, real, tier, Recipe(), None)
+    assert len(built.data) > 1_000_000
+    assert built.outputs == {"logits": ("float32", (10,))} | {
+        f"kept_{i}": ("int32", (count,)) for i, count in enumerate(tier.token_counts)
+    }
+    assert built.shapes == {
+        "min": (1, 28, 28, 3), "opt": (8, 28, 28, 3), "max": (32, 28, 28, 3)
+    }  # fmt: skip
+    if f"models/{tier.model}/{tier.tensorrt_graph}" in bundles.load(bundles.demo()).manifest.files:
+        assert built.fused_attention == real.manifest.models[tier.model].depth
+
+
+def test_a_graph_that_tensorrt_cannot_read_is_one_line(
+    real: Bundle, rtx: Library, tmp_path: Path
+) -> None:
+    tier = real.tiers[0]
+    spoilt = replace(real, root=tmp_path)
+    graph = plans.graph(spoilt, tier)
+    graph.parent.mkdir(parents=True)
+    graph.write_bytes(b"no graph")
+    with pytest.raises(PlanError, match=r"tensorrt_rtx 1.* cannot read .*onnx: ") as caught:
+        build(rtx, spoilt, tier, Recipe(), None)
+    assert "\n" not in str(caught.value)
+
+
+# with the stand-in
+
+
+def test_what_the_command_built_the_server_runs(
+    bundle: Bundle,
+    trt: standin.TensorRt,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["tensorrt", str(bundle.root), "--cache-dir", str(tmp_path), "--parity-images", "64"]
+    argv += ["--max-batch", "4", "--opt-batch", "2"]
+    assert run(Command, argv) == 0
+    told = capsys.readouterr().out
+    assert told.count("built in") == 3
+    assert "top-1 agreement 1.0000 on 64 images of generated clouds" in told
+    assert "1 of 12 attention blocks fused" in told
+    assert trt.cuda.left() == 0
+    engine = TensorRtEngine(bundle, "cuda:0", tmp_path, 4)
+    for tier in bundle.tiers:
+        expected = reference(bundle, tier, PIXELS[:3]).vectors
+        np.testing.assert_allclose(engine.run(tier, PIXELS[:3]).vectors, expected, atol=1e-3)
+    engine.close()
+    assert run(Command, argv) == 0
+    assert capsys.readouterr().out.count("there already") == 3
+    assert len(trt.configs) == 3
+
+
+def test_a_dry_run_needs_no_gpu_and_keeps_nothing(
+    bundle: Bundle,
+    trt: standin.TensorRt,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
+    monkeypatch.setattr(driver, "gpus", lambda: pytest.fail("asks for a GPU"))
+    argv = ["tensorrt", str(bundle.root), "--dry-run", "--cache-dir", str(tmp_path / "cache")]
+    assert run(Command, argv) == 0
+    assert capsys.readouterr().out.count("with tensorrt_rtx 11.4.0: ") == 3
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_sidecar_tells_all(maker: Maker, bundle: Bundle) -> None:
+    tier = bundle.tiers[0]
+    plan, new = maker.ensure(tier)
+    assert new
+    file = plans.folder(maker.cache_dir) / f"{plan.key.name}.json"
+    told = json.loads(file.read_text())
+    assert told["key"] == {
+        "bundle": bundle.digest,
+        "tier": "fast",
+        "graph": bundles.sha256(plans.graph(bundle, tier)),
+        "machine": {
+            "library": "tensorrt",
+            "version": standin.VERSION,
+            "gpu": standin.GPU,
+            "compute_capability": "9.0",
+        },
+        "recipe": {
+            "opt_batch": 2,
+            "max_batch": 4,
+            "optimization_level": 3,
+            "workspace_mb": 4096,
+        },
+    }
+    assert told["driver"] == "13.1"
+    assert told["shapes"]["max"] == [4, 28, 28, 3]
+    assert told["parity"]["images"] == 8
+    assert told["sha256"] == bundles.sha256(file.with_suffix(".plan"))
+
+
+def test_a_plan_is_built_once_and_anew_where_its_key_changes(
+    maker: Maker, bundle: Bundle, trt: standin.TensorRt
+) -> None:
+    tier = bundle.tiers[0]
+    first, _ = maker.ensure(tier)
+    assert maker.ensure(tier) == (first, False)
+    assert replace(maker, recipe=Recipe(opt_batch=1, max_batch=4)).ensure(tier)[1]
+    assert replace(maker, bundle=replace(bundle, digest="another")).ensure(tier)[1]
+    assert replace(maker, gpu=maker.gpu._replace(name="NVIDIA L4")).ensure(tier)[1]
+    assert len(trt.configs) == 4
+    assert trt.configs[0].pools == {trt.MemoryPoolType.WORKSPACE: 4096 << 20}
+    assert trt.configs[0].builder_optimization_level == 3
+
+
+@pytest.mark.parametrize("damage", ["bytes", "sidecar", "engine"])
+def test_a_damaged_plan_is_built_anew(maker: Maker, bundle: Bundle, damage: str) -> None:
+    tier = bundle.tiers[0]
+    first, _ = maker.ensure(tier)
+    target = plans.folder(maker.cache_dir) / first.key.name
+    if damage == "bytes":
+        target.with_suffix(".plan").write_bytes(b"plan{")
+    elif damage == "sidecar":
+        target.with_suffix(".json").write_text("{")
+    else:  # whole, but TensorRT does not take it
+        rubbish = first.model_copy(update={"sha256": plans.sha256(b"rubbish")})
+        plans.write(maker.cache_dir, rubbish, b"rubbish")
+    again, new = maker.ensure(tier)
+    assert new
+    assert again.sha256 == first.sha256
+    assert maker.ensure(tier) == (again, False)
+
+
+def test_a_plan_that_answers_wrong_is_not_kept(
+    bundle: Bundle,
+    trt: standin.TensorRt,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trt.wrong = True
+    argv = ["tensorrt", str(bundle.root), "--cache-dir", str(tmp_path), "--parity-images", "64"]
+    assert run(Command, [*argv, "--max-batch", "2", "--opt-batch", "1"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "tier 'fast': the plan's top-1 agreement with ONNX Runtime is" in error
+    assert not [*plans.folder(tmp_path).glob("*.plan"), *plans.folder(tmp_path).glob("*.json")]
+    assert trt.cuda.left() == 0
+
+
+def test_a_build_that_fails_says_why_in_one_line(
+    maker: Maker, bundle: Bundle, trt: standin.TensorRt
+) -> None:
+    trt.cannot_build = True
+    with pytest.raises(PlanError, match=r"cannot build .*: no kernel for node TopK_3$"):
+        maker.ensure(bundle.tiers[0])
+
+
+def test_timings_go_from_one_build_to_the_next_and_foreign_ones_are_dropped(
+    maker: Maker, bundle: Bundle
+) -> None:
+    maker.ensure(bundle.tiers[0])
+    (file,) = plans.folder(maker.cache_dir).glob("*.timings")
+    assert file.read_bytes() == b"timings:"
+    maker.ensure(bundle.tiers[1])
+    assert file.read_bytes() == b"timings:timings:"
+    file.write_bytes(b"of another version")
+    maker.ensure(bundle.tiers[2])
+    assert file.read_bytes() == b"timings:"
+
+
+def test_of_two_that_want_a_plan_one_builds_it(
+    maker: Maker, bundle: Bundle, trt: standin.TensorRt, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tier = bundle.tiers[0]
+    key = plans.key(bundle, tier, maker.library.machine(maker.gpu), RECIPE)
+    folder = plans.folder(maker.cache_dir)
+    folder.mkdir()
+    other = FileLock(folder / f"{key.name}.lock", thread_local=False)
+    with ThreadPoolExecutor(1) as pool:
+        with other:
+            waiting = pool.submit(maker.ensure, tier)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+            made = maker._make(key, tier)
+        assert waiting.result(timeout=30) == (made, False)
+    assert "another process builds it, waiting" in capsys.readouterr().out
+    assert len(trt.configs) == 1
+
+
+@pytest.mark.parametrize("broken", ["file", "full"])
+def test_a_cache_that_cannot_be_written_is_told(
+    maker: Maker, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    if broken == "file":
+        plans.folder(maker.cache_dir).write_text("no folder")
+        reason = "File exists"
+    else:
+
+        def full(path: Path, data: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        reason = "No space left on device"
+    with pytest.raises(PcaeError, match=rf"cannot be kept in .* \({reason}\): make room"):
+        maker.ensure(bundle.tiers[0])
+
+
+def test_what_is_missing_is_one_line(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> list[str]:
+        raise driver.NoGpu("no NVIDIA driver here")
+
+    monkeypatch.setattr(driver, "gpus", none)
+    monkeypatch.setitem(sys.modules, "tensorrt", standin.TensorRt(standin.Runtime()))
+    for argv in ([], ["--dry-run"]):  # the real builder crashes without a GPU
+        assert run(Command, ["tensorrt", str(bundle.root), *argv]) == 1
+        assert capsys.readouterr().err == "pcae-export: no NVIDIA driver here\n"
+    for package in tensorrt.PACKAGES:
+        monkeypatch.setitem(sys.modules, package, None)
+    assert run(Command, ["tensorrt", str(bundle.root)]) == 1
+    assert "TensorRT is not installed: pip install" in capsys.readouterr().err
+
+
+def test_wrong_flags_are_told(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(Command, ["tensorrt", str(bundle.root), "--max-batch", "4"]) == 2
+    assert "--opt-batch 8 is above --max-batch 4" in capsys.readouterr().err
+    assert run(Command, ["tensorrt", str(bundle.root), "--parity-images", "8"]) == 2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(real: Bundle, tmp_path: Path) -> None:
+    assert run(Command, ["tensorrt", str(real.root), "--cache-dir", str(tmp_path)]) == 0
+    engine = TensorRtEngine(real, "cuda:0", tmp_path)
+    for tier in real.tiers:
+        expected = reference(real, tier, PIXELS)
+        for batch in (1, 3, 8):
+            found = engine.run(tier, PIXELS[:batch])
+            np.testing.assert_allclose(found.vectors, expected.vectors[:batch], atol=0.1)
+    engine.close()
+
+
+# parity
+
+
+@contextmanager
+def no_error() -> Iterator[None]:
+    yield
+
+
+def answers(vectors: np.ndarray, kept: np.ndarray | None = None) -> Output:  # type: ignore[type-arg]
+    return Output(vectors.astype(np.float32), () if kept is None else (kept.astype(np.int32),))
+
+
+@pytest.mark.parametrize(("wrong", "passes"), [(0, True), (1, True), (2, False), (256, False)])
+def test_one_image_in_two_hundred_may_change_class(
+    bundle: Bundle, wrong: int, passes: bool
+) -> None:
+    theirs = np.tile(np.arange(10), (256, 1))
+    ours = theirs.copy()
+    ours[:wrong] = ours[:wrong, ::-1]
+    with no_error() if passes else pytest.raises(PlanError, match=r"below 0\.995"):
+        parity = judge(bundle, bundle.tiers[0], answers(ours), answers(theirs), 256, "toys")
+        assert parity.value == 1 - wrong / 256
+
+
+def test_no_number_is_no_agreement(bundle: Bundle) -> None:
+    theirs = np.tile(np.arange(10), (256, 1))
+    ours = theirs.astype(np.float32)
+    ours[:, 9] = np.nan
+    with pytest.raises(PlanError, match=r"is 0\.0000"):
+        judge(bundle, bundle.tiers[0], answers(ours), answers(theirs), 256, "toys")
+
+
+@pytest.mark.parametrize(("noise", "passes"), [(0.001, True), (0.1, False), (np.nan, False)])
+def test_features_are_judged_by_their_cosine(bundle: Bundle, noise: float, passes: bool) -> None:
+    models = {
+        name: model.model_copy(update={"answers": "features"})
+        for name, model in bundle.manifest.models.items()
+    }
+    changes = {"models": models, "labels": ()}
+    headless = replace(bundle, manifest=bundle.manifest.model_copy(update=changes))
+    theirs = np.random.default_rng(0).standard_normal((64, 192))
+    ours = theirs + noise * np.random.default_rng(1).standard_normal((64, 192))
+    with no_error() if passes else pytest.raises(PlanError, match="mean cosine"):
+        parity = judge(headless, bundle.tiers[0], answers(ours), answers(theirs), 64, "toys")
+        assert parity.measure == "mean cosine"
+        assert 0 < parity.largest_difference < 0.01
+
+
+def test_patches_alike_are_counted_in_any_order(bundle: Bundle) -> None:
+    vectors = np.tile(np.arange(10), (2, 1))
+    ours = answers(vectors, np.array([[3, 1, 2, 0], [4, 5, 6, 7]]))
+    theirs = answers(vectors, np.array([[0, 1, 2, 3], [6, 7, 8, 9]]))
+    assert judge(bundle, bundle.tiers[0], ours, theirs, 2, "toys").same_patches == 0.75
+
+
+@pytest.mark.parametrize(("images", "sizes"), [(64, (1, 2, 4, 8)), (5, (1, 2, 4, 8)), (8, (1,))])
+def test_every_image_and_every_bucket_is_run(images: int, sizes: tuple[int, ...]) -> None:
+    batches = list(tensorrt_plans._batches(images, sizes))
+    assert {len(rows) for rows in batches} >= set(sizes)
+    assert set(np.concatenate(batches)) == set(range(images))
