@@ -3,13 +3,14 @@
 It writes down what it is given and measures nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pcae_export.verify import MARGIN, TOLERANCE, Parity
-from pcae_serve.bundle import Accuracy, Manifest, Tier
+from pcae_serve.bundle import Manifest, Tier
 from pcae_training.checkpoint import Checkpoint
+from pcae_training.model import ViTConfig
 
 #: Settings that name places on the machine that trained, or change nothing of the outcome.
 PRIVATE = {"out", "init", "resume", "stop_after", "threads", "workers"}
@@ -20,78 +21,131 @@ SIZES = {"image_size", "width", "depth", "heads"}
 def render(
     manifest: Manifest,
     tiers: Sequence[Tier],
-    checkpoint: Checkpoint,
-    parity: Parity | None,
+    checkpoints: Mapping[str, Checkpoint],
+    parity: Mapping[str, Parity],
     note: str = "",
 ) -> str:
-    """The card in Markdown. `manifest` may still be the draft's; `tiers` carry the accuracy."""
-    parts = [
-        f"# {manifest.name}",
-        _about(checkpoint),
-        *([note.strip()] if note.strip() else []),
-        "## Tiers",
-        "\n".join(_tiers(tiers, checkpoint)),
-        "## Training",
-        "\n".join(_training(checkpoint.training)) or "Not recorded: the weights came without it.",
-        "## Parity",
-        _parity(parity),
-        "## Made with",
-        ", ".join(f"{tool} {version}" for tool, version in manifest.producer.items())
-        + f", on {manifest.created:%Y-%m-%d}.",
-    ]
+    """The card in Markdown. `manifest` may still be the draft's; `tiers` carry their quality.
+
+    checkpoints and parity by model id.
+    """
+    several = len(checkpoints) > 1
+    parts = [f"# {manifest.name}"]
+    for model_id, checkpoint in checkpoints.items():
+        parts.append((f"**{model_id}**: " if several else "") + _about(checkpoint))
+    parts += [*([note.strip()] if note.strip() else []), "## Tiers"]
+    parts.append("\n".join(_tiers(tiers, checkpoints)))
+    parts.append("## Training")
+    for model_id, checkpoint in checkpoints.items():
+        parts += [f"**{model_id}**"] if several else []
+        history = "\n".join(_training(checkpoint.training))
+        parts.append(history or "Not recorded: the weights came without it.")
+    parts.append("## Parity")
+    for model_id in checkpoints:
+        parts += [f"**{model_id}**"] if several else []
+        parts.append(_parity(parity.get(model_id)))
+    made = ", ".join(f"{tool} {version}" for tool, version in manifest.producer.items())
+    parts += ["## Made with", f"{made}, on {manifest.created:%Y-%m-%d}."]
     return "\n\n".join(parts) + "\n"
 
 
 def _about(checkpoint: Checkpoint) -> str:
     config, labels = checkpoint.model.config, checkpoint.labels
     parameters = sum(p.numel() for p in checkpoint.model.parameters())
-    points = ", ".join(map(str, config.reduction_points))
     some = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
+    purpose = f"tells {len(labels)} classes apart ({some})" if labels else (
+        f"gives {config.width} features"
+    )  # fmt: skip
     return (
         f"A vision transformer ({parameters / 1e6:.2f} million parameters, width {config.width},"
-        f" depth {config.depth}) that tells {len(labels)} classes apart ({some}) in images of"
+        f" depth {config.depth}) that {purpose} {'in' if labels else 'of'} images of"
         f" {config.image_size} x {config.image_size} pixels, cut into {config.geometry.patches}"
-        " patches."
-        f" After blocks {points} it drops the patches most like the mean patch (progressive token"
-        " reduction, the PCAE paper): one set of weights, stored as float16, answers at every tier"
-        " below. For `pcae-serve`."
+        f" patches. {_reduction(config)} One set of weights, stored as float16, answers at every"
+        " tier below. For `pcae-serve`."
     )
 
 
-def _tiers(tiers: Sequence[Tier], checkpoint: Checkpoint) -> Iterator[str]:
-    geometry = checkpoint.model.config.geometry
-    full = geometry.macs(geometry.counts(1))
-    yield (
-        "| tier | keep ratio | patches kept after each stage | tokens in the last block | GMACs"
-        " | MAC ratio | top-1 (95 % interval) |"
+def _reduction(config: ViTConfig) -> str:
+    """How patches are reduced, in a sentence."""
+    if not config.reduction_points:
+        return "It keeps all of them."
+    points = ", ".join(map(str, config.reduction_points))
+    goes = "drops" if config.reduction != "merged" else "merges into others"
+    which = {
+        "random": "a fixed random choice of patches",
+        "attention": "the least attended patches",
+        "ptr-normalised": "the patches most like the mean of the normalised patches",
+    }.get(config.reduction, "the patches most like the mean patch")
+    name = "" if config.reduction == "ptr" else f"; here: `{config.reduction}`"
+    return (
+        f"After blocks {points} it {goes} {which} (progressive token reduction, the PCAE"
+        f" paper{name})."
     )
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+
+
+def _tiers(tiers: Sequence[Tier], checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
+    several = len(checkpoints) > 1
+    int8 = any(tier.precision == "int8" for tier in tiers)
+    largest = max(_full_macs(checkpoint) for checkpoint in checkpoints.values())
+    header = ["tier"] + ["model"] * several + ["keep ratio", "patches kept after each stage"]
+    header += ["tokens in the last block"] + ["precision"] * int8 + ["GMACs", "MAC ratio"]
+    header += [_measure(tiers)]
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + " --- |" * len(header)
     for tier in tiers:
-        top1 = quality(tier.accuracy) if tier.accuracy else "not measured"
-        cells = (
-            tier.name,
-            f"{tier.keep_ratio:g}",
-            ", ".join(map(str, tier.token_counts)),
-            str(geometry.tokens_per_block(tier.token_counts)[-1]),
-            f"{tier.macs / 1e9:.3f}",
-            f"{full / tier.macs:.2f}",
-            f"{top1}, dominated" if tier.dominated else top1,
-        )
+        geometry = checkpoints[tier.model].model.config.geometry
+        worth = quality(tier)
+        cells = [tier.name] + [tier.model] * several
+        cells += [f"{tier.keep_ratio:g}", ", ".join(map(str, tier.token_counts)) or "all"]
+        cells += [str(geometry.tokens_per_block(tier.token_counts)[-1])] + [tier.precision] * int8
+        cells += [f"{tier.macs / 1e9:.3f}", f"{largest / tier.macs:.2f}"]
+        cells += [f"{worth}, dominated" if tier.dominated else worth]
         yield "| " + " | ".join(cells) + " |"
-    measured = next((tier.accuracy for tier in tiers if tier.accuracy), None)
-    if measured:
+    explained = _explained(tiers)
+    if explained:
         yield ""
         yield (
-            f"Top-1 on {measured.n:,} images of {measured.data_set}, from image files through the"
-            " elastic graph in ONNX Runtime, as served; Wilson interval. MAC ratio: multiply-adds"
-            " at keep ratio 1 over the tier's."
+            f"{explained}, from image files through the elastic graph in ONNX Runtime, as served."
+            " MAC ratio: multiply-adds of the largest model at keep ratio 1 over the tier's."
         )
 
 
-def quality(accuracy: Accuracy) -> str:
-    """An accuracy in words: 93.10 % [92.59, 93.58] of 10,000."""
-    low, high = (100 * bound for bound in accuracy.interval)
-    return f"{100 * accuracy.top1:.2f} % [{low:.2f}, {high:.2f}] of {accuracy.n:,}"
+def _full_macs(checkpoint: Checkpoint) -> int:
+    geometry = checkpoint.model.config.geometry
+    return geometry.macs(geometry.counts(1))
+
+
+def _measure(tiers: Sequence[Tier]) -> str:
+    """What the tiers were measured by, as the head of a column."""
+    if any(tier.agreement for tier in tiers):
+        return "same class as at keep ratio 1"
+    if any(tier.fidelity for tier in tiers):
+        return "cosine of the features to those at keep ratio 1"
+    return "top-1 (95 % interval)"
+
+
+def _explained(tiers: Sequence[Tier]) -> str:
+    for tier in tiers:
+        if (found := tier.accuracy) is not None:
+            return f"Top-1 on {found.n:,} images of {found.data_set}, with Wilson's interval"
+        if (other := tier.agreement or tier.fidelity) is not None:
+            return (
+                f"Measured without labels, against the same model at keep ratio 1, on {other.n:,}"
+                f" images of {other.data_set}"
+            )
+    return ""
+
+
+def quality(tier: Tier) -> str:
+    """What a tier is worth, in words: 93.10 % [92.59, 93.58] of 10,000."""
+    if tier.accuracy is not None:
+        low, high = (100 * bound for bound in tier.accuracy.interval)
+        return f"{100 * tier.accuracy.top1:.2f} % [{low:.2f}, {high:.2f}] of {tier.accuracy.n:,}"
+    if tier.agreement is not None:
+        return f"{100 * tier.agreement.share:.1f} % of {tier.agreement.n:,}"
+    if tier.fidelity is not None:
+        return f"{tier.fidelity.cosine:.4f} over {tier.fidelity.n:,}"
+    return "not measured"
 
 
 def _training(training: dict[str, Any]) -> Iterator[str]:
@@ -142,10 +196,11 @@ def _parity(parity: Parity | None) -> str:
     if parity is None:
         return "Not checked: exported without images."
     return (
-        "Every tier's graphs were held against torch with the weights as stored, on images of the"
-        f" evaluation data: {parity}. Allowed: {TOLERANCE:g} on every logit, the same patches kept"
-        " and the same class, for images whose similarity margin at every cut exceeds"
-        f" {MARGIN:g}; the others are the near ties."
+        f"Every graph was held against torch with the weights as stored: {parity}. Allowed of"
+        f" float32: {TOLERANCE:g}, the same patches and the same class, wherever the similarity"
+        f" margin at every cut exceeds {MARGIN:g} (the others are the near ties), and {TOLERANCE:g}"
+        " on all images once torch is made to keep the same patches.\n\n"
+        + "\n".join(parity.table())
     )
 
 

@@ -1,4 +1,12 @@
-"""The model as ONNX graphs: one elastic (token counts are an input), static ones folded from it.
+"""The model as ONNX graphs: traced once, then in each form that a runtime wants.
+
+    trace     the network with token counts as an input, products in float16, attention unexpanded
+    elastic   the same in a precision, attention fused or in plain operators
+    static    an elastic graph with its counts constant
+
+Plain float32 is for ONNX Runtime on a CPU and for whoever reads ONNX; plain half for TensorRT,
+which fuses attention by itself; fused half for ONNX Runtime on a GPU, which has kernels for it.
+In half, norms, softmax, ranking, pooling and the head stay in float32.
 
 It knows the network and the graph format, nothing of tiers or accuracy. Until `bind`, the weights
 are plain inputs of a graph, so that no folding can touch them; after it they are references.
@@ -7,8 +15,9 @@ are plain inputs of a graph, so that no folding can touch them; after it they ar
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import onnx
@@ -21,52 +30,64 @@ from pcae_export.weights import Place
 from pcae_serve.bundle import WEIGHTS
 from pcae_serve.preprocess import Preprocess
 from pcae_training.evaluate import normalise
-from pcae_training.model import VisionTransformer
-from pcae_training.reduction import reduce_patches
+from pcae_training.model import Attention, Block, VisionTransformer
+from pcae_training.reduction import fixed_order, reduce_tokens
 
 OPSET = 20
+BFLOAT16_OPSET = 22  # the first whose convolution takes it
 
 logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
 # it warns that torchvision is missing, which nothing here uses
 
 _MODEL = "model."  # what `Elastic` puts before the weights' own names
+_ATTENTION = "pcae::Attention"  # in a traced graph alone
+
+Precision = Literal["float32", "float16", "bfloat16"]
+_TYPES: dict[Precision, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
 
 
 class Elastic(nn.Module):
     """A VisionTransformer whose token counts are an input: one graph for every budget."""
 
+    order: Tensor
+
     def __init__(self, model: VisionTransformer, preprocess: Preprocess) -> None:
+        """Only `torch.onnx.export` can run it: its attention is a name until it is expanded."""
         super().__init__()
-        self.model, self.preprocess = model, preprocess
+        self.model, self.preprocess = halved(model), preprocess
+        if model.config.reduction == "random":
+            patches = model.config.geometry.patches
+            self.register_buffer("order", fixed_order(patches), persistent=False)
 
     def forward(self, pixels: Tensor, token_counts: Tensor) -> tuple[Tensor, ...]:
-        """Logits [N, classes], then per stage int32 [N, m_i]: original indices of the patches left.
+        """Logits [N, classes] or features [N, D]; then per stage the patches left, int32 [N, m_i].
 
         pixels uint8 [N, H, W, 3]; token_counts int64 [stages]. Where a stage drops nothing, the
         patches are only put in another order, which no block and no pooling can see.
         """
         model = self.model
         images = pixels.float().permute(0, 3, 1, 2)  # cast first: TensorRT transposes no uint8
-        x = model.embed(normalise(images, self.preprocess))
-        prefix = model.config.prefix
-        n = x.shape[1] - prefix
-        left = torch.tensor(n)
+        tokens = model.tokens(model.embed(normalise(images, self.preprocess).half()))
+        left = torch.tensor(tokens.patches)
         kept: list[Tensor] = []
-        position = torch.arange(n).expand(x.shape[0], -1)
         for i, block in enumerate(model.blocks):
-            x = block(x)  # [N, prefix + n + e, D]: CLS, patches, means of what was dropped
-            if i in model.config.reduction_points:
+            reduces, scores = i in model.config.reduction_points, None
+            if reduces:
+                scores = model.scores(cast(Block, block), tokens, getattr(self, "order", None))
+            tokens = tokens._replace(x=block(tokens.x, bias=tokens.attention_bias))
+            if reduces:
                 count = token_counts[len(kept)]
                 dropped = left - count  # a tensor: as a number it would fix the graph to one case
-                m = _number(count, 2, n)  # 2: torch's broadcasting asks; the graph takes 1 as well
+                m = _number(count, 2, tokens.patches)  # 2: torch's broadcasting asks; 1 runs too
                 some = _number(dropped.clamp(max=1), 0, 1)  # 0 where nothing is dropped
-                patches, mean, index = reduce_patches(x[:, prefix : prefix + n], m, dropped)
-                mean = mean.narrow(1, 0, some)  # sliced away, not times zero: it may be 0 / 0
-                x = torch.cat([x[:, :prefix], patches, x[:, prefix + n :], mean], dim=1)
-                position = position.gather(1, index)
-                kept.append(position.int())
-                n, left = m, count
-        return model.pool(x, x[:, prefix : prefix + n]), *kept
+                tokens = reduce_tokens(tokens, m, dropped, model.config.reduction, scores, some)
+                kept.append(tokens.position.int())
+                left = count
+        return model.pool(tokens._replace(x=tokens.x.float())), *kept
 
 
 def _number(value: Tensor, low: int, high: int) -> int:
@@ -77,13 +98,53 @@ def _number(value: Tensor, low: int, high: int) -> int:
     return number
 
 
-def elastic(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
-    """Trace `model`, its token counts an input. The weights become inputs too: see `bind`."""
+def halved(model: VisionTransformer) -> VisionTransformer:
+    """A copy whose products are in float16; norms, softmax, ranking and head stay in float32."""
+    model = deepcopy(model)
+    tops = [getattr(model, name, None) for name in ("norm", "fc_norm", "head", "head_dist")]
+    top = {module for module in tops if module is not None}
+    for module in model.modules():
+        if module in top:
+            continue
+        if isinstance(module, nn.LayerNorm):
+            module.__class__ = _Float32Norm
+            continue
+        if isinstance(module, Attention):
+            module.__class__ = _NamedAttention
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.half()
+    return model
+
+
+class _Float32Norm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+class _NamedAttention(Attention):
+    """Attention as one operator of our own, for `_plain` and `_fused` to expand."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # each [B, N, D], its heads side by side
+        mixed = torch.onnx.ops.symbolic(
+            _ATTENTION,
+            [q, k, v] if bias is None else [q, k, v, bias],
+            {"num_heads": self.heads, "head_size": x.shape[-1] // self.heads},
+            dtype=x.dtype,
+            shape=x.shape,
+            version=1,
+        )
+        return cast(Tensor, self.proj(mixed))
+
+
+def trace(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
+    """The network as a graph, which takes half a minute. The weights become inputs: see `bind`."""
     size, stages = model.config.image_size, len(model.config.reduction_points)
     example = (
         torch.zeros(2, size, size, model.config.channels, dtype=torch.uint8),
         torch.tensor(model.config.geometry.counts(1)),
     )
+    answer = "logits" if model.config.classes else "features"
     with warnings.catch_warnings():
         # torch.onnx 2.13 uses what torch.utils._pytree has deprecated
         warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec", FutureWarning)
@@ -95,7 +156,7 @@ def elastic(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
             opset_version=OPSET,
             verbose=False,
             input_names=["pixels", "token_counts"],
-            output_names=["logits", *(f"kept_{i}" for i in range(stages))],
+            output_names=[answer, *(f"kept_{i}" for i in range(stages))],
             dynamic_shapes={"pixels": {0: torch.export.Dim.DYNAMIC}, "token_counts": None},
         )
     assert program is not None  # it is None only for dynamo=False
@@ -108,11 +169,97 @@ def elastic(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
             graph.inputs.append(value)
     pixels, *_ = graph.inputs
     pixels.shape = ir.Shape(["batch", size, size, model.config.channels])
-    logits, *kept = graph.outputs
-    logits.shape = ir.Shape(["batch", model.config.classes])
+    vectors, *kept = graph.outputs
+    vectors.shape = ir.Shape(["batch", model.config.classes or model.config.width])
     for i, output in enumerate(kept):
         output.shape = ir.Shape(["batch", f"patches_{i}"])
-    return _tidy(traced)
+    return traced
+
+
+def elastic(traced: ir.Model, precision: Precision = "float32", fused: bool = False) -> ir.Model:
+    """A traced graph in a precision, its attention in plain operators or as ONNX Runtime's own."""
+    model, dtype = traced.clone(), _TYPES[precision]
+    _retype(model.graph, dtype)
+    if dtype == ir.DataType.BFLOAT16:
+        model.graph.opset_imports[""] = BFLOAT16_OPSET
+    domain, _, operator = _ATTENTION.partition("::")
+    for node in [node for node in model.graph if node.op_type == operator]:
+        tape = ir.tape.Tape()
+        mixed = _fused(tape, node, dtype) if fused else _plain(tape, node, dtype)
+        model.graph.insert_before(node, tape.nodes)
+        ir.convenience.replace_all_uses_with(node.outputs[0], mixed)
+        model.graph.remove(node, safe=True)
+    model.graph.opset_imports.pop(domain, None)
+    if fused:
+        model.graph.opset_imports["com.microsoft"] = 1
+    return _tidy(model)
+
+
+def _retype(graph: ir.Graph, dtype: ir.DataType) -> None:
+    """Everything that was traced in float16 in `dtype`; what then casts to what it is goes."""
+    half = ir.DataType.FLOAT16
+    if dtype == half:
+        return
+    for value in [*graph.inputs, *graph.initializers.values()]:
+        assert value.const_value is None or value.dtype != half  # constants are traced in float32
+        if value.dtype == half:
+            value.type = ir.TensorType(dtype)  # anew: copies of a graph share their types
+    for node in list(graph):
+        for value in node.outputs:
+            if value.dtype == half:
+                value.type = ir.TensorType(dtype)
+        if node.op_type != "Cast":
+            continue
+        if node.attributes["to"].as_int() == half:
+            node.attributes["to"] = ir.AttrInt64("to", dtype)
+        (given,) = node.inputs
+        if given is not None and given.dtype == node.attributes["to"].as_int():
+            ir.convenience.replace_all_uses_with(node.outputs[0], given)
+            graph.remove(node, safe=True)
+
+
+def _plain(tape: ir.tape.Tape, attention: ir.Node, dtype: ir.DataType) -> ir.Value:
+    """softmax(q kᵀ / √d + bias) v in plain operators: the form that TensorRT fuses."""
+    q, k, v, *bias = attention.inputs
+    heads = attention.attributes["num_heads"].as_int()
+    size = attention.attributes["head_size"].as_int()
+    split = tape.op("Constant", [], {"value": ir.tensor(np.array([0, 0, heads, size]))})
+
+    def by_head(x: ir.Value | None, perm: Sequence[int]) -> ir.Value:
+        return tape.op("Transpose", [tape.op("Reshape", [x, split])], {"perm": perm})
+
+    scale = tape.op("Constant", [], {"value": _scalar(size**-0.5, dtype)})
+    queries = tape.op("Mul", [by_head(q, (0, 2, 1, 3)), scale])  # before the product: no overflow
+    scores = tape.op("MatMul", [queries, by_head(k, (0, 2, 3, 1))])  # [B, heads, N, N]
+    if dtype != ir.DataType.FLOAT:
+        scores = tape.op("Cast", [scores], {"to": ir.DataType.FLOAT})
+    for added in bias:
+        scores = tape.op("Add", [scores, added])
+    weights = tape.op("Softmax", [scores], {"axis": -1})
+    if dtype != ir.DataType.FLOAT:
+        weights = tape.op("Cast", [weights], {"to": dtype})
+    mixed = tape.op("MatMul", [weights, by_head(v, (0, 2, 1, 3))])
+    joined = tape.op("Constant", [], {"value": ir.tensor(np.array([0, 0, heads * size]))})
+    return tape.op("Reshape", [tape.op("Transpose", [mixed], {"perm": (0, 2, 1, 3)}), joined])
+
+
+def _fused(tape: ir.tape.Tape, attention: ir.Node, dtype: ir.DataType) -> ir.Value:
+    """The same as one MultiHeadAttention of ONNX Runtime's."""
+    q, k, v, *bias = attention.inputs
+    inputs = [q, k, v]
+    for added in bias:  # [1 or B, 1, 1, N], but the operator wants a row for every query
+        queries = tape.op("Shape", [q], {"start": 1, "end": 2})
+        ones = tape.op("Constant", [], {"value": ir.tensor(np.array([1, 1]))})
+        one = tape.op("Constant", [], {"value": ir.tensor(np.array([1]))})
+        shape = tape.op("Concat", [ones, queries, one], {"axis": 0})
+        cast_bias = tape.op("Cast", [tape.op("Expand", [added, shape])], {"to": dtype})
+        inputs += [None, None, cast_bias]
+    attributes = {"num_heads": attention.attributes["num_heads"].as_int()}
+    return tape.op("MultiHeadAttention", inputs, attributes, domain="com.microsoft")
+
+
+def _scalar(value: float, dtype: ir.DataType) -> ir.TensorProtocol:
+    return ir.tensor(np.array(value, dtype=dtype.numpy()), dtype=dtype)
 
 
 def static(elastic: ir.Model, token_counts: Sequence[int]) -> ir.Model:
@@ -128,13 +275,13 @@ def static(elastic: ir.Model, token_counts: Sequence[int]) -> ir.Model:
 
 
 def bind(model: ir.Model, places: Mapping[str, Place]) -> ir.Model:
-    """A copy whose weights are float16 tensors inside WEIGHTS, each one cast to float32."""
+    """A copy whose weights are float16 tensors inside WEIGHTS, cast to the type the graph takes."""
     model = model.clone()
     graph, casts = model.graph, []
     for value in [value for value in graph.inputs if value.name in places]:
         assert value.name is not None
-        name, place = value.name, places[value.name]
-        shape = ir.Shape(place.shape)
+        assert value.dtype is not None
+        name, place, shape = value.name, places[value.name], ir.Shape(places[value.name].shape)
         tensor = ir.ExternalTensor(
             WEIGHTS, place.offset, place.length, ir.DataType.FLOAT16, shape=shape, name=name
         )
@@ -142,18 +289,22 @@ def bind(model: ir.Model, places: Mapping[str, Place]) -> ir.Model:
         stored = ir.Value(
             name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT16), const_value=tensor
         )
-        value.name = f"{name}.float32"
-        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT})
-        cast.outputs[0].name = value.name
-        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+        if value.dtype == ir.DataType.FLOAT16:
+            ir.convenience.replace_all_uses_with(value, stored)
+        else:
+            value.name = f"{name}.{value.dtype.name.lower()}"
+            cast = ir.node("Cast", [stored], {"to": value.dtype})
+            cast.outputs[0].name = value.name
+            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+            casts.append(cast)
         graph.register_initializer(stored)
-        casts.append(cast)
     graph.insert_before(graph[0], casts)
     return model
 
 
-def save(model: ir.Model, file: Path) -> None:
-    """Write a bound graph beside its weights, and have it checked."""
+def save(model: ir.Model, file: Path, metadata: Mapping[str, str]) -> None:
+    """Write a bound graph beside its weights, saying `metadata` of itself, and have it checked."""
+    model.metadata_props.update(metadata)
     ir.save(model, file)
     onnx.checker.check_model(file)
 

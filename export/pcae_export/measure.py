@@ -1,43 +1,85 @@
-"""Top-1 per tier through the served engine: image files in, right answers counted.
+"""What a tier is worth, through the served engine: image files in, answers judged.
 
-It knows a bundle and labelled images; it knows nothing of torch models or of graphs.
+    labels at hand      top-1
+    none, but a head    how often the tier names the class that the same model names at k = 1.0
+    no head             how near its features are to those at k = 1.0
+
+It knows a bundle and images; it knows nothing of torch models or of graphs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pcae_serve.bundle import Accuracy, Bundle
-from pcae_serve.engines import Engine, Pixels
+from pcae_export.images import decode
+from pcae_serve.bundle import Accuracy, Agreement, Bundle, Fidelity, Tier
+from pcae_serve.engines import Engine
 from pcae_training.data import LabelledImages
 from pcae_training.score import Top1
 
 BATCH = 8
 
-
-def decode(images: LabelledImages, rows: Sequence[int]) -> Pixels:
-    """Image files to pixels [N, H, W, 3] uint8, by the way requests take."""
-    return np.stack([images[row][0].permute(1, 2, 0).numpy() for row in rows])
+Quality = Accuracy | Agreement | Fidelity
 
 
-def top1(
-    bundle: Bundle, engine: Engine, images: LabelledImages, rows: Sequence[int]
-) -> dict[str, Accuracy]:
-    """Tier name to accuracy on the given rows of `images`."""
-    correct = {tier.name: 0 for tier in bundle.tiers}
+def quality(
+    bundle: Bundle, engine: Engine, images: LabelledImages, rows: Sequence[int], labelled: bool
+) -> dict[str, Quality]:
+    """Tier name to what it is worth on the given rows of `images`.
+
+    labelled: whether the images' labels are the bundle's.
+    """
+    whole = {} if labelled else {model: _whole(bundle, model) for model in bundle.manifest.models}
+    total = {tier.name: 0.0 for tier in bundle.tiers}
     with tqdm(total=len(rows), desc="measuring", unit="img", leave=False) as bar:
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
             pixels, labels = decode(images, batch), images.labels[batch].numpy()
+            best = {model: engine.run(tier, pixels).vectors for model, tier in whole.items()}
             for tier in bundle.tiers:
-                answers = engine.run(tier, pixels).vectors.argmax(axis=1)
-                correct[tier.name] += int((answers == labels).sum())
+                answers = engine.run(tier, pixels).vectors
+                if labelled:
+                    total[tier.name] += int((answers.argmax(axis=1) == labels).sum())
+                elif bundle.answers == "logits":
+                    same = answers.argmax(axis=1) == best[tier.model].argmax(axis=1)
+                    total[tier.name] += int(same.sum())
+                else:
+                    total[tier.name] += float(cosine(answers, best[tier.model]).sum())
             bar.update(len(batch))
-    found = {}
-    for name, hits in correct.items():
-        share = Top1(hits, len(rows))
-        found[name] = Accuracy(
-            top1=share.value, n=share.n, interval=share.interval, data_set=images.name
-        )
+    return _stated(bundle, total, len(rows), images.name, labelled)
+
+
+def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Cosine of rows [N, D] to rows: [N]."""
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    found: NDArray[np.float32] = (one * other).sum(axis=1) / lengths
     return found
+
+
+def _whole(bundle: Bundle, model: str) -> Tier:
+    """The model at k = 1.0, whether or not the bundle has that tier."""
+    known = bundle.manifest.models[model]
+    counts = (known.patches,) * len(known.reduction_points)
+    some = next(tier for tier in bundle.tiers if tier.model == model)
+    return some.model_copy(update={"token_counts": counts, "precision": "float32"})
+
+
+def _stated(
+    bundle: Bundle, total: Mapping[str, float], n: int, data_set: str, labelled: bool
+) -> dict[str, Quality]:
+    if labelled:
+        shares = {name: Top1(int(hits), n) for name, hits in total.items()}
+        return {
+            name: Accuracy(top1=s.value, n=n, interval=s.interval, data_set=data_set)
+            for name, s in shares.items()
+        }
+    if bundle.answers == "logits":
+        return {
+            name: Agreement(share=same / n, n=n, data_set=data_set) for name, same in total.items()
+        }
+    return {
+        name: Fidelity(cosine=min(1.0, near / n), n=n, data_set=data_set)
+        for name, near in total.items()
+    }

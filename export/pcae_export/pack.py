@@ -1,4 +1,4 @@
-"""A checkpoint to a sealed bundle (DESIGN section 3), written whole or not at all.
+"""Checkpoints to a sealed bundle (DESIGN section 3), written whole or not at all.
 
 It knows the bundle's files and their order of making; what the graphs are worth it asks a judge.
 """
@@ -14,22 +14,28 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import onnx
+import onnx_ir as ir
 import onnxscript
 import torch
 from tqdm import tqdm
 
 import pcae_serve
-from pcae_export import card, graph, weights
+from pcae_export import card, graph, int8, weights
+from pcae_export.measure import Quality
 from pcae_export.verify import Parity
 from pcae_serve import bundle as bundles
 from pcae_serve.bundle import (
     ELASTIC_GRAPH,
+    INT8_GRAPH,
     MANIFEST,
     WEIGHTS,
     Accuracy,
+    Agreement,
     Bundle,
+    Fidelity,
     Manifest,
     Model,
     Tier,
@@ -40,10 +46,31 @@ from pcae_training.checkpoint import Checkpoint, to_config
 
 CARD = "README.md"
 
+Half = Literal["float16", "bfloat16"]
+
 #: The paper's five budgets (DESIGN section 3), tier name to keep ratio.
 DEFAULT_TIERS: Mapping[str, KeepRatio] = {
     "fast": 0.6, "brisk": 0.7, "balanced": 0.8, "careful": 0.9, "full": 1.0
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A tier to be made of a model."""
+
+    keep_ratio: KeepRatio
+    precision: Literal["float32", "int8"] = "float32"
+
+
+DEFAULT: Mapping[str, Wanted] = {name: Wanted(ratio) for name, ratio in DEFAULT_TIERS.items()}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model of the bundle, and its tiers by name."""
+
+    checkpoint: Checkpoint
+    tiers: Mapping[str, Wanted] = field(default_factory=lambda: DEFAULT)
 
 
 class PackError(PcaeError):
@@ -54,57 +81,53 @@ class PackError(PcaeError):
 class Evidence:
     """What a judge found of a draft; empty for bundles that only measure speed."""
 
-    accuracy: Mapping[str, Accuracy] = field(default_factory=dict)  # by tier
-    parity: Parity | None = None
+    quality: Mapping[str, Quality] = field(default_factory=dict)  # by tier
+    parity: Mapping[str, Parity] = field(default_factory=dict)  # by model
 
 
-#: Sees the draft, whole but for accuracy and card, and the model with the weights as stored.
+#: Sees the draft, whole but for quality and card, and its models with the weights as stored.
 #: What it raises keeps the bundle from being written.
-Judge = Callable[[Bundle, Checkpoint], Evidence]
+Judge = Callable[[Bundle, Mapping[str, Checkpoint]], Evidence]
 
 
 def write(
-    checkpoint: Checkpoint,
+    parts: Mapping[str, Part],
     out: Path,
-    tiers: Mapping[str, KeepRatio] = DEFAULT_TIERS,
     *,
     name: str | None = None,
-    model_id: str = "vit",
+    half: Half | None = None,
     judge: Judge = lambda draft, stored: Evidence(),
     note: str = "",
     force: bool = False,
 ) -> Bundle:
-    """Export `checkpoint` at the given tiers (name to keep ratio) and put the bundle at `out`.
+    """Export `parts` (by model id) and put the bundle at `out`.
 
-    Without a judge nothing is measured and no claim is made: for benchmarks on random weights.
-    Raises PackError where `out` exists (unless `force`, and it is a bundle) or a tier leaves no
-    patch; and whatever the judge raises. Then nothing is left behind.
+    half: also write graphs for GPUs, in that type. Without a judge nothing is measured and no claim
+    is made: for benchmarks on random weights. Raises PackError where `out` exists (unless `force`,
+    and it is a bundle), a tier leaves no patch, or the parts do not fit together; and whatever the
+    judge raises. Then nothing is left behind.
     """
     out = out.absolute()
     refuse(out, force)
-    if checkpoint.preprocess.image_size != checkpoint.model.config.image_size:
-        raise PackError(
-            f"the checkpoint's preprocessor makes images of {checkpoint.preprocess.image_size}"
-            f" pixels, but its model takes {checkpoint.model.config.image_size}"
-        )
-    planned = plan(checkpoint, tiers, model_id)
-    half = weights.to_half(checkpoint.model.state_dict())
-    stored = replace(checkpoint, model=deepcopy(checkpoint.model).eval())
-    stored.model.load_state_dict({name: tensor.float() for name, tensor in half.items()})
+    planned = plan(parts)
+    stored = {model_id: _stored(part.checkpoint) for model_id, part in parts.items()}
     with _beside(out) as fresh:
-        folder = fresh / "models" / model_id
-        folder.mkdir(parents=True)
-        config = to_config(stored.model.config, stored.labels) | {"dtype": "float16"}
-        _write_json(folder / "config.json", config)
-        _write_json(folder / "preprocessor_config.json", stored.preprocess.to_config())
-        weights.write(half, folder / WEIGHTS)
-        _graphs(stored, planned, folder)
+        for model_id, checkpoint in stored.items():
+            folder = fresh / "models" / model_id
+            folder.mkdir(parents=True)
+            config = to_config(checkpoint.model.config, checkpoint.labels) | {"dtype": "float16"}
+            _write_json(folder / "config.json", config)
+            _write_json(folder / "preprocessor_config.json", checkpoint.preprocess.to_config())
+            weights.write(weights.to_half(checkpoint.model.state_dict()), folder / WEIGHTS)
+            tiers = [tier for tier in planned if tier.model == model_id]
+            _graphs(name or out.name, checkpoint, tiers, half, folder)
         (fresh / CARD).write_text("")
-        draft = _seal(fresh, name or out.name, stored, model_id, planned)
+        draft = _seal(fresh, name or out.name, stored, half, planned)
         evidence = judge(draft, stored)
-        final = rank(planned, evidence.accuracy)
-        (fresh / CARD).write_text(card.render(draft.manifest, final, stored, evidence.parity, note))
-        _seal(fresh, name or out.name, stored, model_id, final)
+        final = rank(planned, evidence.quality)
+        text = card.render(draft.manifest, final, stored, evidence.parity, note)
+        (fresh / CARD).write_text(text)
+        _seal(fresh, name or out.name, stored, half, final)
         _place(fresh, out)
     return bundles.load(out)
 
@@ -119,56 +142,172 @@ def refuse(out: Path, force: bool) -> None:
         raise PackError(f"{out} exists and is no bundle: --force replaces only bundles")
 
 
-def plan(checkpoint: Checkpoint, tiers: Mapping[str, KeepRatio], model_id: str) -> list[Tier]:
-    """Tiers without accuracy yet, by MACs from the cheapest. Raises PackError."""
-    geometry, planned = checkpoint.model.config.geometry, []
-    for name, ratio in tiers.items():
-        try:
-            counts = geometry.counts(ratio)
-        except ValueError as error:
-            raise PackError(f"tier {name!r}: {error}") from None
-        planned.append(
-            Tier(
-                name=name,
-                model=model_id,
-                keep_ratio=float(exact(ratio)),
-                token_counts=counts,
-                macs=geometry.macs(counts),
+def plan(parts: Mapping[str, Part]) -> list[Tier]:
+    """Tiers without quality yet, by MACs from the cheapest.
+
+    Raises PackError where a tier cannot be, or the models cannot share a bundle.
+    """
+    checkpoints = {model_id: part.checkpoint for model_id, part in parts.items()}
+    _check_together(checkpoints)
+    planned = []
+    for model_id, part in parts.items():
+        config = part.checkpoint.model.config
+        for name, wanted in part.tiers.items():
+            try:
+                counts = config.geometry.counts(wanted.keep_ratio)
+            except ValueError as error:
+                raise PackError(f"tier {name!r}: {error}") from None
+            if not counts and exact(wanted.keep_ratio) < 1:
+                raise PackError(
+                    f"tier {name!r}: model {model_id!r} has {config.depth} blocks and no reduction"
+                    " points to drop patches at: give --reduction-points"
+                )
+            planned.append(
+                Tier(
+                    name=name,
+                    model=model_id,
+                    keep_ratio=float(exact(wanted.keep_ratio)),
+                    token_counts=counts,
+                    macs=config.geometry.macs(counts),
+                    precision=wanted.precision,
+                )
             )
-        )
-    return sorted(planned, key=lambda tier: tier.macs)
+    return sorted(planned, key=lambda tier: (tier.macs, tier.precision != "int8"))
 
 
-def rank(tiers: list[Tier], accuracy: Mapping[str, Accuracy]) -> list[Tier]:
-    """The same tiers, in their order, with accuracy; dominated where a cheaper one is as good."""
-    ranked, best = [], -1.0
+def _check_together(checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Raise PackError unless one decoding and one list of labels serve all the models."""
+    (first_id, first), *others = checkpoints.items()
+    for checkpoint in checkpoints.values():
+        size = checkpoint.preprocess.image_size
+        if size != checkpoint.model.config.image_size:
+            raise PackError(
+                f"the checkpoint's preprocessor makes images of {size} pixels, but its model takes"
+                f" {checkpoint.model.config.image_size}"
+            )
+    for model_id, checkpoint in others:
+        both = f"models {first_id!r} and {model_id!r} cannot share a bundle"
+        if checkpoint.labels != first.labels:
+            raise PackError(
+                f"{both}: one has {len(first.labels)} labels, the other {len(checkpoint.labels)},"
+                " or other ones"
+            )
+        if not checkpoint.preprocess.same_pixels(first.preprocess):
+            raise PackError(f"{both}: they take images of other sizes, or resized in another way")
+        if not first.labels and checkpoint.model.config.width != first.model.config.width:
+            raise PackError(f"{both}: their features have different widths")
+
+
+def rank(tiers: list[Tier], quality: Mapping[str, Quality]) -> list[Tier]:
+    """The same tiers, in their order, with their quality; dominated where a cheaper one is as good.
+
+    What a tier agrees with is its own model: without labels, models are not compared.
+    """
+    fields = {Accuracy: "accuracy", Agreement: "agreement", Fidelity: "fidelity"}
+    ranked: list[Tier] = []
+    best: dict[str, float] = {}
     for tier in tiers:
-        measured = accuracy.get(tier.name)
-        dominated = measured is not None and measured.top1 <= best
-        best = max(best, measured.top1 if measured is not None else best)
-        ranked.append(tier.model_copy(update={"accuracy": measured, "dominated": dominated}))
+        found = quality.get(tier.name)
+        if found is None:
+            ranked.append(tier)
+            continue
+        measured = tier.model_copy(update={fields[type(found)]: found})
+        value, group = measured.quality, "" if measured.accuracy else tier.model
+        assert value is not None
+        dominated = value <= best.get(group, -1.0)
+        best[group] = max(best.get(group, -1.0), value)
+        ranked.append(measured.model_copy(update={"dominated": dominated}))
     return ranked
 
 
-def _graphs(checkpoint: Checkpoint, tiers: list[Tier], folder: Path) -> None:
+def _stored(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its weights as they will be stored: rounded to float16."""
+    half = weights.to_half(checkpoint.model.state_dict())
+    stored = replace(checkpoint, model=deepcopy(checkpoint.model).eval())
+    stored.model.load_state_dict({name: tensor.float() for name, tensor in half.items()})
+    return stored
+
+
+def _graphs(
+    bundle: str, checkpoint: Checkpoint, tiers: list[Tier], half: Half | None, folder: Path
+) -> None:
+    """Every graph of one model: elastic, static, and for GPUs fused and plain ones in half."""
+    model, preprocess = checkpoint.model, checkpoint.preprocess
     places = weights.places(folder / WEIGHTS)
-    bar = tqdm(total=1 + len(tiers), desc="exporting graphs", unit="graph", leave=False)
-    with bar:
-        elastic = graph.elastic(checkpoint.model, checkpoint.preprocess)
-        graph.save(graph.bind(elastic, places), folder / ELASTIC_GRAPH)
+    exact_tiers = [tier for tier in tiers if tier.precision == "float32"]
+    kinds = 3 if half else 1
+    bar = tqdm(
+        total=2 + kinds * len(exact_tiers) + (len(tiers) > len(exact_tiers)),
+        desc="exporting graphs",
+        unit="graph",
+        leave=False,
+    )
+
+    def save(found: ir.Model, file: str, precision: str, tier: Tier | None = None) -> None:
+        about = metadata(bundle, checkpoint, precision, tier)
+        graph.save(graph.bind(found, places), folder / file, about)
         bar.update()
-        for tier in tiers:
-            static = graph.static(elastic, tier.token_counts)
-            graph.save(graph.bind(static, places), folder / tier.graph)
+
+    with bar:
+        traced = graph.trace(model, preprocess)
+        bar.update()
+        elastic = graph.elastic(traced)
+        save(elastic, ELASTIC_GRAPH, "float32")
+        for tier in exact_tiers:
+            save(graph.static(elastic, tier.token_counts), tier.graph, "float32", tier)
+        if len(tiers) > len(exact_tiers):
+            about = metadata(bundle, checkpoint, "int8", None)
+            int8.save(elastic, model.state_dict(), folder / INT8_GRAPH, about)
             bar.update()
+        if half is None:
+            return
+        for fused in (True, False):
+            elastic = graph.elastic(traced, half, fused)
+            for tier in exact_tiers:
+                file = tier.cuda_graph if fused else tier.tensorrt_graph
+                save(graph.static(elastic, tier.token_counts), file, half, tier)
+
+
+def metadata(
+    bundle: str, checkpoint: Checkpoint, precision: str, tier: Tier | None
+) -> dict[str, str]:
+    """What a graph says of itself, so that a file found alone can be used. `tier`: if static."""
+    config, preprocess = checkpoint.model.config, checkpoint.preprocess
+    said: dict[str, object] = {
+        "name": bundle,
+        "producer": f"pcae-serve {pcae_serve.__version__}",
+        "precision": precision,
+        "pixels": "uint8 RGB [batch, height, width, 3], not yet scaled or normalised",
+        "image_size": config.image_size,
+        "resize": "squash" if preprocess.squash else f"shorter side to {preprocess.resize}",
+        "resample": preprocess.resample.name.lower(),
+        "mean": preprocess.mean,
+        "std": preprocess.std,
+        "patch_size": config.patch_size,
+        "patches": config.geometry.patches,
+        "reduction": config.reduction,
+        "reduction_points": config.reduction_points,
+        "token_counts": "an input" if tier is None else tier.token_counts,
+        "labels": checkpoint.labels,
+    }
+    if tier is not None:
+        said |= {"tier": tier.name, "keep_ratio": tier.keep_ratio, "macs": tier.macs}
+    return {
+        f"pcae.{key}": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in said.items()
+    }
 
 
 def _seal(
-    root: Path, name: str, checkpoint: Checkpoint, model_id: str, tiers: list[Tier]
+    root: Path,
+    name: str,
+    stored: Mapping[str, Checkpoint],
+    half: Half | None,
+    tiers: list[Tier],
 ) -> Bundle:
     """Write the manifest over what lies in `root`, and read the bundle back as the server would."""
-    config = checkpoint.model.config
     files = sorted(file for file in root.rglob("*") if file.is_file() and file != root / MANIFEST)
+    first = next(iter(stored.values()))
     manifest = Manifest(
         name=name,
         created=datetime.now(UTC).replace(microsecond=0),
@@ -179,24 +318,30 @@ def _seal(
             "onnxscript": onnxscript.__version__,
             "python": platform.python_version(),
         },
-        labels=tuple(checkpoint.labels),
-        models={
-            model_id: Model(
-                image_size=config.image_size,
-                patches=config.geometry.patches,
-                patch_size=config.patch_size,
-                width=config.width,
-                depth=config.depth,
-                parameters=sum(p.numel() for p in checkpoint.model.parameters()),
-                reduction_points=config.reduction_points,
-                pooling=config.pooling,
-            )
-        },
+        labels=tuple(first.labels),
+        models={model_id: _described(c, half) for model_id, c in stored.items()},
         tiers=tuple(tiers),
         files={file.relative_to(root).as_posix(): bundles.sha256(file) for file in files},
     )
     (root / MANIFEST).write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n")
     return bundles.load(root)
+
+
+def _described(checkpoint: Checkpoint, half: Half | None) -> Model:
+    config = checkpoint.model.config
+    return Model(
+        image_size=config.image_size,
+        patches=config.geometry.patches,
+        patch_size=config.patch_size,
+        width=config.width,
+        depth=config.depth,
+        parameters=sum(p.numel() for p in checkpoint.model.parameters()),
+        reduction_points=config.reduction_points,
+        reduction=config.reduction,
+        pooling=config.pooling,
+        answers="logits" if config.classes else "features",
+        half=half,
+    )
 
 
 @contextmanager
