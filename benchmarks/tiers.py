@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from pcae_export import pack
+from pcae_export.pack import Part
 from pcae_serve import bundle
 from pcae_serve.bundle import Bundle
 from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
@@ -96,7 +97,7 @@ def opened(name: str, scratch: Path) -> Bundle:
     preprocess = Preprocess(image_size=224, resize=256, mean=(0.5,) * 3, std=(0.5,) * 3)
     labels = [f"class {i}" for i in range(1000)]
     checkpoint = Checkpoint(VisionTransformer(RANDOM[name]), preprocess, labels)
-    return pack.write(checkpoint, scratch / name)
+    return pack.write({"vit": Part(checkpoint)}, scratch / name)
 
 
 def with_tiers(served: Bundle, keep_ratios: list[str]) -> Bundle:
