@@ -5,6 +5,7 @@
 #
 #   demo        the demo model at 196 tokens (training/recipes/fashion_mnist_gpu.sh)
 #   throughput  training steps of MAE, PCAE and fine-tuning side by side (benchmarks/training.py)
+#   engines     every tier in torch, torch.compile, ONNX Runtime and TensorRT (benchmarks/engines.py)
 #   questions   PCAE, PTR and elastic training against their rivals (benchmarks/questions.py)
 #
 # DATA: a folder of Fashion-MNIST parquet files. OUT: where results are put, each file under 16 MiB:
@@ -13,8 +14,9 @@
 # stopped goes on at the next call on the same machine, from its checkpoints in WORK.
 #
 # DEVICE=cpu SCALE=tiny shows in a minute that all of it runs. PYTHON names the interpreter; the
-# packages (`.[train]`) must be importable, this checkout need not be installed. SEEDS ("0 1 2") and
-# JOBS (4, at a time) are of the questions.
+# packages (`.[train]`) must be importable, this checkout need not be installed. BUNDLE: a bundle for
+# the engines (a ViT-S is 50 MB; without one only torch is timed). SEEDS ("0 1 2") and JOBS (4, at a
+# time) are of the questions.
 set -euo pipefail
 if [ $# -ne 3 ]; then
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2
@@ -26,7 +28,7 @@ out=$(realpath "$2")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} device=${DEVICE:-cuda} scale=${SCALE:-gpu}
 work=${WORK:-/tmp/pcae-gpu-$scale}
-export PYTHONPATH=$PWD:$PWD/training${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export PYTHONPATH=$PWD:$PWD/training:$PWD/export${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export PCAE_TRAIN="$python -m pcae_training.cli"
 mkdir -p "$work"
 end=$(($(date +%s) + minutes * 60))
@@ -95,6 +97,20 @@ throughput() {
   mv "$work/throughput.json" "$out/throughput.json"
 }
 
+engines() {
+  local flags=(--device "$device") bundle=${BUNDLE:-}
+  [ "$scale" = tiny ] && flags+=(--model tiny --batches 1,2 --rounds 3 --no-compile)
+  if [ -n "$bundle" ]; then
+    flags+=(--bundle "$bundle")
+    if "$python" -c 'import tensorrt' 2>/dev/null; then
+      within engines "$python" -m pcae_export.cli tensorrt "$bundle" --max-batch 64 || return 0
+    fi
+  fi
+  within engines "$python" benchmarks/engines.py "${flags[@]}" --json "$work/engines.json" ||
+    return 0
+  mv "$work/engines.json" "$out/engines.json"
+}
+
 questions() {
   local flags=(--data "$data" --work "$work/questions" --scale "$scale" --device "$device") seconds
   flags+=(--seeds ${SEEDS:-0 1 2} --jobs "${JOBS:-4}" --report "$out/questions.partial.json")
@@ -106,7 +122,7 @@ questions() {
 }
 
 failed=0
-for stage in demo throughput questions; do
+for stage in demo throughput engines questions; do
   if awaits $stage; then
     echo "$stage: $(left_s) s left"
     $stage

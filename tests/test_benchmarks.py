@@ -14,6 +14,7 @@ from pcae_training import checkpoint as checkpoints
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+STAGES = ["demo", "throughput", "engines", "questions"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_without_time_it_does_nothing(data: Path, tmp_path: Path) -> None:
     done = start(data, tmp_path / "out", 0, tmp_path / "work")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if "no time left" in line]
-    assert [line.split(":")[0] for line in lines] == ["demo", "throughput", "questions"]
+    assert [line.split(":")[0] for line in lines] == STAGES
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -76,6 +77,10 @@ def test_the_gpu_script_from_end_to_end(data: Path, tmp_path: Path) -> None:
     assert cases["mae"]["ratio"] == 1
     assert cases["pcae, mask 0.75"]["img_per_s"] > 0
 
+    rows = json.loads((out / "engines.json").read_text())["rows"]
+    assert {row["engine"] for row in rows} >= {"torch"}
+    assert {(row["tier"], row["batch"]) for row in rows} >= {("1.0", 1), ("0.6", 2)}
+
     questions = json.loads((out / "questions.json").read_text())
     assert questions["finished"]
     assert len(questions["compared"]) == 15
@@ -84,6 +89,4 @@ def test_the_gpu_script_from_end_to_end(data: Path, tmp_path: Path) -> None:
     assert max(sizes) < 16 * 2**20
 
     again = start(data, out, 1, tmp_path / "work")
-    assert again.stdout.splitlines() == [
-        f"{stage}: has its record" for stage in ("demo", "throughput", "questions")
-    ]
+    assert again.stdout.splitlines() == [f"{stage}: has its record" for stage in STAGES]
