@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from scipy.stats import t
 
 from pcae_training import checkpoint as checkpoints
 from pcae_training.journal import surroundings
+from pcae_training.model import ViTConfig
 
 FAILED, OUT_OF_TIME = 1, 3  # exit codes: a job has failed; something is left to do
 TRAIN = [sys.executable, "-m", "pcae_training.cli"]
@@ -142,9 +143,29 @@ def jobs(scale: Scale, seed: int, data: Path) -> list[Job]:
     pretrain("mae_time", "mae", timed_by=("pcae", "mae"))
     finetune("mae_time-1.0", "mae_time", 1.0)
     finetune("none_time-1.0", None, 1.0, timed_by=("pcae", "pcae-1.0", "none-1.0"))
-    alone = ("pcae-1.0", "pcae-0.7", "pcae-0.5", "pcae-0.3")
-    finetune("elastic_time", "pcae", None, "--distil=0.5", timed_by=(*alone, "pcae-elastic"))
+    finetune("elastic_macs", "pcae", None, "--distil=0.5", f"--epochs={equal_macs(scale)}")
     return found
+
+
+def equal_macs(scale: Scale) -> int:
+    """Epochs of elastic training that cost what one model for each of KEEP costs together.
+
+    An elastic step runs both ends of the budgets and one between. Counted without the ramp, under
+    which the single models cost more than here.
+    """
+    sizes = dict(flag.removeprefix("--").split("=") for flag in scale.model)
+    config = ViTConfig(
+        image_size=int(sizes["image-size"]),
+        patch_size=int(sizes["patch-size"]),
+        width=int(sizes["width"]),
+        depth=int(sizes["depth"]),
+        heads=int(sizes["heads"]),
+        classes=10,
+    )
+    macs = {k: config.geometry.macs(config.geometry.counts(k)) for k in (*BUDGETS, *KEEP)}
+    largest, *inner, smallest = BUDGETS
+    step = macs[largest] + macs[smallest] + statistics.mean(macs[k] for k in inner)
+    return round(scale.finetune_epochs * sum(macs[k] for k in KEEP) / step)
 
 
 def work(scale: Scale, args: argparse.Namespace) -> int:
@@ -277,10 +298,11 @@ COMPARISONS = (
     ("3 elastic against alone, keep 0.5", "pcae-elastic", 0.5, "pcae-0.5", 0.5),
     ("3 elastic against alone, keep 0.3", "pcae-elastic", 0.3, "pcae-0.3", 0.3),
     *(
-        (f"3 elastic against alone, equal time, keep {k}", "elastic_time", k, f"pcae-{k}", k)
+        (f"3 elastic against alone, equal MACs, keep {k}", "elastic_macs", k, f"pcae-{k}", k)
         for k in KEEP
     ),
     ("3 elastic, keep 0.5 against 1.0", "pcae-elastic", 0.5, "pcae-elastic", 1.0),
+    ("3 elastic, equal MACs, keep 0.5 against 1.0", "elastic_macs", 0.5, "elastic_macs", 1.0),
 )
 
 
@@ -356,6 +378,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with Fashion-MNIST as parquet files")
     parser.add_argument("--work", type=Path, required=True, help="folder of the jobs")
     parser.add_argument("--scale", choices=SCALES, default="two-cores")
+    parser.add_argument("--finetune-epochs", type=int, help="in place of the scale's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="jobs by name, with those that they need")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
@@ -363,11 +386,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", type=Path, help="write what there is to this file as JSON")
     args = parser.parse_args()
-    code = work(SCALES[args.scale], args) if args.data else 0
+    scale = SCALES[args.scale]
+    if args.finetune_epochs:
+        scale = replace(scale, finetune_epochs=args.finetune_epochs)
+    code = work(scale, args) if args.data else 0
     found = report(args)
     print(*table(found), sep="\n")
     if args.report:
-        content = found | {"finished": finished(SCALES[args.scale], args)} | surroundings()
+        content = found | {"finished": finished(scale, args)} | surroundings()
         args.report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     sys.exit(code)
 

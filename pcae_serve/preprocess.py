@@ -104,7 +104,7 @@ class Preprocess:
         if self.squash:
             return np.asarray(image.resize((self.image_size,) * 2, self.resample), dtype=np.uint8)
         short = min(image.size)
-        resized = [max(self.resize, round(s * self.resize / short)) for s in image.size]
+        resized = [s * self.resize // short for s in image.size]  # rounded down, as torchvision
         left, top = ((side - self.image_size) // 2 for side in resized)
         centre = (left, top, left + self.image_size, top + self.image_size)
         if short == self.resize:

@@ -46,7 +46,7 @@ class Write(BaseModel):
         [f"{name}={ratio}" for name, ratio in pack.DEFAULT_TIERS.items()],
         description="NAME=RATIO, NAME=CHECKPOINT@RATIO, either with :int8 after it; repeated",
     )
-    reduction: Rule | Literal["auto"] | None = Field(
+    reduction: Literal[Rule, "auto"] | None = Field(
         None,
         description="what becomes of redundant patches; auto: the best on --eval-data, the default"
         " for weights that were not trained with one",
@@ -68,7 +68,7 @@ class Write(BaseModel):
         64, ge=verify.MIN_IMAGES, description="images that parity is proven on"
     )
     choice_images: int = Field(32, ge=2, description="images that --reduction auto tries on")
-    half: Half | Literal["none"] = Field(
+    half: Literal[Half, "none"] = Field(
         "float16", description="type of the graphs for GPUs; none: write no such graphs"
     )
     labels: Path | None = Field(None, description="class names, one a line, where SOURCE has none")
@@ -117,9 +117,11 @@ class Write(BaseModel):
         pack.refuse(self.out, self.force)  # before the slow part
         parts: dict[str, Part] = {}
         notes: list[str] = []
+        unsettled: set[str] = set()  # models of which nobody says how to reduce them
         for model_id, (path, tiers) in self._models().items():
             read = source.read(path, self._told())
             notes += read.notes
+            unsettled |= set() if read.reduced else {model_id}
             parts[model_id] = self._reduced(read, Part(read.checkpoint, tiers))
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
@@ -127,7 +129,7 @@ class Write(BaseModel):
         first = next(iter(parts.values())).checkpoint
         images = self._images(first)
         order = shuffled(len(images)) if images else []
-        chosen = self._choose(parts, images, order)
+        chosen = self._choose(parts, unsettled, images, order)
 
         def judge(draft: Bundle, stored: Mapping[str, Checkpoint]) -> pack.Evidence:
             size = first.preprocess.image_size
@@ -186,13 +188,16 @@ class Write(BaseModel):
         return _with_rule(part, UNMEASURED)
 
     def _choose(
-        self, parts: dict[str, Part], images: LabelledImages | None, order: Sequence[int]
+        self,
+        parts: dict[str, Part],
+        unsettled: set[str],
+        images: LabelledImages | None,
+        order: Sequence[int],
     ) -> list[str]:
         """Settle which reduction each model takes, where that is open; the tables, for the card."""
         tables = []
         for model_id, part in parts.items():
-            known = part.checkpoint.training or self.reduction not in (None, "auto")
-            if images is None or (known and self.reduction != "auto"):
+            if images is None or not (model_id in unsettled or self.reduction == "auto"):
                 continue
             if not any(exact(wanted.keep_ratio) < 1 for wanted in part.tiers.values()):
                 continue
@@ -200,7 +205,7 @@ class Write(BaseModel):
             pixels = decode(images, order[: self.choice_images])
             found = choose(part.checkpoint, pixels, ratios)
             parts[model_id] = _with_rule(part, found.rule)
-            title = f"Reductions tried on these weights ({model_id}), which were trained for none:"
+            title = f"Reductions tried on these weights ({model_id}):"
             tables.append("\n\n".join([title, "\n".join(found.lines())]))
         return tables
 

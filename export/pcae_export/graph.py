@@ -142,7 +142,7 @@ def trace(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
     size, stages = model.config.image_size, len(model.config.reduction_points)
     example = (
         torch.zeros(2, size, size, model.config.channels, dtype=torch.uint8),
-        torch.tensor(model.config.geometry.counts(1)),
+        torch.tensor(model.config.geometry.counts(1), dtype=torch.int64),  # () is one, too
     )
     answer = "logits" if model.config.classes else "features"
     with warnings.catch_warnings():

@@ -57,11 +57,17 @@ class Source:
 def read(path: Path, told: Told) -> Source:
     """Open a checkpoint (see `foreign.read`). Raises PcaeError with one line on what is missing."""
     found = foreign.read(path, heads=told.heads)
-    notes = [f"left out of {path}: {', '.join(found.ignored)}"] if found.ignored else []
+    ignored = [name for name in found.ignored if not name.endswith("mask_token")]
+    notes = [f"left out of {path}: {', '.join(ignored)}"] if ignored else []
     if told.features:
         found = found.headless()
     preprocess = _preprocess(path, found, told)
-    changes: dict[str, object] = {"image_size": preprocess.image_size}
+    if (size := preprocess.image_size) != found.config.image_size:
+        notes.append(
+            f"{path} was trained at {found.config.image_size} pixels, not {size}:"
+            " positions are interpolated"
+        )
+    changes: dict[str, object] = {"image_size": size}
     if told.reduction_points is not None:
         changes["reduction_points"] = tuple(told.reduction_points)
     if told.reduction is not None:

@@ -25,6 +25,8 @@ from pydantic_settings import CliPositionalArg
 from tqdm import tqdm
 
 from pcae_export import images
+from pcae_export.measure import cosine
+from pcae_export.verify import AGREEMENT, COSINE
 from pcae_serve import bundle as bundles
 from pcae_serve import plans
 from pcae_serve.bundle import ELASTIC_GRAPH, Bundle, Tier
@@ -36,8 +38,6 @@ from pcae_serve.plans import Key, Parity, Plan, Recipe
 from pcae_serve.settings import MAX_BATCH, Settings
 from pcae_training.data import load
 
-AGREEMENT = 0.995  # of the class that comes first: half precision may turn a near tie
-COSINE = 0.999
 MIN_IMAGES = 64
 REFERENCE_BATCH = 8
 #: What TensorRT calls the kernel that computes a whole attention block.
@@ -293,9 +293,8 @@ def judge(
         same &= np.isfinite(found.vectors).all(axis=1)
         parity_measure, value, least = "top-1 agreement", float(same.mean()), AGREEMENT
     else:
-        product = (found.vectors * expected.vectors).sum(axis=1)
-        lengths = np.linalg.norm(found.vectors, axis=1) * np.linalg.norm(expected.vectors, axis=1)
-        parity_measure, value, least = "mean cosine", float((product / lengths).mean()), COSINE
+        near = float(cosine(found.vectors, expected.vectors).mean())
+        parity_measure, value, least = "mean cosine", near, COSINE
     shared = [
         len(np.intersect1d(ours, theirs)) / len(theirs)
         for stages in zip(found.kept, expected.kept, strict=True)

@@ -1,4 +1,7 @@
-"""A tiny checkpoint, PNG files in class folders, and one bundle made of them by the command."""
+"""A tiny checkpoint, PNG files in class folders, and one bundle made of them by the command.
+
+Tracing takes seconds, and what is traced has no weights in it: each network is traced once a run.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -6,11 +9,14 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from PIL import Image
 
+from pcae_export import graph
 from pcae_export.cli import Export
+from pcae_export.verify import MIN_IMAGES
 from pcae_serve import bundle as bundles
 from pcae_serve.bundle import Bundle
 from pcae_serve.command import run
@@ -59,6 +65,28 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """`graph.trace` remembers by all that it depends on: sizes and rule, mean and std."""
+    known: dict[object, ir.Model] = {}
+    trace = graph.trace
+
+    def remembered(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
+        key = (model.config, preprocess.mean, preprocess.std)
+        if key not in known:
+            known[key] = trace(model, preprocess)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "trace", remembered)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Checkpoint]:
     """Makes the tiny checkpoint, with changes to its ViTConfig."""
@@ -94,3 +122,20 @@ def make_images(root: Path, labels: list[str], each: int = 24) -> Path:
             pixels = draw.integers(0, 256, (16, 18, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "test" / label / f"{number}.png")
     return root
+
+
+def bundled(source: Path | None, out: Path, *flags: object) -> Bundle:
+    """What the command makes of a checkpoint, proven on few images."""
+    words = ["bundle", *([source] if source else []), out, "--parity-images", MIN_IMAGES, *flags]
+    assert run(Export, [str(word) for word in words]) == 0
+    return bundles.load(out)
+
+
+def fails(capsys: pytest.CaptureFixture[str], code: int, *argv: object) -> str:
+    """Run, expect one line on stderr and that exit code; the line."""
+    assert run(Export, [str(word) for word in argv]) == code
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if "pcae-export:" in line]  # beside progress bars
+    assert len(lines) == 1
+    return lines[0]

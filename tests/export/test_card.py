@@ -1,63 +1,176 @@
-from collections.abc import Callable
+"""What the card says, and what it leaves out."""
+
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pcae_export import card
-from pcae_export.pack import plan, rank
-from pcae_export.verify import Parity
-from pcae_serve.bundle import Accuracy, Bundle
+from pcae_export.measure import Quality
+from pcae_export.pack import Part, Wanted, plan, rank
+from pcae_export.verify import Compared, Parity
+from pcae_serve.bundle import Accuracy, Agreement, Fidelity, Tier
 from pcae_training.checkpoint import Checkpoint
 
 Tiny = Callable[..., Checkpoint]
+TIERS = {"low": Wanted(0.5), "full": Wanted(1.0)}
+TOP1 = Accuracy(top1=0.75, n=8, interval=(0.4, 0.95), data_set="toys/test")
+SAME = Agreement(share=0.625, n=8, data_set="toys/test")
+NEAR = Fidelity(cosine=0.98765, n=1200, data_set="toys/test")
+EXACT = Compared("low", "static", "float32", 64, 2e-6, 1e-7, 3e-6, 1.0, 1.0, 3, 0)
+HALF = Compared("low", "cuda", "float16", 64, 0.5, 0.1, 0.004, 0.984375, 0.9999, 3, 17)
 
 
 @pytest.fixture
-def rendered(tiny: Tiny, made: Any) -> Callable[..., str]:
-    """The card of the tiny checkpoint after a second phase, with two tiers measured."""
+def rendered(made: Any) -> Callable[..., str]:
+    """The card of models by id, every tier worth the same."""
 
-    def render(parity: Parity | None = None) -> str:
-        checkpoint = tiny()
-        second = {
-            "settings": {"data": "toys", "init": "/secret/first", "image_size": 224, "lr": 0.01},
-            "epochs_done": 1,
-            "history": [],
-            "final": {"1.0": {"top1": 0.8, "n": 10}},
-            "init": checkpoint.training,
-        }
-        checkpoint = replace(checkpoint, training=second)
-        tiers = plan(checkpoint, {"low": 0.5, "full": 1.0}, "vit")
-        accuracy = {
-            tier.name: Accuracy(top1=0.75, n=8, interval=(0.4, 0.95), data_set="toys/test")
-            for tier in tiers
-        }
-        bundle: Bundle = made.bundle
-        return card.render(bundle.manifest, rank(tiers, accuracy), checkpoint, parity)
+    def render(models: Mapping[str, Part], worth: Quality | None = None, **fields: Any) -> str:
+        tiers = plan(models)
+        found = {tier.name: worth for tier in tiers} if worth else {}
+        checkpoints = {model: part.checkpoint for model, part in models.items()}
+        parity = fields.pop("parity", {})
+        return card.render(made.bundle.manifest, rank(tiers, found), checkpoints, parity, **fields)
 
     return render
 
 
+def one(checkpoint: Checkpoint) -> dict[str, Part]:
+    return {"vit": Part(checkpoint, TIERS)}
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Cells of the card's first table, by the row's first cell."""
+    table = text.split("## Tiers\n\n")[1].split("\n\n")[0].splitlines()
+    return {cells[0]: cells for cells in (line.strip("| ").split(" | ") for line in table)}
+
+
 def test_a_tier_no_better_than_a_cheaper_one_is_said_to_be_so(
-    rendered: Callable[..., str],
+    rendered: Callable[..., str], tiny: Tiny
 ) -> None:
-    low, full = (line for line in rendered().splitlines() if line.startswith(("| low", "| full")))
-    assert "75.00 % [40.00, 95.00] of 8" in low
-    assert "dominated" not in low
-    assert full.rstrip(" |").endswith("dominated")
+    table = rows(rendered(one(tiny()), TOP1))
+    assert table["low"][-1] == "75.00 % [40.00, 95.00] of 8"
+    assert table["full"][-1] == "75.00 % [40.00, 95.00] of 8, dominated"
+
+
+@pytest.mark.parametrize(
+    ("classes", "worth", "head", "cell", "explained"),
+    [
+        (3, TOP1, "top-1 (95 % interval)", "75.00 % [40.00, 95.00] of 8", "Top-1 on 8 images of"),
+        (3, SAME, "same class as at keep ratio 1", "62.5 % of 8", "without labels, against"),
+        (
+            0, NEAR, "cosine of the features to those at keep ratio 1", "0.9877 over 1,200",
+            "on 1,200 images of toys/test",
+        ),
+        (3, None, "top-1 (95 % interval)", "not measured", ""),
+    ],
+    ids=["top-1", "agreement", "cosine", "nothing"],
+)  # fmt: skip
+def test_tiers_are_worth_what_was_measured(
+    rendered: Callable[..., str], tiny: Tiny, classes: int, worth: Quality | None, head: str,
+    cell: str, explained: str,
+) -> None:  # fmt: skip
+    checkpoint = replace(tiny(classes=classes), labels=["bag", "coat", "shoe"][:classes])
+    text = rendered(one(checkpoint), worth)
+    table = rows(text)
+    assert table["tier"][-1] == head
+    assert table["low"][-1] == cell
+    assert explained in text
+    assert ("through the elastic graph" in text) == (worth is not None)
+    purpose = "tells 3 classes apart (bag, coat, shoe) in" if classes else "gives 32 features of"
+    assert f"{purpose} images of 16 x 16 pixels, cut into 64 patches" in text
+
+
+def test_tiers_of_several_models_are_told_apart(rendered: Callable[..., str], tiny: Tiny) -> None:
+    large, small = tiny(), replace(tiny(width=16, depth=3), training={})
+    models = {
+        "large": Part(large, {"full": Wanted(1.0)}),
+        "small": Part(small, {"half": Wanted(0.5), "quick": Wanted(0.5, "int8")}),
+    }
+    text = rendered(models, TOP1)
+    table = rows(text)
+    assert table["tier"][1] == "model"
+    assert [table[name][1] for name in ("quick", "half", "full")] == ["small", "small", "large"]
+    at = table["tier"].index("precision")
+    assert [table[name][at] for name in ("quick", "half", "full")] == ["int8"] + ["float32"] * 2
+    full, half = (
+        checkpoint.model.config.geometry.macs(counts)
+        for checkpoint, counts in ((large, (64, 64, 64)), (small, (32, 16, 8)))
+    )
+    assert table["half"][-2] == f"{full / half:.2f}"  # of the largest model, not its own
+    assert "**large**: A vision transformer (0.05 million" in text
+    assert text.count("**small**") == 3  # what it is, its training, its parity
+    assert "**small**\n\nNot recorded: the weights came without it." in text
+
+
+def test_tokens_of_the_last_block_count_what_was_appended(
+    rendered: Callable[..., str], tiny: Tiny
+) -> None:
+    table = rows(rendered(one(tiny())))
+    assert table["low"][2:4] == ["32, 16, 8", str(8 + 1 + 3)]
+    assert table["full"][2:4] == ["64, 64, 64", "65"]
+    plain = {"vit": Part(tiny(reduction_points=()), {"full": Wanted(1.0)})}
+    assert rows(rendered(plain))["full"][2] == "all"
+    assert "It keeps all of them." in rendered(plain)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("ptr", "it drops the patches most like the mean patch (progressive token reduction, the "
+         "PCAE paper)."),
+        ("merged", "it merges into others the patches most like the mean patch"),
+        ("random", "it drops a fixed random choice of patches"),
+        ("attention", "it drops the least attended patches"),
+        ("ptr-normalised", "it drops the patches most like the mean of the normalised patches"),
+        ("weighted", "it drops the patches most like the mean patch"),
+    ],
+)  # fmt: skip
+def test_the_reduction_is_told_in_words(
+    rendered: Callable[..., str], tiny: Tiny, rule: str, said: str
+) -> None:
+    text = rendered(one(tiny(reduction=rule)))
+    assert f"After blocks 0, 1, 2 {said}" in text
+    assert (f"here: `{rule}`" in text) == (rule != "ptr")
 
 
 def test_phases_are_told_in_their_order_without_places_on_the_machine(
-    rendered: Callable[..., str],
+    rendered: Callable[..., str], tiny: Tiny
 ) -> None:
-    text = rendered()
+    first = tiny()
+    second = {
+        "settings": {"data": "toys", "init": "/secret/first", "image_size": 224, "lr": 0.01},
+        "epochs_done": 1,
+        "history": [],
+        "final": {"1.0": {"top1": 0.8, "n": 10}},
+        "init": first.training,
+    }
+    text = rendered(one(replace(first, training=second)))
     assert text.index("1. 2 epochs") < text.index("2. 1 epochs")
     assert "80.00 % at keep 1.0" in text
     assert "secret" not in text
     assert "image_size" not in text  # the second phase took its sizes from the first
 
 
-def test_parity_is_claimed_only_where_it_was_proven(rendered: Callable[..., str]) -> None:
-    assert "Not checked" in rendered()
-    proven = Parity(64, (1, 2), worst={"low": 1e-6}, near_ties={"low": 3})
-    assert "3 near ties of 64" in rendered(proven)
+def test_parity_is_claimed_only_where_it_was_proven(
+    rendered: Callable[..., str], tiny: Tiny
+) -> None:
+    assert "Not checked: exported without images." in rendered(one(tiny()))
+    proven = Parity(64, (EXACT, HALF), not_run=("bfloat16 graphs: no kernels",))
+    text = rendered(one(tiny()), parity={"vit": proven})
+    assert "Not checked" not in text
+    assert f"torch with the weights as stored: {proven}." in text
+    assert "| low | static | float32 | 64 | 2.0e-06 | 1.0e-07 | 3.0e-06 | 100.0 % | 3 | 0 |" in text
+    assert "| low | cuda | float16 | 64 | 5.0e-01 | 1.0e-01 | 4.0e-03 | 98.4 % | 3 | 17 |" in text
+
+
+def test_a_note_stands_above_the_tiers(rendered: Callable[..., str], tiny: Tiny) -> None:
+    text = rendered(one(tiny()), note="  Toys, not for use.\n")
+    assert "\n\nToys, not for use.\n\n## Tiers\n\n" in text
+
+
+def test_quality_in_words() -> None:
+    tier = Tier(name="low", model="vit", keep_ratio=0.5, token_counts=(1,), macs=1)
+    assert card.quality(tier) == "not measured"
+    assert card.quality(tier.model_copy(update={"agreement": SAME})) == "62.5 % of 8"

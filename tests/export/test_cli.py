@@ -1,30 +1,175 @@
 """pcae-export: what it prints, and the one line and exit code of each failure."""
 
+import errno
+import os
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pcae_export.cli import Export
+from pcae_export import cli, graph, pack, weights
+from pcae_export.choice import Choice
+from pcae_export.cli import Export, TierFlag, parse_tiers, shuffled
+from pcae_export.pack import Wanted
+from pcae_serve import bundle as bundles
 from pcae_serve.command import run
+from pcae_serve.errors import PcaeError
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
+from tests.export.conftest import bundled, fails
+from tests.training.foreign_checkpoints import saved, vit
+
+Tiny = Callable[..., Checkpoint]
+Capture = pytest.CaptureFixture[str]
+
+FULL = ("--tier", "full=1.0", "--half", "none")
 
 
-def fails(capsys: pytest.CaptureFixture[str], code: int, *argv: object) -> str:
-    """Run, expect one line on stderr and that exit code; the line."""
-    assert run(Export, [str(word) for word in argv]) == code
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if "pcae-export:" in line]  # beside progress bars
-    assert len(lines) == 1
-    return lines[0]
+@pytest.fixture
+def quick(tiny: Tiny, tmp_path: Path) -> Path:
+    """A checkpoint of our own that is quick to export."""
+    checkpoints.save(tiny(depth=1, reduction_points=()), tmp_path / "quick")
+    return tmp_path / "quick"
 
 
-def test_verify_proves_a_bundle_again(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(Export, ["verify", str(made.bundle.root), "--eval-data", str(made.data)]) == 0
-    out = capsys.readouterr().out
-    assert "parity holds: 64 images" in out
-    assert "full         1     64, 64, 64" in out
+# bundle
+
+
+def test_bundle_prints_what_it_made(
+    made: Any, quick: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    bundle = bundled(quick, tmp_path / "out", *FULL, "--eval-data", made.data, "--name", "Toys 2")
+    out = capsys.readouterr().out.splitlines()
+    size = sum(file.stat().st_size for file in bundle.root.rglob("*") if file.is_file()) / 1e6
+    assert out[0] == f"wrote {tmp_path / 'out'} ({size:.1f} MB)"
+    assert out[1].split() == ["tier", "keep", "patches", "kept", "GMACs", "quality"]
+    top1 = bundle.tiers[0].accuracy
+    assert top1 is not None
+    assert out[2].startswith("full         1 ")
+    assert f"  {100 * top1.top1:.2f} % [" in out[2]
+    assert bundle.manifest.name == "Toys 2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "half"),
+    [((), "float16"), (("--half", "bfloat16"), "bfloat16"), (("--half", "none"), None)],
+)
+def test_graphs_for_gpus_as_asked(
+    quick: Path, tmp_path: Path, flags: tuple[str, ...], half: str | None
+) -> None:
+    bundle = bundled(quick, tmp_path / "out", "--tier", "full=1.0", *flags)
+    assert bundle.manifest.models["vit"].half == half
+    graphs = {path.name for path in (bundle.root / "models" / "vit").glob("*.onnx")}
+    for_gpus = {"full.cuda.onnx", "full.tensorrt.onnx"}
+    assert graphs == {"elastic.onnx", "full.onnx"} | (for_gpus if half else set())
+    assert ("not run: bfloat16" in (bundle.root / "README.md").read_text()) == (half == "bfloat16")
+
+
+def test_the_papers_five_budgets_where_none_are_named(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = planned(monkeypatch, "bundle", made.checkpoint, tmp_path / "out")
+    assert {name: float(tier.keep_ratio) for name, tier in parts["vit"].tiers.items()} == {
+        "fast": 0.6, "brisk": 0.7, "balanced": 0.8, "careful": 0.9, "full": 1.0
+    }  # fmt: skip
+
+
+def test_labels_of_images_are_those_of_the_checkpoint(
+    quick: Path, data: Path, tmp_path: Path
+) -> None:
+    """Where the images' labels are right, top-1 is counted; where they are not to be read, not."""
+    labelled = bundled(quick, tmp_path / "a", *FULL, "--eval-data", data, "--limit", 10).tiers[0]
+    assert labelled.accuracy is not None
+    assert (labelled.accuracy.n, labelled.agreement) == (10, None)
+    flags = ("--eval-data", data, "--agreement")
+    unlabelled = bundled(quick, tmp_path / "b", *FULL, *flags).tiers[0]
+    assert unlabelled.agreement is not None
+    assert (unlabelled.agreement.n, unlabelled.accuracy) == (72, None)
+
+
+# Which reduction: seen in what would be written
+
+
+def planned(
+    monkeypatch: pytest.MonkeyPatch, *argv: object, best: str | None = None
+) -> dict[str, pack.Part]:
+    """What the command would write. `best`: what every choice ends with, were there one."""
+    seen = {}
+
+    def write(parts: dict[str, pack.Part], out: Path, **flags: Any) -> None:
+        seen.update(parts)
+        raise PcaeError("enough")
+
+    def choose(checkpoint: Checkpoint, pixels: Any, ratios: Any) -> Choice:
+        assert best is not None, "nothing is open to be chosen"
+        assert len(pixels) == 32
+        return Choice({best: np.ones((len(ratios), 32), np.float32)}, {}, tuple(ratios))  # type: ignore[dict-item]
+
+    monkeypatch.setattr(pack, "write", write)
+    monkeypatch.setattr(cli, "choose", choose)
+    assert run(Export, [str(word) for word in argv]) == 1
+    return seen
+
+
+FOREIGN = ("--heads", 2, "--normalise", "half", "--reduction-points", 0)
+LOW = ("--tier", "low=0.5")
+
+
+@pytest.mark.parametrize(
+    ("ours", "flags", "tried", "rule"),
+    [
+        (True, (), False, "weighted"),  # as it was trained
+        (True, ("--eval-data", "DATA"), False, "weighted"),
+        (True, ("--reduction", "ptr"), False, "ptr"),
+        (True, ("--reduction", "auto", "--eval-data", "DATA"), True, "attention"),
+        (False, (), False, "merged"),  # best unmeasured
+        (False, ("--eval-data", "DATA"), True, "attention"),
+        (False, ("--reduction", "auto", "--eval-data", "DATA"), True, "attention"),
+        (False, ("--reduction", "random", "--eval-data", "DATA"), False, "random"),
+        (False, ("--reduction", "ptr"), False, "ptr"),
+    ],
+)
+def test_which_reduction_it_is(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    ours: bool, flags: tuple[str, ...], tried: bool, rule: str,
+) -> None:  # fmt: skip
+    source = tmp_path / "x.pth"
+    if ours:
+        checkpoints.save(tiny(reduction="weighted"), source)
+    else:
+        saved(vit().state_dict(), tmp_path)
+    given = (data if flag == "DATA" else flag for flag in flags)
+    argv = (*(() if ours else FOREIGN), *LOW, *given, "--agreement")
+    best = rule if tried else None
+    parts = planned(monkeypatch, "bundle", source, tmp_path / "out", *argv, best=best)
+    assert parts["vit"].checkpoint.model.config.reduction == rule
+
+
+def test_nothing_is_tried_where_nothing_is_dropped(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, flags = saved(vit().state_dict(), tmp_path), ("--eval-data", data, "--agreement")
+    parts = planned(monkeypatch, "bundle", source, tmp_path / "out", *FOREIGN, *FULL, *flags)
+    assert set(parts) == {"vit"}
+
+
+def test_a_model_out_of_a_bundle_keeps_the_reduction_it_says(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no record of its training, and yet it is our own."""
+    weighted = replace(tiny(reduction="weighted"), training={})
+    checkpoints.save(weighted, tmp_path / "model")
+    (tmp_path / "model" / "training.json").unlink()
+    argv = (tmp_path / "model", tmp_path / "out", "--tier", "low=0.5", "--eval-data", data)
+    parts = planned(monkeypatch, "bundle", *argv)
+    assert parts["vit"].checkpoint.model.config.reduction == "weighted"
+
+
+# Flags
 
 
 @pytest.mark.parametrize(
@@ -33,30 +178,64 @@ def test_verify_proves_a_bundle_again(made: Any, capsys: pytest.CaptureFixture[s
         (["--tier", "fast"], "'fast' is no NAME=RATIO"),
         (["--tier", "Fast=0.5"], "'Fast=0.5' is no NAME=RATIO"),
         (["--tier", "fast=1.5"], "keep ratio must be in"),
+        (["--tier", "fast=0"], "keep ratio must be in"),
+        (["--tier", "fast=-0.5"], "keep ratio must be in"),
         (["--tier", "fast=nan"], "keep ratio must be a number"),
+        (["--tier", "fast="], "keep ratio must be a number"),
+        (["--tier", "fast=0.5:int4"], "precision 'int4' is neither int8 nor float32"),
+        (["--tier", "fast=@0.5"], "names no checkpoint before '@'"),
         (["--tier", "auto=0.5"], "no tier may be named 'auto'"),
         (["--tier", "elastic=0.5"], "no tier may be named 'elastic'"),
         (["--tier", "a=0.5", "--tier", "a=0.6"], "tier 'a' is given twice"),
         (["--limit", "0"], "--limit"),
-        (["--parity-images", "63"], "--parity-images"),
+        (["--parity-images", "15"], "--parity-images"),
+        (["--choice-images", "1"], "--choice-images"),
+        (["--half", "float8"], "--half"),
+        (["--normalise", "clip"], "--normalise"),
+        (["--reduction", "best"], "--reduction"),
+        (["--reduction", "auto"], "--reduction auto needs images to try on: give --eval-data"),
+        (["--reduction-points", "0,x"], "--reduction-points"),
+        (["--model-id", "A/b"], "--model-id"),
+        (["--name", ""], "--name"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_flags(
-    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+    made: Any, tmp_path: Path, capsys: Capture, flags: list[str], message: str
 ) -> None:
-    argv = ["bundle", made.checkpoint, tmp_path / "out", "--eval-data", made.data, *flags]
+    argv = ["bundle", made.checkpoint, tmp_path / "out", *flags]
     assert message in fails(capsys, 2, *argv)
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_flag(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--eval-data" in fails(capsys, 2, "bundle", made.checkpoint, tmp_path / "out")
+def test_a_tier_without_a_checkpoint(tmp_path: Path, capsys: Capture) -> None:
+    line = fails(capsys, 2, "bundle", tmp_path / "out", "--tier", "a=x@1.0", "--tier", "b=0.5")
+    assert "tier 'b' has no checkpoint: give SOURCE before OUT" in line
 
 
-def test_what_cannot_be_done(
-    made: Any, tmp_path: Path, write_images: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tiers_as_they_are_written() -> None:
+    assert parse_tiers(["full=1.0", "a=0.8:int8", "b=x/y@z.pth@0.5", "c=d@.25:float32"]) == {
+        "full": TierFlag(Wanted("1.0")),
+        "a": TierFlag(Wanted("0.8", "int8")),
+        "b": TierFlag(Wanted("0.5"), Path("x/y@z.pth")),
+        "c": TierFlag(Wanted(".25"), Path("d")),
+    }
+    with pytest.raises(ValueError, match="at least one tier is needed"):
+        parse_tiers([])
+
+
+def test_images_are_taken_from_all_over_and_always_the_same_ones() -> None:
+    order = shuffled(1000)
+    assert sorted(order) == list(range(1000))
+    assert order == shuffled(1000)
+    assert 300 < np.mean(order[:50]) < 700
+
+
+# What cannot be done
+
+
+def test_what_cannot_be_done(made: Any, tmp_path: Path, write_images: Any, capsys: Capture) -> None:
     out, data = tmp_path / "out", ["--eval-data", made.data]
     words = [str(tmp_path / "none"), "config.json"]
     line = fails(capsys, 1, "bundle", tmp_path / "none", out, *data)
@@ -69,26 +248,135 @@ def test_what_cannot_be_done(
     )
 
     other = write_images(tmp_path / "other", ["bag", "coat", "sock"])
-    assert "3 labels (bag, coat, sock), but the checkpoint 3 (bag, coat, shoe)" in fails(
-        capsys, 1, *argv, other
+    line = fails(capsys, 1, *argv, other)
+    assert "3 labels (bag, coat, sock), but the checkpoint 3 (bag, coat, shoe)" in line
+    assert "measure without labels by --agreement" in line
+    few = write_images(tmp_path / "few", ["bag", "coat", "shoe"], each=6)
+    assert "has 18 images, but parity is proven on 64: give more, or a smaller --parity-images" in (
+        fails(capsys, 1, *argv, few)
     )
-    few = write_images(tmp_path / "few", ["bag", "coat", "shoe"], each=2)
-    assert "has 6 images, but parity is proven on 64" in fails(capsys, 1, *argv, few)
 
-    line = fails(capsys, 1, "bundle", made.checkpoint, made.bundle.root, *data)
-    assert "exists: choose another place, or replace it with --force" in line
     assert "leaves no patch" in fails(capsys, 1, *argv, made.data, "--tier", "none=0.01")
     assert not out.exists()
-    line = fails(capsys, 1, "verify", tmp_path / "none", *data)
-    assert "no bundle at" in line
 
 
-def test_a_preprocessor_of_another_size(
-    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("force", [False, True])
+def test_what_stands_at_out_is_kept(
+    made: Any, tmp_path: Path, capsys: Capture, force: bool
 ) -> None:
-    shutil.copytree(made.checkpoint, tmp_path / "odd")
-    file = tmp_path / "odd" / "preprocessor_config.json"
-    file.write_text(file.read_text().replace(": 16", ": 32"))
-    line = fails(capsys, 1, "bundle", tmp_path / "odd", tmp_path / "out", "--eval-data", made.data)
-    assert "makes images of 32 pixels, but its model takes 16" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "photo.png").write_text("")
+    argv = ("bundle", made.checkpoint, tmp_path / "precious", *["--force"] * force)
+    line = fails(capsys, 1, *argv)
+    message = "is no bundle: --force replaces only" if force else "exists: choose another place, or"
+    assert message in line
+    assert [path.name for path in tmp_path.rglob("*")] == ["precious", "photo.png"]
+    line = fails(capsys, 1, "bundle", made.checkpoint, made.bundle.root)
+    assert "exists: choose another place, or replace it with --force" in line
+    assert bundles.load(made.bundle.root).digest == made.bundle.digest
+
+
+def test_force_replaces_a_bundle(made: Any, quick: Path, tmp_path: Path) -> None:
+    shutil.copytree(made.bundle.root, tmp_path / "out")
+    bundle = bundled(quick, tmp_path / "out", *FULL, "--force")
+    assert [tier.name for tier in bundle.tiers] == ["full"]
+    assert bundle.digest != made.bundle.digest
+    assert {path.name for path in tmp_path.iterdir()} == {"quick", "out"}
+
+
+def test_a_disk_that_fills_up_midway_leaves_nothing(
+    quick: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = graph.save, []
+
+    def full(model: Any, file: Path, metadata: Any) -> None:
+        if saved:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saved.append(file)
+        save(model, file, metadata)
+
+    monkeypatch.setattr(graph, "save", full)
+    line = fails(capsys, 1, "bundle", quick, tmp_path / "out", *FULL)
+    assert f"cannot write {tmp_path / 'out'}: " in line
+    assert "No space left on device" in line
+    assert saved
+    assert [path.name for path in tmp_path.iterdir()] == ["quick"]
+
+
+def test_graphs_that_answer_otherwise_are_not_sealed(
+    quick: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle is proven before it stands at its place."""
+    write = weights.write
+
+    def wrong(stored: Any, file: Path) -> None:
+        write(stored | {"head.bias": stored["head.bias"] + 1}, file)
+
+    monkeypatch.setattr(weights, "write", wrong)
+    line = fails(capsys, 1, "bundle", quick, tmp_path / "out", *FULL)
+    assert "tier 'full', elastic graph: a logit differs from torch by 1, over" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["quick"]
+
+
+# verify
+
+
+def test_verify_proves_a_bundle_again(made: Any, capsys: Capture) -> None:
+    assert run(Export, ["verify", str(made.bundle.root), "--data", str(made.data)]) == 0
+    out = capsys.readouterr().out
+    head = (
+        f"{made.bundle.root}, model vit: parity holds: 64 images, batches of 1, 2, 3, 8; 6 float32"
+    )
+    assert out.startswith(head)
+    assert "\n| full | elastic | float32 | 64 | " in out
+    assert "\n| low | tensorrt | float16 | 64 | " in out
+
+
+def test_verify_makes_images_up_where_there_are_none(made: Any, capsys: Capture) -> None:
+    assert run(Export, ["verify", str(made.bundle.root), "--images", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "parity holds: 16 images" in out
+
+
+def test_verify_proves_every_model(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
+    quick = tiny(depth=1, reduction_points=())
+    parts = {
+        model: pack.Part(quick, {tier: Wanted(1.0)})
+        for model, tier in (("one", "full"), ("two", "also"))
+    }
+    bundle = pack.write(parts, tmp_path / "out")
+    argv = ("verify", str(bundle.root), "--images", "16")
+    assert run(Export, argv) == 0
+    out = capsys.readouterr().out
+    assert out.index("model one: parity holds: ") < out.index("model two: parity holds: ")
+
+    name = "models/two/preprocessor_config.json"  # torch's word against the graphs'
+    file, manifest = bundle.root / name, bundle.root / "bundle.json"
+    file.write_text(file.read_text().replace("0.4", "0.6"))
+    before, after = (
+        f'"{name}": "{x}"' for x in (bundle.manifest.files[name], bundles.sha256(file))
+    )
+    manifest.write_text(manifest.read_text().replace(before, after))
+    line = fails(capsys, 1, *argv)
+    assert "tier 'also', elastic graph: a logit differs from torch by" in line
+
+
+def test_verify_refuses_files_that_were_changed(made: Any, tmp_path: Path, capsys: Capture) -> None:
+    shutil.copytree(made.bundle.root, tmp_path / "copy")
+    file = tmp_path / "copy" / "models" / "vit" / "mid.onnx"
+    shutil.copy(file.with_name("low.onnx"), file)
+    line = fails(capsys, 1, "verify", tmp_path / "copy")
+    assert "mid.onnx is not the file that was sealed (its sha256 differs)" in line
+
+
+def test_what_verify_cannot_do(
+    made: Any, write_images: Any, tmp_path: Path, capsys: Capture
+) -> None:
+    assert "no bundle at" in fails(capsys, 1, "verify", tmp_path / "none")
+    assert "cannot read split" in fails(
+        capsys, 1, "verify", made.bundle.root, "--data", tmp_path / "none"
+    )
+    few = write_images(tmp_path / "few", ["bag"], each=15)
+    line = fails(capsys, 1, "verify", made.bundle.root, "--data", few)
+    assert "parity needs 16 images, and there are 15" in line
+    assert "--images" in fails(capsys, 2, "verify", made.bundle.root, "--images", "15")

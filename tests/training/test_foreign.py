@@ -1,8 +1,5 @@
-import argparse
 import json
-import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,47 +16,25 @@ from pcae_training import checkpoint
 from pcae_training.checkpoint import Checkpoint, CheckpointError
 from pcae_training.foreign import Found, adapt, initialise, read, resize_kernel
 from pcae_training.model import VisionTransformer, ViTConfig
-
-TINY = ViTConfig(
-    image_size=24,
-    patch_size=4,
-    width=16,
-    depth=2,
-    heads=2,
-    classes=5,
-    pooling="cls",
-    reduction_points=(),
+from tests.training.foreign_checkpoints import (
+    SCALED,
+    SIZES,
+    TINY,
+    Malicious,
+    Weights,
+    deit_3,
+    dino_teacher,
+    in_chunks,
+    mae_finetuned,
+    mae_pretrained,
+    randomised,
+    rebuilt,
+    renamed,
+    saved,
+    vit,
 )
+
 DINOV2_SMALL = Path(__file__).parents[2].parent / "shared" / "data" / "dinov2-small"
-SIZES = {
-    "image_size": 24,
-    "patch_size": 4,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "layer_norm_eps": 0.05,  # far from every default: it must be read
-}
-
-Weights = dict[str, Tensor]
-
-
-def vit(config: ViTConfig = TINY, seed: int = 0) -> VisionTransformer:
-    return randomised(VisionTransformer(config), seed)
-
-
-def randomised(model: Any, seed: int = 0) -> Any:
-    """Every parameter random: none that is zero or one at first may be lost unseen."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-    return model.eval()
-
-
-def rebuilt(found: Found) -> VisionTransformer:
-    model = VisionTransformer(found.config)
-    model.load_state_dict(found.weights)
-    return model.eval()
 
 
 def pixels(size: int = 24) -> Tensor:
@@ -72,11 +47,6 @@ def normed_tokens(model: VisionTransformer, images: Tensor) -> Tensor:
     return tokens
 
 
-def saved(content: Any, folder: Path, name: str = "x.pth") -> Path:
-    torch.save(content, folder / name)
-    return folder / name
-
-
 def refused(source: Path, message: str, **flags: Any) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         read(source, **flags)
@@ -84,21 +54,7 @@ def refused(source: Path, message: str, **flags: Any) -> None:
     assert source.name in str(caught.value)
 
 
-def renamed(weights: Weights, *renames: tuple[str, str]) -> Weights:
-    for pattern, replacement in renames:
-        weights = {re.sub(pattern, replacement, name): t for name, t in weights.items()}
-    return weights
-
-
 # Hugging Face folders, against transformers itself
-
-
-@pytest.fixture(scope="module")
-def hugging_face() -> Iterator[Any]:
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.disable_progress_bar()
-    yield transformers
-    transformers.logging.enable_progress_bar()
 
 
 @torch.inference_mode()
@@ -235,40 +191,12 @@ def close(ours: Tensor, expected: Tensor) -> None:
 # State dicts, made from our own model by renaming
 
 
-def mae_pretrained(weights: Weights) -> Any:
-    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 16)}
-    encoder = {n: t for n, t in weights.items() if not n.startswith("head.")}
-    options = argparse.Namespace(lr=1e-3, model="mae_vit_base")
-    return {"model": encoder | decoder, "epoch": 799, "args": options}
-
-
-def dino_teacher(weights: Weights) -> Any:
-    backbone = {f"backbone.{name}": tensor for name, tensor in weights.items()}
-    return {"teacher": backbone | {"head.mlp.0.weight": torch.zeros(8, 16)}, "epoch": 1}
-
-
-def in_chunks(weights: Weights) -> Any:
-    renames = (r"^blocks\.(\d)", r"blocks.\1.\1"), ("^reg_token", "register_tokens")
-    return renamed(weights, *renames) | {"mask_token": torch.zeros(1, 16)}
-
-
-def deit_3(weights: Weights) -> Any:
-    """Its CLS token has no position: the one it has here goes into the token."""
-    patches = weights["pos_embed"][:, 1:]
-    cls = weights["cls_token"] + weights["pos_embed"][:, :1]
-    weights = weights | {"pos_embed": patches, "cls_token": cls}
-    return {"model": renamed(weights, (r"\.ls(\d)\.gamma", r".gamma_\1"))}
-
-
-SCALED = replace(TINY, layer_scale=True)
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("config", "written"),
     [
         (replace(TINY, classes=0), mae_pretrained),
-        (replace(TINY, pooling="mean"), lambda weights: {"model": weights}),  # MAE, fine-tuned
+        (replace(TINY, pooling="mean"), mae_finetuned),
         (TINY, dict),  # timm, DeiT
         (replace(TINY, distilled=True), lambda weights: {"model": weights}),
         (replace(TINY, classes=0), dino_teacher),
@@ -339,7 +267,7 @@ def test_preprocessing_that_lies_beside(tmp_path: Path) -> None:
     content = {"size": 24, "image_mean": [0.1] * 3, "image_std": [0.2] * 3, "resample": 2}
     write_json(tmp_path, content, "preprocessor_config.json")
     found = read(source, heads=2)
-    expected = Preprocess(24, 24, (0.1,) * 3, (0.2,) * 3, Image.Resampling.BILINEAR)
+    expected = Preprocess(24, 24, (0.1,) * 3, (0.2,) * 3, Image.Resampling.BILINEAR, squash=True)
     assert found.preprocess == expected
     write_json(tmp_path, {"size": 24}, "preprocessor_config.json")
     refused(source, "its preprocessing cannot be used .*image_mean", heads=2)
@@ -483,14 +411,6 @@ def test_heads_no_tensor_tells(tmp_path: Path) -> None:
     source = saved(vit().state_dict(), tmp_path)
     refused(source, "no tensor tells how many heads width 16 has: say --heads")
     refused(source, "3 heads do not divide width 16", heads=3)
-
-
-class Malicious:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.folder),)
 
 
 def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:

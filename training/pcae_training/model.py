@@ -319,7 +319,7 @@ class VisionTransformer(nn.Module):
         """
         if self.config.reduction == "random":
             assert noise is not None
-            return noise.expand(len(tokens.position), -1).gather(1, tokens.position)
+            return noise.expand(tokens.position.shape[0], -1).gather(1, tokens.position)
         if self.config.reduction == "attention":
             received = block.attention_received(tokens.x)
             return -received[:, tokens.prefix : tokens.prefix + tokens.patches]
