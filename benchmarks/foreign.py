@@ -211,7 +211,9 @@ def server(bundle: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "pcae_serve", f"--bundle={bundle}", f"--port={port}"]
     command += ["--device=cpu", "--profile-s=0.5", f"--cache-dir={bundle}-cache"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         while not ready(url):
