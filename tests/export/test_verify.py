@@ -380,8 +380,8 @@ def judge(found: Compared, expected: Reference, rule: Any = "ptr") -> None:
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "int8"])
 @pytest.mark.parametrize(
-    ("images", "misses", "fine"), [(200, 1, True), (200, 2, False), (1000, 5, True),
-                                   (1000, 6, False), (16, 1, True), (16, 2, False)]
+    ("images", "misses", "fine"), [(200, 4, True), (200, 5, False), (1000, 11, True),
+                                   (1000, 12, False), (16, 1, True), (16, 2, False)]
 )  # fmt: skip
 def test_classes_that_may_differ(precision: str, images: int, misses: int, fine: bool) -> None:
     found = row(precision=precision, images=images, agreement=1 - misses / images)
