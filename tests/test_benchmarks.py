@@ -83,7 +83,7 @@ def test_the_gpu_script_from_end_to_end(data: Path, tmp_path: Path) -> None:
 
     questions = json.loads((out / "questions.json").read_text())
     assert questions["finished"]
-    assert len(questions["compared"]) == 15
+    assert len(questions["compared"]) == 16
     assert all(len(row["by_seed"]) == 1 for row in questions["compared"])
     sizes = [file.stat().st_size for file in out.iterdir()]
     assert max(sizes) < 16 * 2**20
