@@ -34,6 +34,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pcae_export.measure import cosine
 from pcae_training.journal import surroundings
 
 LABELS = {i: f"class {i}" for i in range(10)}
@@ -182,7 +183,6 @@ def compare(case: Case, images: Path, files: list[Path], scratch: Path) -> Row:
             answer = case.vectors(pixels)[0]
             theirs.append((answer if embeds else answer.softmax(0)).numpy())
     one, other = np.stack(ours), np.stack(theirs)
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     same = one.argmax(axis=1) == other.argmax(axis=1)
     return Row(
         case=case.name,
@@ -190,7 +190,7 @@ def compare(case: Case, images: Path, files: list[Path], scratch: Path) -> Row:
         images=len(files),
         largest=float(np.abs(one - other).max()),
         scale=float(np.abs(other).max()),
-        cosine=float(((one * other).sum(axis=1) / lengths).min()),
+        cosine=float(cosine(one, other).min()),
         same_class=None if embeds else float(same.mean()),
     )
 

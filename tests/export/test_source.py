@@ -136,7 +136,9 @@ def test_what_is_told_goes_before_what_lies_beside(file: Path, name: Any) -> Non
 
 def test_another_size_scales_the_crop_and_interpolates_positions(file: Path) -> None:
     beside(file, CROPPED)
-    found = read(file, Told(heads=2, image_size=48)).checkpoint
+    source = read(file, Told(heads=2, image_size=48))
+    assert f"{file} was trained at 24 pixels, not 48: positions are interpolated" in source.notes
+    found = source.checkpoint
     assert (found.preprocess.image_size, found.preprocess.resize) == (48, 64)
     assert found.model.config == replace(TINY, image_size=48)
     assert found.model.pos_embed.shape == (1, 1 + 144, 16)
