@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -162,6 +162,12 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
             raise Draining("the server is measuring its latencies, or stopping", retry_after_s=1)
         return schemas.Health(status="ready")
 
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """What this server counted since its start, for Prometheus."""
+        content, media_type = service.metrics.exposition()
+        return Response(content, media_type=media_type)
+
     return app
 
 
@@ -270,14 +276,14 @@ def _timings(answer: Answer) -> schemas.Timings:
 
 
 def _tiers(service: Service) -> schemas.Tiers:
-    bundle, engine = service.bundle, service.engine
+    bundle, engine = service.bundle, service.engines[0]
     return schemas.Tiers(
         bundle=bundle.manifest.name,
         digest=bundle.digest,
         backend=engine.name,
         backend_version=engine.version,
         backend_note=NOTES.get(engine.name),
-        device=engine.device,
+        device=service.device,
         policy=service.settings.policy,
         budget_ms=service.settings.budget_ms,
         image_size=bundle.image_size,
@@ -290,8 +296,10 @@ def _tiers(service: Service) -> schemas.Tiers:
 
 def _tier(service: Service, index: int) -> schemas.TierInfo:
     tier, latency = service.bundle.tiers[index], service.latency
-    model, now_s = service.bundle.manifest.models[tier.model], asyncio.get_running_loop().time()
-    half = model.half if service.engine.name in GPU_BACKENDS else None
+    model = service.bundle.manifest.models[tier.model]
+    half = model.half if service.engines[0].name in GPU_BACKENDS else None
+    now_s, most = asyncio.get_running_loop().time(), service.settings.max_batch
+    forecast = None if latency is None else latency.forecast(now_s)
     return schemas.TierInfo(
         name=tier.name,
         model=tier.model,
@@ -305,8 +313,8 @@ def _tier(service: Service, index: int) -> schemas.TierInfo:
         fidelity=tier.fidelity,
         dominated=tier.dominated,
         latency_ms=None
-        if latency is None
-        else {n: round(latency.expected(index, n, now_s) * 1e3, 2) for n in LATENCY_BATCHES},
+        if forecast is None
+        else {n: round(forecast.typical(index, n) * 1e3, 2) for n in LATENCY_BATCHES if n <= most},
     )
 
 

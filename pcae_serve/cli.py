@@ -1,17 +1,24 @@
-"""pcae-serve: flags to settings, settings to a listening server. It holds no logic of its own."""
+"""pcae-serve: flags to settings, settings to a listening server. It holds no logic of its own.
+
+pcae-serve [serve] …     pcae-serve simulate …     pcae-serve replay URL …
+"""
 
 import logging
 import socket
 import sys
+from collections.abc import Sequence
 
 import uvicorn
+from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
 from pcae_serve import bundle, engines
 from pcae_serve.app import create_app
-from pcae_serve.command import run
+from pcae_serve.command import config, run
 from pcae_serve.errors import StartError, one_line
+from pcae_serve.replay import Replay
 from pcae_serve.service import Service
 from pcae_serve.settings import Settings
+from pcae_serve.simulation import Simulate
 
 #: How long requests in hand may take after SIGTERM; a longer upload is cut off.
 DRAIN_S = 10
@@ -20,22 +27,42 @@ log = logging.getLogger(__name__)
 
 
 class Serve(Settings):
-    __doc__ = Settings.__doc__
+    __doc__ = (
+        f"{Settings.__doc__} Other commands: `pcae-serve simulate` plays traces through the"
+        " scheduler, `pcae-serve replay URL` sends them to a live server; see their --help."
+    )
 
     def cli_cmd(self) -> None:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
         with listen(self.host, self.port) as listener:
             served = bundle.load(self.bundle or bundle.demo())
-            engine = engines.load(
-                self.backend, served, self.device, self.threads, self.max_batch, self.cache_dir
-            )
-            serve(Service(self, served, engine), listener)
+            loaded = [
+                engines.load(
+                    self.backend, served, device, self.threads, self.max_batch, self.cache_dir
+                )
+                for device in self.devices
+            ]
+            serve(Service(self, served, loaded), listener)
+
+
+class Commands(BaseSettings):
+    """What pcae-serve does besides serving."""
+
+    model_config = config("pcae-serve")
+
+    simulate: CliSubCommand[Simulate]
+    replay: CliSubCommand[Replay]
+
+    def cli_cmd(self) -> None:
+        CliApp.run_subcommand(self)
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket, so that a taken port is told before anything is loaded."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns Nagle's algorithm off only where the protocol is named, and with it on, answers
+    # on a kept connection come 40 ms late: the body waits for the head to be acknowledged
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -65,8 +92,16 @@ def serve(service: Service, listener: socket.socket) -> None:
         raise StartError(f"the latencies cannot be measured: {one_line(failures[0])}")
 
 
+def start(argv: Sequence[str]) -> int:
+    """Run the command that the first word names, and serve where it names none."""
+    word = argv[0] if argv else ""
+    if word in Commands.model_fields:
+        return run(Commands, argv)
+    return run(Serve, argv[1:] if word == "serve" else argv)
+
+
 def main() -> None:
-    sys.exit(run(Serve))
+    sys.exit(start(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@
         ├── UnsupportedType    415  no image type this server reads
         ├── InvalidParameter   422  unknown tier, senseless budget
         ├── BudgetTooSmall     422  no allowed tier fits, even on an idle machine
-        ├── Overloaded         503  no allowed tier fits in time behind what is queued
+        ├── Overloaded         503  no allowed tier fits in time beside what is in hand
         ├── Draining           503  the server is starting or stopping
         ├── EngineFailed       500  the model did not run
         └── BudgetPassed       504  the budget passed while the request waited

@@ -2,7 +2,7 @@
 
     take_turns  run the engine under a clock            -> seconds [rounds, tiers] by batch
     summarise   those seconds                           -> Profile
-    load        the profile in the cache, or a short measurement at start
+    load        the profile in the cache, if it still holds, or a short measurement at start
 
 It knows engines and a clock; what the numbers are used for is the latency model's business.
 """
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,8 @@ import pcae_serve
 from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.engines import Engine, driver
 from pcae_serve.errors import StartError
-from pcae_serve.latency import Latency, Line
+from pcae_serve.latency import Latency, Seconds
+from pcae_serve.settings import MAX_BATCH
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,14 @@ log = logging.getLogger(__name__)
 BATCHES = (1, 4, 8)
 #: Rounds of a short measurement.
 MOST_ROUNDS = 15
+
+#: A p95 over the median that is believed, whatever a few rounds on a busy machine said.
+SPREADS = (1.05, 2.0)
+#: log(p99 / p50) over log(p95 / p50) of a log-normal: 2.326 / 1.645 standard deviations.
+P99_FROM_P95 = 1.414
+
+#: Where two runs a tier are off from the profile by more than this factor, it does not hold here.
+MOST_OFF = 1.5
 
 #: Seconds of one batch, [rounds, tiers], by batch size.
 Rounds = Mapping[int, NDArray[np.float64]]
@@ -75,13 +85,23 @@ class Profile(BaseModel):
     spread: float  # p95 of a run over its (tier, batch)'s median; all of them together
     points: dict[str, list[Point]]  # by tier name
 
-    def latency(self) -> Latency:
+    def latency(self, max_batch: int = MAX_BATCH) -> Latency:
         """The latency model that starts from these points."""
-        lines = [
-            Line.through({point.batch: point.p50_s for point in points})
+        return Latency(self.seconds(), max_batch)
+
+    def seconds(self) -> list[dict[int, Seconds]]:
+        """Median and p99 by batch size, for each tier in the bundle's order."""
+        return [
+            {point.batch: Seconds(point.p50_s, self._p99_s(point)) for point in points}
             for points in self.points.values()
         ]
-        return Latency(lines, spread=float(np.clip(self.spread, 1.05, 2.0)))
+
+    def _p99_s(self, point: Point) -> float:
+        """Measured where runs were many; else drawn out from the p95, as of a log-normal."""
+        if point.p99_s is not None:
+            return point.p99_s
+        over_median = self.spread if point.p95_s is None else point.p95_s / point.p50_s
+        return float(point.p50_s * np.clip(over_median, *SPREADS) ** P99_FROM_P95)
 
 
 def take_turns(
@@ -153,14 +173,33 @@ def point(batch: int, seconds: NDArray[np.float64]) -> Point:
     )
 
 
-def load(bundle: Bundle, engine: Engine, cache_dir: Path, limit_s: float) -> Profile:
-    """This machine's profile from the cache, or a short one measured now and put there."""
+def load(
+    bundle: Bundle,
+    engine: Engine,
+    cache_dir: Path,
+    limit_s: float,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Profile:
+    """This machine's profile from the cache, or a short one measured now and put there.
+
+    One in the cache that is not true of this machine, now, is replaced: the key cannot tell that a
+    processor is shared, throttled, or another one under the same name.
+    """
     cached = read(bundle, engine, cache_dir)
     if cached is not None:
-        return cached
-    rounds = take_turns(engine, bundle.tiers, BATCHES, bundle.image_size, limit_s)
+        off = times_off(cached, bundle, engine, clock)
+        if 1 / MOST_OFF <= off <= MOST_OFF:
+            return cached
+        log.warning(
+            "the latency profile of %s does not hold, batches take %.2f times as long: measuring"
+            " anew",
+            f"{cached.origin.date:%Y-%m-%d %H:%M}",
+            off,
+        )
+    rounds = take_turns(engine, bundle.tiers, BATCHES, bundle.image_size, limit_s, clock=clock)
     better = read(bundle, engine, cache_dir)  # `pcae-export profile` may have ended meanwhile
-    if better is not None:
+    if better is not None and better != cached:
         return better
     measured = summarise(bundle, engine, rounds)
     try:
@@ -168,6 +207,27 @@ def load(bundle: Bundle, engine: Engine, cache_dir: Path, limit_s: float) -> Pro
     except OSError as error:
         log.warning("cannot keep the latency profile in %s: %s", cache_dir, error.strerror)
     return measured
+
+
+def times_off(
+    profile: Profile, bundle: Bundle, engine: Engine, clock: Callable[[], float]
+) -> float:
+    """How many times as long single images take as the profile says, on the median tier.
+
+    Each tier runs twice and its faster run counts: the first one warms up, and a slow moment is no
+    reason to doubt a profile.
+    """
+    size = bundle.image_size
+    noise = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
+    fastest_s = np.full(len(bundle.tiers), np.inf)
+    for _ in range(2):
+        for i, tier in enumerate(bundle.tiers):
+            begin_s = clock()
+            engine.run(tier, noise)
+            fastest_s[i] = min(fastest_s[i], clock() - begin_s)
+    latency = profile.latency(max_batch=1)
+    told_s = [latency.forecast(0.0).typical(i, 1) for i in range(len(bundle.tiers))]
+    return float(np.median(fastest_s / told_s))
 
 
 def read(bundle: Bundle, engine: Engine, cache_dir: Path) -> Profile | None:
@@ -203,7 +263,7 @@ def key(bundle: Bundle, engine: Engine) -> dict[str, str]:
     return {
         "bundle": bundle.digest,
         "engine": f"{engine.name} {engine.version}",
-        "device": " ".join(filter(None, (engine.device, gpu(engine)))),
+        "device": " ".join(filter(None, (engine.device.partition(" ")[0], gpu(engine)))),
         "machine": f"{platform.machine()} {processor()}",
         "cores": str(cores()),
         "threads": str(engine.threads),
@@ -235,9 +295,9 @@ def cores() -> int:
 
 def gpu(engine: Engine) -> str | None:
     """Name of the GPU that the engine runs on; None on a CPU, or where no driver tells."""
-    kind, _, number = engine.device.partition(":")
+    found = re.match(r"cuda:(\d+)", engine.device)
     try:
-        return driver.gpus()[int(number)] if kind == "cuda" else None
+        return driver.gpus()[int(found[1])] if found else None
     except (StartError, IndexError):  # the simulated engine needs no GPU to be there
         return None
 

@@ -4,20 +4,20 @@
     Decoded  joins the queue, ordered by deadline over all tiers        -> Refuse, Dispatch, WakeAt
     Left     its client went away
     Timer    the time of an earlier WakeAt has come                     -> Expire, Dispatch
-    Done     a device has finished its batch                            -> Dispatch
+    Done     a device has finished its batch                            -> Spent, Dispatch
 
 The server drives it from asyncio, a simulator from a virtual clock; the same events give the same
 actions. It knows deadlines and predicted seconds, nothing of images, sockets or engines.
 """
 
-from bisect import insort
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, field
 from typing import Literal, assert_never
 
-from pcae_serve.latency import Latency
-from pcae_serve.policies import Policy, Request, Run, Situation, Wait
+from pcae_serve.admission import Machine, judge
+from pcae_serve.arrivals import Arrivals
+from pcae_serve.latency import Forecast, Latency
+from pcae_serve.policies import Policy, Run, Situation, Wait
+from pcae_serve.queue import Queue, Request
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,14 @@ class Refuse:
 
 @dataclass(frozen=True)
 class Expire:
-    """Uploading, decoding or waiting took so long that no allowed tier can make it any more."""
+    """Nobody will work on it any more.
+
+    late  uploading, decoding or waiting took so long that no allowed tier can make it
+    load  the policy lets it go, so that others make it
+    """
 
     id: int
+    why: Literal["late", "load"]
 
 
 @dataclass(frozen=True)
@@ -86,16 +91,29 @@ class WakeAt:
     at_s: float
 
 
-Action = Dispatch | Refuse | Expire | WakeAt
+@dataclass(frozen=True)
+class Spent:
+    """A device's time went into a batch; some of it for answers that were late, or nobody's."""
+
+    device: int
+    tier: int
+    batch: int
+    seconds: float
+    late: int  # of the batch
+    cancelled: int  # of the batch: their clients left while it ran
+
+
+Action = Dispatch | Refuse | Expire | WakeAt | Spent
 
 #: A timer set for the very moment of a deadline may fire a rounding error before it.
 _PAST_S = 1e-4
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Running:
     run: Run
     expected_end_s: float
+    left: set[int] = field(default_factory=set)
 
 
 class Scheduler:
@@ -113,38 +131,36 @@ class Scheduler:
         """queue_limit: requests in hand, decoding ones included; beyond it they are refused."""
         self._policy, self._latency = policy, latency
         self._max_batch, self._queue_limit = max_batch, queue_limit
-        self._decoding: dict[int, Request] = {}
-        self._queue: list[Request] = []  # by deadline
+        self._arrivals = Arrivals()
+        self._decoding, self._queue = Queue(), Queue()
         self._running: list[_Running | None] = [None] * devices
         self._wake_at_s: float | None = None
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event, in the order of their times; return what is to be done, in order."""
         now_s, actions = event.now_s, list[Action]()
+        forecast = self._latency.forecast(now_s)
         match event:
             case Arrived(request=request):
-                if (refusal := self._refusal(now_s, request)) is not None:
-                    actions.append(refusal)
-                else:
-                    self._decoding[request.id] = request
+                self._arrivals.observe(now_s, request.budget_s)
+                if (refusal := self._refusal(request, now_s, forecast)) is not None:
+                    return [refusal]
+                self._decoding.add(request)
+                return []  # nothing can run before it is decoded
             case Decoded(id=id_):
-                if id_ in self._decoding:
-                    request = self._decoding.pop(id_)
-                    if (refusal := self._refusal(now_s, request)) is not None:
-                        actions.append(refusal)
-                    else:
-                        insort(self._queue, request, key=_urgency)
+                if (decoded := self._decoding.remove(id_)) is not None:
+                    self._queue.add(decoded)
             case Left(id=id_):
-                self._decoding.pop(id_, None)
-                self._queue = [request for request in self._queue if request.id != id_]
+                self._leave(id_)
             case Timer():
                 self._wake_at_s = None
             case Done(device=device, seconds=seconds):
-                self._finish(device, seconds, now_s)
+                actions.append(self._finish(device, seconds, now_s))
+                forecast = self._latency.forecast(now_s)
             case _:
                 assert_never(event)
-        actions += self._expire(now_s)
-        actions += self._dispatch(now_s)
+        actions += self._expire(now_s, forecast)
+        actions += self._dispatch(now_s, forecast)
         return actions
 
     @property
@@ -152,79 +168,84 @@ class Scheduler:
         """Requests in hand that no device works on yet."""
         return len(self._decoding) + len(self._queue)
 
-    def _refusal(self, now_s: float, request: Request) -> Refuse | None:
-        """Why no allowed tier can answer in time, if that is already certain."""
-        cheapest = request.tiers[0]
-        needed_s = self._latency.idle(cheapest)
-        drain_s = self._drain_s(now_s, self._queue)
-        if needed_s > request.deadline_s - request.arrival_s:
-            return Refuse(request.id, "budget", needed_s, drain_s)
-        if self.waiting >= self._queue_limit:
-            return Refuse(request.id, "full", needed_s, drain_s)
-        ahead = [r for r in self._queue if r.deadline_s <= request.deadline_s]
-        wait_s = self._drain_s(now_s, ahead)
-        done_s = now_s + wait_s + self._latency.promised(cheapest, 1, now_s)
-        if wait_s > 0 and done_s > request.deadline_s:  # else it is not the load that is to blame
-            return Refuse(request.id, "load", needed_s, drain_s)
-        return None
+    def _refusal(self, request: Request, now_s: float, forecast: Forecast) -> Refuse | None:
+        """Why a newcomer cannot be answered in time, if that is already certain."""
+        free_in_s = min(
+            0.0 if running is None else max(0.0, running.expected_end_s - now_s)
+            for running in self._running
+        )
+        machine = Machine(now_s, forecast, self._max_batch, len(self._running), free_in_s)
+        needed_s = self._latency.idle(request.tiers[0])
+        verdict = judge(request, needed_s, machine, (self._queue, self._decoding))
+        why: Literal["budget", "load", "full"] | None = verdict.why
+        if why != "budget" and self.waiting >= self._queue_limit:
+            why = "full"
+        return None if why is None else Refuse(request.id, why, needed_s, verdict.drain_s)
 
-    def _drain_s(self, now_s: float, requests: Sequence[Request]) -> float:
-        """Seconds until a device is free and these are done, each on its cheapest tier."""
-        starts = [0.0 if r is None else max(0.0, r.expected_end_s - now_s) for r in self._running]
-        per_tier: dict[int, int] = {}
-        for request in requests:
-            per_tier[request.tiers[0]] = per_tier.get(request.tiers[0], 0) + 1
-        work_s = 0.0
-        for tier, count in per_tier.items():
-            batches = ceil(count / self._max_batch)
-            once_s = self._latency.expected(tier, 1, now_s)
-            image_s = self._latency.expected(tier, 2, now_s) - once_s
-            work_s += count * image_s + batches * (once_s - image_s)
-        return min(starts) + work_s / len(self._running)
+    def _leave(self, id_: int) -> None:
+        if self._decoding.remove(id_) is None and self._queue.remove(id_) is None:
+            for running in self._running:
+                if running is not None and any(r.id == id_ for r in running.run.requests):
+                    running.left.add(id_)
 
-    def _finish(self, device: int, seconds: float | None, now_s: float) -> None:
+    def _finish(self, device: int, seconds: float | None, now_s: float) -> Spent:
         running = self._running[device]
         if running is None:
             raise ValueError(f"device {device} finished a batch that it was not given")
         self._running[device] = None
+        run, left = running.run, running.left
+        late = sum(r.deadline_s < now_s and r.id not in left for r in run.requests)
         if seconds is not None:
-            run = running.run
             self._latency.observe(run.tier, len(run.requests), seconds, now_s)
-            self._policy.observe(run, seconds)
+            self._policy.observe(run, seconds, late)
+        return Spent(device, run.tier, len(run.requests), seconds or 0.0, late, len(left))
 
-    def _expire(self, now_s: float) -> list[Action]:
+    def _expire(self, now_s: float, forecast: Forecast) -> list[Action]:
         """Those whom even their fastest tier, started now, would answer too late."""
-        late = {r.id for r in self._queue if self._latest_start_s(r, now_s) < now_s}
-        self._queue = [request for request in self._queue if request.id not in late]
-        return [Expire(id_) for id_ in sorted(late)]
+        late = list[int]()
+        for tier, requests in self._queue.by_cheapest.items():
+            doomed_s = now_s + forecast.typical(tier, 1)  # deadlines before this cannot be met
+            for request in requests:
+                if request.deadline_s >= doomed_s:
+                    break
+                late.append(request.id)
+        for id_ in sorted(late):
+            self._queue.remove(id_)
+        return [Expire(id_, "late") for id_ in sorted(late)]
 
-    def _latest_start_s(self, request: Request, now_s: float) -> float:
-        return request.deadline_s - self._latency.expected(request.tiers[0], 1, now_s)
-
-    def _dispatch(self, now_s: float) -> list[Action]:
+    def _dispatch(self, now_s: float, forecast: Forecast) -> list[Action]:
         actions, wake_s = list[Action](), list[float]()
         for device, running in enumerate(self._running):
             if running is not None or not self._queue:
                 continue
             choice = self._policy.choose(
-                Situation(now_s, tuple(self._queue), self._latency, self._max_batch)
+                Situation(
+                    now_s,
+                    self._queue,
+                    forecast,
+                    self._arrivals,
+                    self._max_batch,
+                    len(self._running),
+                )
             )
             if isinstance(choice, Wait):
                 wake_s.append(choice.until_s)
                 break  # the devices are equal: what one waits for, all do
-            chosen = {request.id for request in choice.requests}
-            self._queue = [request for request in self._queue if request.id not in chosen]
-            end_s = now_s + self._latency.expected(choice.tier, len(chosen), now_s)
+            for request in choice.let_go:
+                self._queue.remove(request.id)
+                actions.append(Expire(request.id, "load"))
+            for request in choice.requests:
+                self._queue.remove(request.id)
+            end_s = now_s + forecast.typical(choice.tier, len(choice.requests))
             self._running[device] = _Running(choice, end_s)
             ids = tuple(request.id for request in choice.requests)
             actions.append(Dispatch(device, choice.tier, ids))
-        if self._queue:
-            wake_s.append(min(self._latest_start_s(r, now_s) for r in self._queue))
+        wake_s += [
+            requests[0].deadline_s - forecast.typical(tier, 1)
+            for tier, requests in self._queue.by_cheapest.items()
+            if requests
+        ]
         if wake_s and (at_s := max(now_s, min(wake_s)) + _PAST_S) != self._wake_at_s:
             self._wake_at_s = at_s
             actions.append(WakeAt(at_s))
         return actions
-
-
-def _urgency(request: Request) -> tuple[float, int]:
-    return request.deadline_s, request.id

@@ -77,7 +77,7 @@ class Tiers(BaseModel):
     backend: str
     backend_version: str
     backend_note: str | None = Field(description="what to know before relying on it")
-    device: str
+    device: str = Field(description="where batches run; several share one queue")
     policy: str
     budget_ms: float = Field(description="for requests that name none")
     image_size: int

@@ -2,13 +2,14 @@
 
     body -> decode (bounded pool) -> scheduler -> engine (one thread a device) -> answer
 
-It knows nothing of HTTP.
+Several devices share one scheduler and so one queue; they are taken to be equal. It knows nothing
+of HTTP.
 """
 
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,9 +30,12 @@ from pcae_serve.errors import (
     Overloaded,
     RequestError,
 )
-from pcae_serve.latency import Latency
-from pcae_serve.policies import Policy, Request
-from pcae_serve.policies.greedy import Greedy
+from pcae_serve.events import Recorder, Setup
+from pcae_serve.latency import Forecast, Latency
+from pcae_serve.metrics import Metrics, Outcome
+from pcae_serve.policies.catalogue import create
+from pcae_serve.policies.ladder import Ladder
+from pcae_serve.queue import Request
 from pcae_serve.scheduler import (
     Action,
     Arrived,
@@ -43,6 +47,7 @@ from pcae_serve.scheduler import (
     Left,
     Refuse,
     Scheduler,
+    Spent,
     Timer,
     WakeAt,
 )
@@ -50,7 +55,11 @@ from pcae_serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
-POLICIES: dict[str, Callable[[], Policy]] = {"greedy": Greedy}
+#: When to come back if a policy let a request go: what it served instead is done by then, and
+#: HTTP counts in whole seconds.
+LET_GO_RETRY_S = 1.0
+#: Accuracies of tiers that nobody measured, the cheapest's and the best one's.
+UNMEASURED = (0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -91,20 +100,29 @@ class _Waiting:
     pixels: NDArray[np.uint8] | None = None  # [H, W, 3], once decoded
     decode_s: float = 0.0
     queued_s: float = 0.0
+    reason: str = ""  # why its tier, once it has one
+    outcome: Outcome = Outcome.LEFT  # unless somebody says otherwise
 
 
 class Service:
     """A bundle being served. Everything but decoding and the engine runs on the event loop."""
 
-    def __init__(self, settings: Settings, bundle: Bundle, engine: Engine) -> None:
-        self.settings, self.bundle, self.engine = settings, bundle, engine
+    def __init__(self, settings: Settings, bundle: Bundle, engines: Sequence[Engine]) -> None:
+        """engines: one a device. Raises StartError for an unknown policy, or no place for a log."""
+        self.settings, self.bundle, self.engines = settings, bundle, tuple(engines)
+        self.metrics = Metrics([tier.name for tier in bundle.tiers])
         self.latency: Latency | None = None  # measured by `start`
+        self._ladder = ladder(bundle.tiers)
+        self._policy = create(settings.policy, self._ladder).name
+        self._recorder = Recorder(settings.event_log) if settings.event_log is not None else None
         self._scheduler: Scheduler | None = None
         self._waiting: dict[int, _Waiting] = {}
         self._ids = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
         self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
-        self._device = ThreadPoolExecutor(1, "device")  # engines take one call at a time
+        # engines take one call at a time
+        self._devices = [ThreadPoolExecutor(1, f"device-{i}") for i in range(len(self.engines))]
+        self._padding = [0] * len(self.engines)  # rows, of the batch that each device ended last
         self._stopping = False
 
     @property
@@ -112,32 +130,50 @@ class Service:
         """Latencies are measured, every tier has run, and the service is not stopping."""
         return self._scheduler is not None and not self._stopping
 
+    @property
+    def waiting(self) -> int:
+        """Requests in hand that no device works on yet."""
+        return 0 if self._scheduler is None else self._scheduler.waiting
+
+    @property
+    def device(self) -> str:
+        """Where batches run, all devices in one line."""
+        return ", ".join(engine.device for engine in self.engines)
+
     async def start(self) -> None:
         """Measure latencies, or read them from the cache; then requests are taken."""
-        measure = partial(
-            profile.load,
-            self.bundle,
-            self.engine,
-            self.settings.cache_dir,
-            self.settings.profile_s,
+        settings, engine = self.settings, self.engines[0]
+        kinds = {f"{each.name} on {profile.gpu(each) or each.device}" for each in self.engines}
+        if len(self.engines) > 1 and len(kinds) > 1:
+            log.warning(
+                "the devices differ (%s): all are taken to be as fast as %s",
+                ", ".join(sorted(kinds)),
+                engine.device,
+            )
+        measure = partial(profile.load, self.bundle, engine, settings.cache_dir, settings.profile_s)
+        measured = await asyncio.get_running_loop().run_in_executor(self._devices[0], measure)
+        setup = Setup(
+            policy=settings.policy,
+            ladder=self._ladder,
+            seconds=measured.seconds(),
+            max_batch=settings.max_batch,
+            queue_limit=settings.queue_limit,
+            devices=len(self.engines),
         )
-        measured = await asyncio.get_running_loop().run_in_executor(self._device, measure)
-        self.latency = measured.latency()
-        self._scheduler = Scheduler(
-            POLICIES[self.settings.policy](),
-            self.latency,
-            max_batch=self.settings.max_batch,
-            queue_limit=self.settings.queue_limit,
-        )
-        now_s = asyncio.get_running_loop().time()
+        self.latency = setup.latency()
+        if self._recorder is not None:
+            self._recorder.begin(setup)
+        self._scheduler = setup.scheduler(self.latency)
+        forecast = self.latency.forecast(asyncio.get_running_loop().time())
         log.info(
-            "ready: %s on %s, backend %s (%s), one image takes %s",
+            "ready: %s on %s, backend %s (%s), policy %s, one image takes %s",
             self.bundle.manifest.name,
-            self.engine.device,
-            self.engine.name,
-            "; ".join(filter(None, (self.engine.version, NOTES.get(self.engine.name)))),
+            self.device,
+            engine.name,
+            "; ".join(filter(None, (engine.version, NOTES.get(engine.name)))),
+            self._policy,
             ", ".join(
-                f"{self.latency.expected(i, 1, now_s) * 1e3:.1f} ms ({tier.name})"
+                f"{forecast.typical(i, 1) * 1e3:.1f} ms ({tier.name})"
                 for i, tier in enumerate(self.bundle.tiers)
             ),
         )
@@ -148,9 +184,13 @@ class Service:
         if self._timer is not None:
             self._timer.cancel()
         for waiting in self._waiting.values():
-            _refuse(waiting, Draining("the server is stopping: ask another one"))
+            draining = Draining("the server is stopping: ask another one")
+            _refuse(waiting, draining, Outcome.REFUSED_DRAINING)
         await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
-        await asyncio.to_thread(self._device.shutdown)
+        for device in self._devices:
+            await asyncio.to_thread(device.shutdown)
+        if self._recorder is not None:
+            self._recorder.close()
 
     def allowed(self, tier: str, min_tier: str | None) -> tuple[int, ...]:
         """Tiers that may answer, cheapest first. Raises InvalidParameter for an unknown name."""
@@ -178,6 +218,7 @@ class Service:
         loop = asyncio.get_running_loop()
         tiers = self.allowed(ask.tier, ask.min_tier)
         if not self.ready:
+            self.metrics.ended(Outcome.REFUSED_DRAINING)
             raise Draining("the server is starting or stopping: ask /readyz", retry_after_s=1)
         request = Request(next(self._ids), ask.arrival_s, ask.deadline_s, tiers)
         waiting = _Waiting(ask, request, loop.create_future())
@@ -190,6 +231,7 @@ class Service:
             return await waiting.answer
         finally:  # answered, refused, unreadable, or the client left and this was cancelled
             del self._waiting[request.id]
+            self.metrics.ended(waiting.outcome)
             if not waiting.answer.done() or waiting.answer.cancelled():
                 self._handle(Left(loop.time(), request.id))
 
@@ -203,16 +245,23 @@ class Service:
                 decode = partial(self.bundle.preprocess, body, self.settings.max_pixels)
                 waiting.pixels = await loop.run_in_executor(self._decoders, decode)
         except TimeoutError:
+            waiting.outcome = Outcome.EXPIRED
             raise BudgetPassed(
                 f"the budget of {waiting.ask.budget_ms:g} ms passed before the image was read:"
                 " retry with a larger one"
             ) from None
+        except RequestError:
+            waiting.outcome = Outcome.UNREADABLE
+            raise
         waiting.queued_s = loop.time()
         waiting.decode_s = waiting.queued_s - start_s
 
     def _handle(self, event: Event) -> None:
         if self._scheduler is not None and not self._stopping:
-            for action in self._scheduler.handle(event):
+            actions = self._scheduler.handle(event)
+            if self._recorder is not None:
+                self._recorder.record(event, actions)
+            for action in actions:
                 self._act(action)
 
     def _act(self, action: Action) -> None:
@@ -221,56 +270,80 @@ class Service:
                 self._dispatch(action)
             case Refuse(id=id_):
                 waiting = self._waiting[id_]
-                _refuse(waiting, self._refusal(action, waiting))
+                _refuse(waiting, *self._refusal(action, waiting))
             case Expire(id=id_):
                 waiting = self._waiting[id_]
-                _refuse(
-                    waiting,
-                    BudgetPassed(
-                        f"the budget of {waiting.ask.budget_ms:g} ms was used up before a tier"
-                        " could run: retry with a larger one, or allow a faster tier"
-                    ),
-                )
+                _refuse(waiting, *self._expiry(action, waiting))
             case WakeAt(at_s=at_s):
                 if self._timer is not None:
                     self._timer.cancel()
                 loop = asyncio.get_running_loop()
                 self._timer = loop.call_at(at_s, lambda: self._handle(Timer(loop.time())))
+            case Spent(device=device, tier=tier):
+                self.metrics.spent(
+                    self.bundle.tiers[tier].name,
+                    action.seconds,
+                    batch=action.batch,
+                    late=action.late,
+                    cancelled=action.cancelled,
+                    padding=self._padding[device],
+                )
 
-    def _refusal(self, refuse: Refuse, waiting: _Waiting) -> RequestError:
+    def _refusal(self, refuse: Refuse, waiting: _Waiting) -> tuple[RequestError, Outcome]:
         fastest = self.bundle.tiers[waiting.request.tiers[0]].name
         needed_ms = round(refuse.needed_s * 1e3, 1)
         match refuse.why:
             case "budget":
-                return BudgetTooSmall(
+                too_small = BudgetTooSmall(
                     f"tier {fastest!r}, the fastest allowed, needs {needed_ms:g} ms on an idle"
                     f" machine: {waiting.ask.budget_ms:g} ms cannot be met",
                     needed_ms=needed_ms,
                 )
+                return too_small, Outcome.REFUSED_BUDGET
             case "load":
-                return Overloaded(
-                    f"the load leaves no allowed tier within {waiting.ask.budget_ms:g} ms:"
-                    " retry later, allow a faster tier or a larger budget",
+                overloaded = Overloaded(
+                    f"the load leaves no allowed tier within {waiting.ask.budget_ms:g} ms, but for"
+                    " making others late: retry later, allow a faster tier or a larger budget",
                     retry_after_s=refuse.retry_after_s,
                 )
+                return overloaded, Outcome.REFUSED_LOAD
             case "full":
-                return Overloaded(
+                full = Overloaded(
                     f"{self.settings.queue_limit} requests are in hand already: retry later",
                     retry_after_s=refuse.retry_after_s,
                 )
+                return full, Outcome.REFUSED_FULL
+
+    def _expiry(self, expire: Expire, waiting: _Waiting) -> tuple[RequestError, Outcome]:
+        match expire.why:
+            case "late":
+                passed = BudgetPassed(
+                    f"the budget of {waiting.ask.budget_ms:g} ms was used up before a tier"
+                    " could run: retry with a larger one, or allow a faster tier"
+                )
+                return passed, Outcome.EXPIRED
+            case "load":
+                overloaded = Overloaded(
+                    f"policy {self._policy!r} let this request go after some waiting, so that"
+                    " others are answered in time: retry later, or with a larger budget",
+                    retry_after_s=LET_GO_RETRY_S,
+                )
+                return overloaded, Outcome.LET_GO
 
     def _dispatch(self, dispatch: Dispatch) -> None:
         loop = asyncio.get_running_loop()
         batch = [self._waiting[id_] for id_ in dispatch.ids]
         tier = self.bundle.tiers[dispatch.tier]
         pixels = [waiting.pixels for waiting in batch if waiting.pixels is not None]
-        computed = loop.run_in_executor(self._device, self._compute, tier, pixels)
-        computed.add_done_callback(partial(self._computed, dispatch, batch, loop.time()))
-
-    def _compute(self, tier: Tier, pixels: list[NDArray[np.uint8]]) -> tuple[Output, float]:
-        start_s = perf_counter()
-        output = self.engine.run(tier, np.stack(pixels))
-        return output, perf_counter() - start_s
+        computed = loop.run_in_executor(
+            self._devices[dispatch.device], _compute, self.engines[dispatch.device], tier, pixels
+        )
+        now_s = loop.time()
+        computed.add_done_callback(partial(self._computed, dispatch, batch, now_s))
+        if self.latency is not None:  # told now, while the forecast is the one it was chosen by
+            forecast = self.latency.forecast(now_s)
+            for waiting in batch:
+                waiting.reason = self._reason(dispatch, waiting, forecast, now_s)
 
     def _computed(
         self,
@@ -281,12 +354,15 @@ class Service:
     ) -> None:
         now_s = asyncio.get_running_loop().time()
         seconds: float | None = None
+        self._padding[dispatch.device] = 0
         try:
             output, seconds = computed.result()
+            self._padding[dispatch.device] = output.padding
         except (Exception, asyncio.CancelledError):
             log.exception("a batch on tier %s failed", self.bundle.tiers[dispatch.tier].name)
             for waiting in batch:
-                _refuse(waiting, EngineFailed("the model failed on this batch: retry"))
+                failed = EngineFailed("the model failed on this batch: retry")
+                _refuse(waiting, failed, Outcome.FAILED)
         else:
             for row, waiting in enumerate(batch):
                 self._answer(waiting, output, row, dispatch.tier, start_s, now_s)
@@ -298,12 +374,14 @@ class Service:
     ) -> None:
         if waiting.answer.done():  # its client left
             return
+        in_time = now_s <= waiting.request.deadline_s
+        waiting.outcome = Outcome.IN_TIME if in_time else Outcome.LATE
         waiting.answer.set_result(
             Answer(
                 vector=output.vectors[row],
                 kept=tuple(kept[row] for kept in output.kept),
                 tier=self.bundle.tiers[tier],
-                reason=self._reason(tier, waiting, start_s),
+                reason=waiting.reason,
                 decode_s=waiting.decode_s,
                 queue_s=start_s - waiting.queued_s,
                 compute_s=now_s - start_s,
@@ -311,24 +389,52 @@ class Service:
             )
         )
 
-    def _reason(self, tier: int, waiting: _Waiting, start_s: float) -> str:
-        tiers, left_ms = waiting.request.tiers, (waiting.request.deadline_s - start_s) * 1e3
+    def _reason(
+        self, dispatch: Dispatch, waiting: _Waiting, forecast: Forecast, now_s: float
+    ) -> str:
+        """Why this tier, in what can be known: policies do not explain themselves."""
+        tiers, tier, size = waiting.request.tiers, dispatch.tier, len(dispatch.ids)
+        left_s = waiting.request.deadline_s - now_s
+        left = f"the {left_s * 1e3:.0f} ms left" + (f", in a batch of {size}" if size > 1 else "")
         if waiting.ask.tier != "auto":
             return "asked for"
         if len(tiers) == 1:
             return "the only tier allowed"
-        if tier == tiers[0] and self._promised_ms(tier, start_s) > left_ms:
-            return f"the fastest allowed tier, which may be late with {left_ms:.0f} ms left"
+        if forecast.promised(tier, size) > left_s:
+            which = "the fastest allowed tier" if tier == tiers[0] else "a tier"
+            return f"{which} that may be late with {left}, as policy {self._policy!r} chose"
         if tier == tiers[-1]:
-            return f"the most accurate tier fits the {left_ms:.0f} ms left"
+            return f"the most accurate tier fits {left}"
+        better = tiers[tiers.index(tier) + 1]
+        if forecast.promised(better, size) <= left_s:
+            return f"under the present load, policy {self._policy!r} chose it within {left}"
         if tier == tiers[0]:
-            return f"only the fastest allowed tier fits the {left_ms:.0f} ms left"
-        return f"the most accurate tier that fits the {left_ms:.0f} ms left"
-
-    def _promised_ms(self, tier: int, now_s: float) -> float:
-        return 0.0 if self.latency is None else self.latency.promised(tier, 1, now_s) * 1e3
+            return f"only the fastest allowed tier fits {left}"
+        return f"the most accurate tier that fits {left}"
 
 
-def _refuse(waiting: _Waiting, error: RequestError) -> None:
+def ladder(tiers: Sequence[Tier]) -> Ladder:
+    """Names and accuracies of a bundle's tiers.
+
+    Agreement with the full model stands in for accuracy. Where a tier has neither, all that is
+    known is that more tokens are better: the tiers, which stand by MACs, are spaced evenly over the
+    ten points that token reduction usually costs. From nought they would be so far apart that a
+    policy gave up deadlines for accuracy that nobody measured.
+    """
+    measured = [tier.quality for tier in tiers if tier.quality is not None]
+    if len(measured) < len(tiers):
+        measured = np.linspace(*UNMEASURED, len(tiers)).tolist()
+    accuracy = tuple(min(max(quality, 0.0), 1.0) for quality in measured)
+    return Ladder(tuple(tier.name for tier in tiers), accuracy)
+
+
+def _compute(engine: Engine, tier: Tier, pixels: list[NDArray[np.uint8]]) -> tuple[Output, float]:
+    start_s = perf_counter()
+    output = engine.run(tier, np.stack(pixels))
+    return output, perf_counter() - start_s
+
+
+def _refuse(waiting: _Waiting, error: RequestError, outcome: Outcome) -> None:
     if not waiting.answer.done():
+        waiting.outcome = outcome
         waiting.answer.set_exception(error)

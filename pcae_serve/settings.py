@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from platformdirs import user_cache_path
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -17,11 +17,17 @@ from pydantic_settings import (
 )
 
 from pcae_serve.command import config
+from pcae_serve.policies.catalogue import NAMES, WITH_TIER
 from pcae_serve.preprocess import MAX_PIXELS
 
 #: Where what belongs to this machine is kept: latency profiles, TensorRT plans.
 CACHE_DIR = user_cache_path("pcae-serve")
 MAX_BATCH = 32  # images in one batch at most
+
+_POLICIES = (
+    ", ".join(f"{name}:TIER" if name in WITH_TIER else name for name in NAMES)
+    + "; each also with +drop, which gives up those who cannot make it in a full batch"
+)
 
 
 class Settings(BaseSettings):
@@ -34,8 +40,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda:\d+)$",
-        description="cpu, cuda:N, or auto: the first NVIDIA GPU where there is one, else the CPU",
+        pattern=r"^(auto|cpu|cuda:\d+(,cuda:\d+)*)$",
+        description="cpu, cuda:N, several equal GPUs with one queue as cuda:0,cuda:1, or auto: the"
+        " first NVIDIA GPU where there is one, else the CPU",
     )
     backend: Literal["auto", "tensorrt", "cuda", "onnxruntime", "simulated"] = Field(
         "auto",
@@ -44,7 +51,7 @@ class Settings(BaseSettings):
         " simulated answers nonsense in realistic time",
     )
     threads: int = Field(0, ge=0, description="threads of one batch on a CPU; 0 = one a core")
-    policy: Literal["greedy"] = Field("greedy", description="how tier and batch are chosen")
+    policy: str = Field("pace", description=f"how tier and batch are chosen: {_POLICIES}")
 
     budget_ms: float = Field(
         1000, gt=0, allow_inf_nan=False, description="for requests that name no budget_ms"
@@ -63,6 +70,25 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(
         CACHE_DIR, description="what belongs to this machine: latency profiles, TensorRT plans"
     )
+    event_log: Path | None = Field(
+        None,
+        description="file for all that the scheduler sees and does, to be replayed; begun anew at"
+        " each start, it then grows without bound, by about 0.5 kB a request",
+    )
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices by themselves; one where it is auto or the CPU."""
+        return tuple(self.device.split(","))
+
+    @field_validator("device")
+    @classmethod
+    def _each_device_once(cls, device: str) -> str:
+        numbers = [int(name.removeprefix("cuda:")) for name in device.split(",") if ":" in name]
+        twice = [number for number in numbers if numbers.count(number) > 1]
+        if twice:
+            raise ValueError(f"cuda:{twice[0]} is named twice")
+        return device
 
     @classmethod
     def settings_customise_sources(

@@ -156,7 +156,7 @@ def test_every_parameter_and_setting_is_documented() -> None:
     from pcae_serve.settings import Settings
 
     served = bundle.load(bundle.demo())
-    api = create_app(Service(Settings(), served, engine=None), print).openapi()  # type: ignore[arg-type]
+    api = create_app(Service(Settings(), served, engines=[]), print).openapi()
     for parameter in api["paths"]["/classify"]["post"]["parameters"]:
         assert f"`{parameter['name']}`".lower() in README.lower(), parameter["name"]
     for path in api["paths"]:

@@ -1,45 +1,39 @@
 """Policies choose which waiting requests run next, and on which tier. One interface, many bodies.
 
-A policy knows no clock and no queue; it is given numbers. Admission, expiry and refusal are the
-scheduler's and the same for all.
+A policy knows no clock; it is given numbers, and sorted views of the queue that it must not change.
+Admission, expiry and refusal are the scheduler's and the same for all.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pcae_serve.latency import Latency
+from pcae_serve.arrivals import Arrivals
+from pcae_serve.latency import Forecast
+from pcae_serve.queue import Queue, Request
 
 
-@dataclass(frozen=True)
-class Request:
-    """What scheduling needs to know of a request. Times are seconds of one clock."""
-
-    id: int
-    arrival_s: float  # when its headers were parsed
-    deadline_s: float  # arrival and budget
-    tiers: tuple[int, ...]  # allowed, the cheapest first, never empty
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Situation:
     """What a policy sees when a device is free."""
 
     now_s: float
-    waiting: Sequence[Request]  # by deadline, the earliest first; each can still make it
-    latency: Latency
+    queue: Queue  # never empty; each can still make it on its cheapest tier
+    forecast: Forecast
+    arrivals: Arrivals
     max_batch: int
+    devices: int = 1  # equal ones, this one included
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Run:
-    """Run these requests together on this tier now."""
+    """Run these requests together on this tier now; those let go are told so at once."""
 
     tier: int
     requests: tuple[Request, ...]
+    let_go: tuple[Request, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Wait:
     """Run nothing before `until_s`, unless something happens."""
 
@@ -49,12 +43,13 @@ class Wait:
 class Policy(Protocol):
     """Decides; may learn from what it is told, but only from that."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def choose(self, situation: Situation) -> Run | Wait:
-        """The next batch for a free device; `situation.waiting` is not empty."""
+        """The next batch for a free device; `situation.queue` is not empty."""
         ...
 
-    def observe(self, run: Run, seconds: float) -> None:
-        """A batch chosen earlier took `seconds`."""
+    def observe(self, run: Run, seconds: float, late: int) -> None:
+        """A batch chosen earlier took `seconds`, which made `late` of its requests late."""
         ...

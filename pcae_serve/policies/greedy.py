@@ -1,42 +1,43 @@
-"""Greedy: the earliest deadline gets the most accurate tier that fits what is left of its budget.
+"""Greedy: the most accurate tier that serves all who wait before the earliest deadline.
 
-It knows nothing of load: a growing queue eats the budgets, and so pushes the choice down.
+The "aggressive" baseline of RAMSIS (Mendoza et al., EuroSys 2024). It knows nothing of load: a
+growing queue eats the budgets, and so pushes the choice down.
 """
 
-from pcae_serve.policies import Request, Run, Situation
+from collections.abc import Callable
+
+from pcae_serve.policies import Run, Situation
+from pcae_serve.policies.fixed import batch_in_time
 
 
 class Greedy:
-    """Serve the head of the queue, and with it whoever fits into the same batch in time."""
+    """All that a batch holds, on the best tier that is quick enough for the head."""
 
     name = "greedy"
 
     def choose(self, situation: Situation) -> Run:
-        head, *others = situation.waiting
-        tier = self._best_tier(head, situation)
-        batch = [head]
-        limit = min(situation.max_batch, situation.latency.useful_batch(tier))
-        for request in others:
-            if len(batch) >= limit or not self._fits(situation, tier, len(batch) + 1, head):
-                break
-            if tier in request.tiers and self._is_best(tier, request, situation):
-                batch.append(request)
-        return Run(tier, tuple(batch))
+        return run_highest(situation, lambda tier, batch: True)
 
-    def observe(self, run: Run, seconds: float) -> None:
+    def observe(self, run: Run, seconds: float, late: int) -> None:
         """Greedy learns nothing."""
 
-    def _best_tier(self, request: Request, situation: Situation) -> int:
-        for tier in reversed(request.tiers):
-            if self._fits(situation, tier, 1, request):
-                return tier
-        return request.tiers[0]
 
-    def _is_best(self, tier: int, request: Request, situation: Situation) -> bool:
-        """Nobody is served worse for company: a slacker budget waits for its own batch."""
-        return self._best_tier(request, situation) == tier
+def run_highest(situation: Situation, suits: Callable[[int, int], bool]) -> Run:
+    """The head's most accurate tier that fits and suits; else its fastest, with whom that fits."""
+    queue, forecast = situation.queue, situation.forecast
+    head = queue.by_deadline[0]
+    slack_s = head.deadline_s - situation.now_s
+    for tier in reversed(head.tiers):
+        batch = full_batch(situation, tier)
+        if forecast.promised(tier, batch) <= slack_s and suits(tier, batch):
+            break
+    else:
+        tier = head.tiers[0]
+        batch = batch_in_time(situation, tier, forecast.useful_batch(tier))
+    return Run(tier, tuple(queue.allowing(tier)[:batch]))
 
-    @staticmethod
-    def _fits(situation: Situation, tier: int, batch: int, request: Request) -> bool:
-        done_s = situation.now_s + situation.latency.promised(tier, batch, situation.now_s)
-        return done_s <= request.deadline_s
+
+def full_batch(situation: Situation, tier: int) -> int:
+    """All who wait and allow the tier, as far as a batch is worth filling."""
+    useful = situation.forecast.useful_batch(tier)
+    return min(len(situation.queue.allowing(tier)), situation.max_batch, useful)

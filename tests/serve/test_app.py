@@ -16,12 +16,14 @@ from fastapi.testclient import TestClient
 
 from pcae_serve import bundle
 from pcae_serve.app import create_app
-from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.engines import Output, Pixels
+from pcae_serve.bundle import Accuracy, Agreement, Bundle, Tier
+from pcae_serve.engines import Output, Pixels, driver
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import Draining
+from pcae_serve.policies import Run, Situation, catalogue
+from pcae_serve.policies.greedy import Greedy
 from pcae_serve.preprocess import Preprocess
-from pcae_serve.service import Ask, Service
+from pcae_serve.service import Ask, Service, ladder
 from pcae_serve.settings import Settings
 from tests.serve.conftest import image_bytes, manifest, write_bundle
 
@@ -55,7 +57,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
 @pytest.fixture
 def client(small_bundle: Bundle, settings: MakeSettings) -> Iterator[TestClient]:
     engine = SimulatedEngine(small_bundle, seconds=quick)
-    with serving(Service(settings(max_body_mb=0.1), small_bundle, engine)) as client:
+    with serving(Service(settings(max_body_mb=0.1), small_bundle, [engine])) as client:
         yield client
 
 
@@ -190,7 +192,7 @@ def test_a_body_over_the_limit_is_refused(client: TestClient, chunked: bool) -> 
 
 def test_too_many_pixels_are_refused(small_bundle: Bundle, settings: MakeSettings) -> None:
     engine = SimulatedEngine(small_bundle, seconds=quick)
-    with serving(Service(settings(max_pixels=100), small_bundle, engine)) as client:
+    with serving(Service(settings(max_pixels=100), small_bundle, [engine])) as client:
         assert (
             "11 x 11"
             in problem(client.post("/classify", content=image_bytes(size=(11, 11))), 413)["detail"]
@@ -208,6 +210,17 @@ def test_broken_multipart_is_refused(client: TestClient) -> None:
 def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None:
     problem(client.get("/nowhere"), 404)
     assert problem(client.get("/classify"), 405)["title"]
+
+
+def test_metrics_count_what_became_of_requests(client: TestClient) -> None:
+    client.post("/classify", content=image_bytes())
+    client.post("/classify?budget_ms=1", content=image_bytes())
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert 'pcae_requests_total{outcome="in_time"} 1.0' in response.text
+    assert 'pcae_requests_total{outcome="refused_budget"} 1.0' in response.text
+    assert "pcae_compute_seconds_total" in response.text
+    assert 'pcae_wasted_compute_seconds_total{reason="padding"} 0.0' in response.text
 
 
 def test_tiers_tells_accuracy_beside_latency(client: TestClient) -> None:
@@ -230,7 +243,7 @@ def test_a_backend_that_no_gpu_has_run_says_so(
     )
     engine = SimulatedEngine(served, device="cuda:0", seconds=quick)
     engine.name = "cuda"
-    with serving(Service(settings(), served, engine)) as client:
+    with serving(Service(settings(), served, [engine])) as client:
         document = client.get("/tiers").json()
     assert document["backend_note"] == "built, not yet run on a GPU"
     assert document["tiers"][0]["precision"] == "bfloat16"
@@ -251,7 +264,7 @@ def headless(tmp_path: Path, settings: MakeSettings) -> Iterator[TestClient]:
     models = {"vit": manifest({})["models"]["vit"] | {"answers": "features"}}
     served = bundle.load(write_bundle(tmp_path / "headless", labels=[], models=models))
     engine = SimulatedEngine(served, seconds=quick)
-    with serving(Service(settings(max_body_mb=0.1), served, engine)) as client:
+    with serving(Service(settings(max_body_mb=0.1), served, [engine])) as client:
         yield client
 
 
@@ -339,7 +352,7 @@ def test_not_ready_before_latencies_are_known(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
     gate.close()
-    service = Service(settings(), small_bundle, gate)
+    service = Service(settings(), small_bundle, [gate])
     with serving(service, ready=False) as client:
         problem(client.get("/readyz"), 503)
         assert client.get("/livez").status_code == 200
@@ -357,7 +370,7 @@ def test_a_start_that_fails_is_told(
 ) -> None:
     gate.fails = True
     failures: list[BaseException] = []
-    with TestClient(create_app(Service(settings(), small_bundle, gate), failures.append)):
+    with TestClient(create_app(Service(settings(), small_bundle, [gate]), failures.append)):
         wait_until(lambda: bool(failures))
     assert "out of memory" in str(failures[0])
 
@@ -365,7 +378,7 @@ def test_a_start_that_fails_is_told(
 def test_a_failing_engine_costs_its_batch_and_not_the_server(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
-    with serving(Service(settings(), small_bundle, gate)) as client:
+    with serving(Service(settings(), small_bundle, [gate])) as client:
         gate.fails = True
         problem(client.post("/classify", content=image_bytes()), 500)
         gate.fails = False
@@ -389,7 +402,7 @@ def busy(client: TestClient, gate: Gate) -> Iterator[threading.Thread]:
 def test_a_request_whose_budget_passes_in_the_queue_gets_504(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
-    with serving(Service(settings(), small_bundle, gate)) as client, busy(client, gate):
+    with serving(Service(settings(), small_bundle, [gate])) as client, busy(client, gate):
         document = problem(client.post("/classify?budget_ms=700", content=image_bytes()), 504)
         assert "700 ms" in document["detail"]
         gate.open.set()
@@ -399,9 +412,49 @@ def test_a_request_whose_budget_passes_while_images_are_decoded_gets_504(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Preprocess, "__call__", lambda *_: time.sleep(1.0))
-    with serving(Service(settings(), small_bundle, gate)) as client:
+    with serving(Service(settings(), small_bundle, [gate])) as client:
         document = problem(client.post("/classify?budget_ms=200", content=image_bytes()), 504)
         assert "before the image was read" in document["detail"]
+
+
+class Hard(Greedy):
+    """Lets go of whoever is first, for all the others."""
+
+    name = "hard"
+
+    def choose(self, situation: Situation) -> Run:
+        head, *others = situation.queue.by_deadline
+        return Run(0, tuple(others), let_go=(head,)) if others else super().choose(situation)
+
+
+def test_a_request_that_the_policy_lets_go_gets_503_and_a_time_to_come_back(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(catalogue.PUBLISHED, "greedy", lambda ladder: Hard())
+    responses: list[Any] = []
+
+    def ask(client: TestClient, budget_ms: int) -> threading.Thread:
+        query, content = f"/classify?budget_ms={budget_ms}", image_bytes()
+        thread = threading.Thread(
+            target=lambda: responses.append(client.post(query, content=content))
+        )
+        thread.start()
+        return thread
+
+    service = Service(settings(), small_bundle, [gate])
+    with serving(service) as client, busy(client, gate):
+        waiting = [ask(client, budget_ms) for budget_ms in (50_000, 60_000)]
+        wait_until(lambda: service.waiting == 2)
+        gate.open.set()
+        for thread in waiting:
+            thread.join()
+    refused, answered = sorted(responses, key=lambda response: -response.status_code)
+    document = problem(refused, 503)
+    assert "'hard'" in document["detail"]
+    assert document["type"] == "urn:pcae-serve:overloaded"
+    assert refused.headers["retry-after"] == "1"
+    assert answered.status_code == 200
+    assert "under the present load, policy 'hard' chose it" in answered.json()["reason"]
 
 
 async def asgi(app: Any, body: bytes, receive: Callable[[], Awaitable[Any]]) -> list[Any]:
@@ -428,7 +481,7 @@ def test_a_client_that_leaves_while_it_waits_is_never_computed(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
     async def scenario() -> None:
-        service = Service(settings(), small_bundle, gate)
+        service = Service(settings(), small_bundle, [gate])
         await service.start()
         app = create_app(service, fail)
         gate.close()
@@ -455,7 +508,7 @@ def test_stopping_with_work_in_hand_answers_everybody_once(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario() -> list[Any]:
-        service = Service(settings(), small_bundle, gate)
+        service = Service(settings(), small_bundle, [gate])
         await service.start()
         gate.close()
         calls = [asyncio.create_task(classify(service, i, 60_000)) for i in range(5)]
@@ -492,7 +545,7 @@ def test_requests_that_wait_together_run_together(
 
     async def together() -> list[Any]:
         engine = Counting(small_bundle, seconds=lambda _, batch: 0.03 + 1e-4 * batch)
-        service = Service(settings(profile_s=3), small_bundle, engine)
+        service = Service(settings(profile_s=3), small_bundle, [engine])
         await service.start()
         batches.clear()
         answers = await asyncio.gather(*(classify(service, i, 5000) for i in range(12)))
@@ -505,6 +558,78 @@ def test_requests_that_wait_together_run_together(
     assert max(batches) >= 4
 
 
+def test_two_devices_run_two_batches_at_once(small_bundle: Bundle, settings: MakeSettings) -> None:
+    both, meet = threading.Barrier(2, timeout=20), threading.Event()
+
+    class Meeting(SimulatedEngine):
+        def run(self, tier: Tier, pixels: Pixels) -> Output:
+            if meet.is_set():
+                both.wait()  # passes only while the other device is inside, too
+            return super().run(tier, pixels)
+
+    async def scenario() -> list[Any]:
+        pair = [Meeting(small_bundle, f"cuda:{i}", quick) for i in range(2)]
+        service = Service(settings(), small_bundle, pair)
+        await service.start()
+        meet.set()
+        answers = await asyncio.gather(*(classify(service, i, 60_000) for i in range(2)))
+        await service.stop()
+        return answers
+
+    answers = asyncio.run(scenario())
+    assert [answer.tier.name for answer in answers] == ["full", "full"]
+
+
+def test_devices_that_differ_are_told(
+    small_bundle: Bundle,
+    settings: MakeSettings,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def start(gpus: list[str]) -> str:
+        monkeypatch.setattr(driver, "gpus", lambda: gpus)
+        caplog.clear()
+        pair = [SimulatedEngine(small_bundle, f"cuda:{i}", quick) for i in range(2)]
+        service = Service(settings(profile_s=0.1), small_bundle, pair)
+        await service.start()
+        await service.stop()
+        return "".join(record.getMessage() for record in caplog.records)
+
+    told = asyncio.run(start(["NVIDIA L4", "NVIDIA H200"]))
+    assert "the devices differ (simulated on NVIDIA H200, simulated on NVIDIA L4)" in told
+    assert not asyncio.run(start(["NVIDIA L4", "NVIDIA L4"]))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "agreement", "wanted"),
+    [
+        ((0.6, 0.7, 0.8), (None, None, None), (0.6, 0.7, 0.8)),
+        ((None, None, None), (0.9, 0.95, 1.0), (0.9, 0.95, 1.0)),
+        ((None, None, None), (None, None, None), (0.9, 0.95, 1.0)),
+        ((0.6, None, 0.8), (None, None, None), (0.9, 0.95, 1.0)),
+    ],
+)
+def test_what_policies_are_told_of_accuracy(
+    small_bundle: Bundle,
+    accuracy: tuple[float | None, ...],
+    agreement: tuple[float | None, ...],
+    wanted: tuple[float, ...],
+) -> None:
+    def measured(tier: Tier, top1: float | None, share: float | None) -> Tier:
+        known = {
+            "accuracy": None
+            if top1 is None
+            else Accuracy(top1=top1, n=9, interval=(0, 1), data_set="toy"),
+            "agreement": None if share is None else Agreement(share=share, n=9, data_set="toy"),
+        }
+        return tier.model_copy(update=known)
+
+    tiers = list(map(measured, small_bundle.tiers, accuracy, agreement))
+    found = ladder(tiers)
+    assert found.names == ("fast", "balanced", "full")
+    assert found.accuracy == pytest.approx(wanted)
+
+
 def test_a_dominated_tier_is_left_to_those_who_ask_for_it(
     tmp_path: Path, settings: MakeSettings, gate: Gate
 ) -> None:
@@ -512,7 +637,7 @@ def test_a_dominated_tier_is_left_to_those_who_ask_for_it(
     document = json.loads((root / "bundle.json").read_text())
     document["tiers"][1]["dominated"] = True
     (root / "bundle.json").write_text(json.dumps(document))
-    service = Service(settings(), bundle.load(root), gate)
+    service = Service(settings(), bundle.load(root), [gate])
     assert service.allowed("auto", None) == (0, 2)
     assert service.allowed("balanced", None) == (1,)
     assert service.allowed("auto", "balanced") == (1, 2)  # what dominates it is not allowed

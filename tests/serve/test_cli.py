@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from pcae_serve.cli import start
+from pcae_serve.events import replay
 from tests.serve.conftest import image_bytes
 
 COMMAND = (sys.executable, "-m", "pcae_serve")
@@ -78,6 +80,31 @@ def test_a_server_on_a_real_socket_answers_and_stops(bundle_dir: Path, tmp_path:
         assert httpx2.post(f"{url}/classify", content=b"").status_code == 400
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) in (0, -signal.SIGTERM)
+
+
+def test_several_devices_and_an_event_log(bundle_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    flags = ("--bundle", str(bundle_dir), "--backend", "simulated", "--profile-s", "0.1")
+    more = ("--device", "cuda:0,cuda:1", "--policy", "nexus:fastest", "--event-log", str(log))
+    with server(*flags, *more, cache=tmp_path) as (url, process):
+        tiers = httpx2.get(f"{url}/tiers").json()
+        assert (tiers["device"], tiers["policy"]) == ("cuda:0, cuda:1", "nexus:fastest")
+        answer = httpx2.post(f"{url}/classify", content=image_bytes()).json()
+        assert answer["tier"] == "fast"
+        assert "policy 'nexus:fast' chose it" in answer["reason"]
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=10)
+    replayed = replay(log)
+    assert replayed.setup.devices == 2
+    assert replayed.events >= 3
+    assert replayed.difference is None
+
+
+def test_answers_on_a_kept_connection_are_not_held_back(bundle_dir: Path, tmp_path: Path) -> None:
+    flags = ("--bundle", str(bundle_dir), "--backend", "simulated", "--profile-s", "0.1")
+    with server(*flags, cache=tmp_path) as (url, _), httpx2.Client() as client:
+        took_s = [client.get(f"{url}/livez").elapsed.total_seconds() for _ in range(20)]
+    assert min(took_s[10:]) < 0.03, took_s  # with Nagle's algorithm: 0.04 each
 
 
 def test_the_address_is_told_and_a_free_port_can_be_asked_for(
@@ -157,12 +184,29 @@ def test_a_backend_and_a_device_that_do_not_go_together(
     assert re.search(word, line)
 
 
+def test_a_policy_that_does_not_exist(bundle_dir: Path) -> None:
+    flags = ("--port", "0", "--bundle", str(bundle_dir), "--backend", "simulated")
+    for policy, word in (("clairvoyant", "greedy"), ("fixed:turbo", "fast, balanced, full")):
+        code, line = failed(*flags, "--policy", policy)
+        assert code == 1
+        assert policy.removeprefix("fixed:") in line
+        assert word in line
+
+
+def test_an_event_log_that_cannot_be_written(bundle_dir: Path, tmp_path: Path) -> None:
+    flags = ("--port", "0", "--bundle", str(bundle_dir), "--backend", "simulated")
+    code, line = failed(*flags, "--event-log", str(tmp_path))
+    assert code == 1
+    assert str(tmp_path) in line
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
         (("--port", "99999"), "--port"),
         (("--budget-ms", "-1"), "--budget-ms"),
         (("--device", "gpu"), "--device"),
+        (("--device", "cuda:0,cuda:0"), "--device: cuda:0 is named twice"),
         (("--backend", "torch"), "--backend"),
     ],
 )
@@ -176,3 +220,49 @@ def test_a_wrong_variable() -> None:
     code, line = failed(PCAE_BUDGET_MS="soon")
     assert code == 2
     assert "budget" in line
+
+
+def test_the_commands_are_told_and_the_first_word_chooses(
+    bundle_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert "pcae-serve simulate" in told
+    assert "pcae-serve replay URL" in told
+    assert "--port" in told
+    assert start(["simulate", "--help"]) == 0
+    assert "--queue-limit" in (told := capsys.readouterr().out)
+    assert "--port" not in told
+    assert start(["replay", "--help"]) == 0
+    assert "--pin" in capsys.readouterr().out
+    for words in (["serve", "--port", "99999"], ["--port", "99999"]):
+        assert start(words) == 2
+        assert "--port" in capsys.readouterr().err
+
+
+def test_the_servers_variables_do_not_reach_the_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PCAE_PORT", "none")
+    assert start(["replay", "http://127.0.0.1:9", "--rate", "5"]) == 1
+    assert "no pcae-serve answers" in capsys.readouterr().err
+
+
+def test_serving_loads_nothing_that_only_the_commands_need() -> None:
+    code = "import pcae_serve.cli, sys; print(*sys.modules)"
+    done = subprocess.run((sys.executable, "-c", code), capture_output=True, text=True, timeout=60)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "pcae_serve" in loaded, done.stderr
+    assert not loaded & {"matplotlib", "rich", "scipy", "pyarrow"}
+
+
+@pytest.mark.parametrize("command", ["simulate", "replay"])
+def test_a_missing_extra(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    url = ["http://127.0.0.1:9", "--rate", "5"] if command == "replay" else []
+    assert start([command, *url]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "pip install 'pcae-serve[simulate]'" in line
+    assert command in line

@@ -5,6 +5,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
+from pcae_serve.policies.catalogue import NAMES
 from pcae_serve.settings import Settings
 
 
@@ -43,11 +44,26 @@ def test_a_config_file_that_cannot_be_read_is_named(
         {"device": "cuda"},
         {"device": "cuda:first"},
         {"backend": "torch"},
+        {"device": "cpu,cuda:0"},
+        {"device": "cuda:0,"},
+        {"device": "cuda:0,auto"},
     ],
 )
 def test_senseless_values_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Settings(**change)
+
+
+def test_several_devices_are_named_once_each() -> None:
+    assert Settings().devices == ("auto",)
+    assert Settings(device="cuda:1,cuda:0").devices == ("cuda:1", "cuda:0")
+    with pytest.raises(ValidationError, match="cuda:1 is named twice"):
+        Settings(device="cuda:1,cuda:0,cuda:01")
+
+
+def test_the_policies_to_choose_from_are_told() -> None:
+    description = Settings.model_fields["policy"].description or ""
+    assert all(name in description for name in (*NAMES, "fixed:TIER", "+drop"))
 
 
 def test_a_misspelt_key_in_the_file_is_refused(

@@ -1,0 +1,260 @@
+"""Pace: the slowest pace that what is due allows, and with it the most accurate tier (ours).
+
+The question of speed scaling (Yao, Demers, Shenker, "A scheduling model for reduced CPU energy",
+FOCS 1995) with accuracy in the place of energy: work with deadlines, a processor that may run at
+several speeds, and a gain that falls with every further step of slowness. There the best schedule
+keeps to the slowest speed that still meets each deadline; here that speed is a tier.
+
+    due      by each of a few horizons: how many are waiting, how many will have come
+    floor    the cheapest tier's batch, as large as the pace that is due needs it to be
+    tier     the most accurate one that keeps the pace, if those that follow run one tier lower,
+             and whose accuracy is worth the deadlines that it is expected to cost
+
+It learns nothing of its own: what it expects is the forecast's and the arrivals' to know.
+"""
+
+from dataclasses import dataclass
+from math import ceil, sqrt
+from typing import NamedTuple
+
+from pcae_serve.policies import Run, Situation
+from pcae_serve.policies.ladder import Ladder
+from pcae_serve.queue import due
+
+#: Deadlines in the queue that are looked at; where there are more, every so manyth.
+MOST_CHECKS = 6
+#: Arrivals to reckon with when keeping the pace: the expected, and so many standard deviations.
+MARGIN = 0.5
+#: Accuracy (of one answer = 1) that must be gained for each deadline that may be missed. The first
+#: is held against a bound that no distribution exceeds, the second against an expectation.
+WORST_CASE_PRICE = 5.0
+EXPECTED_PRICE = 2.0
+#: Seconds by which sums may be off.
+ROUNDING_S = 1e-9
+
+
+class _Horizon(NamedTuple):
+    """What is due within a time from now."""
+
+    within_s: float
+    waiting: int
+    mean: float  # of those still to come
+    deviation: float
+    # on the cheapest tier, in batches as large as there is time for:
+    image_s: float
+    last_s: float  # the last batch
+    # in batches of steady traffic:
+    steady_s: float  # the last batch
+    single_s: float  # a batch of one
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The situation, measured once for all candidates."""
+
+    situation: Situation
+    floor: int  # the cheapest tier that somebody waiting allows
+    most: int  # images in a batch of it
+    tightest_s: float
+    horizons: tuple[_Horizon, ...]
+    pace: float  # requests a second that are due
+
+    def after(self, busy_s: float, taken: int) -> list[float]:
+        """Misses to be expected at most by each horizon, once a batch of so many is done.
+
+        Scarf's bound (1958) on E[(X - room)+] of a count X of which mean and variance are known.
+        """
+        misses = []
+        for h in self.horizons:
+            known = max(0, h.waiting - taken)
+            left_s = h.within_s - busy_s - (h.last_s if known else h.single_s) + h.image_s
+            off = left_s / h.image_s - known - h.mean
+            misses.append((sqrt(h.deviation * h.deviation + off * off) - off) / 2)
+        return misses
+
+    def overrun_s(self, busy_s: float, taken: int, image_s: float) -> float:
+        """Seconds by which the worst horizon is missed, at so many seconds an image."""
+        worst_s = 0.0
+        for h in self.horizons:
+            if h.waiting > taken:
+                work_s = (h.waiting - taken + h.mean - 1) * image_s + h.steady_s
+            elif h.mean > 0.5:
+                work_s = h.mean * image_s + h.single_s
+            else:
+                continue
+            worst_s = max(worst_s, busy_s + work_s - h.within_s)
+        return worst_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A candidate: from `first` in the list of those that allow the tier, `size` requests."""
+
+    tier: int
+    first: int
+    size: int
+    busy_s: float
+
+    @property
+    def gone(self) -> int:
+        """Requests that no longer wait once it runs."""
+        return self.first + self.size
+
+
+class Pace:
+    """Speed scaling over tiers, in batches, with arrivals that are only expected."""
+
+    name = "pace"
+
+    def __init__(self, ladder: Ladder) -> None:
+        self._accuracy = ladder.accuracy
+
+    def choose(self, situation: Situation) -> Run:
+        view = _look(situation)
+        floor = self._floor(view)
+        tiers = situation.queue.tiers
+        misses: tuple[list[float], float] | None = None
+        for place in range(len(tiers) - 1, 0, -1):
+            better = self._batch(view, tiers[place])
+            if better is None or not self._keeps_pace(view, better, tiers[place - 1]):
+                continue
+            if misses is None:
+                misses = view.after(floor.busy_s, floor.gone), self._blocked(view, floor)
+            if self._worth(view, better, *misses):
+                return self._run(situation, better)
+        return self._run(situation, floor)
+
+    def observe(self, run: Run, seconds: float, late: int) -> None:
+        """Nothing to learn here."""
+
+    def _floor(self, view: _View) -> _Batch:
+        """The cheapest tier's batch: for the earliest deadlines, unless those hold up the rest.
+
+        A head with little time left allows a small batch only, and small batches are slow: near
+        capacity they leave the next heads with still less time. Where the pace that is due needs
+        larger batches, heads that are too late for one are passed over; they expire by timer.
+        """
+        situation, tier = view.situation, view.floor
+        forecast, now_s = situation.forecast, situation.now_s
+        waiting = situation.queue.allowing(tier)
+        size = forecast.keeping(tier, view.pace, view.most)
+        target = min(len(waiting), size)
+        skipped = due(waiting, now_s + forecast.promised(tier, target) - ROUNDING_S)
+        full = self._from(view, tier, min(skipped, len(waiting) - 1))
+        if not full.first:
+            return full
+        image_s = forecast.typical(tier, size) / size
+        headed = self._from(view, tier, 0)
+        lost = [
+            batch.first
+            + view.overrun_s(forecast.typical(tier, batch.size), batch.gone, image_s) / image_s
+            for batch in (headed, full)
+        ]
+        return headed if lost[0] <= lost[1] else full
+
+    def _from(self, view: _View, tier: int, first: int) -> _Batch:
+        """The largest batch that the request at `first` allows."""
+        situation = view.situation
+        waiting, forecast = situation.queue.allowing(tier), situation.forecast
+        most = min(situation.max_batch, forecast.useful_batch(tier), len(waiting) - first)
+        left_s = waiting[first].deadline_s - situation.now_s
+        size = max(1, forecast.largest(tier, left_s, most))
+        return _Batch(tier, first, size, forecast.promised(tier, size))
+
+    def _batch(self, view: _View, tier: int) -> _Batch | None:
+        """The earliest deadlines on a better tier, as many as the first allows; None: it cannot."""
+        batch = self._from(view, tier, 0)
+        head = view.situation.queue.allowing(tier)[0]
+        late = view.situation.now_s + batch.busy_s > head.deadline_s
+        return None if late else batch
+
+    def _keeps_pace(self, view: _View, batch: _Batch, rest: int) -> bool:
+        """Whether every horizon can be kept, with all that follows on tier `rest`."""
+        forecast = view.situation.forecast
+        most = min(view.situation.max_batch, forecast.useful_batch(rest))
+        # in steady traffic the tightest wait for one batch and then for their own
+        size = max(1, forecast.largest(rest, view.tightest_s / 2, most))
+        image_s = forecast.typical(rest, size) / size
+        last_s = forecast.promised(rest, size) - image_s
+        single_s = forecast.promised(rest, 1)
+        for h in view.horizons:
+            coming = h.mean + MARGIN * h.deviation
+            if h.waiting > batch.size:
+                work_s = (h.waiting - batch.size + coming) * image_s + last_s
+            elif coming > 0.5:
+                work_s = coming * image_s + single_s
+            else:
+                continue
+            if batch.busy_s + work_s > h.within_s + ROUNDING_S:
+                return False
+        return True
+
+    def _worth(self, view: _View, batch: _Batch, floor: list[float], floor_blocked: float) -> bool:
+        """Whether the accuracy gained pays for the deadlines that may be missed, price included."""
+        gain = batch.size * (self._accuracy[batch.tier] / self._accuracy[view.floor] - 1)
+        misses = view.after(batch.busy_s, batch.size)
+        more = max(its - floors for its, floors in zip(misses, floor, strict=True))
+        if WORST_CASE_PRICE * more > gain:
+            return False
+        return EXPECTED_PRICE * (self._blocked(view, batch) - floor_blocked) <= gain
+
+    def _blocked(self, view: _View, batch: _Batch) -> float:
+        """Requests that are expected to arrive while it runs and be too late when it is done."""
+        situation = view.situation
+        arrivals, forecast = situation.arrivals, situation.forecast
+        left = max(0, len(situation.queue) - batch.gone)
+        coming, _ = arrivals.within(batch.busy_s)
+        next_batch = max(1, min(view.most, round(left + coming)))
+        done_s = batch.busy_s + forecast.promised(view.floor, next_batch)
+        blocked = 0.0
+        for budgets in arrivals.classes:
+            if done_s <= budgets.budget_s:
+                break
+            over_s = min(batch.busy_s, done_s - budgets.budget_s)
+            blocked += budgets.share * arrivals.within(over_s)[0]
+        return blocked
+
+    @staticmethod
+    def _run(situation: Situation, batch: _Batch) -> Run:
+        waiting = situation.queue.allowing(batch.tier)
+        return Run(batch.tier, tuple(waiting[batch.first : batch.gone]))
+
+
+def _look(situation: Situation) -> _View:
+    """Measure what is due by when. The devices are equal, and share what is due."""
+    queue, forecast, now_s = situation.queue, situation.forecast, situation.now_s
+    arrivals, devices = situation.arrivals, situation.devices
+    waiting, classes = queue.by_deadline, arrivals.classes
+    floor = queue.tiers[0]
+    most = min(situation.max_batch, forecast.useful_batch(floor))
+    tightest_s = classes[0].budget_s if classes else waiting[0].budget_s
+    steady = max(1, forecast.largest(floor, tightest_s / 2, most))
+    single_s, steady_s = forecast.promised(floor, 1), forecast.promised(floor, steady)
+
+    step = max(1, len(waiting) // MOST_CHECKS)
+    whens = [(waiting[i].deadline_s - now_s, i + 1) for i in range(1, len(waiting), step)]
+    for budgets in classes:  # those who come next are due then
+        within_s = budgets.budget_s * 1.0001
+        whens.append((within_s, due(waiting, now_s + within_s)))
+    last_s = waiting[-1].deadline_s - now_s
+    whens.append((max(last_s, classes[-1].budget_s if classes else 0.0) * 1.05, len(waiting)))
+
+    horizons = []
+    for within_s, count in whens:
+        mean, deviation = arrivals.due(within_s)
+        size = max(steady, forecast.largest(floor, within_s / 2, most))
+        last = len(waiting) - count + 1
+        horizons.append(
+            _Horizon(
+                within_s,
+                ceil(count / devices),
+                mean / devices,
+                deviation / devices,
+                forecast.typical(floor, size) / size,
+                forecast.promised(floor, min(size, last)),
+                steady_s if last >= steady else forecast.promised(floor, last),
+                single_s,
+            )
+        )
+    pace = max((h.waiting + h.mean) / h.within_s for h in horizons)
+    return _View(situation, floor, most, tightest_s, tuple(horizons), pace)
