@@ -1,0 +1,87 @@
+"""What a decision costs: microseconds of `choose` and of whole events, by policy and queue length.
+
+    python benchmarks/decisions.py [--waiting 0 10 100 1000] [--rounds 300]
+
+Policies take turns in random order on the same queues, so that a slow moment of a shared machine
+falls on all of them. Medians and p99 over the rounds.
+"""
+
+import argparse
+import random
+from time import perf_counter
+
+import numpy as np
+
+from pcae_serve.arrivals import Arrivals
+from pcae_serve.latency import Latency, Seconds
+from pcae_serve.policies import Situation, catalogue
+from pcae_serve.policies.ladder import Ladder
+from pcae_serve.queue import Queue, Request
+from pcae_serve.scheduler import Arrived, Decoded, Left, Scheduler
+
+SHARES = (0.286, 0.364, 0.45, 0.54, 0.755, 1.0)  # of the MACs of keep ratio 1.0
+LADDER = Ladder(tuple("abcdef"), (0.795, 0.841, 0.8565, 0.8611, 0.8638, 0.8639))
+POINTS = [
+    {b: Seconds(0.0018 + 0.00045 * b * share, 0.0019 + 0.00048 * b * share) for b in (1, 32)}
+    for share in SHARES
+]
+BUDGETS_S = (0.007, 0.018, 0.112)
+SPECS = ("pace", "greedy", "conservative", "slackfit", "infaas", "model-switching", "nexus:a")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--waiting", type=int, nargs="+", default=[1, 10, 100, 1000])
+    parser.add_argument("--rounds", type=int, default=300)
+    options = parser.parse_args()
+    print("microseconds       waiting   median      p99")
+    for waiting in options.waiting:
+        taken = decisions(waiting, options.rounds)
+        for what, seconds in taken.items():
+            median, p99 = np.percentile(np.array(seconds) * 1e6, [50, 99])
+            print(f"{what:18s} {waiting:7d} {median:8.1f} {p99:8.1f}")
+
+
+def decisions(waiting: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every decision and event at a queue of that length."""
+    draw = random.Random(0)
+    policies = {spec: catalogue.create(spec, LADDER) for spec in SPECS}
+    latency, taken = Latency(POINTS, 32), {spec: list[float]() for spec in SPECS}
+    taken |= {"arrival": [], "arrival + queue": [], "leaving": []}
+    machine = Scheduler(policies["pace"], Latency(POINTS, 32), max_batch=32, queue_limit=10**9)
+    arrivals, now_s = Arrivals(), 0.0
+    for _ in range(600):
+        now_s += draw.expovariate(3000)
+        arrivals.observe(now_s, draw.choice(BUDGETS_S))
+    loose_s = max(3.0, waiting / 100)  # so that the machine takes them all
+    for i in range(waiting):
+        machine.handle(Arrived(now_s, Request(i, now_s, now_s + loose_s + i / 1e3, (0, 1, 2))))
+        machine.handle(Decoded(now_s, i))
+    for round_ in range(rounds):
+        queue = Queue()
+        for i in range(waiting):
+            age_s = draw.random() * 0.003
+            deadline_s = now_s - age_s + draw.choice(BUDGETS_S)
+            tiers = draw.choice([range(6), range(6), range(6), range(2, 6), range(3, 4)])
+            queue.add(Request(i, now_s - age_s, deadline_s, tuple(tiers)))
+        situation = Situation(now_s, queue, latency.forecast(now_s), arrivals, 32)
+        for spec in draw.sample(SPECS, len(SPECS)):
+            start_s = perf_counter()
+            policies[spec].choose(situation)
+            taken[spec].append(perf_counter() - start_s)
+        id_ = waiting + round_
+        request = Request(id_, now_s, now_s + loose_s / 2, (0, 1, 2))
+        events = {
+            "arrival": Arrived(now_s, request),
+            "arrival + queue": Decoded(now_s, id_),
+            "leaving": Left(now_s, id_),
+        }
+        for what, event in events.items():
+            start_s = perf_counter()
+            machine.handle(event)
+            taken[what].append(perf_counter() - start_s)
+    return taken
+
+
+if __name__ == "__main__":
+    main()
