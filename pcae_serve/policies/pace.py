@@ -24,10 +24,10 @@ from pcae_serve.queue import due
 #: Deadlines in the queue that are looked at; where there are more, every so manyth.
 MOST_CHECKS = 6
 #: Arrivals to reckon with when keeping the pace: the expected, and so many standard deviations.
-MARGIN = 0.5
+MARGIN = 1.0
 #: Accuracy (of one answer = 1) that must be gained for each deadline that may be missed. The first
 #: is held against a bound that no distribution exceeds, the second against an expectation.
-WORST_CASE_PRICE = 5.0
+WORST_CASE_PRICE = 10.0
 EXPECTED_PRICE = 2.0
 #: Seconds by which sums may be off.
 ROUNDING_S = 1e-9
@@ -69,7 +69,8 @@ class _View:
             known = max(0, h.waiting - taken)
             left_s = h.within_s - busy_s - (h.last_s if known else h.single_s) + h.image_s
             off = left_s / h.image_s - known - h.mean
-            misses.append((sqrt(h.deviation * h.deviation + off * off) - off) / 2)
+            bound = (sqrt(h.deviation * h.deviation + off * off) - off) / 2
+            misses.append(min(bound, known + h.mean))  # no more can miss than there are
         return misses
 
     def overrun_s(self, busy_s: float, taken: int, image_s: float) -> float:

@@ -1,0 +1,131 @@
+"""How far policies are from the best that could have been done: short windows against the oracle.
+
+    python benchmarks/regret.py [--profile gpu] [--windows 20] [--requests 40] [--jobs 2] [--json F]
+
+A policy has run a longer trace of the same kind before each window, so that it knows the load; then
+the queue is let run empty, and the window's arrivals come. No deadline lies beyond the window. Service times are the medians, exactly,
+for policies and oracle alike: the gap is of what was not known of arrivals, and of the choice.
+Effective accuracy (accuracy of answers in time over all offered); the gap closed is
+
+    (ours - best other) / (oracle - best other)        of the means over the windows of a cell
+"""
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pcae_serve import oracle, profiles, workload
+from pcae_serve.latency import Latency, Seconds
+from pcae_serve.policies import catalogue
+from pcae_serve.scheduler import Scheduler
+from pcae_serve.simulator import End, simulate
+
+OURS = "pace"
+OTHERS = (
+    "nexus:fastest",
+    "fixed:fastest",
+    "greedy",
+    "greedy+drop",
+    "conservative",
+    "conservative+drop",
+    "slackfit",
+    "slackfit+drop",
+    "infaas",
+    "infaas+drop",
+    "model-switching",
+    "model-switching+drop",
+)
+LOADS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.5)
+WARM_UP = 1500  # requests
+#: A window ends for all so long after its last arrival, in the full tier's latency at batch 1.
+CLOSING = 3.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--profile", default="gpu")
+    parser.add_argument("--traces", nargs="+", default=["poisson", "gamma-4", "azure-code"])
+    parser.add_argument("--loads", type=float, nargs="+", default=LOADS)
+    parser.add_argument("--mix", default="mixed")
+    parser.add_argument("--windows", type=int, default=20, help="of each trace and load")
+    parser.add_argument("--requests", type=int, default=60, help="in a window")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    cells = [(trace, load) for trace in options.traces for load in options.loads]
+    run = partial(cell, options.profile, options.mix, options.windows, options.requests)
+    print(f"{'trace':12s} load  best other (which){'':15s} ours   oracle  closed  proven")
+    results, closed = [], []
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for (trace, load), (values, proven) in zip(cells, pool.map(run, cells), strict=True):
+            means = {name: float(np.mean(values[name])) for name in values}
+            best = max(OTHERS, key=means.__getitem__)
+            gap = means["oracle"] - means[best]
+            share = (means[OURS] - means[best]) / gap
+            closed.append(share)
+            print(
+                f"{trace:12s} {load:4.1f}  {means[best]:.4f} {best:26s} {means[OURS]:.4f}"
+                f" {means['oracle']:.4f} {share:7.1%}  {proven}/{options.windows}",
+                flush=True,
+            )
+            results.append({"trace": trace, "load": load, "proven": proven, "values": values})
+    print(f"gap closed, mean over cells: {np.mean(closed):.1%} (median {np.median(closed):.1%})")
+    if options.json:
+        options.json.write_text(json.dumps({"options": str(vars(options)), "cells": results}))
+
+
+def cell(
+    profile: str, mix: str, windows: int, requests: int, where: tuple[str, float]
+) -> tuple[dict[str, list[float]], int]:
+    """Effective accuracy by policy and window; how many windows the oracle has proven."""
+    (trace, load), platform = where, profiles.read(profile)
+    ladder, allowed = platform.ladder, tuple(range(len(platform.tiers)))
+    accuracy = ladder.accuracy
+    table = [[s.p50 for s in tier.values()] for tier in platform.seconds(32)]  # [tiers, batches]
+    points = [{b + 1: Seconds(s, s) for b, s in enumerate(row)} for row in table]
+    rate, full_s = load * platform.capacity_per_s[mix], table[-1][0]
+    values: dict[str, list[float]] = {"oracle": []}
+    proven = 0
+    warm = workload.make(trace, mix, rate, WARM_UP, full_s, seed=1000)
+    begin_s = warm.times_s[-1] + warm.budgets_s.max()  # by then the queue is empty
+    seconds = partial(_exactly, table)
+    machines = {}
+    for spec in (OURS, *OTHERS):
+        machine = Scheduler(
+            catalogue.create(spec, ladder), Latency(points, 32), max_batch=32, queue_limit=10**6
+        )
+        simulate(warm.times_s, warm.budgets_s, machine, seconds, allowed)
+        machines[spec] = machine
+        values[spec] = []
+    for window in range(windows):
+        drawn = workload.make(trace, mix, rate, requests, full_s, seed=window)
+        # behind the window is no traffic: what is put off beyond it would be served at leisure
+        left_s = drawn.times_s[-1] + CLOSING * full_s - drawn.times_s
+        budgets_s = np.minimum(drawn.budgets_s, left_s)
+        best = oracle.best(drawn.times_s, budgets_s, accuracy, table, max_batch=32)
+        proven += best.optimal
+        values["oracle"].append(best.value / requests)
+        for spec, machine in machines.items():
+            outcome = simulate(
+                drawn.times_s + begin_s,
+                budgets_s,
+                deepcopy(machine),
+                seconds,
+                allowed,
+            )
+            in_time = outcome.tier[outcome.end == End.IN_TIME]
+            values[spec].append(float(np.array(accuracy)[in_time].sum()) / requests)
+    return values, proven
+
+
+def _exactly(table: list[list[float]], tier: int, batch: int) -> float:
+    return table[tier][batch - 1]
+
+
+if __name__ == "__main__":
+    main()
