@@ -3,8 +3,9 @@
     python benchmarks/regret.py [--profile gpu] [--windows 20] [--requests 40] [--jobs 2] [--json F]
 
 A policy has run a longer trace of the same kind before each window, so that it knows the load; then
-the queue is let run empty, and the window's arrivals come. No deadline lies beyond the window. Service times are the medians, exactly,
-for policies and oracle alike: the gap is of what was not known of arrivals, and of the choice.
+the queue is let run empty, and the window's arrivals come. No deadline lies beyond the window.
+Service times are the medians, exactly, for policies and oracle alike: the gap is of what was not
+known of arrivals, and of the choice.
 Effective accuracy (accuracy of answers in time over all offered); the gap closed is
 
     (ours - best other) / (oracle - best other)        of the means over the windows of a cell

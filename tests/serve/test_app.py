@@ -441,7 +441,7 @@ def test_a_request_that_the_policy_lets_go_gets_503_and_a_time_to_come_back(
         thread.start()
         return thread
 
-    service = Service(settings(), small_bundle, [gate])
+    service = Service(settings(policy="greedy"), small_bundle, [gate])
     with serving(service) as client, busy(client, gate):
         waiting = [ask(client, budget_ms) for budget_ms in (50_000, 60_000)]
         wait_until(lambda: service.waiting == 2)
