@@ -2,7 +2,9 @@
 
 The test of earliest-deadline-first scheduling: up to every deadline in hand, the work due by then
 must fit into the time there is. Work is counted at each request's cheapest tier, in batches worth
-filling, so that what is refused could not have been served by any policy (but for luck).
+filling: the least it can be. How much more it really is (smaller batches for tight budgets, a busy
+host) is learnt from those who were taken and could not be served: overload is to be told at once,
+not after a long wait.
 """
 
 from collections.abc import Iterable
@@ -13,8 +15,24 @@ from typing import Literal
 from pcae_serve.latency import Forecast
 from pcae_serve.queue import Queue, Request, due
 
+#: Strictness rises by this with each request taken in vain and falls with each answer in time, so
+#: that it comes to rest where about one in thirty is taken in vain; it stays within bounds.
+RISE, FALL, STRICTEST = 1.02, 0.9994, 3.0
 #: Deadlines looked at behind a newcomer; where there are more, every so manyth.
 MOST_CHECKS = 16
+
+
+class Strictness:
+    """Learnt: by how much the test of admission underestimates the work in hand."""
+
+    def __init__(self) -> None:
+        self.times = 1.0
+
+    def in_vain(self, requests: int) -> None:
+        self.times = min(STRICTEST, self.times * RISE**requests)
+
+    def in_time(self, requests: int) -> None:
+        self.times = max(1.0, self.times * FALL**requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +53,7 @@ class Machine:
     max_batch: int
     devices: int
     free_in_s: float  # until the first device is done with its batch
+    strictness: float = 1.0  # how much longer work in hand takes than it should
 
     def seconds(self, queues: Iterable[Queue], by_s: float, extra_tier: int | None = None) -> float:
         """Until all due by `by_s` are done, each on its cheapest tier, and one more on its own."""
@@ -44,7 +63,8 @@ class Machine:
                 counts[tier] = counts.get(tier, 0) + due(requests, by_s)
         # the devices share the requests, not the time of a batch
         shares = {tier: ceil(count / self.devices) for tier, count in counts.items()}
-        return self.free_in_s + sum(self._batches_s(tier, n) for tier, n in shares.items())
+        work_s = sum(self._batches_s(tier, n) for tier, n in shares.items())
+        return self.free_in_s + work_s * self.strictness
 
     def _batches_s(self, tier: int, count: int) -> float:
         """Seconds of `count` images on one tier, in batches worth filling."""

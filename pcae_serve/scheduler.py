@@ -13,7 +13,7 @@ actions. It knows deadlines and predicted seconds, nothing of images, sockets or
 from dataclasses import dataclass, field
 from typing import Literal, assert_never
 
-from pcae_serve.admission import Machine, judge
+from pcae_serve.admission import Machine, Strictness, judge
 from pcae_serve.arrivals import Arrivals
 from pcae_serve.latency import Forecast, Latency
 from pcae_serve.policies import Policy, Run, Situation, Wait
@@ -131,7 +131,7 @@ class Scheduler:
         """queue_limit: requests in hand, decoding ones included; beyond it they are refused."""
         self._policy, self._latency = policy, latency
         self._max_batch, self._queue_limit = max_batch, queue_limit
-        self._arrivals = Arrivals()
+        self._arrivals, self._strictness = Arrivals(), Strictness()
         self._decoding, self._queue = Queue(), Queue()
         self._running: list[_Running | None] = [None] * devices
         self._wake_at_s: float | None = None
@@ -159,7 +159,7 @@ class Scheduler:
                 forecast = self._latency.forecast(now_s)
             case _:
                 assert_never(event)
-        actions += self._expire(now_s, forecast)
+        actions += self._expire(now_s, forecast, event.id if isinstance(event, Decoded) else None)
         actions += self._dispatch(now_s, forecast)
         return actions
 
@@ -174,7 +174,14 @@ class Scheduler:
             0.0 if running is None else max(0.0, running.expected_end_s - now_s)
             for running in self._running
         )
-        machine = Machine(now_s, forecast, self._max_batch, len(self._running), free_in_s)
+        machine = Machine(
+            now_s,
+            forecast,
+            self._max_batch,
+            len(self._running),
+            free_in_s,
+            self._strictness.times,
+        )
         needed_s = self._latency.idle(request.tiers[0])
         verdict = judge(request, needed_s, machine, (self._queue, self._decoding))
         why: Literal["budget", "load", "full"] | None = verdict.why
@@ -198,9 +205,11 @@ class Scheduler:
         if seconds is not None:
             self._latency.observe(run.tier, len(run.requests), seconds, now_s)
             self._policy.observe(run, seconds, late)
+            self._strictness.in_time(len(run.requests) - late - len(left))
+            self._strictness.in_vain(late)
         return Spent(device, run.tier, len(run.requests), seconds or 0.0, late, len(left))
 
-    def _expire(self, now_s: float, forecast: Forecast) -> list[Action]:
+    def _expire(self, now_s: float, forecast: Forecast, decoded: int | None) -> list[Action]:
         """Those whom even their fastest tier, started now, would answer too late."""
         late = list[int]()
         for tier, requests in self._queue.by_cheapest.items():
@@ -211,6 +220,8 @@ class Scheduler:
                 late.append(request.id)
         for id_ in sorted(late):
             self._queue.remove(id_)
+        # who was decoded too late was not kept waiting
+        self._strictness.in_vain(sum(id_ != decoded for id_ in late))
         return [Expire(id_, "late") for id_ in sorted(late)]
 
     def _dispatch(self, now_s: float, forecast: Forecast) -> list[Action]:

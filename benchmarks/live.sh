@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# A live server against the simulator on the same traces, then a minute at twice its capacity.
+#
+#     benchmarks/live.sh [FOLDER]     two cores: the server on one, the sender on the other; 6 minutes
+#
+# The simulator starts from the profile that the server measured. What decoding and HTTP take of the
+# one core, the simulator does not know: --decode-ms is their share as the server tells it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-runs/live}; mkdir -p "$out"
+bin=.venv-test/bin port=8077 url=http://127.0.0.1:8077
+export PCAE_CACHE_DIR="$out/cache"
+taskset -c 0 $bin/pcae-serve --port $port --threads 1 --event-log "$out/events.jsonl" >"$out/server.log" 2>&1 &
+server=$!
+trap 'kill $server' EXIT
+until $bin/python -c "import urllib.request as u; u.urlopen('$url/readyz')" 2>/dev/null; do sleep 0.5; done
+rss() { grep VmRSS /proc/$server/status; }
+for trace in poisson azure-code; do
+    $bin/pcae-serve replay $url --pin 1 --trace $trace --mix mixed --rate 20,40,60,80 --requests 1200 \
+        --json "$out/live_$trace.json" >"$out/live_$trace.txt" || echo "void: $trace"
+    PCAE_THREADS=1 taskset -c 1 $bin/pcae-serve simulate --profile machine --policy pace --trace $trace \
+        --mix mixed --rate 20,40,60,80 --requests 1200 --seeds 1 --decode-ms 4 --jobs 1 --capacity 100 \
+        --json "$out/simulated_$trace.json" >"$out/simulated_$trace.txt" || echo "no simulation: $trace"
+done
+rss
+for rate in 60 90 120 240 40; do # budgets of 8x and more; the last one after the overload
+    $bin/pcae-serve replay $url --pin 1 --trace poisson --mix 8:0.7,50:0.3 --rate $rate \
+        --requests $((rate * (rate == 240 ? 60 : 10))) --json "$out/overload_$rate.json" \
+        --rows "$out/overload_$rate.csv" >"$out/overload_$rate.txt" || echo "void: $rate"
+    rss
+done
