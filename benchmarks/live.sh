@@ -23,9 +23,9 @@ for trace in poisson azure-code; do
         --json "$out/simulated_$trace.json" >"$out/simulated_$trace.txt" || echo "no simulation: $trace"
 done
 rss
-for rate in 60 90 120 240 40; do # budgets of 8x and more; the last one after the overload
+for rate in 60 90 120 200 40; do # budgets of 8x and more; the last one after the overload
     $bin/pcae-serve replay $url --pin 1 --trace poisson --mix 8:0.7,50:0.3 --rate $rate \
-        --requests $((rate * (rate == 240 ? 60 : 10))) --json "$out/overload_$rate.json" \
+        --requests $((rate * (rate == 200 ? 60 : 10))) --json "$out/overload_$rate.json" \
         --rows "$out/overload_$rate.csv" >"$out/overload_$rate.txt" || echo "void: $rate"
     rss
 done

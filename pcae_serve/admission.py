@@ -34,6 +34,10 @@ class Strictness:
     def in_time(self, requests: int) -> None:
         self.times = max(1.0, self.times * FALL**requests)
 
+    def caught_up(self) -> None:
+        """Nothing is running or waiting: whatever held the work up is over."""
+        self.times = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:

@@ -161,6 +161,8 @@ class Scheduler:
                 assert_never(event)
         actions += self._expire(now_s, forecast, event.id if isinstance(event, Decoded) else None)
         actions += self._dispatch(now_s, forecast)
+        if not any(self._running) and not self._queue and not self._decoding:
+            self._strictness.caught_up()
         return actions
 
     @property

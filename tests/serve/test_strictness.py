@@ -26,28 +26,36 @@ def test_it_stays_within_bounds() -> None:
     assert strictness.times == 1.0
 
 
-def machine_with_waiting(lost: int) -> Scheduler:
-    """Busy, seven more in the queue; `lost` were taken in vain before."""
+def offer(machine: Scheduler, ids: range, now_s: float, budget_s: float) -> list[int]:
+    """Ids of those refused."""
+    refused = []
+    for id_ in ids:
+        actions = machine.handle(Arrived(now_s, Request(id_, now_s, now_s + budget_s, (0,))))
+        refused += [action.id for action in actions if isinstance(action, Refuse)]
+        machine.handle(Decoded(now_s, id_))
+    return refused
+
+
+def hanging(lost: int) -> Scheduler:
+    """One image takes 0.1 s, but the first batch hangs, and `lost` were taken in vain behind it."""
     latency = Latency([{1: Seconds(0.1, 0.1), 8: Seconds(0.8, 0.8)}], 8)
     machine = Scheduler(Greedy(), latency, max_batch=1, queue_limit=99)
-    for i in range(lost):
-        begin_s = 10.0 * i
-        for id_ in (1000 + 2 * i, 1001 + 2 * i):  # the first one hangs, the second expires
-            machine.handle(Arrived(begin_s, Request(id_, begin_s, begin_s + 0.5, (0,))))
-            machine.handle(Decoded(begin_s, id_))
-        actions = machine.handle(Timer(begin_s + 0.45))
-        assert [type(action) for action in actions] == [Expire]
-        machine.handle(Done(begin_s + 5.0, 0, None))
-    now_s = 10.0 * lost
-    for id_ in range(8):
-        machine.handle(Arrived(now_s, Request(id_, now_s, now_s + 1.05, (0,))))
-        machine.handle(Decoded(now_s, id_))
+    assert not offer(machine, range(1 + lost), 0.0, 2.0)
+    expired = [a for a in machine.handle(Timer(1.95)) if isinstance(a, Expire)]
+    assert len(expired) == lost
     return machine
 
 
-@pytest.mark.parametrize(("lost", "refused"), [(0, False), (15, True)])
-def test_those_taken_in_vain_make_the_next_refusal_come_at_once(lost: int, refused: bool) -> None:
-    machine = machine_with_waiting(lost)
-    now_s = 10.0 * lost
-    actions = machine.handle(Arrived(now_s, Request(99, now_s, now_s + 1.1, (0,))))
-    assert any(isinstance(action, Refuse) for action in actions) == refused
+@pytest.mark.parametrize(("lost", "refused"), [(0, []), (15, [107])])
+def test_those_taken_in_vain_make_the_next_refusal_come_at_once(
+    lost: int, refused: list[int]
+) -> None:
+    machine = hanging(lost)
+    # eight of 0.1 s fit into 1.06 s, eight of 0.1 s x 1.02^15 do not
+    assert offer(machine, range(100, 108), 3.0, 1.06) == refused
+
+
+def test_a_machine_that_has_caught_up_begins_anew() -> None:
+    machine = hanging(15)
+    machine.handle(Done(2.5, 0, None))
+    assert offer(machine, range(100, 108), 3.0, 1.06) == []
