@@ -55,10 +55,14 @@ class Metrics:
         )
         for outcome in Outcome:
             self._requests.labels(outcome)
-        for tier in tiers:
-            self._compute_s.labels(tier)
+        self.add_tiers(tiers)
         for reason in WASTE:
             self._wasted_s.labels(reason)
+
+    def add_tiers(self, tiers: Sequence[str]) -> None:
+        """Tiers that may answer from now on, as after a reload."""
+        for tier in tiers:
+            self._compute_s.labels(tier)
 
     def ended(self, outcome: Outcome) -> None:
         """A request has come to its end."""

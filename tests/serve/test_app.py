@@ -23,7 +23,8 @@ from pcae_serve.errors import Draining
 from pcae_serve.policies import Run, Situation, catalogue
 from pcae_serve.policies.greedy import Greedy
 from pcae_serve.preprocess import Preprocess
-from pcae_serve.service import Ask, Service, ladder
+from pcae_serve.servable import Ask, ladder
+from pcae_serve.service import Service
 from pcae_serve.settings import Settings
 from tests.serve.conftest import image_bytes, manifest, write_bundle
 
@@ -318,6 +319,13 @@ class Gate:
     """An engine that runs when it is told to."""
 
     name, version, device, threads = "gate", "1", "cpu", 0
+    sizes = (1,)
+
+    def terminate(self) -> None:
+        """It is let through, not stopped."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -334,7 +342,7 @@ class Gate:
         self.batches.append(len(pixels))
         return Output(np.zeros((len(pixels), 4), np.float32), ())
 
-    def close(self) -> None:
+    def shut(self) -> None:
         """From now on, a batch waits inside."""
         self.open.clear()
         self.entered.clear()
@@ -351,7 +359,7 @@ def gate() -> Iterator[Gate]:
 def test_not_ready_before_latencies_are_known(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
-    gate.close()
+    gate.shut()
     service = Service(settings(), small_bundle, [gate])
     with serving(service, ready=False) as client:
         problem(client.get("/readyz"), 503)
@@ -388,7 +396,7 @@ def test_a_failing_engine_costs_its_batch_and_not_the_server(
 @contextmanager
 def busy(client: TestClient, gate: Gate) -> Iterator[threading.Thread]:
     """A request on the device, which does not end before the gate opens."""
-    gate.close()
+    gate.shut()
     first = threading.Thread(
         target=lambda: client.post("/classify?budget_ms=60000", content=image_bytes())
     )
@@ -484,7 +492,7 @@ def test_a_client_that_leaves_while_it_waits_is_never_computed(
         service = Service(settings(), small_bundle, [gate])
         await service.start()
         app = create_app(service, fail)
-        gate.close()
+        gate.shut()
 
         async def stays() -> Any:
             await asyncio.Event().wait()
@@ -510,7 +518,7 @@ def test_stopping_with_work_in_hand_answers_everybody_once(
     async def scenario() -> list[Any]:
         service = Service(settings(), small_bundle, [gate])
         await service.start()
-        gate.close()
+        gate.shut()
         calls = [asyncio.create_task(classify(service, i, 60_000)) for i in range(5)]
         await asyncio.to_thread(gate.entered.wait, 20)
         await asyncio.sleep(0.05)  # the others are decoded meanwhile, or still at it
@@ -638,6 +646,6 @@ def test_a_dominated_tier_is_left_to_those_who_ask_for_it(
     document["tiers"][1]["dominated"] = True
     (root / "bundle.json").write_text(json.dumps(document))
     service = Service(settings(), bundle.load(root), [gate])
-    assert service.allowed("auto", None) == (0, 2)
-    assert service.allowed("balanced", None) == (1,)
-    assert service.allowed("auto", "balanced") == (1, 2)  # what dominates it is not allowed
+    assert service.bundle.allowed("auto", None) == (0, 2)
+    assert service.bundle.allowed("balanced", None) == (1,)
+    assert service.bundle.allowed("auto", "balanced") == (1, 2)  # what dominates it is not allowed

@@ -58,14 +58,14 @@ def test_an_answer_does_not_depend_on_its_batch(demo: Bundle, engine: engines.En
 def test_labels_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> None:
     manifest = demo.manifest.model_copy(update={"labels": demo.labels[:9]})
     with pytest.raises(StartError, match="answers with 10 logits, but the bundle names 9"):
-        OnnxRuntimeEngine(replace(demo, manifest=manifest))
+        engines.load("onnxruntime", replace(demo, manifest=manifest))
 
 
 def test_features_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> None:
     vit = demo.manifest.models["vit"].model_copy(update={"answers": "features"})
     manifest = demo.manifest.model_copy(update={"labels": (), "models": {"vit": vit}})
     with pytest.raises(StartError, match="answers with 10 features, but the bundle names 192"):
-        OnnxRuntimeEngine(replace(demo, manifest=manifest))
+        engines.load("onnxruntime", replace(demo, manifest=manifest))
 
 
 def test_an_int8_tier_runs_a_graph_of_its_own(demo: Bundle, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_counts_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> Non
     tier = demo.tiers[0].model_copy(update={"token_counts": (400, 12, 3)})
     manifest = demo.manifest.model_copy(update={"tiers": (tier,)})
     with pytest.raises(StartError, match="does not run"):
-        OnnxRuntimeEngine(replace(demo, manifest=manifest))
+        engines.load("onnxruntime", replace(demo, manifest=manifest))
 
 
 def test_the_simulated_engine_takes_the_time_it_is_told_to(demo: Bundle) -> None:

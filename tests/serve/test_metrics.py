@@ -58,6 +58,13 @@ class Bucketed:
     """An engine that fills every batch up to four, and fails or dawdles when told to."""
 
     name, version, device, threads = "bucketed", "1", "cpu", 0
+    sizes = (1,)
+
+    def terminate(self) -> None:
+        """It is let through, not stopped."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     def __init__(self) -> None:
         self.fails, self.seconds, self.entered = False, 0.002, threading.Event()
