@@ -8,7 +8,7 @@ knows threads, nothing of engines or requests.
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -21,6 +21,7 @@ class Device:
         self.lost = False  # a call did not come back, and is not expected to
         self.broken = False  # there is no engine to run on it, for now
         self._thread = ThreadPoolExecutor(1, name)
+        self._running: set[asyncio.Future[Any]] = set()
 
     @property
     def works(self) -> bool:
@@ -28,11 +29,14 @@ class Device:
 
     def submit(self, call: Callable[[], T]) -> asyncio.Future[T]:
         """Run `call` on the thread, after what was submitted before."""
-        return asyncio.get_running_loop().run_in_executor(self._thread, call)
+        running = asyncio.get_running_loop().run_in_executor(self._thread, call)
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        return running
 
-    async def shutdown(self) -> None:
-        """Wait for the call in progress, but not for one that is lost."""
-        if self.lost:
-            self._thread.shutdown(wait=False, cancel_futures=True)
-        else:
-            await asyncio.to_thread(self._thread.shutdown)
+    async def shutdown(self, limit_s: float) -> bool:
+        """Wait for the call in progress, at most so long; whether it came back."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._running and not self.lost:
+            await asyncio.wait(self._running, timeout=limit_s)
+        return not self._running

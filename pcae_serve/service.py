@@ -35,11 +35,13 @@ from pcae_serve.events import Recorder, Setup
 from pcae_serve.latency import Latency
 from pcae_serve.metrics import Metrics, Outcome
 from pcae_serve.policies.catalogue import create
-from pcae_serve.servable import RETRY_S, Answer, Ask, Make, Servable, ladder
+from pcae_serve.servable import RETRY_S, TERMINATE_S, Answer, Ask, Make, Servable, ladder
 from pcae_serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
+#: At the end, a batch in progress has so long before it is told to give up.
+BATCH_S = 5.0
 #: Seconds of compute to measure a new bundle with, beside live traffic.
 MEASURE_BESIDE_S = 2.0
 
@@ -199,15 +201,18 @@ class Service:
         self._draining = True
 
     async def stop(self) -> None:
-        """Take nothing more, and let the batch on the device end."""
+        """Take nothing more, and let the batch on the device end: in bounded time."""
         self._draining = True
         servables = [*self._retired, *([] if self._servable is None else [self._servable])]
         for servable in servables:
             servable.stop()
         self._loader.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
-        for device in self._devices:
-            await device.shutdown()
+        for i, device in enumerate(self._devices):
+            if not await device.shutdown(BATCH_S):
+                for servable in servables:
+                    servable.engines[i].terminate()
+                device.lost = not await device.shutdown(TERMINATE_S)
         for servable in servables:
             servable.close()
         if self._servable is None and self._recorder is not None:
