@@ -136,7 +136,7 @@ _PAST_S = 1e-4
 #: While an errand runs, so many requests may be expected that it would make late.
 MOST_KEPT = 0.05
 #: An errand that found no such moment for so long takes the next one at which nobody waits.
-PATIENCE_S = 10.0
+PATIENCE_S = 2.0
 #: How often a moment is looked for where nothing else happens.
 LOOK_S = 0.1
 
