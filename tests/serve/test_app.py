@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -206,6 +207,59 @@ def test_broken_multipart_is_refused(client: TestClient) -> None:
     problem(client.post("/classify", files={"photo": ("a.png", image_bytes())}), 400)
     headers = {"content-type": "multipart/form-data"}  # no boundary
     problem(client.post("/classify", content=b"nonsense", headers=headers), 400)
+
+
+def batch(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
+    """Multipart fields `image`, as a browser sends several files."""
+    return [("image", (f"{i}.png", image)) for i, image in enumerate(images)]
+
+
+def test_each_image_of_a_batch_is_answered_or_refused_by_itself(client: TestClient) -> None:
+    files = batch(image_bytes(250), b"no image", image_bytes(20), b"")
+    answer = client.post("/classify/batch?tier=fast&budget_ms=5000&top_k=1", files=files)
+    assert answer.status_code == 200, answer.text
+    results = answer.json()["results"]
+    assert [result["status"] for result in results] == [200, 415, 200, 400]
+    labels = [r["answer"] and r["answer"]["predictions"][0]["label"] for r in results]
+    assert labels == ["bright", None, "dark", None]
+    assert results[0]["answer"]["tier"] == "fast"
+    assert results[1]["problem"]["type"] == "urn:pcae-serve:unsupported-type"
+    counts = client.get("/metrics").text
+    assert 'pcae_requests_total{outcome="in_time"} 2.0' in counts
+    assert 'pcae_requests_total{outcome="unreadable"} 2.0' in counts
+
+
+def test_a_batch_with_one_budget_gives_every_image_a_tier_of_its_own(client: TestClient) -> None:
+    """What does not fit into the budget together is refused image by image, not as a whole."""
+    files = batch(*[image_bytes(250)] * 30)
+    results = client.post("/classify/batch?budget_ms=200", files=files).json()["results"]
+    statuses = Counter(result["status"] for result in results)
+    assert statuses[200] >= 1
+    assert set(statuses) <= {200, 503, 504}
+
+
+@pytest.mark.parametrize(
+    ("files", "headers", "status", "words"),
+    [
+        (None, {}, 415, "multipart/form-data"),
+        ([("other", ("a", b"x"))], {}, 400, "no file field 'image'"),
+        (batch(*[b"x"] * 65), {}, 413, "more than 64 files"),
+        (batch(*[bytes(60_000)] * 2), {}, 413, "over the limit of 100,000 bytes"),
+    ],
+)
+def test_a_batch_that_cannot_be_read_is_refused_whole(
+    client: TestClient, files: Any, headers: dict[str, str], status: int, words: str
+) -> None:
+    response = client.post("/classify/batch", files=files, headers=headers)
+    assert words in problem(response, status)["detail"]
+
+
+def test_what_a_caller_says_comes_back_escaped_and_short(client: TestClient) -> None:
+    told = problem(client.post(f"/classify?tier=%1b[31m%0a{'x' * 5000}", content=b"x"), 422)
+    assert "\\x1b" in told["detail"]
+    assert len(told["detail"]) < 300
+    told = problem(client.post(f"/classify?top_k=%1b[31m{'9' * 5000}", content=b"x"), 422)
+    assert len(told["detail"]) < 300
 
 
 def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None:
