@@ -11,6 +11,7 @@ actions. It knows deadlines and predicted seconds, nothing of images, sockets or
 """
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, assert_never
 
 from pcae_serve.admission import Machine, Strictness, judge
@@ -185,11 +186,14 @@ class Scheduler:
             self._strictness.times,
         )
         needed_s = self._latency.idle(request.tiers[0])
-        verdict = judge(request, needed_s, machine, (self._queue, self._decoding))
-        why: Literal["budget", "load", "full"] | None = verdict.why
+        in_hand = self._queue, self._decoding
+        why: Literal["budget", "load", "full"] | None
+        why = judge(request, needed_s, machine, in_hand)
         if why != "budget" and self.waiting >= self._queue_limit:
             why = "full"
-        return None if why is None else Refuse(request.id, why, needed_s, verdict.drain_s)
+        if why is None:
+            return None
+        return Refuse(request.id, why, needed_s, machine.seconds(in_hand, inf))
 
     def _leave(self, id_: int) -> None:
         if self._decoding.remove(id_) is None and self._queue.remove(id_) is None:
