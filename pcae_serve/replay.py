@@ -26,7 +26,7 @@ from urllib.request import urlopen
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 
 from pcae_serve import report, workload
@@ -36,8 +36,9 @@ from pcae_serve.profiles import BatchSeconds, Platform, TimedTier
 from pcae_serve.report import FAILED, Row
 from pcae_serve.sender import Sent, send
 from pcae_serve.settings import MAX_BATCH
-from pcae_serve.simulation import capacity, resolve_traces, told
+from pcae_serve.simulation import capacity, told
 from pcae_serve.simulator import End, Outcome
+from pcae_serve.traffic import Count, Traffic
 from pcae_serve.workload import Workload
 
 #: A sender that lags more at p99 measures itself: the run says nothing of the server.
@@ -58,15 +59,10 @@ FOLDERS, COLUMN = "folders", "column"
 _FAULT = "fault: "
 
 
-class Replay(BaseModel):
+class Replay(Traffic):
     """Send a trace to a running server, open loop, and report what became of every request."""
 
     url: CliPositionalArg[str] = Field(description="of the server, as http://127.0.0.1:8000")
-    trace: list[str] = Field(
-        ["azure-code"],
-        description=f"{', '.join(workload.TRACES)}, or a .csv file with arrival_s[,budget_ms];"
-        " with commas or repeated; all: all but files",
-    )
     rate: list[float] | None = Field(None, description="requests a second, as 20,40")
     load: list[float] | None = Field(
         None, description="instead of --rate: arrivals in multiples of --capacity"
@@ -75,13 +71,8 @@ class Replay(BaseModel):
         None, gt=0, allow_inf_nan=False, description="requests a second that load 1 means; else"
         " worked out from the latencies that the server tells",
     )  # fmt: skip
-    mix: str = Field(
-        "mixed",
-        description=f"budgets: {', '.join(workload.MIXES)}, or multiples of the last tier's latency"
-        " with shares, as 3:0.3,8:0.7",
-    )
-    requests: int = Field(2000, ge=1, description="of every run; all of them count")
-    seeds: int = Field(1, ge=1, description="how often each trace and rate is run, from seed 0")
+    requests: Count = Field(2000, description="of every run; all of them count")
+    seeds: Count = Field(1, description="how often each trace and rate is run, from seed 0")
     images: Path | None = Field(
         None,
         description="an image, a folder of them, or a parquet file with `image` and `label` (needs"
@@ -102,26 +93,16 @@ class Replay(BaseModel):
     json_: Path | None = Field(None, alias="json", description="also write the figures there")
     png: Path | None = Field(None, description="also draw attainment over accuracy recovered")
 
-    @field_validator("load", "rate")
-    @classmethod
-    def _positive(cls, given: list[float] | None, info: ValidationInfo) -> list[float] | None:
-        if given is not None and not all(0 < value < float("inf") for value in given):
-            raise ValueError(f"--{info.field_name}: each must be a number above 0")
-        return given
-
     @model_validator(mode="after")
-    def _one_pace(self) -> Self:
-        if self.load and self.rate:
-            raise ValueError("--load and --rate both say how fast requests come: give one")
-        paced = self.load or self.rate
-        if not paced and not all(trace.endswith(".csv") for trace in self.trace):
+    def _some_pace(self) -> Self:
+        files = all(trace.endswith(".csv") for trace in self.trace)  # those have a pace
+        if not (self.load or self.rate or files):
             raise ValueError("say how fast requests come: --rate, or --load")
         return self
 
     def cli_cmd(self) -> None:
         report.require("pcae-serve replay")
-        workload.parse_mix(self.mix)
-        traces = resolve_traces(self.trace)
+        traces = self.traces()
         server = Server.ask(self.url)
         images = Images.load(self.images, self.labels, server.labels)
         known = self._capacity(server)
