@@ -36,12 +36,7 @@ class Serve(Settings):
         logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
         with listen(self.host, self.port) as listener:
             served = bundle.load(self.bundle or bundle.demo())
-            loaded = [
-                engines.load(
-                    self.backend, served, device, self.threads, self.max_batch, self.cache_dir
-                )
-                for device in self.devices
-            ]
+            loaded = [engines.configured(self, served, device) for device in self.devices]
             serve(Service(self, served, loaded), listener)
 
 
