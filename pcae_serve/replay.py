@@ -31,6 +31,7 @@ from pydantic_settings import CliPositionalArg
 
 from pcae_serve import report, workload
 from pcae_serve.errors import PcaeError, StartError, one_line
+from pcae_serve.images import Images
 from pcae_serve.policies.ladder import Ladder
 from pcae_serve.profiles import BatchSeconds, Platform, TimedTier
 from pcae_serve.report import FAILED, Row
@@ -52,9 +53,6 @@ PAUSE_S = 0.5
 
 #: What a status says of a request that was not answered; any other is a failure.
 ENDS = {422: End.REFUSED, 503: End.REFUSED, 504: End.EXPIRED}
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-#: For --labels: what tells them, where it is no file.
-FOLDERS, COLUMN = "folders", "column"
 #: Before the names of what went wrong on connections, among the client's figures.
 _FAULT = "fault: "
 
@@ -156,7 +154,7 @@ class Replay(Traffic):
             return [load * known for load in self.load]
         return [None]
 
-    def _try(self, server: "Server", images: "Images") -> None:
+    def _try(self, server: "Server", images: Images) -> None:
         """One request with all the time in the world: does the server take such images?"""
         request = server.request(60.0, images.bodies[0])
         sent = send(server.host, server.port, [request], [0.0], 1, 60.0)
@@ -165,7 +163,7 @@ class Replay(Traffic):
             raise StartError(f"the server does not answer: {sent.status[0] or ''} {why}".rstrip())
 
     def _run(
-        self, server: "Server", images: "Images", trace: str, rate: float | None, seed: int
+        self, server: "Server", images: Images, trace: str, rate: float | None, seed: int
     ) -> "Record":
         load = workload.make(trace, self.mix, rate, self.requests, server.full_s, seed)
         random = np.random.default_rng([seed, 2])
@@ -314,38 +312,6 @@ class Server:
             f"Content-Type: application/octet-stream\r\nContent-Length: {len(image)}\r\n\r\n"
         )
         return head.encode() + image
-
-
-@dataclass(frozen=True)
-class Images:
-    """Encoded images to send."""
-
-    bodies: Sequence[bytes]
-    labels: NDArray[np.int64] | None = None  # by the server's list, where right answers count
-
-    @classmethod
-    def load(cls, path: Path | None, labels: str | None, known: Sequence[str]) -> Self:
-        """From a file, a folder or a parquet file; labels as the flag says."""
-        path = path or Path(__file__).with_name("sample.png")
-        if path.suffix == ".parquet":
-            bodies, words = _of_parquet(path, labels)
-        elif labels == COLUMN:
-            raise StartError("--labels column is for a parquet file")
-        else:
-            bodies, words = _of_files(path, labels)
-        if not bodies:
-            raise StartError(f"{path} holds no image ({', '.join(sorted(ENDINGS))})")
-        if words is None:
-            return cls(bodies)
-        numbers = {str(i): i for i in range(len(known))}
-        index = numbers | {label: i for i, label in enumerate(known)}
-        strange = next((word for word in words if word not in index), None)
-        if strange is not None:
-            raise StartError(
-                f"the server has no label {strange!r}; it has {', '.join(known[:5])}"
-                + (", …" if len(known) > 5 else "")
-            )
-        return cls(bodies, np.array([index[word] for word in words]))
 
 
 @dataclass(frozen=True)
@@ -514,49 +480,6 @@ def pinned(core: int | None) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-def _of_files(path: Path, labels: str | None) -> tuple[list[bytes], list[str] | None]:
-    try:
-        if path.is_dir():
-            names = sorted(f for f in path.rglob("*") if f.suffix.lower() in ENDINGS)
-        else:
-            names = [path]
-        bodies = [name.read_bytes() for name in names]
-        if labels is None:
-            return bodies, None
-        if labels == FOLDERS:
-            return bodies, [name.parent.name for name in names]
-        with Path(labels).open(newline="", encoding="utf-8-sig") as file:
-            by_name = {row["file"]: row["label"] for row in csv.DictReader(file)}
-    except (OSError, UnicodeError) as error:
-        raise StartError(f"cannot read the images: {one_line(error)}") from None
-    except KeyError as error:
-        raise StartError(f"{labels} has no column {error}; it needs file,label") from None
-    root = path if path.is_dir() else path.parent
-    words = []
-    for name in names:
-        if (word := by_name.get(str(name.relative_to(root)))) is None:
-            raise StartError(f"{labels} has no line for {name.relative_to(root)}")
-        words.append(word)
-    return bodies, words
-
-
-def _of_parquet(path: Path, labels: str | None) -> tuple[list[bytes], list[str] | None]:
-    """As Hugging Face writes images: a struct with `bytes`, and names of the labels beside."""
-    if labels not in (None, COLUMN):
-        raise StartError(f"the labels of a parquet file are its own: --labels {COLUMN}")
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise StartError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        table = parquet.read_table(path)
-        bodies = [image["bytes"] for image in table["image"].to_pylist()]
-        indices = None if labels is None else table["label"].to_pylist()
-    except (OSError, KeyError, TypeError, ArrowException) as error:
-        raise StartError(f"cannot read images from {path}: {one_line(error)}") from None
-    return bodies, None if indices is None else [str(index) for index in indices]
 
 
 def _series(text: str, name: str) -> list[tuple[str, str]]:
