@@ -48,15 +48,7 @@ class Serve(Settings):
         self, served: Bundle, device: int, through: Callable[[Engine], Engine] = at_once
     ) -> Engine:
         """An engine for a bundle on one of the devices."""
-        return engines.load(
-            self.backend,
-            served,
-            self.devices[device],
-            self.threads,
-            self.max_batch,
-            self.cache_dir,
-            through,
-        )
+        return engines.configured(self, served, self.devices[device], through)
 
 
 class Commands(BaseSettings):

@@ -15,6 +15,7 @@ actions. It knows deadlines and predicted seconds, nothing of images, sockets or
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Literal, assert_never
 
 from pcae_serve.admission import Machine, Strictness, judge
@@ -222,11 +223,14 @@ class Scheduler:
             self._strictness.times,
         )
         needed_s = self._latency.idle(request.tiers[0])
-        verdict = judge(request, needed_s, machine, (self._queue, self._decoding))
-        why: Literal["budget", "load", "full"] | None = verdict.why
+        in_hand = self._queue, self._decoding
+        why: Literal["budget", "load", "full"] | None
+        why = judge(request, needed_s, machine, in_hand)
         if why != "budget" and self.waiting >= self._queue_limit:
             why = "full"
-        return None if why is None else Refuse(request.id, why, needed_s, verdict.drain_s)
+        if why is None:
+            return None
+        return Refuse(request.id, why, needed_s, machine.seconds(in_hand, inf))
 
     def _run_errands(self, now_s: float, forecast: Forecast) -> Iterator[Action]:
         """Errands in the order of their coming, where a free device is not soon missed."""

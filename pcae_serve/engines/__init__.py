@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.engines import driver
 from pcae_serve.errors import PcaeError, StartError, one_line
-from pcae_serve.settings import CACHE_DIR, MAX_BATCH
+from pcae_serve.settings import CACHE_DIR, MAX_BATCH, Settings
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,24 @@ def load(
         level = logging.INFO if isinstance(error, driver.NoGpu) else logging.WARNING
         log.log(level, "on the CPU: %s", error)
         return engine
+
+
+def configured(
+    settings: Settings,
+    bundle: Bundle,
+    device: str | None = None,
+    through: Callable[[Engine], Engine] = at_once,
+) -> Engine:
+    """As `load`, by the settings: on `device`, or on the first of theirs (all are equal)."""
+    return load(
+        settings.backend,
+        bundle,
+        device or settings.devices[0],
+        settings.threads,
+        settings.max_batch,
+        settings.cache_dir,
+        through,
+    )
 
 
 def check(engine: Engine, bundle: Bundle, batches: Sequence[int] = (1,)) -> None:

@@ -106,4 +106,4 @@ def test_a_budget_of_nothing_spoils_nothing() -> None:
     arrivals.observe(0.0, 0.0)
     arrivals.observe(1.0, 0.5)
     assert all(budgets.budget_s > 0 for budgets in arrivals.classes)
-    assert arrivals.due(0.6)[0] > 0
+    assert arrivals.due(0.6)[0] >= 0

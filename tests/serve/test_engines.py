@@ -14,6 +14,7 @@ from pcae_serve.engines import driver
 from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import BundleError, StartError
+from pcae_serve.settings import Settings
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3), np.uint8)
 
@@ -234,3 +235,19 @@ def test_a_named_gpu_without_a_driver(demo: Bundle, machine: Machine, backend: s
     with pytest.raises(StartError, match="no driver"):
         engines.load(backend, demo, "cuda:0")
     assert machine.asked == []
+
+
+def test_settings_name_the_engine(
+    demo: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = list[object]()
+    monkeypatch.setattr(driver, "gpus", lambda: ["NVIDIA"] * 4)
+    monkeypatch.setattr(engines, "_gpu_engine", lambda *args: asked.append(args))
+    settings = Settings(
+        backend="cuda", device="cuda:3,cuda:1", max_batch=7, cache_dir=tmp_path, threads=2
+    )
+    engines.configured(settings, demo)
+    engines.configured(settings, demo, "cuda:1")
+    assert asked == [("cuda", demo, gpu, 7, tmp_path) for gpu in ("cuda:3", "cuda:1")]
+    on_cpu = engines.configured(settings.model_copy(update={"backend": "auto"}), demo, "cpu")
+    assert (on_cpu.device, on_cpu.threads) == ("cpu", 2)

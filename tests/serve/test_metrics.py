@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pcae_serve.bundle import Bundle, Tier
@@ -36,6 +37,16 @@ def test_every_series_is_there_from_the_start() -> None:
     assert read(metrics, "pcae_requests_total") == dict.fromkeys(Outcome, 0)
     assert read(metrics, "pcae_compute_seconds_total") == {"fast": 0, "full": 0}
     assert read(metrics, "pcae_wasted_compute_seconds_total") == dict.fromkeys(WASTE, 0)
+
+
+def test_there_are_no_series_but_the_counters() -> None:
+    content, _ = Metrics(["fast", "full"]).exposition()
+    samples = [line for line in content.decode().splitlines() if not line.startswith("#")]
+    assert len(samples) == len(Outcome) + 2 + len(WASTE)
+    assert b"_created" not in content
+    plain = CollectorRegistry()
+    Counter("others", "Somebody else's, in this process.", registry=plain)
+    assert b"others_created" in generate_latest(plain)  # theirs to decide
 
 
 def test_two_services_in_one_process_do_not_add_up() -> None:
