@@ -1,9 +1,11 @@
 import asyncio
 import contextlib
 import math
+import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,6 +192,25 @@ def test_failures_breakers_reloads_and_limits() -> None:
     assert found["pcae_tier_open"] == {("fast",): 0, ("full",): 1}
     assert read(metrics, "pcae_reloads_total") == {"done": 0, "failed": 1}
     assert (found["pcae_max_batch"][()], found["pcae_queue_limit"][()]) == (32, 256)
+
+
+def test_every_series_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    cells = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `pcae_")]
+    documented = {name.strip(" `"): set(re.findall(r"`(\w+)`", labels)) for name, labels in cells}
+    content, _ = Metrics(["fast"]).exposition()
+    served: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(content.decode()):
+        if family.name.startswith("pcae_"):
+            name = family.name + "_total" * (family.type == "counter")
+            labels = {label for sample in family.samples for label in sample.labels}
+            served[name] = labels - {"le"}
+    served["pcae_build_info"] = documented["pcae_build_info"]  # whatever `build_info` is told
+    assert documented == served
+    for outcome in (*Outcome, *WASTE, *STAGES, *Failure, *Reload):
+        assert f"`{outcome}`" in text
+    used = set(re.findall(r"\bpcae_\w+", "".join(re.findall("```promql(.*?)```", text, re.DOTALL))))
+    assert used <= set(samples(Metrics(["fast"])))
 
 
 def test_two_services_in_one_process_do_not_add_up() -> None:
