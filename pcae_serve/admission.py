@@ -40,15 +40,6 @@ class Strictness:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """Why a request cannot be served in time, or None; and what it would take."""
-
-    why: Literal["budget", "load"] | None
-    needed_s: float  # what the fastest allowed tier takes on an idle machine
-    drain_s: float  # until all that is in hand is done
-
-
-@dataclass(frozen=True, slots=True)
 class Machine:
     """What there is to serve with, now."""
 
@@ -80,21 +71,20 @@ class Machine:
 
 def judge(
     request: Request, needed_s: float, machine: Machine, queues: tuple[Queue, ...]
-) -> Verdict:
-    """Whether `request` can be served beside all in `queues`; `needed_s` on an idle machine."""
-    drain_s = machine.seconds(queues, float("inf"))
+) -> Literal["budget", "load"] | None:
+    """Why `request` cannot be served beside all in `queues`, or None; `needed_s` when idle."""
     if needed_s > request.budget_s:
-        return Verdict("budget", needed_s, drain_s)
+        return "budget"
     cheapest, forecast = request.tiers[0], machine.forecast
     margin_s = forecast.promised(cheapest, 1) - forecast.typical(cheapest, 1)
     free = machine.free_in_s <= 0 and not any(queues)
     if free:  # whatever is too late now, the load is not to blame
-        return Verdict(None, needed_s, drain_s)
+        return None
     for deadline_s in _deadlines(request, queues):
         done_s = machine.now_s + machine.seconds(queues, deadline_s, cheapest) + margin_s
         if done_s > deadline_s:
-            return Verdict("load", needed_s, drain_s)
-    return Verdict(None, needed_s, drain_s)
+            return "load"
+    return None
 
 
 def _deadlines(request: Request, queues: tuple[Queue, ...]) -> Iterable[float]:

@@ -4,14 +4,16 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from math import ceil
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -20,20 +22,27 @@ from starlette.requests import ClientDisconnect
 from pcae_serve import __version__, schemas
 from pcae_serve.engines import GPU_BACKENDS, NOTES
 from pcae_serve.errors import (
-    Draining,
     InvalidParameter,
-    NotOffered,
+    NoKey,
+    OutOfService,
     RequestError,
     TooLarge,
     UnreadableImage,
+    UnsupportedType,
+    UploadTooSlow,
+    WrongKey,
     one_line,
+    shown,
 )
-from pcae_serve.service import Answer, Ask, Service
+from pcae_serve.keys import Keys
+from pcae_serve.servable import Answer, Ask
+from pcae_serve.service import Service
 
 PROBLEM = "application/problem+json"
 LATENCY_BATCHES = (1, 8)  # what /tiers quotes
 
-Run = Callable[[Callable[[], Awaitable[bytes]]], Coroutine[Any, Any, Answer]]
+T = TypeVar("T")
+Body = TypeVar("Body")
 Budget = Annotated[float | None, Query(gt=0, le=3_600_000, allow_inf_nan=False)]
 Explain = Annotated[bool, Query(description="also return the kept patches")]
 
@@ -52,24 +61,75 @@ _IMAGE_BODY = {
         },
     }
 }
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": schemas.Problem, "description": description}
-    for status, description in {
-        400: "the image is empty, truncated or damaged",
-        404: "the bundle answers in the other way: classes with a head, features without",
-        413: "too many bytes or pixels",
-        415: "not an image type this server reads",
-        422: "a parameter is wrong, or the budget is below what the fastest allowed tier needs",
-        503: "the load leaves no allowed tier in time; see Retry-After",
-        504: "the budget passed in the queue",
-    }.items()
+_IMAGES_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image"],
+                    "properties": {
+                        "image": {
+                            "type": "array",
+                            "items": {"type": "string", "format": "binary"},
+                        }
+                    },
+                }
+            }
+        },
+    }
 }
 
 
-def create_app(service: Service, on_failure: Callable[[BaseException], None]) -> FastAPI:
+def _told_of(descriptions: dict[int, str]) -> dict[int | str, dict[str, Any]]:
+    """Errors as OpenAPI documents them: all are problem documents."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        status: {"description": description, "content": {PROBLEM: {"schema": schema}}}
+        for status, description in descriptions.items()
+    }
+
+
+_KEY_PROBLEMS = {401: "an API key is needed", 403: "the API key is not known"}
+_PROBLEMS = _told_of(
+    _KEY_PROBLEMS
+    | {
+        400: "the image is empty, truncated or damaged",
+        404: "the bundle answers in the other way: classes with a head, features without",
+        408: "the body did not arrive in time",
+        413: "too many bytes or pixels",
+        415: "not an image type this server reads",
+        422: "a parameter is wrong, or the budget is below what the fastest allowed tier needs",
+        500: "the model failed on this batch",
+        503: "the load leaves no allowed tier in time, or nothing works; see Retry-After",
+        504: "the budget passed in the queue",
+    }
+)
+
+
+def given_key(
+    header: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))],
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
+) -> str | None:
+    """The API key that a request brings, if any."""
+    return header or (None if bearer is None else bearer.credentials)
+
+
+Given = Annotated[str | None, Depends(given_key)]
+
+
+def create_app(
+    service: Service,
+    on_failure: Callable[[BaseException], None],
+    keys: Keys | None = None,
+    admin_keys: Keys | None = None,
+) -> FastAPI:
     """The application around a service; its lifespan starts and stops the service.
 
     on_failure is told where the service cannot start, while the application already answers.
+    keys: one of which every caller must bring, where there are any; admin_keys: for /admin, which
+    nobody may use without.
     """
 
     def started(start: asyncio.Task[None]) -> None:
@@ -90,6 +150,26 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
         description="One vision transformer, many token budgets: say how long you can wait.",
         lifespan=lifespan,
     )
+    known, masters = keys or Keys(), admin_keys or Keys()
+    limit = int(service.settings.max_body_mb * 1e6)
+
+    def caller(given: Given) -> None:
+        if not known:
+            return
+        if given is None:
+            raise NoKey("send an API key as the header X-API-Key, or as a bearer token")
+        if given not in known and given not in masters:
+            raise WrongKey("this API key is not known")
+
+    def administrator(given: Given) -> None:
+        if not masters:
+            raise WrongKey("nobody may: start the server with --admin-keys-file")
+        if given is None:
+            raise NoKey("send an admin key as the header X-API-Key, or as a bearer token")
+        if given not in masters:
+            raise WrongKey("this is no admin key")
+
+    needs_key = [Depends(caller)]
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -111,15 +191,16 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
     async def answered(
         request: Request, response: Response, ask: Ask, answers: Literal["logits", "features"]
     ) -> Answer:
-        _require(service, answers)
-        limit = int(service.settings.max_body_mb * 1e6)
-        answer = await _unless_left(request, partial(service.answer, ask), limit)
+        ask = replace(ask, answers=answers)
+        answer = await _unless_left(
+            request, partial(_image, request, limit), partial(service.answer, ask)
+        )
         response.headers["Server-Timing"] = ", ".join(
             f"{name};dur={ms}" for name, ms in _timings(answer).model_dump().items()
         )
         return answer
 
-    @app.post("/classify", openapi_extra=_IMAGE_BODY, responses=_PROBLEMS)
+    @app.post("/classify", openapi_extra=_IMAGE_BODY, responses=_PROBLEMS, dependencies=needs_key)
     async def classify(
         request: Request,
         response: Response,
@@ -130,11 +211,58 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
         """Classify one image: the body is the image file, or the multipart field `image`."""
         answer = await answered(request, response, ask, "logits")
         return schemas.Classification(
-            predictions=_predictions(answer, service.bundle.labels, top_k),
-            **_told(answer, ask, explain),
+            predictions=_predictions(answer, top_k), **_told(answer, ask, explain)
         )
 
-    @app.post("/embed", openapi_extra=_IMAGE_BODY, responses=_PROBLEMS)
+    @app.post(
+        "/classify/batch",
+        openapi_extra=_IMAGES_BODY,
+        responses=_PROBLEMS,
+        dependencies=needs_key,
+    )
+    async def classify_batch(
+        request: Request,
+        ask: Annotated[Ask, Depends(asked)],
+        top_k: Annotated[int, Query(ge=1, description="classes to return")] = 5,
+        explain: Explain = False,
+    ) -> schemas.Batch:
+        """Classify several images, the multipart fields `image`: each is routed by itself.
+
+        The answer is 200 where the body could be read; whether an image was answered or refused,
+        and why, stands with it, in the order of the fields.
+        """
+        logits = replace(ask, answers="logits")
+        service.require_ready()
+
+        async def one(image: bytes) -> schemas.BatchItem:
+            async def read() -> bytes:
+                return image
+
+            try:
+                answer = await service.answer(logits, read)
+            except RequestError as error:
+                return schemas.BatchItem(status=error.status, problem=_document(error))
+            answered = schemas.Classification(
+                predictions=_predictions(answer, top_k), **_told(answer, ask, explain)
+            )
+            return schemas.BatchItem(status=200, answer=answered)
+
+        async def all_(read: Callable[[], Awaitable[list[bytes]]]) -> list[schemas.BatchItem]:
+            try:
+                async with asyncio.timeout(service.settings.upload_s):
+                    images = await read()
+            except TimeoutError:
+                raise UploadTooSlow(
+                    f"the body did not arrive within {service.settings.upload_s:g} s: send it"
+                    " faster, or fewer images"
+                ) from None
+            return await asyncio.gather(*map(one, images))
+
+        most = service.settings.max_images
+        results = await _unless_left(request, partial(_images, request, limit, most), all_)
+        return schemas.Batch(results=results)
+
+    @app.post("/embed", openapi_extra=_IMAGE_BODY, responses=_PROBLEMS, dependencies=needs_key)
     async def embed(
         request: Request,
         response: Response,
@@ -145,24 +273,53 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
         answer = await answered(request, response, ask, "features")
         return schemas.Embedding(features=answer.vector.tolist(), **_told(answer, ask, explain))
 
-    @app.get("/tiers")
+    @app.get("/tiers", responses=_told_of(_KEY_PROBLEMS), dependencies=needs_key)
     async def tiers() -> schemas.Tiers:
         """What this server offers: accuracy and latency of every tier."""
         return _tiers(service)
 
-    @app.get("/livez")
+    @app.get("/livez", responses=_told_of({503: "only a new process can help"}))
     async def livez() -> schemas.Health:
-        """The process answers."""
+        """The process answers, and no device is lost in a call that does not come back."""
+        if not service.alive:
+            raise OutOfService("a device does not come back from a call: restart this server")
         return schemas.Health(status="alive")
 
-    @app.get("/readyz", responses={503: {"model": schemas.Problem}})
+    @app.get("/readyz", responses=_told_of({503: "starting, stopping, or nothing works"}))
     async def readyz() -> schemas.Health:
-        """Requests are taken: latencies are known and the server is not stopping."""
-        if not service.ready:
-            raise Draining("the server is measuring its latencies, or stopping", retry_after_s=1)
+        """Requests are taken: every tier has run, something works, and nobody is stopping."""
+        service.require_ready()
         return schemas.Health(status="ready")
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.post(
+        "/admin/reload",
+        responses=_told_of(
+            {
+                401: "an admin key is needed",
+                403: "this is no admin key, or the server has none",
+                409: "a reload is going on",
+                422: "the new bundle cannot be served; the old one serves on",
+                503: "the server is starting or stopping",
+            }
+        ),
+        dependencies=[Depends(administrator)],
+    )
+    async def reload() -> schemas.Reload:
+        """Serve what the bundle's folder holds now; no request is dropped. SIGHUP does the same."""
+        done = await service.reload()
+        return schemas.Reload(
+            bundle=done.bundle.manifest.name,
+            digest=done.bundle.digest,
+            tiers=[tier.name for tier in done.bundle.tiers],
+            seconds=round(done.seconds, 3),
+        )
+
+    @app.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        responses=_told_of(_KEY_PROBLEMS),
+        dependencies=needs_key,
+    )
     async def metrics() -> Response:
         """What this server counted since its start, for Prometheus."""
         content, media_type = service.metrics.exposition()
@@ -173,26 +330,40 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
 
 async def _image(request: Request, limit: int) -> bytes:
     """The image file in the body, raw or as multipart field `image`, at most `limit` bytes."""
-    body = _limited(request, limit)
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        return b"".join([chunk async for chunk in body])
+    if not _is_multipart(request):
+        return b"".join([chunk async for chunk in _limited(request, limit)])
+    return (await _images(request, limit, 1))[0]
+
+
+async def _images(request: Request, limit: int, most: int) -> list[bytes]:
+    """The image files in the multipart fields `image`, in their order."""
+    if not _is_multipart(request):
+        raise UnsupportedType("send multipart/form-data, each image as a file field 'image'")
+    parser = MultiPartParser(request.headers, _limited(request, limit), max_files=most)
     try:
-        form = await MultiPartParser(request.headers, body).parse()
+        form = await parser.parse()
     except (MultiPartException, KeyError) as error:
+        if len(parser.items) >= most:
+            raise TooLarge(f"the body has more than {most} files: send fewer") from None
         raise UnreadableImage(f"the multipart body cannot be read: {one_line(error)}") from None
-    field = form.get("image")
     try:
-        if not isinstance(field, UploadFile):
+        fields = [field for field in form.getlist("image") if isinstance(field, UploadFile)]
+        if not fields:
             raise UnreadableImage("the multipart body has no file field 'image'")
-        return await field.read()
+        return [await field.read() for field in fields]
     finally:
         await form.close()
+
+
+def _is_multipart(request: Request) -> bool:
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
 async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """The body's chunks; TooLarge where they come to more than `limit`, whatever was announced."""
     too_large = TooLarge(f"the body is over the limit of {limit:,} bytes: send a smaller image")
-    if int(request.headers.get("content-length", 0)) > limit:
+    announced = request.headers.get("content-length", "0")
+    if announced.isascii() and announced.isdecimal() and int(announced[:20]) > limit:
         raise too_large
     size = 0
     async for chunk in request.stream():
@@ -202,13 +373,17 @@ async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
         yield chunk
 
 
-async def _unless_left(request: Request, run: Run, limit: int) -> Answer:
+async def _unless_left(
+    request: Request,
+    reader: Callable[[], Awaitable[Body]],
+    run: Callable[[Callable[[], Awaitable[Body]]], Coroutine[Any, Any, T]],
+) -> T:
     """Wait for the answer; where the client leaves first, cancel it: nobody would read it."""
     body_read = asyncio.Event()
 
-    async def read() -> bytes:
+    async def read() -> Body:
         try:
-            return await _image(request, limit)
+            return await reader()
         finally:
             body_read.set()
 
@@ -229,22 +404,13 @@ async def _unless_left(request: Request, run: Run, limit: int) -> Answer:
             task.cancel()
 
 
-def _require(service: Service, answers: Literal["logits", "features"]) -> None:
-    """Raise NotOffered where the bundle's models answer in the other way."""
-    if service.bundle.answers == answers:
-        return
-    if answers == "logits":
-        raise NotOffered("this bundle's models have no head, so no classes: POST to /embed instead")
-    raise NotOffered("this bundle's models answer with classes: POST to /classify instead")
-
-
-def _predictions(answer: Answer, labels: tuple[str, ...], top_k: int) -> list[schemas.Prediction]:
+def _predictions(answer: Answer, top_k: int) -> list[schemas.Prediction]:
     exponents = np.exp(answer.vector - answer.vector.max())
     probabilities = exponents / exponents.sum()
     best = np.argsort(-probabilities, kind="stable")[:top_k]
     return [
         schemas.Prediction(
-            label=labels[index],
+            label=answer.labels[index],
             index=int(index),
             probability=round(float(probabilities[index]), 6),
         )
@@ -330,9 +496,26 @@ def _problem(
 
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
+    response = _problem(error.status, error.title, error.detail, _kind(error), **error.members)
+    if isinstance(error, NoKey):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def _kind(error: RequestError) -> str:
+    """The type of a problem: a URN, from the error's name."""
     name = re.sub(r"(?<!^)(?=[A-Z])", "-", type(error).__name__).lower()
-    return _problem(
-        error.status, error.title, error.detail, f"urn:pcae-serve:{name}", **error.members
+    return f"urn:pcae-serve:{name}"
+
+
+def _document(error: RequestError) -> schemas.Problem:
+    """The problem document of an error, inside another answer."""
+    return schemas.Problem(
+        type=_kind(error),
+        title=error.title,
+        status=error.status,
+        detail=error.detail,
+        **error.members,
     )
 
 
@@ -340,7 +523,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = str(first["loc"][-1])
-    detail = f"{name} {first.get('input')!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    detail = f"{name} {shown(first.get('input'))}: {first['msg'][:1].lower()}{first['msg'][1:]}"
     return await _refused(request, InvalidParameter(detail))
 
 

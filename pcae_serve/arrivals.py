@@ -21,6 +21,8 @@ RATE_OVER, RATE_LEAST = 64, 8
 WEIGHT = 1 / 256
 #: Budgets within a factor of this count as one class, and at most so many classes are told apart.
 BUDGET_STEP, MOST_CLASSES = 1.25, 6
+#: Nobody can be served in less; a budget that is nothing would be divided by.
+LEAST_BUDGET_S = 1e-6
 #: A class of fewer requests counts with the next looser one.
 LEAST_SHARE = 0.02
 #: What is due by when is tabled for so many horizons, anew after so many arrivals.
@@ -49,6 +51,7 @@ class Arrivals:
 
     def observe(self, now_s: float, budget_s: float) -> None:
         """A request was offered."""
+        budget_s = max(budget_s, LEAST_BUDGET_S)
         weight = max(WEIGHT, 1 / (self._seen + 1))
         self._count(now_s, weight)
         self._sort_in(budget_s, weight)
@@ -108,7 +111,7 @@ class Arrivals:
             del times_s[: -KEPT - 1]
 
     def _sort_in(self, budget_s: float, weight: float) -> None:
-        step = floor(log(max(budget_s, 1e-6), BUDGET_STEP))
+        step = floor(log(budget_s, BUDGET_STEP))
         for other, (share, mean_s) in self._budgets.items():
             self._budgets[other] = share * (1 - weight), mean_s
         share, mean_s = self._budgets.get(step, (0.0, budget_s))

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pcae_serve.errors import BundleError
+from pcae_serve.errors import BundleError, InvalidParameter, shown
 from pcae_serve.preprocess import Preprocess
 from pcae_serve.tokens import Rule
 
@@ -193,6 +193,25 @@ class Bundle:
     def tiers(self) -> tuple[Tier, ...]:
         """By MACs, the cheapest first."""
         return self.manifest.tiers
+
+    def allowed(self, tier: str = "auto", min_tier: str | None = None) -> tuple[int, ...]:
+        """Tiers that may answer, cheapest first. Raises InvalidParameter for an unknown name."""
+        names = [t.name for t in self.tiers]
+        known = {"tier": (*names, "auto"), "min_tier": (*names, None)}
+        for parameter, name in (("tier", tier), ("min_tier", min_tier)):
+            if name not in known[parameter]:
+                choice = ", ".join(filter(None, known[parameter]))
+                raise InvalidParameter(
+                    f"{parameter} {shown(name)} is unknown: choose one of {choice}"
+                )
+        lowest = 0 if min_tier is None else names.index(min_tier)
+        if tier != "auto":
+            pinned = names.index(tier)
+            if pinned < lowest:
+                raise InvalidParameter(f"tier {tier!r} is below min_tier {min_tier!r}")
+            return (pinned,)
+        tiers = range(lowest, len(names))
+        return tuple(i for i in tiers if i == lowest or not self.tiers[i].dominated)
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -4,24 +4,28 @@ pcae-serve [serve] …     pcae-serve simulate …     pcae-serve replay URL …
 """
 
 import logging
+import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import uvicorn
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
 from pcae_serve import bundle, engines
 from pcae_serve.app import create_app
+from pcae_serve.bundle import Bundle
 from pcae_serve.command import config, run
+from pcae_serve.engines import Engine, at_once
 from pcae_serve.errors import StartError, one_line
+from pcae_serve.keys import Keys
 from pcae_serve.replay import Replay
+from pcae_serve.server import Server
 from pcae_serve.service import Service
 from pcae_serve.settings import Settings
 from pcae_serve.simulation import Simulate
 
-#: How long requests in hand may take after SIGTERM; a longer upload is cut off.
-DRAIN_S = 10
+#: Connections that wait to be accepted.
+BACKLOG = 2048
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +39,16 @@ class Serve(Settings):
     def cli_cmd(self) -> None:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
         with listen(self.host, self.port) as listener:
+            keys, admin_keys = Keys.read(self.api_keys_file), Keys.read(self.admin_keys_file)
             served = bundle.load(self.bundle or bundle.demo())
-            loaded = [
-                engines.load(
-                    self.backend, served, device, self.threads, self.max_batch, self.cache_dir
-                )
-                for device in self.devices
-            ]
-            serve(Service(self, served, loaded), listener)
+            loaded = [self._engine(served, i) for i in range(len(self.devices))]
+            serve(Service(self, served, loaded, self._engine), listener, keys, admin_keys)
+
+    def _engine(
+        self, served: Bundle, device: int, through: Callable[[Engine], Engine] = at_once
+    ) -> Engine:
+        """An engine for a bundle on one of the devices."""
+        return engines.configured(self, served, self.devices[device], through)
 
 
 class Commands(BaseSettings):
@@ -66,7 +72,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen()  # two may bind, one may listen
+        listener.listen(BACKLOG)  # two may bind, one may listen
     except OSError as error:
         listener.close()
         raise StartError(
@@ -75,7 +81,9 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(service: Service, listener: socket.socket) -> None:
+def serve(
+    service: Service, listener: socket.socket, keys: Keys | None = None, masters: Keys | None = None
+) -> None:
     """Answer requests until a signal comes. Raises StartError where the service cannot start."""
     failures = list[BaseException]()
 
@@ -83,13 +91,16 @@ def serve(service: Service, listener: socket.socket) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(service, on_failure=stop)
-    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=DRAIN_S))
+    app = create_app(service, stop, keys, masters)
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d, not ready yet", f"[{host}]" if ":" in host else host, port)
+    server = Server(app, service)
     server.run(sockets=[listener])
     if failures:
         raise StartError(f"the latencies cannot be measured: {one_line(failures[0])}")
+    if not service.alive:  # the interpreter would wait for the lost thread
+        logging.shutdown()
+        os._exit(1)
 
 
 def start(argv: Sequence[str]) -> int:

@@ -6,12 +6,18 @@
     └── RequestError           one request is refused; the server goes on
         ├── NotOffered         404  classes of a bundle without a head, features of one with
         ├── UnreadableImage    400  empty, truncated or damaged
+        ├── NoKey              401  no API key came along
+        ├── WrongKey           403  one that is not known, or not good enough
+        ├── UploadTooSlow      408  the body takes for ever
+        ├── Reloading          409  a reload is going on
         ├── TooLarge           413  more bytes or pixels than the server takes
         ├── UnsupportedType    415  no image type this server reads
         ├── InvalidParameter   422  unknown tier, senseless budget
         ├── BudgetTooSmall     422  no allowed tier fits, even on an idle machine
+        ├── BadBundle          422  a reload that was refused; the old bundle serves on
         ├── Overloaded         503  no allowed tier fits in time beside what is in hand
         ├── Draining           503  the server is starting or stopping
+        ├── OutOfService       503  what would answer has failed
         ├── EngineFailed       500  the model did not run
         └── BudgetPassed       504  the budget passed while the request waited
 
@@ -19,6 +25,15 @@ A message is one line that says what was wrong and what to do.
 """
 
 from typing import ClassVar
+
+#: Characters of a caller's words that an answer or a log repeats.
+MOST_SHOWN = 80
+
+
+def shown(words: object) -> str:
+    """A caller's words, to be repeated in a message: quoted, escaped, and not all too many."""
+    text = str(words)
+    return ascii(text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "...")
 
 
 def one_line(error: BaseException) -> str:
@@ -58,6 +73,22 @@ class UnreadableImage(RequestError):
     status, title = 400, "Unreadable image"
 
 
+class NoKey(RequestError):
+    status, title = 401, "An API key is needed"
+
+
+class WrongKey(RequestError):
+    status, title = 403, "Not allowed"
+
+
+class UploadTooSlow(RequestError):
+    status, title = 408, "The body did not arrive"
+
+
+class Reloading(RequestError):
+    status, title = 409, "A reload is going on"
+
+
 class TooLarge(RequestError):
     status, title = 413, "Image too large"
 
@@ -80,6 +111,14 @@ class Overloaded(RequestError):
 
 class Draining(RequestError):
     status, title = 503, "Not serving"
+
+
+class BadBundle(RequestError):
+    status, title = 422, "The bundle cannot be served"
+
+
+class OutOfService(RequestError):
+    status, title = 503, "Out of service"
 
 
 class EngineFailed(RequestError):

@@ -22,7 +22,18 @@ from pcae_serve.latency import Latency, Seconds
 from pcae_serve.policies.catalogue import create
 from pcae_serve.policies.ladder import Ladder
 from pcae_serve.queue import Request
-from pcae_serve.scheduler import Action, Arrived, Decoded, Done, Event, Left, Scheduler, Timer
+from pcae_serve.scheduler import (
+    Action,
+    Arrived,
+    Closed,
+    Decoded,
+    Done,
+    Event,
+    Left,
+    Offered,
+    Scheduler,
+    Timer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +41,7 @@ log = logging.getLogger(__name__)
 BUFFER = 1 << 16
 
 _EVENTS: dict[str, type[Event]] = {
-    kind.__name__: kind for kind in (Arrived, Decoded, Left, Timer, Done)
+    kind.__name__: kind for kind in (Arrived, Decoded, Left, Closed, Offered, Timer, Done)
 }
 
 

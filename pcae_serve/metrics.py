@@ -71,6 +71,18 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 RATIO_BUCKETS = (.5, .7, .8, .9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)  # fmt: skip
 
 
+class _Registry(CollectorRegistry):
+    """Leaves out when each counter was made: that doubles the series, and nobody reads it.
+
+    The library has a switch for it, but that is for the whole process, and so the embedder's.
+    """
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in super().collect():
+            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+            yield metric
+
+
 class _Families:
     """What is counted by tier."""
 
@@ -137,7 +149,7 @@ class Metrics:
     """What one service counts. Every series is there from the start, at zero."""
 
     def __init__(self, tiers: Sequence[str]) -> None:
-        self._registry = registry = CollectorRegistry()
+        self._registry = registry = _Registry()
         requests = Counter(
             "pcae_requests",
             "Requests by what became of them; those with wrong parameters are not counted.",
@@ -285,30 +297,12 @@ class Metrics:
 
     def exposition(self) -> tuple[bytes, str]:
         """All of it in Prometheus' text format, and that format's media type."""
-        return generate_latest(_WithoutCreated(self._registry)), CONTENT_TYPE_LATEST
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
     def _of(self, tier: str) -> _Tier:
         if tier not in self._tiers:  # a batch of the former bundle may end after a reload
             self.add_tiers([tier])
         return self._tiers[tier]
-
-
-class _WithoutCreated(CollectorRegistry):
-    """A registry's series but the times when each was made.
-
-    In the text format they are gauges that nobody reads, one a series. The client's own switch is
-    for the whole process, which may be another's.
-    """
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        super().__init__()
-        self._whole = registry
-
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._whole.collect():
-            created = f"{metric.name}_created"
-            metric.samples = [sample for sample in metric.samples if sample.name != created]
-            yield metric
 
 
 def _guarded(name: str, ask: Callable[[], float]) -> Callable[[], float]:

@@ -26,18 +26,20 @@ from urllib.request import urlopen
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 
 from pcae_serve import report, workload
 from pcae_serve.errors import PcaeError, StartError, one_line
+from pcae_serve.images import Images
 from pcae_serve.policies.ladder import Ladder
 from pcae_serve.profiles import BatchSeconds, Platform, TimedTier
 from pcae_serve.report import FAILED, Row
 from pcae_serve.sender import Sent, send
 from pcae_serve.settings import MAX_BATCH
-from pcae_serve.simulation import capacity, resolve_traces, told
+from pcae_serve.simulation import capacity, told
 from pcae_serve.simulator import End, Outcome
+from pcae_serve.traffic import Count, Traffic
 from pcae_serve.workload import Workload
 
 #: A sender that lags more at p99 measures itself: the run says nothing of the server.
@@ -51,22 +53,14 @@ PAUSE_S = 0.5
 
 #: What a status says of a request that was not answered; any other is a failure.
 ENDS = {422: End.REFUSED, 503: End.REFUSED, 504: End.EXPIRED}
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-#: For --labels: what tells them, where it is no file.
-FOLDERS, COLUMN = "folders", "column"
 #: Before the names of what went wrong on connections, among the client's figures.
 _FAULT = "fault: "
 
 
-class Replay(BaseModel):
+class Replay(Traffic):
     """Send a trace to a running server, open loop, and report what became of every request."""
 
     url: CliPositionalArg[str] = Field(description="of the server, as http://127.0.0.1:8000")
-    trace: list[str] = Field(
-        ["azure-code"],
-        description=f"{', '.join(workload.TRACES)}, or a .csv file with arrival_s[,budget_ms];"
-        " with commas or repeated; all: all but files",
-    )
     rate: list[float] | None = Field(None, description="requests a second, as 20,40")
     load: list[float] | None = Field(
         None, description="instead of --rate: arrivals in multiples of --capacity"
@@ -75,13 +69,8 @@ class Replay(BaseModel):
         None, gt=0, allow_inf_nan=False, description="requests a second that load 1 means; else"
         " worked out from the latencies that the server tells",
     )  # fmt: skip
-    mix: str = Field(
-        "mixed",
-        description=f"budgets: {', '.join(workload.MIXES)}, or multiples of the last tier's latency"
-        " with shares, as 3:0.3,8:0.7",
-    )
-    requests: int = Field(2000, ge=1, description="of every run; all of them count")
-    seeds: int = Field(1, ge=1, description="how often each trace and rate is run, from seed 0")
+    requests: Count = Field(2000, description="of every run; all of them count")
+    seeds: Count = Field(1, description="how often each trace and rate is run, from seed 0")
     images: Path | None = Field(
         None,
         description="an image, a folder of them, or a parquet file with `image` and `label` (needs"
@@ -102,26 +91,16 @@ class Replay(BaseModel):
     json_: Path | None = Field(None, alias="json", description="also write the figures there")
     png: Path | None = Field(None, description="also draw attainment over accuracy recovered")
 
-    @field_validator("load", "rate")
-    @classmethod
-    def _positive(cls, given: list[float] | None, info: ValidationInfo) -> list[float] | None:
-        if given is not None and not all(0 < value < float("inf") for value in given):
-            raise ValueError(f"--{info.field_name}: each must be a number above 0")
-        return given
-
     @model_validator(mode="after")
-    def _one_pace(self) -> Self:
-        if self.load and self.rate:
-            raise ValueError("--load and --rate both say how fast requests come: give one")
-        paced = self.load or self.rate
-        if not paced and not all(trace.endswith(".csv") for trace in self.trace):
+    def _some_pace(self) -> Self:
+        files = all(trace.endswith(".csv") for trace in self.trace)  # those have a pace
+        if not (self.load or self.rate or files):
             raise ValueError("say how fast requests come: --rate, or --load")
         return self
 
     def cli_cmd(self) -> None:
         report.require("pcae-serve replay")
-        workload.parse_mix(self.mix)
-        traces = resolve_traces(self.trace)
+        traces = self.traces()
         server = Server.ask(self.url)
         images = Images.load(self.images, self.labels, server.labels)
         known = self._capacity(server)
@@ -175,7 +154,7 @@ class Replay(BaseModel):
             return [load * known for load in self.load]
         return [None]
 
-    def _try(self, server: "Server", images: "Images") -> None:
+    def _try(self, server: "Server", images: Images) -> None:
         """One request with all the time in the world: does the server take such images?"""
         request = server.request(60.0, images.bodies[0])
         sent = send(server.host, server.port, [request], [0.0], 1, 60.0)
@@ -184,7 +163,7 @@ class Replay(BaseModel):
             raise StartError(f"the server does not answer: {sent.status[0] or ''} {why}".rstrip())
 
     def _run(
-        self, server: "Server", images: "Images", trace: str, rate: float | None, seed: int
+        self, server: "Server", images: Images, trace: str, rate: float | None, seed: int
     ) -> "Record":
         load = workload.make(trace, self.mix, rate, self.requests, server.full_s, seed)
         random = np.random.default_rng([seed, 2])
@@ -333,38 +312,6 @@ class Server:
             f"Content-Type: application/octet-stream\r\nContent-Length: {len(image)}\r\n\r\n"
         )
         return head.encode() + image
-
-
-@dataclass(frozen=True)
-class Images:
-    """Encoded images to send."""
-
-    bodies: Sequence[bytes]
-    labels: NDArray[np.int64] | None = None  # by the server's list, where right answers count
-
-    @classmethod
-    def load(cls, path: Path | None, labels: str | None, known: Sequence[str]) -> Self:
-        """From a file, a folder or a parquet file; labels as the flag says."""
-        path = path or Path(__file__).with_name("sample.png")
-        if path.suffix == ".parquet":
-            bodies, words = _of_parquet(path, labels)
-        elif labels == COLUMN:
-            raise StartError("--labels column is for a parquet file")
-        else:
-            bodies, words = _of_files(path, labels)
-        if not bodies:
-            raise StartError(f"{path} holds no image ({', '.join(sorted(ENDINGS))})")
-        if words is None:
-            return cls(bodies)
-        numbers = {str(i): i for i in range(len(known))}
-        index = numbers | {label: i for i, label in enumerate(known)}
-        strange = next((word for word in words if word not in index), None)
-        if strange is not None:
-            raise StartError(
-                f"the server has no label {strange!r}; it has {', '.join(known[:5])}"
-                + (", …" if len(known) > 5 else "")
-            )
-        return cls(bodies, np.array([index[word] for word in words]))
 
 
 @dataclass(frozen=True)
@@ -533,49 +480,6 @@ def pinned(core: int | None) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-def _of_files(path: Path, labels: str | None) -> tuple[list[bytes], list[str] | None]:
-    try:
-        if path.is_dir():
-            names = sorted(f for f in path.rglob("*") if f.suffix.lower() in ENDINGS)
-        else:
-            names = [path]
-        bodies = [name.read_bytes() for name in names]
-        if labels is None:
-            return bodies, None
-        if labels == FOLDERS:
-            return bodies, [name.parent.name for name in names]
-        with Path(labels).open(newline="", encoding="utf-8-sig") as file:
-            by_name = {row["file"]: row["label"] for row in csv.DictReader(file)}
-    except (OSError, UnicodeError) as error:
-        raise StartError(f"cannot read the images: {one_line(error)}") from None
-    except KeyError as error:
-        raise StartError(f"{labels} has no column {error}; it needs file,label") from None
-    root = path if path.is_dir() else path.parent
-    words = []
-    for name in names:
-        if (word := by_name.get(str(name.relative_to(root)))) is None:
-            raise StartError(f"{labels} has no line for {name.relative_to(root)}")
-        words.append(word)
-    return bodies, words
-
-
-def _of_parquet(path: Path, labels: str | None) -> tuple[list[bytes], list[str] | None]:
-    """As Hugging Face writes images: a struct with `bytes`, and names of the labels beside."""
-    if labels not in (None, COLUMN):
-        raise StartError(f"the labels of a parquet file are its own: --labels {COLUMN}")
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise StartError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        table = parquet.read_table(path)
-        bodies = [image["bytes"] for image in table["image"].to_pylist()]
-        indices = None if labels is None else table["label"].to_pylist()
-    except (OSError, KeyError, TypeError, ArrowException) as error:
-        raise StartError(f"cannot read images from {path}: {one_line(error)}") from None
-    return bodies, None if indices is None else [str(index) for index in indices]
 
 
 def _series(text: str, name: str) -> list[tuple[str, str]]:

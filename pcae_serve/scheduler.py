@@ -3,14 +3,19 @@
     Arrived  headers parsed: refuse what is hopeless before any work
     Decoded  joins the queue, ordered by deadline over all tiers        -> Refuse, Dispatch, WakeAt
     Left     its client went away
+    Closed   a tier has failed: nobody is to be answered on it          -> Expire, Dispatch
+    Offered  an errand: work that nobody waits for                      -> Errand
     Timer    the time of an earlier WakeAt has come                     -> Expire, Dispatch
-    Done     a device has finished its batch                            -> Spent, Dispatch
+    Done     a device has finished its batch, or errand                 -> Spent, Dispatch
 
 The server drives it from asyncio, a simulator from a virtual clock; the same events give the same
 actions. It knows deadlines and predicted seconds, nothing of images, sockets or engines.
 """
 
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Literal, assert_never
 
 from pcae_serve.admission import Machine, Strictness, judge
@@ -39,6 +44,19 @@ class Left:
 
 
 @dataclass(frozen=True)
+class Closed:
+    now_s: float
+    tier: int
+
+
+@dataclass(frozen=True)
+class Offered:
+    now_s: float
+    id: int  # of errands, not of requests
+    seconds: float  # that it should take
+
+
+@dataclass(frozen=True)
 class Timer:
     now_s: float
 
@@ -50,7 +68,7 @@ class Done:
     seconds: float | None  # None where the engine failed: nothing to learn from
 
 
-Event = Arrived | Decoded | Left | Timer | Done
+Event = Arrived | Decoded | Left | Closed | Offered | Timer | Done
 
 
 @dataclass(frozen=True)
@@ -78,10 +96,19 @@ class Expire:
 
     late  uploading, decoding or waiting took so long that no allowed tier can make it
     load  the policy lets it go, so that others make it
+    tier  every tier that it allows has failed
     """
 
     id: int
-    why: Literal["late", "load"]
+    why: Literal["late", "load", "tier"]
+
+
+@dataclass(frozen=True)
+class Errand:
+    """Do what was offered on a device: nobody is kept waiting by it."""
+
+    device: int
+    id: int
 
 
 @dataclass(frozen=True)
@@ -103,15 +130,21 @@ class Spent:
     cancelled: int  # of the batch: their clients left while it ran
 
 
-Action = Dispatch | Refuse | Expire | WakeAt | Spent
+Action = Dispatch | Errand | Refuse | Expire | WakeAt | Spent
 
 #: A timer set for the very moment of a deadline may fire a rounding error before it.
 _PAST_S = 1e-4
+#: While an errand runs, so many requests may be expected that it would make late.
+MOST_KEPT = 0.05
+#: An errand that found no such moment for so long takes the next one at which nobody waits.
+PATIENCE_S = 2.0
+#: How often a moment is looked for where nothing else happens.
+LOOK_S = 0.1
 
 
 @dataclass
 class _Running:
-    run: Run
+    run: Run | None  # None: an errand
     expected_end_s: float
     left: set[int] = field(default_factory=set)
 
@@ -133,6 +166,7 @@ class Scheduler:
         self._max_batch, self._queue_limit = max_batch, queue_limit
         self._arrivals, self._strictness = Arrivals(), Strictness()
         self._decoding, self._queue = Queue(), Queue()
+        self._errands: deque[Offered] = deque()
         self._running: list[_Running | None] = [None] * devices
         self._wake_at_s: float | None = None
 
@@ -152,10 +186,14 @@ class Scheduler:
                     self._queue.add(decoded)
             case Left(id=id_):
                 self._leave(id_)
+            case Closed(tier=tier):
+                actions += self._close(tier)
+            case Offered():
+                self._errands.append(event)
             case Timer():
                 self._wake_at_s = None
             case Done(device=device, seconds=seconds):
-                actions.append(self._finish(device, seconds, now_s))
+                actions += self._finish(device, seconds, now_s)
                 forecast = self._latency.forecast(now_s)
             case _:
                 assert_never(event)
@@ -185,31 +223,68 @@ class Scheduler:
             self._strictness.times,
         )
         needed_s = self._latency.idle(request.tiers[0])
-        verdict = judge(request, needed_s, machine, (self._queue, self._decoding))
-        why: Literal["budget", "load", "full"] | None = verdict.why
+        in_hand = self._queue, self._decoding
+        why: Literal["budget", "load", "full"] | None
+        why = judge(request, needed_s, machine, in_hand)
         if why != "budget" and self.waiting >= self._queue_limit:
             why = "full"
-        return None if why is None else Refuse(request.id, why, needed_s, verdict.drain_s)
+        if why is None:
+            return None
+        return Refuse(request.id, why, needed_s, machine.seconds(in_hand, inf))
+
+    def _run_errands(self, now_s: float, forecast: Forecast) -> Iterator[Action]:
+        """Errands in the order of their coming, where a free device is not soon missed."""
+        for device, running in enumerate(self._running):
+            if running is not None or not self._errands:
+                continue
+            errand = self._errands[0]
+            patient = now_s < errand.now_s + PATIENCE_S
+            if patient and self._missed(errand.seconds, now_s, forecast) > MOST_KEPT:
+                return
+            self._errands.popleft()
+            self._running[device] = _Running(None, now_s + errand.seconds)
+            yield Errand(device, errand.id)
+
+    def _missed(self, seconds: float, now_s: float, forecast: Forecast) -> float:
+        """Requests expected within that time that cannot wait for the end of it."""
+        after_s = seconds + forecast.promised(0, 1)
+        tight = sum(each.share for each in self._arrivals.classes if each.budget_s < after_s)
+        return tight * seconds * self._arrivals.rate(now_s)
 
     def _leave(self, id_: int) -> None:
         if self._decoding.remove(id_) is None and self._queue.remove(id_) is None:
             for running in self._running:
-                if running is not None and any(r.id == id_ for r in running.run.requests):
+                run = None if running is None else running.run
+                if running is not None and run and any(r.id == id_ for r in run.requests):
                     running.left.add(id_)
 
-    def _finish(self, device: int, seconds: float | None, now_s: float) -> Spent:
+    def _close(self, tier: int) -> list[Action]:
+        """Nobody waits for that tier any more; who allows no other one has waited in vain."""
+        actions = list[Action]()
+        for queue in (self._queue, self._decoding):
+            for request in list(queue.allowing(tier)):
+                queue.remove(request.id)
+                if rest := tuple(other for other in request.tiers if other != tier):
+                    queue.add(replace(request, tiers=rest))
+                else:
+                    actions.append(Expire(request.id, "tier"))
+        return actions
+
+    def _finish(self, device: int, seconds: float | None, now_s: float) -> list[Action]:
         running = self._running[device]
         if running is None:
             raise ValueError(f"device {device} finished a batch that it was not given")
         self._running[device] = None
         run, left = running.run, running.left
+        if run is None:
+            return []
         late = sum(r.deadline_s < now_s and r.id not in left for r in run.requests)
         if seconds is not None:
             self._latency.observe(run.tier, len(run.requests), seconds, now_s)
             self._policy.observe(run, seconds, late)
             self._strictness.in_time(len(run.requests) - late - len(left))
             self._strictness.in_vain(late)
-        return Spent(device, run.tier, len(run.requests), seconds or 0.0, late, len(left))
+        return [Spent(device, run.tier, len(run.requests), seconds or 0.0, late, len(left))]
 
     def _expire(self, now_s: float, forecast: Forecast, decoded: int | None) -> list[Action]:
         """Those whom even their fastest tier, started now, would answer too late."""
@@ -253,6 +328,10 @@ class Scheduler:
             self._running[device] = _Running(choice, end_s)
             ids = tuple(request.id for request in choice.requests)
             actions.append(Dispatch(device, choice.tier, ids))
+        if self._errands and not self._queue and not self._decoding:
+            actions += self._run_errands(now_s, forecast)
+            if self._errands and None in self._running:
+                wake_s.append(now_s + LOOK_S)
         wake_s += [
             requests[0].deadline_s - forecast.typical(tier, 1)
             for tier, requests in self._queue.by_cheapest.items()

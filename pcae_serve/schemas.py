@@ -100,3 +100,30 @@ class Problem(BaseModel):
     title: str
     status: int
     detail: str = Field(description="what was wrong and what to do, in one line")
+    needed_ms: float | None = Field(
+        None, description="of a budget too small: what the fastest allowed tier takes"
+    )
+    retry_after_s: float | None = Field(None, description="when to come back")
+
+
+class BatchItem(BaseModel):
+    """What became of one image: an answer with status 200, or a problem with its own."""
+
+    status: int
+    answer: Classification | None = None
+    problem: Problem | None = None
+
+
+class Batch(BaseModel):
+    """What became of every image, in the order in which they were sent."""
+
+    results: list[BatchItem]
+
+
+class Reload(BaseModel):
+    """What is served from now on."""
+
+    bundle: str
+    digest: str = Field(description="sha256 of the bundle's manifest")
+    tiers: list[str]
+    seconds: float = Field(description="that it took, beside live traffic")

@@ -4,11 +4,12 @@ Flags win over the environment, the environment over the file, the file over the
 """
 
 import os
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from platformdirs import user_cache_path
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -37,6 +38,15 @@ class Settings(BaseSettings):
 
     bundle: Path | None = Field(None, description="bundle folder; the demo bundle where left out")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    api_keys_file: Path | None = Field(
+        None, description="file of API keys, one a line, one of which every request must bring"
+    )
+    admin_keys_file: Path | None = Field(
+        None, description="file of keys for /admin; without it nobody may use those routes"
+    )
+    open_access: bool = Field(
+        False, description="answer without API keys where others than this machine can reach us"
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     device: str = Field(
         "auto",
@@ -60,8 +70,16 @@ class Settings(BaseSettings):
     queue_limit: int = Field(
         256, ge=1, description="requests in the server at once; beyond, 503 with Retry-After"
     )
+    watchdog_s: float = Field(
+        10, gt=0, le=600, description="a batch that takes longer has failed, and its engine hangs"
+    )
+    drain_s: float = Field(
+        20, ge=0, le=3600, description="after SIGTERM, for requests in hand; then the server ends"
+    )
+    upload_s: float = Field(30, gt=0, description="time that a request's body may take; then 408")
     decode_threads: int = Field(2, ge=1, description="images decoded at the same time")
     max_body_mb: float = Field(20, gt=0, description="bytes of a request body; beyond, 413")
+    max_images: int = Field(64, ge=1, description="images of one /classify/batch; beyond, 413")
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="pixels of an image; beyond, 413")
 
     profile_s: float = Field(
@@ -90,6 +108,15 @@ class Settings(BaseSettings):
             raise ValueError(f"cuda:{twice[0]} is named twice")
         return device
 
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        if self.api_keys_file is None and not self.open_access and not _loopback(self.host):
+            raise ValueError(
+                f"--host {self.host} lets others than this machine ask: give --api-keys-file, or"
+                " --open-access to answer everybody"
+            )
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -109,3 +136,11 @@ class Settings(BaseSettings):
         except (OSError, ValueError) as error:
             raise SettingsError(f"PCAE_CONFIG: {path} cannot be read: {error}") from None
         return init_settings, env_settings, config
+
+
+def _loopback(host: str) -> bool:
+    """Whether only this machine reaches an address. A name that is not known to be so is not."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
 
-from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field
 
 from pcae_serve import profiles, report, workload
 from pcae_serve.errors import StartError
@@ -28,6 +27,7 @@ from pcae_serve.report import Figures, Row
 from pcae_serve.scheduler import Scheduler
 from pcae_serve.settings import MAX_BATCH
 from pcae_serve.simulator import draw, simulate
+from pcae_serve.traffic import Count, Traffic
 
 #: Of the machine's capacity: idle, busy, just enough, too much.
 LOADS = (0.3, 0.7, 1.0, 1.5)
@@ -35,7 +35,7 @@ LOADS = (0.3, 0.7, 1.0, 1.5)
 SERVICE_SEED = 1_000_003
 
 
-class Simulate(BaseModel):
+class Simulate(Traffic):
     """Play traces through the scheduler on a virtual clock: what each policy makes of them."""
 
     policy: list[str] = Field(
@@ -43,24 +43,14 @@ class Simulate(BaseModel):
         description=f"{', '.join((*catalogue.OURS, *catalogue.PUBLISHED))}, fixed:TIER, nexus:TIER,"
         " each also with +drop; with commas or repeated; all: all of them",
     )
-    trace: list[str] = Field(
-        ["azure-code"],
-        description=f"{', '.join(workload.TRACES)}, or a .csv file with arrival_s[,budget_ms];"
-        " with commas or repeated; all: all but files",
-    )
     load: list[float] | None = Field(
         None,
         description="arrivals in multiples of what the platform can serve in time, as 0.3,1;"
         f" default {','.join(map(str, LOADS))}, for a file its own pace",
     )
     rate: list[float] | None = Field(None, description="instead of --load: requests a second")
-    mix: str = Field(
-        "mixed",
-        description=f"budgets: {', '.join(workload.MIXES)}, or multiples of the best tier's latency"
-        " with shares, as 3:0.3,8:0.7",
-    )
-    requests: int = Field(4000, ge=1, description="of every cell; all of them count")
-    seeds: int = Field(3, ge=1, description="how often each cell is run, from seed 0")
+    requests: Count = Field(4000, description="of every cell; all of them count")
+    seeds: Count = Field(3, description="how often each cell is run, from seed 0")
     profile: str = Field(
         "gpu",
         description="what serves: gpu or cpu (ready-made), machine (this one's cached profile), or"
@@ -86,25 +76,11 @@ class Simulate(BaseModel):
     json_: Path | None = Field(None, alias="json", description="also write everything there")
     png: Path | None = Field(None, description="also draw attainment over accuracy recovered")
 
-    @field_validator("load", "rate")
-    @classmethod
-    def _positive(cls, given: list[float] | None, info: ValidationInfo) -> list[float] | None:
-        if given is not None and not all(0 < value < float("inf") for value in given):
-            raise ValueError(f"--{info.field_name}: each must be a number above 0")
-        return given
-
-    @model_validator(mode="after")
-    def _one_pace(self) -> Self:
-        if self.load and self.rate:
-            raise ValueError("--load and --rate both say how fast requests come: give one")
-        return self
-
     def cli_cmd(self) -> None:
         report.require("pcae-serve simulate")
         platform = profiles.read(self.profile, self.bundle)
         policies = resolve(self.policy, platform.ladder)
-        workload.parse_mix(self.mix)
-        traces = resolve_traces(self.trace)
+        traces = self.traces()
         capacity = self._capacity(platform, traces)
         cells = self._cells(policies, traces, capacity)
         rows = list(self._rows(cells, self._figures(platform, cells), capacity))
@@ -261,14 +237,6 @@ def resolve(given: Sequence[str], ladder: Ladder) -> list[str]:
     for spec in specs:
         catalogue.create(spec, ladder)
     return list(dict.fromkeys(specs))
-
-
-def resolve_traces(given: Sequence[str]) -> list[str]:
-    """Traces by name, files checked to be readable."""
-    names = [name for word in given for name in (workload.TRACES if word == "all" else (word,))]
-    for name in names:
-        workload.make(name, "8", None if name.endswith(".csv") else 1.0, 2, 1.0, 0)
-    return list(dict.fromkeys(names))
 
 
 @contextmanager

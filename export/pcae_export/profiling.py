@@ -108,14 +108,7 @@ class Profile(BaseModel):
                 f" {settings.max_batch}: see its --max-batch"
             )
         bundle = bundles.load(self.bundle)
-        engine = engines.load(
-            settings.backend,
-            bundle,
-            settings.device,
-            settings.threads,
-            settings.max_batch,
-            settings.cache_dir,
-        )
+        engine = engines.configured(settings, bundle)
         sweep_s = self.seconds * SWEEP_SHARE if self.ladder else 0.0
         timed = take_turns(engine, bundle, bundle.tiers, self.batches, self.seconds - sweep_s)
         profile = profiles.summarise(bundle, engine, timed)

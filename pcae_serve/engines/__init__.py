@@ -7,7 +7,7 @@ An engine knows graphs and arrays; it knows nothing of requests, budgets or queu
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.engines import driver
 from pcae_serve.errors import PcaeError, StartError, one_line
-from pcae_serve.settings import CACHE_DIR, MAX_BATCH
+from pcae_serve.settings import CACHE_DIR, MAX_BATCH, Settings
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,24 @@ class Engine(Protocol):
     version: str
     device: str
     threads: int  # of one batch; 0 = the backend's own choice
+    sizes: Sequence[int]  # of batches that are set up one by one, and tried before traffic
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         """Answers to a batch, at one tier. Blocks until they are there."""
         ...
+
+    def terminate(self) -> None:
+        """From another thread: have the batch in progress fail, where that is possible."""
+        ...
+
+    def close(self) -> None:
+        """Give its memory back; it cannot run afterwards."""
+        ...
+
+
+def at_once(engine: Engine) -> Engine:
+    """Batches run when they are asked for."""
+    return engine
 
 
 def load(
@@ -57,12 +71,16 @@ def load(
     threads: int = 0,
     max_batch: int = MAX_BATCH,
     cache_dir: Path = CACHE_DIR,
+    through: Callable[[Engine], Engine] = at_once,
 ) -> Engine:
-    """The engine that was asked for; with auto the fastest that works, each step down logged.
+    """The engine that was asked for, every tier of it tried.
+
+    With auto it is the fastest that works, each step down logged.
 
     backend: auto, tensorrt, cuda, onnxruntime or simulated. device: auto, cpu or cuda:N. One that
     was named is never left for another. threads: of one batch on a CPU; 0 = one a core. max_batch:
-    the largest batch that a GPU is set up for. cache_dir: where TensorRT's plans lie.
+    the largest batch that a GPU is set up for. cache_dir: where TensorRT's plans lie. through: what
+    the trial batches run through, where they must not get in the way of others.
     Raises StartError, in one line that says what is missing.
     """
     if backend == "simulated":
@@ -74,19 +92,37 @@ def load(
     if backend in GPU_BACKENDS and device == "cpu":
         raise StartError(f"backend {backend} runs on a GPU: use --device cuda:0, or leave it out")
     if backend == "onnxruntime" or device == "cpu":
-        return _on_cpu(bundle, threads)
+        return _on_cpu(bundle, threads, through)
 
     gpu = "cuda:0" if device == "auto" else device
     names = GPU_BACKENDS if backend == "auto" else (backend,)
     try:
-        return _on_gpu(names, bundle, gpu, max_batch, cache_dir)
+        return _on_gpu(names, bundle, gpu, max_batch, cache_dir, through)
     except StartError as error:
         if (backend, device) != ("auto", "auto"):
             raise
-        engine = _on_cpu(bundle, threads)
+        engine = _on_cpu(bundle, threads, through)
         level = logging.INFO if isinstance(error, driver.NoGpu) else logging.WARNING
         log.log(level, "on the CPU: %s", error)
         return engine
+
+
+def configured(
+    settings: Settings,
+    bundle: Bundle,
+    device: str | None = None,
+    through: Callable[[Engine], Engine] = at_once,
+) -> Engine:
+    """As `load`, by the settings: on `device`, or on the first of theirs (all are equal)."""
+    return load(
+        settings.backend,
+        bundle,
+        device or settings.devices[0],
+        settings.threads,
+        settings.max_batch,
+        settings.cache_dir,
+        through,
+    )
 
 
 def check(engine: Engine, bundle: Bundle, batches: Sequence[int] = (1,)) -> None:
@@ -118,7 +154,12 @@ def check(engine: Engine, bundle: Bundle, batches: Sequence[int] = (1,)) -> None
 
 
 def _on_gpu(
-    names: Sequence[str], bundle: Bundle, gpu: str, max_batch: int, cache_dir: Path
+    names: Sequence[str],
+    bundle: Bundle,
+    gpu: str,
+    max_batch: int,
+    cache_dir: Path,
+    through: Callable[[Engine], Engine],
 ) -> Engine:
     """The first of these backends that works. Raises StartError with every one's reason."""
     found = driver.gpus()
@@ -128,6 +169,7 @@ def _on_gpu(
     for name in names:
         try:
             engine = _gpu_engine(name, bundle, gpu, max_batch, cache_dir)
+            _tried(engine, bundle, through)
         except PcaeError as error:
             failures.append(f"{name}: {error}")
         else:
@@ -153,9 +195,19 @@ def _gpu_engine(name: str, bundle: Bundle, gpu: str, max_batch: int, cache_dir: 
         ) from None
 
 
-def _on_cpu(bundle: Bundle, threads: int) -> Engine:
+def _on_cpu(bundle: Bundle, threads: int, through: Callable[[Engine], Engine]) -> Engine:
     try:
         from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
     except ModuleNotFoundError:
         raise StartError("onnxruntime is not installed: pip install 'pcae-serve[cpu]'") from None
-    return OnnxRuntimeEngine(bundle, threads)
+    engine = OnnxRuntimeEngine(bundle, threads)
+    _tried(engine, bundle, through)
+    return engine
+
+
+def _tried(engine: Engine, bundle: Bundle, through: Callable[[Engine], Engine]) -> None:
+    try:
+        check(through(engine), bundle, engine.sizes)
+    except BaseException:
+        engine.close()
+        raise

@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime as ort
 
 from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.engines import Output, Pixels, check, driver
+from pcae_serve.engines import Output, Pixels, driver
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.plans import buckets
 from pcae_serve.settings import MAX_BATCH
@@ -58,30 +58,38 @@ class CudaEngine:
         self._sessions = {
             tier.name: _session(_graph(bundle, tier), provider, missing) for tier in bundle.tiers
         }
-        self._buckets, side = buckets(max_batch), bundle.image_size
-        self._padded = {n: np.zeros((n, side, side, 3), np.uint8) for n in self._buckets}
+        self.sizes: Sequence[int] = buckets(max_batch)
+        side = bundle.image_size
+        self._padded = {n: np.zeros((n, side, side, 3), np.uint8) for n in self.sizes}
         try:
-            self._inputs = {n: self._buffer((n, side, side, 3), np.uint8) for n in self._buckets}
+            self._inputs = {n: self._buffer((n, side, side, 3), np.uint8) for n in self.sizes}
             self._replays = {
                 (name, n): self._bind(session, n)
                 for name, session in self._sessions.items()
-                for n in self._buckets
+                for n in self.sizes
             }
         except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
             raise StartError(
                 f"ONNX Runtime cannot set up batches on {self.device}: {one_line(error)}"
             ) from None
         self._thread = ThreadPoolExecutor(1, "cuda")
-        check(self, bundle, self._buckets)
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         return self._thread.submit(self._run, tier, pixels).result()
 
+    def terminate(self) -> None:
+        """Nothing: a graph that the GPU has begun runs to its end."""
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False)
+        self._replays.clear()
+        self._sessions.clear()
+
     def _run(self, tier: Tier, pixels: Pixels) -> Output:
         count = len(pixels)
-        bucket = next((n for n in self._buckets if n >= count), None)
+        bucket = next((n for n in self.sizes if n >= count), None)
         if bucket is None or not count:
-            raise ValueError(f"{count} images: a batch has 1 to {self._buckets[-1]}")
+            raise ValueError(f"{count} images: a batch has 1 to {self.sizes[-1]}")
         if count < bucket:
             self._padded[bucket][:count] = pixels  # rows beyond hold older images: not read below
             pixels = self._padded[bucket]

@@ -1,12 +1,13 @@
 """ONNX Runtime on the CPU: one session per elastic graph, in which a tier is a row of numbers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.engines import Output, Pixels, check
+from pcae_serve.engines import Output, Pixels
 from pcae_serve.errors import StartError, one_line
 
 
@@ -16,6 +17,7 @@ class OnnxRuntimeEngine:
     name = "onnxruntime"
     version: str = ort.__version__
     device = "cpu"
+    sizes: Sequence[int] = (1,)  # a batch of any size runs without being set up
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
         """threads: of one batch; 0 = one a core. Raises StartError where a graph does not load."""
@@ -32,10 +34,19 @@ class OnnxRuntimeEngine:
                 )
             except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
                 raise StartError(f"ONNX Runtime cannot load {graph}: {one_line(error)}") from None
-        check(self, bundle)
+        self._options: ort.RunOptions | None = None  # of the batch in progress
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         counts = np.array(tier.token_counts, dtype=np.int64)
         feeds: dict[str, Any] = {"pixels": pixels, "token_counts": counts}
-        vectors, *kept = self._sessions[tier.model, tier.elastic_graph].run(None, feeds)
+        self._options = options = ort.RunOptions()
+        session = self._sessions[tier.model, tier.elastic_graph]
+        vectors, *kept = session.run(None, feeds, options)
         return Output(vectors, tuple(kept))
+
+    def terminate(self) -> None:
+        if self._options is not None:
+            self._options.terminate = True
+
+    def close(self) -> None:
+        self._sessions.clear()

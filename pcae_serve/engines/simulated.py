@@ -5,7 +5,7 @@ should take, nothing of what is on the images.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class SimulatedEngine:
     name = "simulated"
     version = "1"
     threads = 0
+    sizes: Sequence[int] = (1,)
 
     def __init__(
         self,
@@ -38,6 +39,12 @@ class SimulatedEngine:
     ) -> None:
         self.device, self._seconds, self._sleep = device, seconds, sleep
         self._width = bundle.width
+
+    def terminate(self) -> None:
+        """Nothing: it sleeps to its end."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         batch = len(pixels)

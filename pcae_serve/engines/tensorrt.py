@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pcae_serve import plans
 from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.engines import Output, Pixels, check
+from pcae_serve.engines import Output, Pixels
 from pcae_serve.engines.gpu import Buffer, Cuda, CudaError, Gpu, find
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.plans import Machine
@@ -88,6 +88,7 @@ class TensorRtEngine:
 
     name = "tensorrt"
     threads = 0
+    sizes: Sequence[int] = (1,)  # the runner has run each bucket as it captured it
 
     def __init__(
         self,
@@ -110,16 +111,14 @@ class TensorRtEngine:
         self._runner = Runner(found, gpu, data, plans.buckets(max_batch))
         self.version = f"{found.name} {found.version}"
         self.device = f"{device} ({gpu.name})"
-        try:
-            check(self, bundle)
-        except StartError:
-            self.close()
-            raise
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         answers = self._runner.run(tier.name, pixels)
         padding = self._runner.bucket(len(pixels)) - len(pixels)
         return output(self._bundle, tier, answers)._replace(padding=padding)
+
+    def terminate(self) -> None:
+        """Nothing: a graph that the GPU has begun runs to its end."""
 
     def close(self) -> None:
         """Give the GPU's memory back; the engine cannot run afterwards."""

@@ -139,14 +139,7 @@ def of_profile(profile: measured.Profile, bundle: Bundle, name: str) -> Platform
 def _of_machine(bundle: Bundle) -> Platform:
     """As the server here would start with that bundle: its settings name backend and cache."""
     settings = Settings()
-    engine = engines.load(
-        settings.backend,
-        bundle,
-        settings.device,
-        settings.threads,
-        settings.max_batch,
-        settings.cache_dir,
-    )
+    engine = engines.configured(settings, bundle)
     profile = measured.read(bundle, engine, settings.cache_dir)
     if profile is None:
         raise StartError(

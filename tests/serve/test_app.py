@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,8 @@ from pcae_serve.errors import Draining
 from pcae_serve.policies import Run, Situation, catalogue
 from pcae_serve.policies.greedy import Greedy
 from pcae_serve.preprocess import Preprocess
-from pcae_serve.service import Ask, Service, ladder
+from pcae_serve.servable import Ask, ladder
+from pcae_serve.service import Service
 from pcae_serve.settings import Settings
 from tests.serve.conftest import image_bytes, manifest, write_bundle
 
@@ -207,6 +209,59 @@ def test_broken_multipart_is_refused(client: TestClient) -> None:
     problem(client.post("/classify", content=b"nonsense", headers=headers), 400)
 
 
+def batch(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
+    """Multipart fields `image`, as a browser sends several files."""
+    return [("image", (f"{i}.png", image)) for i, image in enumerate(images)]
+
+
+def test_each_image_of_a_batch_is_answered_or_refused_by_itself(client: TestClient) -> None:
+    files = batch(image_bytes(250), b"no image", image_bytes(20), b"")
+    answer = client.post("/classify/batch?tier=fast&budget_ms=5000&top_k=1", files=files)
+    assert answer.status_code == 200, answer.text
+    results = answer.json()["results"]
+    assert [result["status"] for result in results] == [200, 415, 200, 400]
+    labels = [r["answer"] and r["answer"]["predictions"][0]["label"] for r in results]
+    assert labels == ["bright", None, "dark", None]
+    assert results[0]["answer"]["tier"] == "fast"
+    assert results[1]["problem"]["type"] == "urn:pcae-serve:unsupported-type"
+    counts = client.get("/metrics").text
+    assert 'pcae_requests_total{outcome="in_time"} 2.0' in counts
+    assert 'pcae_requests_total{outcome="unreadable"} 2.0' in counts
+
+
+def test_a_batch_with_one_budget_gives_every_image_a_tier_of_its_own(client: TestClient) -> None:
+    """What does not fit into the budget together is refused image by image, not as a whole."""
+    files = batch(*[image_bytes(250)] * 30)
+    results = client.post("/classify/batch?budget_ms=200", files=files).json()["results"]
+    statuses = Counter(result["status"] for result in results)
+    assert statuses[200] >= 1
+    assert set(statuses) <= {200, 503, 504}
+
+
+@pytest.mark.parametrize(
+    ("files", "headers", "status", "words"),
+    [
+        (None, {}, 415, "multipart/form-data"),
+        ([("other", ("a", b"x"))], {}, 400, "no file field 'image'"),
+        (batch(*[b"x"] * 65), {}, 413, "more than 64 files"),
+        (batch(*[bytes(60_000)] * 2), {}, 413, "over the limit of 100,000 bytes"),
+    ],
+)
+def test_a_batch_that_cannot_be_read_is_refused_whole(
+    client: TestClient, files: Any, headers: dict[str, str], status: int, words: str
+) -> None:
+    response = client.post("/classify/batch", files=files, headers=headers)
+    assert words in problem(response, status)["detail"]
+
+
+def test_what_a_caller_says_comes_back_escaped_and_short(client: TestClient) -> None:
+    told = problem(client.post(f"/classify?tier=%1b[31m%0a{'x' * 5000}", content=b"x"), 422)
+    assert "\\x1b" in told["detail"]
+    assert len(told["detail"]) < 300
+    told = problem(client.post(f"/classify?top_k=%1b[31m{'9' * 5000}", content=b"x"), 422)
+    assert len(told["detail"]) < 300
+
+
 def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None:
     problem(client.get("/nowhere"), 404)
     assert problem(client.get("/classify"), 405)["title"]
@@ -318,6 +373,13 @@ class Gate:
     """An engine that runs when it is told to."""
 
     name, version, device, threads = "gate", "1", "cpu", 0
+    sizes = (1,)
+
+    def terminate(self) -> None:
+        """It is let through, not stopped."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -334,7 +396,7 @@ class Gate:
         self.batches.append(len(pixels))
         return Output(np.zeros((len(pixels), 4), np.float32), ())
 
-    def close(self) -> None:
+    def shut(self) -> None:
         """From now on, a batch waits inside."""
         self.open.clear()
         self.entered.clear()
@@ -351,7 +413,7 @@ def gate() -> Iterator[Gate]:
 def test_not_ready_before_latencies_are_known(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
-    gate.close()
+    gate.shut()
     service = Service(settings(), small_bundle, [gate])
     with serving(service, ready=False) as client:
         problem(client.get("/readyz"), 503)
@@ -388,7 +450,7 @@ def test_a_failing_engine_costs_its_batch_and_not_the_server(
 @contextmanager
 def busy(client: TestClient, gate: Gate) -> Iterator[threading.Thread]:
     """A request on the device, which does not end before the gate opens."""
-    gate.close()
+    gate.shut()
     first = threading.Thread(
         target=lambda: client.post("/classify?budget_ms=60000", content=image_bytes())
     )
@@ -484,7 +546,7 @@ def test_a_client_that_leaves_while_it_waits_is_never_computed(
         service = Service(settings(), small_bundle, [gate])
         await service.start()
         app = create_app(service, fail)
-        gate.close()
+        gate.shut()
 
         async def stays() -> Any:
             await asyncio.Event().wait()
@@ -510,7 +572,7 @@ def test_stopping_with_work_in_hand_answers_everybody_once(
     async def scenario() -> list[Any]:
         service = Service(settings(), small_bundle, [gate])
         await service.start()
-        gate.close()
+        gate.shut()
         calls = [asyncio.create_task(classify(service, i, 60_000)) for i in range(5)]
         await asyncio.to_thread(gate.entered.wait, 20)
         await asyncio.sleep(0.05)  # the others are decoded meanwhile, or still at it
@@ -638,6 +700,6 @@ def test_a_dominated_tier_is_left_to_those_who_ask_for_it(
     document["tiers"][1]["dominated"] = True
     (root / "bundle.json").write_text(json.dumps(document))
     service = Service(settings(), bundle.load(root), [gate])
-    assert service.allowed("auto", None) == (0, 2)
-    assert service.allowed("balanced", None) == (1,)
-    assert service.allowed("auto", "balanced") == (1, 2)  # what dominates it is not allowed
+    assert service.bundle.allowed("auto", None) == (0, 2)
+    assert service.bundle.allowed("balanced", None) == (1,)
+    assert service.bundle.allowed("auto", "balanced") == (1, 2)  # what dominates it is not allowed

@@ -98,3 +98,12 @@ def test_one_request_is_enough_to_ask_what_is_due() -> None:
     mean, deviation = arrivals.due(1.0)
     assert mean >= 0
     assert deviation >= 0
+
+
+def test_a_budget_of_nothing_spoils_nothing() -> None:
+    """A caller may name the least number that there is: arrival and deadline are then the same."""
+    arrivals = Arrivals()
+    arrivals.observe(0.0, 0.0)
+    arrivals.observe(1.0, 0.5)
+    assert all(budgets.budget_s > 0 for budgets in arrivals.classes)
+    assert arrivals.due(0.6)[0] >= 0

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pcae_serve import bundle
 from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.engines import Output, cuda, driver
+from pcae_serve.engines import Output, check, cuda, driver
 from pcae_serve.engines.cuda import CUDA, CudaEngine
 from pcae_serve.errors import StartError
 from tests.serve.conftest import write_bundle
@@ -196,8 +196,12 @@ def test_a_graph_that_does_not_fit_is_told_at_start(
     graph_of: Callable[[Tier], bytes],
     words: str,
 ) -> None:
+    def tried(bundle: Bundle) -> None:
+        engine = CudaEngine(bundle, "cpu")
+        check(engine, bundle, engine.sizes)
+
     with pytest.raises(StartError, match=words) as raised:
-        CudaEngine(make(graph_of), "cpu")
+        tried(make(graph_of))
     assert "\n" not in str(raised.value)
 
 

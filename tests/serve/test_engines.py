@@ -14,6 +14,7 @@ from pcae_serve.engines import driver
 from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import BundleError, StartError
+from pcae_serve.settings import Settings
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3), np.uint8)
 
@@ -58,14 +59,14 @@ def test_an_answer_does_not_depend_on_its_batch(demo: Bundle, engine: engines.En
 def test_labels_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> None:
     manifest = demo.manifest.model_copy(update={"labels": demo.labels[:9]})
     with pytest.raises(StartError, match="answers with 10 logits, but the bundle names 9"):
-        OnnxRuntimeEngine(replace(demo, manifest=manifest))
+        engines.load("onnxruntime", replace(demo, manifest=manifest))
 
 
 def test_features_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> None:
     vit = demo.manifest.models["vit"].model_copy(update={"answers": "features"})
     manifest = demo.manifest.model_copy(update={"labels": (), "models": {"vit": vit}})
     with pytest.raises(StartError, match="answers with 10 features, but the bundle names 192"):
-        OnnxRuntimeEngine(replace(demo, manifest=manifest))
+        engines.load("onnxruntime", replace(demo, manifest=manifest))
 
 
 def test_an_int8_tier_runs_a_graph_of_its_own(demo: Bundle, tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_counts_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> Non
     tier = demo.tiers[0].model_copy(update={"token_counts": (400, 12, 3)})
     manifest = demo.manifest.model_copy(update={"tiers": (tier,)})
     with pytest.raises(StartError, match="does not run"):
-        OnnxRuntimeEngine(replace(demo, manifest=manifest))
+        engines.load("onnxruntime", replace(demo, manifest=manifest))
 
 
 def test_the_simulated_engine_takes_the_time_it_is_told_to(demo: Bundle) -> None:
@@ -234,3 +235,19 @@ def test_a_named_gpu_without_a_driver(demo: Bundle, machine: Machine, backend: s
     with pytest.raises(StartError, match="no driver"):
         engines.load(backend, demo, "cuda:0")
     assert machine.asked == []
+
+
+def test_settings_name_the_engine(
+    demo: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = list[object]()
+    monkeypatch.setattr(driver, "gpus", lambda: ["NVIDIA"] * 4)
+    monkeypatch.setattr(engines, "_gpu_engine", lambda *args: asked.append(args))
+    settings = Settings(
+        backend="cuda", device="cuda:3,cuda:1", max_batch=7, cache_dir=tmp_path, threads=2
+    )
+    engines.configured(settings, demo)
+    engines.configured(settings, demo, "cuda:1")
+    assert asked == [("cuda", demo, gpu, 7, tmp_path) for gpu in ("cuda:3", "cuda:1")]
+    on_cpu = engines.configured(settings.model_copy(update={"backend": "auto"}), demo, "cpu")
+    assert (on_cpu.device, on_cpu.threads) == ("cpu", 2)

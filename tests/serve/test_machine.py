@@ -1,7 +1,7 @@
 """What the scheduler keeps to under every policy, through lives of requests drawn at random."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
 import pytest
@@ -14,12 +14,15 @@ from pcae_serve.queue import Request
 from pcae_serve.scheduler import (
     Action,
     Arrived,
+    Closed,
     Decoded,
     Dispatch,
     Done,
+    Errand,
     Event,
     Expire,
     Left,
+    Offered,
     Refuse,
     Scheduler,
     Spent,
@@ -54,6 +57,8 @@ class Case:
     max_batch: int
     queue_limit: int
     times: list[float]  # of the forecast that batches take, in turn; 0: the engine fails
+    closed: dict[int, float]  # tiers that leave routing, and when
+    errands: list[tuple[float, float]]  # when they are offered, and seconds that they take
 
 
 lives = st.builds(
@@ -72,6 +77,10 @@ cases = st.builds(
     max_batch=st.sampled_from((1, 4, 32)),
     queue_limit=st.sampled_from((8, 256)),
     times=st.lists(st.sampled_from((1.0, 1.0, 0.5, 1.2, 3.0, 0.0)), min_size=1, max_size=5),
+    closed=st.dictionaries(st.sampled_from((0, 2)), st.sampled_from((0.0, 0.02, 0.4)), max_size=2),
+    errands=st.lists(
+        st.tuples(st.sampled_from((0.0, 0.1, 0.5)), st.sampled_from((0.01, 0.3))), max_size=3
+    ),
 )
 
 
@@ -92,9 +101,16 @@ class World:
     agenda: list[tuple[float, int, Event]] = field(default_factory=list)
     wake_s: float = float("inf")
     batches: int = 0
+    closed: set[int] = field(default_factory=set)
+    errands: list[int] = field(default_factory=list)  # offered, not begun
+    on_errands: set[int] = field(default_factory=set)  # devices
 
     def play(self) -> None:
         now_s = 0.0
+        for tier, at_s in self.case.closed.items():
+            self.plan(Closed(at_s, tier))
+        for id_, (at_s, seconds) in enumerate(self.case.errands):
+            self.plan(Offered(at_s, id_, seconds))
         for id_, life in enumerate(self.case.lives):
             now_s += life.gap_s
             request = Request(id_, now_s, now_s + life.budget_s, life.tiers)
@@ -116,6 +132,16 @@ class World:
 
     def happens(self, event: Event) -> None:
         match event:
+            case Arrived(now_s=now_s, request=request) if self.closed & {*request.tiers}:
+                if not (tiers := tuple(t for t in request.tiers if t not in self.closed)):
+                    self.left.add(request.id)  # nobody lets it in
+                    return
+                self.requests[request.id] = request = replace(request, tiers=tiers)
+                event = Arrived(now_s, request)
+            case Closed(tier=tier):
+                self.closed.add(tier)
+            case Offered(id=id_):
+                self.errands.append(id_)
             case Decoded(id=id_) if id_ in self.left or self.ends[id_]:
                 return  # nobody decodes for one who left or was refused
             case Decoded(id=id_, now_s=now_s):
@@ -125,6 +151,8 @@ class World:
                 self.waiting.pop(id_, None)
                 for device, dispatch in self.running.items():
                     self.cancelled[device] += id_ in dispatch.ids
+        if isinstance(event, Done) and event.device in self.on_errands:
+            self.on_errands.discard(event.device)
         actions = self.machine.handle(event)
         self.told.append((event, actions))
         for action in actions:
@@ -135,8 +163,19 @@ class World:
                     assert isinstance(event, Arrived)
                     assert event.request.id == id_
                     self.ends[id_] += 1
+                case Expire(id=id_, why="tier"):
+                    assert isinstance(event, Closed)
+                    assert self.closed >= {*self.requests[id_].tiers}
+                    self.waiting.pop(id_, None)  # it may still have been decoded
+                    self.ends[id_] += 1
                 case Expire(id=id_):
                     self.expired(id_, event.now_s)
+                case Errand(device=device, id=id_):
+                    assert not self.waiting, "somebody is kept waiting by it"
+                    assert device not in self.running.keys() | self.on_errands
+                    assert id_ == self.errands.pop(0)
+                    self.on_errands.add(device)
+                    self.plan(Done(event.now_s + self.case.errands[id_][1], device, None))
                 case WakeAt(at_s=at_s):
                     assert at_s >= event.now_s
                     self.wake_s = at_s
@@ -145,7 +184,8 @@ class World:
                     self.done(event, spent)
 
     def dispatched(self, dispatch: Dispatch, now_s: float) -> None:
-        assert dispatch.device not in self.running
+        assert dispatch.device not in self.running.keys() | self.on_errands
+        assert dispatch.tier not in self.closed
         assert 1 <= len(dispatch.ids) <= self.case.max_batch
         forecast = self.latency.forecast(now_s)
         for id_ in dispatch.ids:
@@ -197,6 +237,7 @@ def test_every_request_is_dealt_with_rightly_and_once(spec: str, case: Case) -> 
     first.play()
     assert first.machine.waiting == 0
     assert not first.waiting, "somebody was forgotten"
+    assert not first.errands, "an errand was forgotten"
     assert set(first.ends.values()) <= {1}, "somebody was answered twice"
     assert set(first.ends) | first.left >= set(first.requests)
 

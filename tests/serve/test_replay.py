@@ -300,7 +300,6 @@ def test_a_sender_that_lags_voids_the_run(
         (("--rate", "5", "--load", "1"), 2, "--load and --rate"),
         (("--rate", "5", "--pin", "4095"), 1, "--pin 4095"),
         (("--rate", "5", "--images", "nowhere"), 1, "nowhere"),
-        (("--rate", "5", "--labels", "folders", "--images", "."), 1, "no label"),
         (("--rate", "5", "--images", "bad"), 1, "415 no such luck"),
     ],
 )

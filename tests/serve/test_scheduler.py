@@ -8,11 +8,14 @@ from pcae_serve.queue import Request
 from pcae_serve.scheduler import (
     Action,
     Arrived,
+    Closed,
     Decoded,
     Dispatch,
     Done,
+    Errand,
     Expire,
     Left,
+    Offered,
     Refuse,
     Scheduler,
     Spent,
@@ -238,3 +241,47 @@ def test_a_policy_may_wait() -> None:
     assert isinstance(wake, WakeAt)
     assert wake.at_s == pytest.approx(0.5, abs=0.01)
     assert dispatched(machine.handle(Timer(wake.at_s))) == [Dispatch(0, 2, (1,))]
+
+
+def test_a_closed_tier_is_left_to_others_and_who_has_none_is_told() -> None:
+    machine = scheduler()
+    arrive(machine, 1, 0.0, 5.0)
+    arrive(machine, 2, 0.0, 5.0, (2,))
+    arrive(machine, 3, 0.0, 5.0, (1, 2))
+    assert machine.handle(Closed(0.1, 2))[0] == Expire(2, "tier")
+    actions = machine.handle(Done(0.4, 0, 0.4))
+    assert dispatched(actions) == [Dispatch(0, 1, (3,))]
+
+
+def test_an_errand_waits_until_nobody_else_does() -> None:
+    machine = scheduler()
+    arrive(machine, 1, 0.0, 5.0)
+    arrive(machine, 2, 0.0, 5.0)
+    assert Errand(0, 7) not in machine.handle(Offered(0.1, 7, 0.01))
+    assert dispatched(machine.handle(Done(0.4, 0, 0.4))) == [Dispatch(0, 2, (2,))]
+    assert machine.handle(Done(0.8, 0, 0.4))[-1] == Errand(0, 7)
+    assert not dispatched(arrive(machine, 3, 0.805, 5.0))  # the device is not free
+    assert dispatched(machine.handle(Done(0.81, 0, None))) == [Dispatch(0, 2, (3,))]
+
+
+def test_a_long_errand_waits_where_it_would_make_expected_requests_late() -> None:
+    """Five requests a second with budgets of 0.3 s: nobody misses 10 ms, but half a second."""
+
+    def begun(seconds: float, budget_s: float) -> list[float]:
+        machine, begun_s = scheduler(), list[float]()
+        for id_ in range(100):
+            now_s = 0.2 * id_
+            for action in machine.handle(Offered(now_s, 0, seconds)) if id_ == 40 else []:
+                begun_s += [now_s] * isinstance(action, Errand)
+            if begun_s:
+                return begun_s
+            [dispatch] = dispatched(arrive(machine, id_, now_s, budget_s))
+            done_s = now_s + 0.1 * (1 + dispatch.tier)
+            for action in machine.handle(Done(done_s, 0, 0.1 * (1 + dispatch.tier))):
+                begun_s += [done_s] * isinstance(action, Errand)
+        return begun_s
+
+    assert begun(0.01, 0.3) == [8.0]
+    assert begun(0.5, 5.0) == [8.0]
+    at_s = begun(0.5, 0.12)[0]
+    assert 10.0 <= at_s < 10.5  # its patience

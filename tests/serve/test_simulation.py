@@ -133,6 +133,8 @@ def test_capacity_is_worked_out_where_nobody_has(
     [
         (("--load", "1", "--rate", "5"), 2, "--load and --rate"),
         (("--load", "0"), 2, "--load"),
+        (("--requests", "0"), 2, "--requests"),
+        (("--seeds", "0"), 2, "--seeds"),
         (("--policy", "gredy"), 1, "gredy"),
         (("--policy", "fixed:quick"), 1, "k30"),
         (("--trace", "twitter"), 1, "azure-code"),

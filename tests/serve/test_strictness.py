@@ -55,7 +55,51 @@ def test_those_taken_in_vain_make_the_next_refusal_come_at_once(
     assert offer(machine, range(100, 108), 3.0, 1.06) == refused
 
 
+@pytest.mark.parametrize(("done_s", "refused"), [(1.9, []), (2.1, [107])])
+def test_answers_that_come_late_were_taken_in_vain(done_s: float, refused: list[int]) -> None:
+    latency = Latency([{1: Seconds(0.1, 0.1), 15: Seconds(0.11, 0.11)}], 15)
+    machine = Scheduler(Greedy(), latency, max_batch=15)
+    offer(machine, range(1), 0.0, 9.0)
+    offer(machine, range(1, 16), 0.0, 2.0)
+    machine.handle(Done(0.1, 0, 0.1))  # the fifteen run
+    offer(machine, range(50, 51), 0.2, 9.0)  # somebody waits: nothing has been caught up with
+    machine.handle(Done(done_s, 0, 0.11))
+    offer(machine, range(100, 107), 3.0, 9.0)  # 0.1 s and a bit in one batch
+    assert offer(machine, range(107, 108), 3.0, 0.12) == refused
+
+
+def test_answers_in_time_make_it_forget() -> None:
+    machine = hanging(15)
+    offer(machine, range(20, 22), 2.0, 9.0)
+    machine.handle(Done(2.5, 0, None))
+    for i in range(600):  # there is always one that waits
+        now_s = 2.6 + 0.1 * i
+        machine.handle(Done(now_s, 0, 0.1))
+        offer(machine, range(1000 + i, 1001 + i), now_s, 9.0)
+    # one runs and one waits; seven more make 0.9 s
+    assert offer(machine, range(100, 107), 62.5, 0.95) == []
+
+
+def test_who_was_decoded_too_late_was_not_taken_in_vain() -> None:
+    machine = hanging(0)
+    for id_ in range(1, 16):
+        machine.handle(Arrived(0.0, Request(id_, 0.0, 2.0, (0,))))
+        assert machine.handle(Decoded(1.95, id_)) == [Expire(id_, "late")]
+    assert offer(machine, range(100, 108), 3.0, 1.06) == []
+
+
+#: One of 0.1 s runs and seven wait: 0.8 s, and 0.1 s + 0.7 s x 1.02^15 where it is strict.
+TIGHT_S = 0.95
+
+
 def test_a_machine_that_has_caught_up_begins_anew() -> None:
     machine = hanging(15)
     machine.handle(Done(2.5, 0, None))
-    assert offer(machine, range(100, 108), 3.0, 1.06) == []
+    assert offer(machine, range(100, 108), 3.0, TIGHT_S) == []
+
+
+def test_while_somebody_is_being_decoded_nothing_is_caught_up_with() -> None:
+    machine = hanging(15)
+    machine.handle(Arrived(2.0, Request(50, 2.0, 99.0, (0,))))
+    machine.handle(Done(2.5, 0, None))
+    assert offer(machine, range(100, 108), 3.0, TIGHT_S) == [107]

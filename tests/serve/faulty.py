@@ -1,0 +1,85 @@
+"""A server whose engine does what an image says: python -m tests.serve.faulty BUNDLE [flags].
+
+The brightness of a batch's first image is a command; while there is a file BROKEN, every batch
+fails. Some waits are as long as the environment says. All else is the server as it ships.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pcae_serve import bundle, cli, servable, server, service
+from pcae_serve.bundle import Bundle, Tier
+from pcae_serve.engines import Engine, Output, Pixels, at_once
+from pcae_serve.engines.simulated import SimulatedEngine
+from pcae_serve.service import Service
+from pcae_serve.settings import Settings
+
+RAISE, NAN, HANG, STUCK, JUMP = 10, 30, 50, 70, 90
+DAY_S = 86_400.0
+made = 0
+real_time, ahead_s = time.time, DAY_S
+
+
+def jumping() -> float:
+    """The wall clock, a day ahead and a day behind by turns."""
+    global ahead_s
+    ahead_s = -ahead_s
+    return real_time() + ahead_s
+
+
+class Faulty(SimulatedEngine):
+    """Raises, answers with NaN, hangs until it is terminated, or for good; or moves the clock."""
+
+    def __init__(self, bundle: Bundle, device: str = "cpu") -> None:
+        super().__init__(bundle, device, lambda tier, batch: 0.002 + 0.002 * batch)
+        self._ended = threading.Event()
+
+    def run(self, tier: Tier, pixels: Pixels) -> Output:
+        command = int(pixels[0].mean())
+        if command == RAISE or Path(os.environ.get("BROKEN", "")).is_file():
+            raise RuntimeError("device-side assert triggered\nand more")
+        if command == HANG:
+            self._ended.wait()
+            raise RuntimeError("terminated")
+        if command == STUCK:
+            threading.Event().wait()
+        if command == JUMP:
+            time.time = jumping
+        output = super().run(tier, pixels)
+        return output._replace(vectors=output.vectors * np.nan) if command == NAN else output
+
+    def terminate(self) -> None:
+        self._ended.set()
+
+
+def make(served: Bundle, device: int, through: Callable[[Engine], Engine] = at_once) -> Engine:
+    global made
+    made += 1
+    print(f"engine {made} made", file=sys.stderr, flush=True)
+    return Faulty(served)
+
+
+class Serve(cli.Serve):
+    def cli_cmd(self) -> None:
+        with cli.listen(self.host, self.port) as listener:
+            served = bundle.load(self.bundle or bundle.demo())
+            faulty = Service(self, served, [make(served, 0)], make)
+            cli.serve(faulty, listener, cli.Keys.read(None), cli.Keys.read(self.admin_keys_file))
+
+
+def main(argv: Sequence[str]) -> int:
+    servable.RETRY_S = float(os.environ.get("RETRY_S", servable.RETRY_S))
+    server.HEAD_S = float(os.environ.get("HEAD_S", server.HEAD_S))
+    service.BATCH_S = float(os.environ.get("BATCH_S", service.BATCH_S))
+    return cli.run(Serve, argv)
+
+
+if __name__ == "__main__":
+    assert issubclass(Serve, Settings)
+    sys.exit(main(sys.argv[1:]))
