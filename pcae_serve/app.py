@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from pcae_serve import __version__, schemas
+from pcae_serve import __version__, schemas, telemetry
 from pcae_serve.engines import GPU_BACKENDS, NOTES
 from pcae_serve.errors import (
     InvalidParameter,
@@ -149,6 +149,7 @@ def create_app(
         version=__version__,
         description="One vision transformer, many token budgets: say how long you can wait.",
         lifespan=lifespan,
+        telemetry=telemetry.config(),
     )
     known, masters = keys or Keys(), admin_keys or Keys()
     limit = int(service.settings.max_body_mb * 1e6)
@@ -195,6 +196,8 @@ def create_app(
         answer = await _unless_left(
             request, partial(_image, request, limit), partial(service.answer, ask)
         )
+        request.state.tier = answer.tier.name
+        telemetry.annotate(tier=answer.tier.name, queue_ms=round(1e3 * answer.queue_s, 2))
         response.headers["Server-Timing"] = ", ".join(
             f"{name};dur={ms}" for name, ms in _timings(answer).model_dump().items()
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
-from pcae_serve import bundle, engines
+from pcae_serve import bundle, engines, logs
 from pcae_serve.app import create_app
 from pcae_serve.bundle import Bundle
 from pcae_serve.command import config, run
@@ -37,7 +37,7 @@ class Serve(Settings):
     )
 
     def cli_cmd(self) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
+        logs.configure(self.log_format, self.log_level)
         with listen(self.host, self.port) as listener:
             keys, admin_keys = Keys.read(self.api_keys_file), Keys.read(self.admin_keys_file)
             served = bundle.load(self.bundle or bundle.demo())

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import pcae_serve
+from pcae_serve import cores
 from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.engines import Engine, driver
 from pcae_serve.errors import StartError
@@ -265,7 +266,7 @@ def key(bundle: Bundle, engine: Engine) -> dict[str, str]:
         "engine": f"{engine.name} {engine.version}",
         "device": " ".join(filter(None, (engine.device.partition(" ")[0], gpu(engine)))),
         "machine": f"{platform.machine()} {processor()}",
-        "cores": str(cores()),
+        "cores": str(cores.usable()),
         "threads": str(engine.threads),
     }
 
@@ -277,7 +278,7 @@ def origin(engine: Engine) -> Origin:
         date=datetime.now(UTC),
         processor=processor(),
         gpu=gpu(engine),
-        cores=cores(),
+        cores=cores.usable(),
         memory_gb=round(memory / 1e9, 1),
         threads=engine.threads,
         versions={
@@ -286,11 +287,6 @@ def origin(engine: Engine) -> Origin:
             "python": platform.python_version(),
         },
     )
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def gpu(engine: Engine) -> str | None:

@@ -208,20 +208,14 @@ class Scheduler:
         """Requests in hand that no device works on yet."""
         return len(self._decoding) + len(self._queue)
 
+    def drain_s(self, now_s: float) -> float:
+        """Seconds until all that is in hand should be done, each on its cheapest tier."""
+        machine = self._machine(now_s, self._latency.forecast(now_s))
+        return machine.seconds((self._queue, self._decoding), inf)
+
     def _refusal(self, request: Request, now_s: float, forecast: Forecast) -> Refuse | None:
         """Why a newcomer cannot be answered in time, if that is already certain."""
-        free_in_s = min(
-            0.0 if running is None else max(0.0, running.expected_end_s - now_s)
-            for running in self._running
-        )
-        machine = Machine(
-            now_s,
-            forecast,
-            self._max_batch,
-            len(self._running),
-            free_in_s,
-            self._strictness.times,
-        )
+        machine = self._machine(now_s, forecast)
         needed_s = self._latency.idle(request.tiers[0])
         in_hand = self._queue, self._decoding
         why: Literal["budget", "load", "full"] | None
@@ -231,6 +225,21 @@ class Scheduler:
         if why is None:
             return None
         return Refuse(request.id, why, needed_s, machine.seconds(in_hand, inf))
+
+    def _machine(self, now_s: float, forecast: Forecast) -> Machine:
+        """What there is to serve with."""
+        free_in_s = min(
+            0.0 if running is None else max(0.0, running.expected_end_s - now_s)
+            for running in self._running
+        )
+        return Machine(
+            now_s,
+            forecast,
+            self._max_batch,
+            len(self._running),
+            free_in_s,
+            self._strictness.times,
+        )
 
     def _run_errands(self, now_s: float, forecast: Forecast) -> Iterator[Action]:
         """Errands in the order of their coming, where a free device is not soon missed."""

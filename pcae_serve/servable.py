@@ -37,7 +37,7 @@ from pcae_serve.errors import (
 )
 from pcae_serve.events import Recorder, Setup
 from pcae_serve.latency import Forecast
-from pcae_serve.metrics import Metrics, Outcome
+from pcae_serve.metrics import Failure, Metrics, Outcome
 from pcae_serve.policies.catalogue import create
 from pcae_serve.policies.ladder import Ladder
 from pcae_serve.queue import Request
@@ -147,6 +147,7 @@ class Servable:
         self.settings, self.bundle, self.engines = settings, bundle, list(engines)
         self.latency = setup.latency()
         self._scheduler = setup.scheduler(self.latency)
+        self._accuracy = setup.ladder.accuracy
         self._policy = create(setup.policy, setup.ladder).name
         self._devices, self._metrics, self._make = devices, metrics, make
         self._recorder = recorder
@@ -157,7 +158,9 @@ class Servable:
         self._errands: dict[int, tuple[Callable[[int], Any], asyncio.Future[Any]]] = {}
         self._errand_ids = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
-        self._padding = [0] * len(engines)  # rows, of the batch that each device ended last
+        # of the batch on each device, or the one that ended last there:
+        self._padding = [0] * len(engines)  # rows
+        self._predicted_s = [0.0] * len(engines)
         self._failures: Counter[int] = Counter()  # of each tier, since it last answered
         self._closed: set[int] = set()  # tiers out of routing
         self._hung: set[int] = set()  # devices whose batch was answered before it came back
@@ -173,6 +176,11 @@ class Servable:
     def waiting(self) -> int:
         """Requests in hand that no device works on yet."""
         return self._scheduler.waiting
+
+    @property
+    def drain_s(self) -> float:
+        """Seconds until all that is in hand should be done."""
+        return self._scheduler.drain_s(asyncio.get_running_loop().time())
 
     @property
     def closed(self) -> frozenset[int]:
@@ -330,6 +338,7 @@ class Servable:
                     late=action.late,
                     cancelled=action.cancelled,
                     padding=self._padding[device],
+                    predicted_s=self._predicted_s[device],
                 )
 
     def _refusal(self, refuse: Refuse, waiting: _Waiting) -> tuple[RequestError, Outcome]:
@@ -388,6 +397,7 @@ class Servable:
             partial(self._failed, dispatch.device, dispatch.tier, batch, "hung"),
         )
         forecast = self.latency.forecast(now_s)
+        self._predicted_s[dispatch.device] = forecast.typical(dispatch.tier, len(batch))
         for waiting in batch:  # told now, while the forecast is the one it was chosen by
             waiting.reason = self._reason(dispatch, waiting, forecast, now_s)
 
@@ -446,6 +456,7 @@ class Servable:
             self._task(self._recover(device))
             return
         self._padding[device] = output.padding
+        self._hung.discard(device)  # it took too long, and was answered, but it came back
         self._failures[dispatch.tier] = 0
         for row, waiting in enumerate(batch):
             self._answer(waiting, output, row, dispatch.tier, start_s, now_s)
@@ -467,13 +478,16 @@ class Servable:
             self._failures[tier],
             one_line(error),
             exc_info=error if kind == "raised" else None,
+            extra={"request_id": None},  # it is nobody's alone
         )
+        self._metrics.failed(name, Failure(kind))
         for waiting in batch:
             failed = EngineFailed("the model failed on this batch: retry")
             _refuse(waiting, failed, Outcome.FAILED)
         if self._failures[tier] >= MOST_FAILURES and tier not in self._closed:
             log.error("tier %s leaves routing; it is tried again every %g s", name, RETRY_S)
             self._closed.add(tier)
+            self._metrics.tier_open(name, False)
             self._handle(Closed(asyncio.get_running_loop().time(), tier))
             self._task(self._reopen(tier))
 
@@ -521,6 +535,7 @@ class Servable:
                 log.info("tier %s answers again", name)
                 self._failures[tier] = 0
                 self._closed.discard(tier)
+                self._metrics.tier_open(name, True)
 
     def _run_errand(self, errand: Errand) -> None:
         work, result = self._errands.pop(errand.id)
@@ -547,18 +562,29 @@ class Servable:
             return
         in_time = now_s <= waiting.request.deadline_s
         waiting.outcome = Outcome.IN_TIME if in_time else Outcome.LATE
-        waiting.answer.set_result(
-            Answer(
-                vector=output.vectors[row],
-                kept=tuple(kept[row] for kept in output.kept),
-                labels=self.bundle.labels,
-                tier=self.bundle.tiers[tier],
-                reason=waiting.reason,
-                decode_s=waiting.decode_s,
-                queue_s=start_s - waiting.queued_s,
-                compute_s=now_s - start_s,
-                total_s=now_s - waiting.ask.arrival_s,
-            )
+        answer = Answer(
+            vector=output.vectors[row],
+            kept=tuple(kept[row] for kept in output.kept),
+            labels=self.bundle.labels,
+            tier=self.bundle.tiers[tier],
+            reason=waiting.reason,
+            decode_s=waiting.decode_s,
+            queue_s=start_s - waiting.queued_s,
+            compute_s=now_s - start_s,
+            total_s=now_s - waiting.ask.arrival_s,
+        )
+        waiting.answer.set_result(answer)
+        accuracy, best = self._accuracy[tier], self._accuracy[waiting.request.tiers[-1]]
+        self._metrics.answered(
+            answer.tier.name,
+            decode_s=answer.decode_s,
+            queue_s=answer.queue_s,
+            compute_s=answer.compute_s,
+            total_s=answer.total_s,
+            in_time=in_time,
+            degraded=waiting.ask.tier == "auto" and accuracy < best,
+            accuracy=accuracy,
+            best_accuracy=best,
         )
 
     def _reason(

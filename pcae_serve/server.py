@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pcae_serve.errors import RequestError
+from pcae_serve.logs import RequestId
 from pcae_serve.service import Service
 
 #: The head of a request must be there so long after its connection was made, or was last used.
@@ -61,7 +62,13 @@ class Server(uvicorn.Server):
     """uvicorn, which drains before it closes."""
 
     def __init__(self, app: FastAPI, service: Service) -> None:
-        config = uvicorn.Config(app, http=Connection, timeout_graceful_shutdown=FLUSH_S)
+        config = uvicorn.Config(
+            RequestId(app, access_log=service.settings.access_log),
+            http=Connection,
+            log_config=None,
+            access_log=False,  # ours has the request's id and tier
+            timeout_graceful_shutdown=FLUSH_S,
+        )
         super().__init__(config)
         self._service = service
         self._drained_at_s: float | None = None  # at the latest, once draining

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pcae_serve import bundle as bundles
-from pcae_serve import profile
+from pcae_serve import cores, profile
 from pcae_serve.aside import Aside
 from pcae_serve.bundle import Bundle
 from pcae_serve.devices import Device
@@ -33,7 +33,7 @@ from pcae_serve.errors import (
 )
 from pcae_serve.events import Recorder, Setup
 from pcae_serve.latency import Latency
-from pcae_serve.metrics import Metrics, Outcome
+from pcae_serve.metrics import Metrics, Outcome, Reload
 from pcae_serve.policies.catalogue import create
 from pcae_serve.servable import RETRY_S, TERMINATE_S, Answer, Ask, Make, Servable, ladder
 from pcae_serve.settings import Settings
@@ -75,8 +75,15 @@ class Service:
         self._recorder = Recorder(settings.event_log) if settings.event_log is not None else None
         self._servable: Servable | None = None  # once latencies are known
         self._retired: set[Servable] = set()  # until what they took is answered
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
+        self._decode_threads = settings.decode_threads or cores.usable()
+        self._decoders = ThreadPoolExecutor(self._decode_threads, "decode")
         self._loader = ThreadPoolExecutor(1, "reload")
+        self.metrics.limits(max_batch=settings.max_batch, queue_limit=settings.queue_limit)
+        self.metrics.watch(
+            depth=lambda: self.waiting,
+            predicted_wait_s=lambda: 0.0 if self._servable is None else self._servable.drain_s,
+            ready=lambda: self.ready,
+        )
         self._devices = [Device(f"device-{i}") for i in range(len(engines))]
         self._draining = self._reloading = False
 
@@ -139,6 +146,13 @@ class Service:
         )
         measured = await self._devices[0].submit(measure)
         self._servable = self._made(self._bundle, self._engines, measured, self._recorder)
+        self._tell_build()
+        log.info(
+            "threads: %d cores may be used; %d decode images, %s run a batch",
+            cores.usable(),
+            self._decode_threads,
+            engine.threads or (cores.usable() if engine.device == "cpu" else "the backend's own"),
+        )
         log.info("ready: %s", self._words())
 
     async def answer(self, ask: Ask, read: Callable[[], Awaitable[bytes]]) -> Answer:
@@ -184,6 +198,7 @@ class Service:
             beside = partial(self._load_beside, old, loop)
             new = self._made(*await loop.run_in_executor(self._loader, beside))
         except PcaeError as error:
+            self.metrics.reloaded(Reload.FAILED)
             log.error("not reloaded, the old bundle serves on: %s", error)
             raise BadBundle(f"{error}; the old bundle serves on") from None
         finally:
@@ -191,6 +206,8 @@ class Service:
         self.metrics.add_tiers([tier.name for tier in new.bundle.tiers])
         self._servable = new
         self._retired.add(old)
+        self.metrics.reloaded(Reload.DONE)
+        self._tell_build()
         seconds = time.monotonic() - begin_s
         log.info("reloaded in %.1f s: %s", seconds, self._words())
         loop.call_soon(self._retire, old)
@@ -280,6 +297,16 @@ class Service:
         if not old.in_hand:
             self._retired.discard(old)
             old.close()
+
+    def _tell_build(self) -> None:
+        engine, bundle = self.engines[0], self.bundle
+        self.metrics.build_info(
+            bundle=bundle.manifest.name,
+            digest=bundle.digest,
+            backend=f"{engine.name} {engine.version}",
+            device=self.device,
+            policy=self._policy,
+        )
 
     def _words(self) -> str:
         """What is served, on one line."""

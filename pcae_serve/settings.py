@@ -60,7 +60,12 @@ class Settings(BaseSettings):
         " onnxruntime (on the CPU), or auto: the first of these that works, each step down logged;"
         " simulated answers nonsense in realistic time",
     )
-    threads: int = Field(0, ge=0, description="threads of one batch on a CPU; 0 = one a core")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="threads of one batch on a CPU; 0 = one for each core that we may use, by"
+        " affinity and quota",
+    )
     policy: str = Field("pace", description=f"how tier and batch are chosen: {_POLICIES}")
 
     budget_ms: float = Field(
@@ -77,7 +82,9 @@ class Settings(BaseSettings):
         20, ge=0, le=3600, description="after SIGTERM, for requests in hand; then the server ends"
     )
     upload_s: float = Field(30, gt=0, description="time that a request's body may take; then 408")
-    decode_threads: int = Field(2, ge=1, description="images decoded at the same time")
+    decode_threads: int = Field(
+        0, ge=0, description="images decoded at the same time; 0 = as many as cores that we may use"
+    )
     max_body_mb: float = Field(20, gt=0, description="bytes of a request body; beyond, 413")
     max_images: int = Field(64, ge=1, description="images of one /classify/batch; beyond, 413")
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="pixels of an image; beyond, 413")
@@ -88,6 +95,11 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(
         CACHE_DIR, description="what belongs to this machine: latency profiles, TensorRT plans"
     )
+    log_format: Literal["text", "json"] = Field("text", description="of the log, on stderr")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="the least serious records that are logged"
+    )
+    access_log: bool = Field(True, description="log a line at the end of each request")
     event_log: Path | None = Field(
         None,
         description="file for all that the scheduler sees and does, to be replayed; begun anew at"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from pcae_serve import cores
 from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.engines import Output, Pixels
 from pcae_serve.errors import StartError, one_line
@@ -20,10 +21,16 @@ class OnnxRuntimeEngine:
     sizes: Sequence[int] = (1,)  # a batch of any size runs without being set up
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
-        """threads: of one batch; 0 = one a core. Raises StartError where a graph does not load."""
+        """threads: of one batch; 0 = one a core that we may use.
+
+        Raises StartError where a graph does not load.
+        """
         self.threads = threads
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        # ONNX Runtime would count the host's cores, whatever we may use of them
+        options.intra_op_num_threads = threads or cores.usable()
+        # spinning between batches takes the cores from decoding: benchmarks/threads.py
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors only
         self._sessions: dict[tuple[str, str], ort.InferenceSession] = {}
         for model, name in {(tier.model, tier.elastic_graph): None for tier in bundle.tiers}:

@@ -20,7 +20,7 @@ from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.service import Service
 from pcae_serve.settings import Settings
 
-RAISE, NAN, HANG, STUCK, JUMP = 10, 30, 50, 70, 90
+RAISE, NAN, HANG, STUCK, JUMP, SLOW = 10, 30, 50, 70, 90, 110
 DAY_S = 86_400.0
 made = 0
 real_time, ahead_s = time.time, DAY_S
@@ -47,6 +47,8 @@ class Faulty(SimulatedEngine):
         if command == HANG:
             self._ended.wait()
             raise RuntimeError("terminated")
+        if command == SLOW:
+            time.sleep(0.8)
         if command == STUCK:
             threading.Event().wait()
         if command == JUMP:

@@ -150,6 +150,13 @@ def test_an_engine_that_hangs_is_told_to_end(running: Running) -> None:
     assert running.get("/livez").status_code == 200
 
 
+def test_a_batch_that_comes_back_too_late_does_not_excuse_the_next_one(running: Running) -> None:
+    """What was answered as hung is told once; a failure after it is one of its own."""
+    assert running.ask(faulty.SLOW).status_code == 500
+    running.until(lambda: running.ask().status_code == 200)
+    assert running.ask(faulty.RAISE).status_code == 500
+
+
 def test_clocks_that_jump_change_nothing(running: Running) -> None:
     answers = [running.ask(faulty.JUMP, "budget_ms=2000") for _ in range(3)]
     answers += [running.ask() for _ in range(5)]
