@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from math import ceil
@@ -18,13 +18,13 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from pcae_serve import __version__, schemas
+from pcae_serve.body import limited, unless_left
 from pcae_serve.engines import GPU_BACKENDS, NOTES
 from pcae_serve.errors import (
     Draining,
     InvalidParameter,
     NotOffered,
     RequestError,
-    TooLarge,
     UnreadableImage,
     one_line,
 )
@@ -33,7 +33,6 @@ from pcae_serve.service import Answer, Ask, Service
 PROBLEM = "application/problem+json"
 LATENCY_BATCHES = (1, 8)  # what /tiers quotes
 
-Run = Callable[[Callable[[], Awaitable[bytes]]], Coroutine[Any, Any, Answer]]
 Budget = Annotated[float | None, Query(gt=0, le=3_600_000, allow_inf_nan=False)]
 Explain = Annotated[bool, Query(description="also return the kept patches")]
 
@@ -113,7 +112,8 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
     ) -> Answer:
         _require(service, answers)
         limit = int(service.settings.max_body_mb * 1e6)
-        answer = await _unless_left(request, partial(service.answer, ask), limit)
+        read = partial(_image, request, limit)
+        answer = await unless_left(request, partial(service.answer, ask), read)
         response.headers["Server-Timing"] = ", ".join(
             f"{name};dur={ms}" for name, ms in _timings(answer).model_dump().items()
         )
@@ -173,7 +173,7 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
 
 async def _image(request: Request, limit: int) -> bytes:
     """The image file in the body, raw or as multipart field `image`, at most `limit` bytes."""
-    body = _limited(request, limit)
+    body = limited(request, limit)
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         return b"".join([chunk async for chunk in body])
     try:
@@ -187,46 +187,6 @@ async def _image(request: Request, limit: int) -> bytes:
         return await field.read()
     finally:
         await form.close()
-
-
-async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """The body's chunks; TooLarge where they come to more than `limit`, whatever was announced."""
-    too_large = TooLarge(f"the body is over the limit of {limit:,} bytes: send a smaller image")
-    if int(request.headers.get("content-length", 0)) > limit:
-        raise too_large
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise too_large
-        yield chunk
-
-
-async def _unless_left(request: Request, run: Run, limit: int) -> Answer:
-    """Wait for the answer; where the client leaves first, cancel it: nobody would read it."""
-    body_read = asyncio.Event()
-
-    async def read() -> bytes:
-        try:
-            return await _image(request, limit)
-        finally:
-            body_read.set()
-
-    async def left() -> None:
-        await body_read.wait()  # until then the body's reader is told, and raises ClientDisconnect
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    answer, disconnected = asyncio.create_task(run(read)), asyncio.create_task(left())
-    both: set[asyncio.Task[Any]] = {answer, disconnected}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientDisconnect
-        return answer.result()
-    finally:
-        for task in both:
-            task.cancel()
 
 
 def _require(service: Service, answers: Literal["logits", "features"]) -> None:
