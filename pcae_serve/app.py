@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from pcae_serve import __version__, schemas
+from pcae_serve import __version__, oip, schemas
 from pcae_serve.body import limited, unless_left
 from pcae_serve.engines import GPU_BACKENDS, NOTES
 from pcae_serve.errors import (
@@ -168,6 +168,7 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
         content, media_type = service.metrics.exposition()
         return Response(content, media_type=media_type)
 
+    app.include_router(oip.router(service))
     return app
 
 
