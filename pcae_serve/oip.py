@@ -450,8 +450,6 @@ def _elements(binary: memoryview, count: int) -> list[File]:
     elements, at = list[File](), 0
     while at + 4 <= len(binary) and len(elements) < count:
         [size] = struct.unpack_from("<I", binary, at)
-        if size > len(binary) - at - 4:
-            break
         elements.append(partial(bytes, binary[at + 4 : at + 4 + size]))
         at += 4 + size
     if at != len(binary) or len(elements) != count:

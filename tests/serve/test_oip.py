@@ -238,14 +238,15 @@ def test_images_of_one_request_run_together_and_each_by_itself(
 # --- what is asked
 
 
-def test_parameters(client: TestClient) -> None:
-    def tier(**parameters: Any) -> Any:
+def test_parameters(client: TestClient, instant: TestClient) -> None:
+    def tier(client: TestClient, **parameters: Any) -> Any:
         answer = client.post(INFER, json=files(image_bytes(), parameters=parameters)).json()
         return answer["parameters"]["tier"]
 
-    assert tier(tier="fast") == "fast"
-    assert tier(min_tier="full") == "full"
-    assert tier(tier="balanced", min_tier="fast", priority=3, sequence_id="x") == "balanced"
+    assert tier(client, tier="fast") == "fast"
+    assert tier(client, tier="balanced", min_tier="fast", priority=3, timeout=9) == "balanced"
+    assert tier(instant) == "fast"  # its policy would have it so
+    assert tier(instant, min_tier="full") == "full"
     answer = client.post(INFER, json=files(image_bytes(), parameters={"tier": "fast"})).json()
     assert answer["parameters"] == {
         "tier": "fast",
@@ -274,6 +275,11 @@ def test_senseless_parameters(
 ) -> None:
     content = json.dumps(files(image_bytes(), parameters=parameters))
     assert words in error(client.post(INFER, content=content), status)
+
+
+def test_an_unknown_tier_is_no_matter_of_one_image(client: TestClient) -> None:
+    request = files(image_bytes(), image_bytes(), parameters={"tier": "turbo"})
+    assert error(client.post(INFER, json=request), 422).startswith("tier 'turbo' is unknown")
 
 
 def test_outputs_are_those_asked_for(client: TestClient) -> None:
@@ -560,7 +566,7 @@ def test_one_image_refused_refuses_all_and_cancels_the_others(
         refused = client.post(INFER, json=request)
         assert "image 4: 4 requests are in hand already" in error(refused, 503)
         assert int(refused.headers["retry-after"]) >= 1
-        wait_until(lambda: service.waiting == 0)
+        wait_until(lambda: service.waiting == 0, limit_s=5)  # before the device is done
         gate.open.set()
         first.join()
         told = client.get("/metrics").text
@@ -576,7 +582,7 @@ def test_an_unreadable_image_cancels_the_others(
     with serving(service) as client, busy(client, gate) as first:
         request = files(image_bytes(), b"text", parameters={"budget_ms": 50_000})
         assert "image 1: " in error(client.post(INFER, json=request), 415)
-        wait_until(lambda: service.waiting == 0)
+        wait_until(lambda: service.waiting == 0, limit_s=5)  # before the device is done
         gate.open.set()
         first.join()
     assert gate.batches == [1]
@@ -776,5 +782,6 @@ def test_tritons_client_is_told_what_was_wrong(triton: Any) -> None:
         with pytest.raises(InferenceServerException, match=words) as refused:
             triton.infer("test", [tensor(IMAGES, "BYTES")], parameters=parameters)
         assert refused.value.status() == status
+        assert "exception occurred" not in refused.value.message()  # while it read the error
     with pytest.raises(InferenceServerException, match="it serves 'test'"):
         triton.infer("other", [tensor(IMAGES, "BYTES")])
