@@ -2,12 +2,12 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from math import ceil
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
@@ -19,7 +19,8 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from pcae_serve import __version__, schemas, telemetry
+from pcae_serve import __version__, oip, schemas, telemetry
+from pcae_serve.body import limited, unless_left
 from pcae_serve.engines import GPU_BACKENDS, NOTES
 from pcae_serve.errors import (
     InvalidParameter,
@@ -41,8 +42,6 @@ from pcae_serve.service import Service
 PROBLEM = "application/problem+json"
 LATENCY_BATCHES = (1, 8)  # what /tiers quotes
 
-T = TypeVar("T")
-Body = TypeVar("Body")
 Budget = Annotated[float | None, Query(gt=0, le=3_600_000, allow_inf_nan=False)]
 Explain = Annotated[bool, Query(description="also return the kept patches")]
 
@@ -193,9 +192,8 @@ def create_app(
         request: Request, response: Response, ask: Ask, answers: Literal["logits", "features"]
     ) -> Answer:
         ask = replace(ask, answers=answers)
-        answer = await _unless_left(
-            request, partial(_image, request, limit), partial(service.answer, ask)
-        )
+        read = partial(_image, request, limit)
+        answer = await unless_left(request, partial(service.answer, ask), read)
         request.state.tier = answer.tier.name
         telemetry.annotate(tier=answer.tier.name, queue_ms=round(1e3 * answer.queue_s, 2))
         response.headers["Server-Timing"] = ", ".join(
@@ -262,7 +260,7 @@ def create_app(
             return await asyncio.gather(*map(one, images))
 
         most = service.settings.max_images
-        results = await _unless_left(request, partial(_images, request, limit, most), all_)
+        results = await unless_left(request, all_, partial(_images, request, limit, most))
         return schemas.Batch(results=results)
 
     @app.post("/embed", openapi_extra=_IMAGE_BODY, responses=_PROBLEMS, dependencies=needs_key)
@@ -328,13 +326,14 @@ def create_app(
         content, media_type = service.metrics.exposition()
         return Response(content, media_type=media_type)
 
+    app.include_router(oip.router(service, caller))
     return app
 
 
 async def _image(request: Request, limit: int) -> bytes:
     """The image file in the body, raw or as multipart field `image`, at most `limit` bytes."""
     if not _is_multipart(request):
-        return b"".join([chunk async for chunk in _limited(request, limit)])
+        return b"".join([chunk async for chunk in limited(request, limit)])
     return (await _images(request, limit, 1))[0]
 
 
@@ -342,7 +341,7 @@ async def _images(request: Request, limit: int, most: int) -> list[bytes]:
     """The image files in the multipart fields `image`, in their order."""
     if not _is_multipart(request):
         raise UnsupportedType("send multipart/form-data, each image as a file field 'image'")
-    parser = MultiPartParser(request.headers, _limited(request, limit), max_files=most)
+    parser = MultiPartParser(request.headers, limited(request, limit), max_files=most)
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError) as error:
@@ -360,51 +359,6 @@ async def _images(request: Request, limit: int, most: int) -> list[bytes]:
 
 def _is_multipart(request: Request) -> bool:
     return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
-
-
-async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """The body's chunks; TooLarge where they come to more than `limit`, whatever was announced."""
-    too_large = TooLarge(f"the body is over the limit of {limit:,} bytes: send a smaller image")
-    announced = request.headers.get("content-length", "0")
-    if announced.isascii() and announced.isdecimal() and int(announced[:20]) > limit:
-        raise too_large
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise too_large
-        yield chunk
-
-
-async def _unless_left(
-    request: Request,
-    reader: Callable[[], Awaitable[Body]],
-    run: Callable[[Callable[[], Awaitable[Body]]], Coroutine[Any, Any, T]],
-) -> T:
-    """Wait for the answer; where the client leaves first, cancel it: nobody would read it."""
-    body_read = asyncio.Event()
-
-    async def read() -> Body:
-        try:
-            return await reader()
-        finally:
-            body_read.set()
-
-    async def left() -> None:
-        await body_read.wait()  # until then the body's reader is told, and raises ClientDisconnect
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    answer, disconnected = asyncio.create_task(run(read)), asyncio.create_task(left())
-    both: set[asyncio.Task[Any]] = {answer, disconnected}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientDisconnect
-        return answer.result()
-    finally:
-        for task in both:
-            task.cancel()
 
 
 def _predictions(answer: Answer, top_k: int) -> list[schemas.Prediction]:

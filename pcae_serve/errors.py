@@ -5,6 +5,7 @@
     ├── StartError             the server cannot start: port taken, no runtime, GPU   exit 1
     └── RequestError           one request is refused; the server goes on
         ├── NotOffered         404  classes of a bundle without a head, features of one with
+        ├── MalformedRequest   400  not what the Open Inference Protocol says
         ├── UnreadableImage    400  empty, truncated or damaged
         ├── NoKey              401  no API key came along
         ├── WrongKey           403  one that is not known, or not good enough
@@ -67,6 +68,10 @@ class RequestError(PcaeError):
 
 class NotOffered(RequestError):
     status, title = 404, "Not offered by this bundle"
+
+
+class MalformedRequest(RequestError):
+    status, title = 400, "Malformed request"
 
 
 class UnreadableImage(RequestError):
