@@ -108,7 +108,7 @@ class ResponseOutput(BaseModel):
     datatype: Literal["FP32", "BYTES"]
     shape: list[int]
     parameters: dict[str, int] | None = Field(None, description="binary_data_size, where binary")
-    data: list[float | None] | list[str] | None = Field(None, description="row by row")
+    data: list[float] | list[str] | None = Field(None, description="row by row")
 
 
 class ResponseParameters(BaseModel):
@@ -433,7 +433,9 @@ def _require_outputs(asked: InferRequest, service: Service) -> None:
         if output.name in names:
             raise MalformedRequest(f"output {shown(output.name)} is asked for twice")
         if output.parameters and output.parameters.classification and output.name != "logits":
-            raise MalformedRequest(f"output {shown(output.name)} has no classification: ask for logits")
+            raise MalformedRequest(
+                f"output {shown(output.name)} has no classification: ask for logits"
+            )
         names.add(output.name)
 
 
@@ -614,7 +616,7 @@ def _response(asked: InferRequest, service: Service, ask: Ask, answers: list[Ans
         },
         "outputs": outputs,
     }
-    text = to_json(document, inf_nan_mode="null")  # JSON has no word for what a model may say
+    text = to_json(document)
     if not blobs:
         return Response(text, media_type="application/json")
     return Response(

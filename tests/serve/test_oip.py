@@ -137,7 +137,7 @@ def test_an_unknown_model_or_version(client: TestClient, path: str) -> None:
 def test_not_ready_is_503_and_never_400(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
-    gate.close()
+    gate.shut()
     service = Service(settings(), small_bundle, [gate])
     with serving(service, ready=False) as client:
         refused = client.get("/v2/health/ready")
@@ -351,18 +351,6 @@ def test_a_bundle_without_a_head_answers_with_features(
         error(client.post(INFER, json=files(image_bytes(255), outputs=wanted)), 400)
     assert by_name.keys() == {"features"}
     assert by_name["features"]["data"] == [0, 0, 0, 0, 0, 0, 0, 5]
-
-
-def test_what_json_cannot_say_is_null(
-    small_bundle: Bundle, settings: MakeSettings, gate: Gate
-) -> None:
-    def run(tier: Any, pixels: Pixels) -> Output:
-        return Output(np.full((len(pixels), 4), np.nan, np.float32), ())
-
-    gate.run = run
-    with serving(Service(settings(), small_bundle, [gate])) as client:
-        response = client.post(INFER, json=files(image_bytes()))
-    assert outputs(response)["logits"]["data"] == [None] * 4
 
 
 # --- what is malformed, too large, or no image
@@ -602,7 +590,7 @@ def test_a_client_that_leaves_takes_all_its_images_along(
         service = Service(settings(), small_bundle, [gate])
         await service.start()
         app = create_app(service, fail)
-        gate.close()
+        gate.shut()
         body = json.dumps(files(*[image_bytes()] * 5, parameters={"budget_ms": 60_000})).encode()
         first = asyncio.create_task(post(app, body))
         await asyncio.to_thread(gate.entered.wait, 20)
