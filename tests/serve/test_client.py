@@ -98,10 +98,10 @@ def test_paths_bytes_and_images_are_classified_alike(
     file.write_bytes(image_bytes(250))
     with connect(url) as client, Image.open(file) as image:
         for given_ in (file, str(file), file.read_bytes(), image):
-            answer = client.classify(given_, tier="fast", budget_ms=900, top_k=2, explain=True)
+            answer = client.classify(given_, tier="fast", budget_ms=9000, top_k=2, explain=True)
             assert [p.label for p in answer.predictions] == ["bright", "dark"]
             assert answer.tier == "fast"
-            assert 0 < answer.budget_ms <= 900
+            assert 0 < answer.budget_ms <= 9000
             assert [len(stage) for stage in answer.kept or []] == [9, 5, 3]
 
 
@@ -155,7 +155,7 @@ def test_features_of_a_model_without_a_head(tmp_path: Path) -> None:
     with server("--bundle", str(headless), *SIMULATED, cache=tmp_path) as (url, _):
         for connect in KINDS.values():
             with connect(url) as client:
-                answer = client.embed(image_bytes(255), tier="fast", budget_ms=900)
+                answer = client.embed(image_bytes(255), tier="fast", budget_ms=9000)
                 assert answer.features == [0, 0, 0, 0, 0, 0, 0, 5]
                 assert answer.tier == "fast"
                 with pytest.raises(Refused, match="/embed"):
@@ -463,7 +463,11 @@ def stand_in(
         def log_message(self, *_: object) -> None:
             pass
 
-    listener = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    class Listener(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """Clients may leave."""
+
+    listener = Listener(("127.0.0.1", port), Handler)
     listener.daemon_threads = True
     threading.Thread(target=listener.serve_forever, args=(0.01,), daemon=True).start()
     try:
@@ -491,7 +495,7 @@ def test_connections_are_kept(connect: Any) -> None:
 
 def test_a_server_that_hangs_is_not_waited_for(connect: Any) -> None:
     def hang(handler: BaseHTTPRequestHandler) -> None:
-        time.sleep(0.3)
+        time.sleep(0.6)
         handler.rfile.read(int(handler.headers["Content-Length"]))
         time.sleep(2)
         handler.close_connection = True
@@ -502,7 +506,7 @@ def test_a_server_that_hangs_is_not_waited_for(connect: Any) -> None:
         with pytest.raises(BudgetExceeded, match="400 ms passed without an answer \\(1 request\\)"):
             client.classify(body, budget_ms=400)
         took_s = time.monotonic() - start_s
-        assert 0.4 + GRACE_S - 0.01 <= took_s < 0.9  # 0.95 at least, were each time-out the whole
+        assert 0.4 + GRACE_S - 0.01 <= took_s < 1.2  # 1.25 at least, were each time-out the whole
 
 
 def test_a_connection_that_is_lost(connect: Any) -> None:
