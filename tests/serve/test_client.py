@@ -464,6 +464,8 @@ def stand_in(
             pass
 
     class Listener(ThreadingHTTPServer):
+        request_queue_size = 64
+
         def handle_error(self, *_: object) -> None:
             """Clients may leave."""
 
@@ -631,6 +633,24 @@ def test_it_loads_neither_engines_nor_the_server() -> None:
     assert not heavy & set(loaded)
     ours = {name.partition(".")[2] for name in loaded if name.startswith("pcae_serve.")}
     assert ours == {"client", "errors", "quality", "schemas", "tokens"}
+
+
+def test_nothing_is_loaded_out_of_the_first_budget() -> None:
+    code = """
+import asyncio, sys
+from pcae_serve.client import AsyncClient, ClientError
+
+async def main():
+    async with AsyncClient("http://127.0.0.1:1") as client:
+        before = set(sys.modules)
+        try:
+            await client.classify(b"image", budget_ms=10)
+        except ClientError:
+            print("asked", *set(sys.modules) - before)
+
+asyncio.run(main())
+"""
+    assert in_a_process(code).split() == ["asked"]
 
 
 def test_without_httpx_it_says_what_to_install() -> None:
