@@ -77,15 +77,14 @@ class Classify(BaseModel):
         stdin = sys.stdin.buffer.read() if STDIN in self.files else b""
         try:
             whole = asyncio.run(self._classify(AsyncClient(self.url, api_key=key), stdin))
-        except BrokenPipeError:  # who reads has read enough; nor shall Python complain at its exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # who reads has read enough
             whole = False
         if not whole:
             raise SystemExit(1)
 
     def _key(self) -> str | None:
         if self.api_key_file is None:
-            return os.environ.get(KEY_VARIABLE)
+            return os.environ.get(KEY_VARIABLE) or None
         try:
             key = self.api_key_file.read_text().strip()
         except (OSError, UnicodeError) as error:
