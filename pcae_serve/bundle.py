@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pcae_serve.errors import BundleError, InvalidParameter, shown
 from pcae_serve.preprocess import Preprocess
+from pcae_serve.quality import Accuracy, Agreement, Fidelity
 from pcae_serve.tokens import Rule
 
 SCHEMA_VERSION = 1
@@ -29,7 +30,6 @@ WEIGHTS = "model.safetensors"
 ELASTIC_GRAPH = "elastic.onnx"
 INT8_GRAPH = "elastic.int8.onnx"
 
-Share = Annotated[float, Field(ge=0, le=1)]
 NAME = r"^[a-z0-9][a-z0-9_-]{0,39}$"
 Name = Annotated[str, Field(pattern=NAME)]
 #: Names that no tier may have, and why.
@@ -41,31 +41,6 @@ RESERVED = {
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Accuracy(_Part):
-    """Top-1 on labelled images, measured through the exported graph."""
-
-    top1: Share
-    n: Annotated[int, Field(ge=1)]
-    interval: tuple[Share, Share]  # 95 %, Wilson
-    data_set: str
-
-
-class Agreement(_Part):
-    """Share of images where the tier's top-1 is that of k = 1.0, where no labels were at hand."""
-
-    share: Share
-    n: Annotated[int, Field(ge=1)]
-    data_set: str
-
-
-class Fidelity(_Part):
-    """Mean cosine of the tier's features to those of k = 1.0, where there is no head to agree."""
-
-    cosine: Annotated[float, Field(ge=-1, le=1)]
-    n: Annotated[int, Field(ge=1)]
-    data_set: str
 
 
 class Model(_Part):

@@ -1,6 +1,7 @@
 """pcae-serve: flags to settings, settings to a listening server. It holds no logic of its own.
 
-pcae-serve [serve] …     pcae-serve simulate …     pcae-serve replay URL …
+pcae-serve [serve] …     pcae-serve classify FILE…
+pcae-serve simulate …    pcae-serve replay URL …
 """
 
 import logging
@@ -14,6 +15,7 @@ from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 from pcae_serve import bundle, engines, logs
 from pcae_serve.app import create_app
 from pcae_serve.bundle import Bundle
+from pcae_serve.classify import Classify
 from pcae_serve.command import config, run
 from pcae_serve.engines import Engine, at_once
 from pcae_serve.errors import StartError, one_line
@@ -32,8 +34,9 @@ log = logging.getLogger(__name__)
 
 class Serve(Settings):
     __doc__ = (
-        f"{Settings.__doc__} Other commands: `pcae-serve simulate` plays traces through the"
-        " scheduler, `pcae-serve replay URL` sends them to a live server; see their --help."
+        f"{Settings.__doc__} Other commands: `pcae-serve classify FILE…` asks a running server,"
+        " `pcae-serve simulate` plays traces through the scheduler, `pcae-serve replay URL` sends"
+        " them to a live server; see their --help."
     )
 
     def cli_cmd(self) -> None:
@@ -56,6 +59,7 @@ class Commands(BaseSettings):
 
     model_config = config("pcae-serve")
 
+    classify: CliSubCommand[Classify]
     simulate: CliSubCommand[Simulate]
     replay: CliSubCommand[Replay]
 

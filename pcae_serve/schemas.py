@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from pcae_serve.bundle import Accuracy, Agreement, Fidelity
+from pcae_serve.quality import Accuracy, Agreement, Fidelity
 from pcae_serve.tokens import Rule
 
 

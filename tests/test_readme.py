@@ -26,7 +26,10 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 CURL = [command for command in COMMANDS if command.startswith("curl ")]
+CLASSIFY = [command for command in COMMANDS if command.startswith("pcae-serve classify ")]
 OWN_MODEL = [command for command in COMMANDS if command.startswith(("pcae-train", "pcae-export"))]
+
+RUN = CURL + CLASSIFY + OWN_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +62,9 @@ def test_the_install_line_gives_the_three_commands(tmp_path: Path) -> None:
 
 def test_every_command_is_of_a_kind_that_is_run_here_or_in_test_makefile() -> None:
     known = ("make serve", "make test", "python3 -m venv ", "pcae-serve --bundle ")
-    assert [c for c in COMMANDS if not c.startswith(known) and c not in CURL + OWN_MODEL] == []
+    assert [c for c in COMMANDS if not c.startswith(known) and c not in RUN] == []
     assert len(CURL) >= 5
+    assert len(CLASSIFY) == 1
     assert len(OWN_MODEL) == 3
 
 
@@ -73,6 +77,30 @@ def test_curl_lines_are_answered(command: str, demo: str) -> None:
         answers = [answer] if alone else [result["answer"] for result in answer["results"]]
         given = [each["predictions"][0]["label"].lower().replace(" ", "-") for each in answers]
         assert given == samples != []
+
+
+@pytest.mark.parametrize("command", CLASSIFY)
+def test_the_shell_classifies_every_sample(command: str, demo: str) -> None:
+    scripts = Path(sys.executable).parent
+    line = f"PATH={shlex.quote(str(scripts))}:$PATH {command} --url {demo}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    samples = sorted((ROOT / "docs" / "samples").glob("*.png"))
+    for told, sample in zip(done.stdout.splitlines(), samples, strict=True):
+        file, label, _ = re.split(r"  | 0\.", told, maxsplit=2)
+        assert Path(file).name == sample.name
+        assert label.lower().replace(" ", "-") == sample.stem
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/client.md"])
+def test_the_python_shown_runs(
+    page: str, demo: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert "http://localhost:8000" in code
+    exec(code.replace("http://localhost:8000", demo), {})
+    assert capsys.readouterr().out.startswith("Bag ")
 
 
 def test_the_answer_shown_is_the_answer_given(demo: str) -> None:

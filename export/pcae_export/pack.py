@@ -32,15 +32,13 @@ from pcae_serve.bundle import (
     INT8_GRAPH,
     MANIFEST,
     WEIGHTS,
-    Accuracy,
-    Agreement,
     Bundle,
-    Fidelity,
     Manifest,
     Model,
     Tier,
 )
 from pcae_serve.errors import PcaeError
+from pcae_serve.quality import Accuracy, Agreement, Fidelity
 from pcae_serve.tokens import KeepRatio, exact
 from pcae_training.checkpoint import Checkpoint, to_config
 

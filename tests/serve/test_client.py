@@ -1,0 +1,658 @@
+"""The client, sync and async alike: against servers on real sockets, and on a clock of its own."""
+
+import asyncio
+import io
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pcae_serve.client import (
+    GRACE_S,
+    LEAST_S,
+    MOST_WAIT_S,
+    WAIT_S,
+    AsyncClient,
+    BudgetExceeded,
+    Client,
+    ClientError,
+    NotReachable,
+    Refused,
+    image_file,
+)
+from pcae_serve.preprocess import decode
+from tests.serve.conftest import image_bytes, manifest, write_bundle
+from tests.serve.test_cli import free_port, server
+
+SIMULATED = ("--backend", "simulated", "--profile-s", "0.1")
+
+
+class Blocking:
+    """The async client, called as the sync one is."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        if sleep := options.pop("sleep", None):
+
+            async def asleep(seconds: float) -> None:
+                sleep(seconds)
+
+            options["sleep"] = asleep
+        self._client = AsyncClient(*arguments, **options)
+
+    def __enter__(self) -> "Blocking":
+        self._runner = asyncio.Runner()
+        self._runner.run(self._client.__aenter__())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.run(self._client.__aexit__())
+        self._runner.close()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._client, name)
+        return lambda *arguments, **options: self._runner.run(method(*arguments, **options))
+
+
+KINDS: dict[str, Any] = {"sync": Client, "async": Blocking}
+
+
+@pytest.fixture(params=KINDS)
+def connect(request: pytest.FixtureRequest) -> Any:
+    """Makes a client of either kind."""
+    return KINDS[request.param]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a real server, with the simulated engine."""
+    root = tmp_path_factory.mktemp("served")
+    slow = [tier | {"macs": tier["macs"] * 10**9} for tier in manifest({})["tiers"]]  # 30 to 116 ms
+    bundle = write_bundle(root / "bundle", tiers=slow)
+    with server("--bundle", str(bundle), *SIMULATED, cache=root) as (url, _):
+        yield url
+
+
+# what it says, against the server itself
+
+
+def test_paths_bytes_and_images_are_classified_alike(
+    connect: Any, url: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "bright.png"
+    file.write_bytes(image_bytes(250))
+    with connect(url) as client, Image.open(file) as image:
+        for given_ in (file, str(file), file.read_bytes(), image):
+            answer = client.classify(given_, tier="fast", budget_ms=9000, top_k=2, explain=True)
+            assert [p.label for p in answer.predictions] == ["bright", "dark"]
+            assert answer.tier == "fast"
+            assert 0 < answer.budget_ms <= 9000
+            assert [len(stage) for stage in answer.kept or []] == [9, 5, 3]
+
+
+def test_what_is_left_out_is_left_to_the_server(connect: Any, url: str) -> None:
+    with connect(url) as client:
+        answer = client.classify(image_bytes())
+        assert (answer.tier, answer.budget_ms, answer.kept) == ("full", 1000, None)
+        assert len(answer.predictions) == 4
+        assert client.classify(image_bytes(), min_tier="balanced").tier == "full"
+
+
+def test_the_server_tells_of_itself(connect: Any, url: str) -> None:
+    with connect(f"{url}/") as client:
+        assert client.ready()
+        told = client.tiers()
+        assert [tier.name for tier in told.tiers] == ["fast", "balanced", "full"]
+        assert told.tiers[0].accuracy is not None
+        assert told.backend == "simulated"
+
+
+def test_a_refusal_carries_what_the_server_said(connect: Any, url: str) -> None:
+    with connect(url) as client:
+        with pytest.raises(Refused, match="'fast', the fastest allowed") as small:
+            client.classify(image_bytes(), budget_ms=20)
+        assert (small.value.status, small.value.title) == (422, "No tier is that fast")
+        assert small.value.type == "urn:pcae-serve:budget-too-small"
+        assert small.value.needed_ms is not None
+        assert small.value.needed_ms > 20
+        with pytest.raises(Refused, match="choose one of fast, balanced, full"):
+            client.classify(image_bytes(), tier="turbo")
+        with pytest.raises(Refused, match="empty"):
+            client.classify(b"")
+        with pytest.raises(Refused, match="POST to /classify") as other:
+            client.embed(image_bytes())
+        assert other.value.status == 404
+
+
+def test_a_body_that_the_server_does_not_read_still_gets_its_answer(connect: Any, url: str) -> None:
+    with connect(url) as client:
+        with pytest.raises(Refused, match="the fastest allowed"):
+            client.classify(bytes(15_000_000), budget_ms=20)
+        with pytest.raises(Refused, match="20,000,000") as large:
+            client.classify(bytes(21_000_000))
+        assert large.value.status == 413
+        assert client.classify(image_bytes()).predictions
+
+
+def test_features_of_a_model_without_a_head(tmp_path: Path) -> None:
+    models = {"vit": manifest({})["models"]["vit"] | {"answers": "features"}}
+    headless = write_bundle(tmp_path / "headless", labels=[], models=models)
+    with server("--bundle", str(headless), *SIMULATED, cache=tmp_path) as (url, _):
+        for connect in KINDS.values():
+            with connect(url) as client:
+                answer = client.embed(image_bytes(255), tier="fast", budget_ms=9000)
+                assert answer.features == [0, 0, 0, 0, 0, 0, 0, 5]
+                assert answer.tier == "fast"
+                with pytest.raises(Refused, match="/embed"):
+                    client.classify(image_bytes())
+
+
+def test_calls_of_the_async_client_run_at_the_same_time(url: str) -> None:
+    async def all_of(levels: list[int]) -> list[str]:
+        async with AsyncClient(url) as client:
+            calls = (client.classify(image_bytes(level), budget_ms=9000) for level in levels)
+            return [answer.predictions[0].label for answer in await asyncio.gather(*calls)]
+
+    labels = asyncio.run(all_of([0, 100, 150, 250] * 4))
+    assert labels == ["dark", "dim", "light", "bright"] * 4
+
+
+# images
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK", "YCbCr", "HSV", "I", "F"]
+)
+def test_an_image_loses_nothing_on_its_way(mode: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+        expected = np.repeat(pixels[..., :1], 3, axis=2)
+    else:
+        image = Image.fromarray(pixels).convert(mode)
+        expected = np.asarray(image.convert("RGB"))
+    assert image.mode == mode
+    np.testing.assert_array_equal(np.asarray(decode(image_file(image))), expected)
+
+
+def test_an_opened_photograph_is_turned_as_its_file_would_be() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG", exif=exif)
+    sent = decode(image_file(Image.open(file)))
+    assert sent.size == (8, 16)
+    np.testing.assert_array_equal(np.asarray(sent), np.asarray(decode(file.getvalue())))
+
+
+def test_a_missing_file_is_an_os_error(connect: Any, tmp_path: Path) -> None:
+    with connect() as client, pytest.raises(FileNotFoundError, match="nowhere"):
+        client.classify(tmp_path / "nowhere.png")
+
+
+# retries, on a clock that only waiting and the server move
+
+ANSWER: dict[str, Any] = {
+    "predictions": [{"label": "dim", "index": 1, "probability": 0.9}],
+    "tier": "fast",
+    "keep_ratio": 0.6,
+    "tokens": [9, 5, 3],
+    "reason": "asked for",
+    "budget_ms": 1,
+    "met_budget": True,
+    "timings_ms": {"decode": 1, "queue": 1, "compute": 1, "total": 3},
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the server does next, and how long it takes."""
+
+    status: int
+    took_s: float = 0.0
+    members: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    error: type[httpx.TransportError] | None = None
+
+    def response(self) -> httpx.Response:
+        if self.error is not None:
+            raise self.error("it went wrong")
+        problem = {"type": "urn:x:y", "title": "Hm", "status": self.status, "detail": "too much"}
+        body = json.dumps(ANSWER if self.status == 200 else problem | self.members)
+        return httpx.Response(self.status, text=body, headers=self.headers)
+
+
+def busy(retry_after_s: float | None = None, took_s: float = 0.0, **members: Any) -> Step:
+    told = {} if retry_after_s is None else {"retry_after_s": retry_after_s}
+    return Step(503, took_s, told | members)
+
+
+class World:
+    """A server that follows a script, a clock, and what was sent when."""
+
+    def __init__(self, *script: Step) -> None:
+        self.now_s = 100.0
+        self.sent = list[tuple[float, float | None]]()  # (when, budget_ms)
+        self.requests = list[httpx.Request]()
+        self._script = list(script)
+
+    def handle(self, request: httpx.Request) -> httpx.Response:
+        budget_ms = request.url.params.get("budget_ms")
+        self.sent.append((self.now_s, None if budget_ms is None else float(budget_ms)))
+        self.requests.append(request)
+        step = self._script.pop(0)
+        self.now_s += step.took_s
+        return step.response()
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.now_s += seconds
+
+    def client(self, connect: Any, **options: Any) -> Any:
+        transport = httpx.MockTransport(self.handle)
+        clock = lambda: self.now_s  # noqa: E731
+        return connect(transport=transport, clock=clock, sleep=self.sleep, **options)
+
+    def classify(self, connect: Any, budget_ms: float | None) -> Any:
+        """The answer, or the error."""
+        with self.client(connect) as client:
+            try:
+                return client.classify(b"image", budget_ms=budget_ms)
+            except ClientError as error:
+                return error
+
+
+def test_it_comes_back_when_the_server_says_with_what_is_left(connect: Any) -> None:
+    world = World(busy(0.2, took_s=0.01), busy(0.1, took_s=0.02), Step(200, 0.05))
+    answer = world.classify(connect, budget_ms=500)
+    assert answer.predictions[0].label == "dim"
+    assert world.sent == [
+        (100.0, 500.0),
+        (pytest.approx(100.21), pytest.approx(290)),
+        (pytest.approx(100.33), pytest.approx(170)),
+    ]
+
+
+def test_it_does_not_come_back_where_the_budget_would_have_passed(connect: Any) -> None:
+    world = World(busy(0.3), busy(0.3))
+    error = world.classify(connect, budget_ms=500)
+    assert isinstance(error, Refused)
+    assert (error.status, str(error), error.retry_after_s) == (503, "too much", 0.3)
+    assert len(world.sent) == 2
+    assert world.now_s == pytest.approx(100.3)  # told at once, not after the wait
+
+
+@pytest.mark.parametrize(
+    ("step", "wait_s"),
+    [
+        (busy(0.2), 0.2),
+        (Step(503, headers={"Retry-After": "1"}), 1.0),
+        (Step(503, members={"retry_after_s": 0.2}, headers={"Retry-After": "1"}), 0.2),
+        (Step(503, members={"retry_after_s": "soon"}, headers={"Retry-After": "1"}), 1.0),
+        (Step(503, headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), WAIT_S),
+        (busy(0.0), WAIT_S),
+        (busy(-1.0), None),
+        (busy(float("inf")), None),
+        (Step(503, headers={"Retry-After": "tomorrow"}), None),
+        (busy(), None),
+        (busy(0.2, needed_ms=1790), 0.2),
+        (busy(0.2, needed_ms=1810), None),
+        (busy(1.9985), 1.9985),
+        (busy(1.9995), None),
+    ],
+)
+def test_when_it_comes_back(connect: Any, step: Step, wait_s: float | None) -> None:
+    world = World(step, Step(200))
+    result = world.classify(connect, budget_ms=2000)
+    if wait_s is None:
+        assert isinstance(result, Refused)
+        assert len(world.sent) == 1
+    else:
+        assert result.tier == "fast"
+        assert world.sent[1][0] - world.sent[0][0] == pytest.approx(wait_s)
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 415, 422, 429, 500, 502, 504])
+def test_nothing_else_is_asked_twice(connect: Any, status: int) -> None:
+    world = World(Step(status, members={"retry_after_s": 0.01}, headers={"Retry-After": "0"}))
+    error = world.classify(connect, budget_ms=60_000)
+    assert isinstance(error, BudgetExceeded if status == 504 else Refused)
+    assert str(error) == "too much"
+
+
+def test_without_a_budget_nothing_is_asked_twice(connect: Any) -> None:
+    for step in (busy(0.01), Step(0, error=httpx.ConnectError)):
+        world = World(step)
+        assert isinstance(world.classify(connect, budget_ms=None), ClientError)
+        assert world.sent == [(100.0, None)]
+
+
+def test_a_budget_that_waiting_made_too_small_has_passed(connect: Any) -> None:
+    script = (busy(0.49), Step(422, members={"needed_ms": 20.0, "detail": "needs 20 ms"}))
+    error = World(*script).classify(connect, budget_ms=500)
+    assert isinstance(error, BudgetExceeded)
+    assert str(error) == (
+        "the budget of 500 ms passed without an answer (2 requests); refused before: too much"
+    )
+    first = World(script[1]).classify(connect, budget_ms=10)
+    assert isinstance(first, Refused)
+    assert first.needed_ms == 20
+
+
+def test_a_server_that_does_not_listen_yet_is_asked_again_ever_more_rarely(connect: Any) -> None:
+    deaf = Step(0, error=httpx.ConnectError)
+    world = World(*[deaf] * 100)
+    error = world.classify(connect, budget_ms=3000)
+    assert isinstance(error, NotReachable)
+    waits_s = np.diff([when for when, _ in world.sent])
+    assert waits_s[0] == pytest.approx(WAIT_S)
+    assert waits_s.max() == pytest.approx(MOST_WAIT_S)
+    assert (np.diff(waits_s) >= -1e-9).all()
+    assert world.now_s <= 103
+    assert World(deaf, deaf, Step(200)).classify(connect, budget_ms=3000).tier == "fast"
+
+
+@pytest.mark.parametrize("error", [httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError])
+def test_a_request_that_may_have_arrived_is_not_sent_again(
+    connect: Any, error: type[httpx.TransportError]
+) -> None:
+    found = World(Step(0, error=error)).classify(connect, budget_ms=3000)
+    assert isinstance(found, NotReachable)
+    assert "was lost" in str(found)
+
+
+def test_reading_the_image_is_in_the_budget(
+    connect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, world = tmp_path / "a.png", World(Step(200), Step(200))
+    file.write_bytes(b"image")
+    read = Path.read_bytes
+
+    def slowly(path: Path) -> bytes:
+        world.now_s += 0.3
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", slowly)
+    with world.client(connect) as client:
+        client.classify(file, budget_ms=500)
+        assert world.sent == [(pytest.approx(100.3), pytest.approx(200))]
+        with pytest.raises(BudgetExceeded, match="200 ms passed without an answer \\(0 requests"):
+            client.classify(file, budget_ms=200)
+    assert len(world.sent) == 1
+
+
+seconds = st.floats(0, 1)
+refusals = st.lists(
+    st.builds(
+        busy,
+        st.none() | seconds,
+        seconds.map(lambda s: s / 4),
+        needed_ms=st.none() | st.floats(0, 500),
+    ),
+    max_size=30,
+)
+
+
+@given(script=refusals, budget_ms=st.floats(0.5, 4000))
+def test_it_never_asks_past_the_budget_nor_gives_up_before(
+    script: list[Step], budget_ms: float
+) -> None:
+    outcomes, sents, last = [], [], Step(200, 0.001)
+    for connect in KINDS.values():
+        world = World(*script, last)
+        result = world.classify(connect, budget_ms)
+        end_s = 100.0 + budget_ms / 1e3
+        for (when_s, left_ms), step in zip(world.sent, [*script, last], strict=False):
+            assert when_s < end_s
+            assert left_ms == pytest.approx(max(LEAST_S, end_s - when_s) * 1e3, abs=2e-3)
+            back_s = when_s + step.took_s
+        for ((sent_s, _), (again_s, _)), step in zip(pairwise(world.sent), script, strict=False):
+            assert again_s - sent_s >= step.took_s + step.members["retry_after_s"] - 1e-9
+        assert world.now_s <= max(end_s, back_s) + 1e-9  # waits end before the budget does
+        assert all(before > after for (_, before), (_, after) in pairwise(world.sent))
+        if isinstance(result, Refused):  # because it was not told, or there was no time
+            members = script[len(world.sent) - 1].members
+            after = members.get("retry_after_s")
+            if after is not None:
+                least_s = max(LEAST_S, (members["needed_ms"] or 0) / 1e3)
+                assert back_s + max(after, WAIT_S) + least_s > end_s - 1e-9
+        else:
+            assert result.tier == "fast"
+        outcomes.append((type(result), str(result)))
+        sents.append(world.sent)
+    assert outcomes[0] == outcomes[1]
+    assert sents[0] == sents[1]
+
+
+# what goes wrong on the way
+
+
+@contextmanager
+def stand_in(
+    talk: Callable[[BaseHTTPRequestHandler], None], port: int = 0
+) -> Iterator[tuple[str, list[int]]]:
+    """A server that answers POSTs as `talk` does; its address, and its connections' ports."""
+    connections = list[int]()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            connections.append(self.client_address[1])
+            super().setup()
+
+        def do_POST(self) -> None:
+            talk(self)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Listener(ThreadingHTTPServer):
+        request_queue_size = 64
+
+        def handle_error(self, *_: object) -> None:
+            """Clients may leave."""
+
+    listener = Listener(("127.0.0.1", port), Handler)
+    listener.daemon_threads = True
+    threading.Thread(target=listener.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.server_address[1]}", connections
+    finally:
+        listener.shutdown()
+        listener.socket.close()
+
+
+def answer(handler: BaseHTTPRequestHandler) -> None:
+    handler.rfile.read(int(handler.headers["Content-Length"]))
+    body = json.dumps(ANSWER).encode()
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def test_connections_are_kept(connect: Any) -> None:
+    with stand_in(answer) as (url, connections), connect(url) as client:
+        for _ in range(5):
+            client.classify(b"image", budget_ms=5000)
+        assert len(connections) == 1
+
+
+def test_a_server_that_hangs_is_not_waited_for(connect: Any) -> None:
+    def hang(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.6)
+        handler.rfile.read(int(handler.headers["Content-Length"]))
+        time.sleep(2)
+        handler.close_connection = True
+
+    body = bytes(20_000_000)  # more than a socket takes by itself: sending it is waited for, too
+    with stand_in(hang) as (url, _), connect(url) as client:
+        start_s = time.monotonic()
+        with pytest.raises(BudgetExceeded, match="400 ms passed without an answer \\(1 request\\)"):
+            client.classify(body, budget_ms=400)
+        took_s = time.monotonic() - start_s
+        assert 0.4 + GRACE_S - 0.01 <= took_s < 1.2  # 1.25 at least, were each time-out the whole
+
+
+def test_a_connection_that_is_lost(connect: Any) -> None:
+    def leave(handler: BaseHTTPRequestHandler) -> None:
+        handler.connection.shutdown(socket.SHUT_RDWR)
+
+    with stand_in(leave) as (url, connections), connect(url) as client:
+        with pytest.raises(NotReachable, match=f"the connection to {url} was lost"):
+            client.classify(b"image", budget_ms=5000)
+        assert len(connections) == 1
+
+
+def test_a_server_that_comes_up_within_the_budget(connect: Any) -> None:
+    port, started = free_port(), threading.Event()
+
+    def later() -> None:
+        time.sleep(0.3)
+        with stand_in(answer, port):
+            started.set()
+            done.wait(10)
+
+    done = threading.Event()
+    thread = threading.Thread(target=later)
+    thread.start()
+    try:
+        with connect(f"http://127.0.0.1:{port}") as client:
+            assert not client.ready()
+            assert client.classify(b"image", budget_ms=5000).tier == "fast"
+            assert started.is_set()
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_nobody_listens(connect: Any, host: str) -> None:
+    where = f"http://{host}:{free_port()}"
+    with connect(where) as client:
+        with pytest.raises(NotReachable, match=f"cannot connect to {where}: Connection refused"):
+            client.classify(b"image", budget_ms=60)
+        with pytest.raises(NotReachable):
+            client.tiers()
+        assert not client.ready()
+
+
+def test_a_name_that_is_unknown_is_told_at_once(connect: Any) -> None:
+    start_s = time.monotonic()
+    told = pytest.raises(NotReachable, match=r"cannot connect to http://no-such-host\.invalid")
+    with connect("http://no-such-host.invalid") as client, told:
+        client.classify(b"image", budget_ms=60_000)
+    assert time.monotonic() - start_s < 30
+
+
+@pytest.mark.parametrize("url", ["ftp://here", "http://", "http://here:99999", "http://[::1", ""])
+def test_what_is_no_address(connect: Any, url: str) -> None:
+    with pytest.raises(ClientError, match="no address as http://127"):
+        connect(url)
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "headers"),
+    [
+        (200, b"<html>", {}),
+        (200, b'{"predictions": []}', {}),
+        (302, b"", {"Location": "http://elsewhere"}),
+    ],
+    ids=["page", "other document", "redirect"],
+)
+def test_what_answers_is_something_else(
+    connect: Any, status: int, content: bytes, headers: dict[str, str]
+) -> None:
+    response = httpx.Response(status, content=content, headers=headers)
+    with connect(transport=httpx.MockTransport(lambda _: response)) as client:
+        with pytest.raises(NotReachable, match="no pcae-serve") as found:
+            client.classify(b"image", budget_ms=500)
+        assert str(status) in str(found.value)
+
+
+@pytest.mark.parametrize("body", ["<html>", "[1]", '{"detail": "two\\nlines"}'])
+def test_a_refusal_without_a_problem_document_is_one_line_too(connect: Any, body: str) -> None:
+    response = httpx.Response(502, text=body)
+    transport = httpx.MockTransport(lambda _: response)
+    with connect(transport=transport) as client, pytest.raises(Refused) as found:
+        client.classify(b"image")
+    assert str(found.value) == ("two lines" if "two" in body else "502 Bad Gateway")
+
+
+@pytest.mark.parametrize("budget_ms", [0, -5, float("nan"), float("inf")])
+def test_a_senseless_budget(connect: Any, budget_ms: float) -> None:
+    with connect() as client, pytest.raises(ValueError, match="budget_ms must be a number above 0"):
+        client.classify(b"image", budget_ms=budget_ms)
+
+
+def test_the_key_goes_with_every_request_and_is_never_told(connect: Any) -> None:
+    world = World(Step(200), Step(401, members={"detail": "no such key"}))
+    with world.client(connect, api_key="s3cret") as client:
+        client.classify(b"image", budget_ms=500)
+        with pytest.raises(Refused, match="no such key") as refused:
+            client.classify(b"image", budget_ms=500)
+    assert [request.headers["x-api-key"] for request in world.requests] == ["s3cret"] * 2
+    assert "s3cret" not in f"{refused.value!r} {refused.value}"
+    plain = World(Step(200))
+    plain.classify(connect, 500)
+    assert "x-api-key" not in plain.requests[0].headers
+    with pytest.raises(ClientError, match="no HTTP header can hold") as wrong:
+        connect(api_key="s3cret\n")
+    assert "s3cret" not in str(wrong.value)
+
+
+# what it needs
+
+
+def in_a_process(code: str) -> str:
+    done = subprocess.run((sys.executable, "-c", code), capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr
+
+
+def test_it_loads_neither_engines_nor_the_server() -> None:
+    loaded = in_a_process("import pcae_serve.client, sys; print(*sys.modules)").split()
+    assert "pcae_serve.client" in loaded
+    heavy = {"numpy", "onnxruntime", "fastapi", "uvicorn", "pydantic_settings"}
+    assert not heavy & set(loaded)
+    ours = {name.partition(".")[2] for name in loaded if name.startswith("pcae_serve.")}
+    assert ours == {"client", "errors", "quality", "schemas", "tokens"}
+
+
+def test_nothing_is_loaded_out_of_the_first_budget() -> None:
+    code = """
+import asyncio, sys
+from pcae_serve.client import AsyncClient, ClientError
+
+async def main():
+    async with AsyncClient("http://127.0.0.1:1") as client:
+        before = set(sys.modules)
+        try:
+            await client.classify(b"image", budget_ms=10)
+        except ClientError:
+            print("asked", *set(sys.modules) - before)
+
+asyncio.run(main())
+"""
+    assert in_a_process(code).split() == ["asked"]
+
+
+def test_without_httpx_it_says_what_to_install() -> None:
+    told = in_a_process("import sys; sys.modules['httpx'] = None; import pcae_serve.client")
+    assert told.splitlines()[-1].endswith("pip install 'pcae-serve[client]'")
