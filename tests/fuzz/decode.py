@@ -38,6 +38,9 @@ def main() -> None:
     import atheris
 
     with atheris.instrument_imports(include=["PIL", "pcae_serve"]):
+        from PIL import Image
+
+        Image.init()  # the parsers, which are imported at the first file otherwise
         from pcae_serve.errors import RequestError
         from pcae_serve.preprocess import Preprocess
 
@@ -47,12 +50,13 @@ def main() -> None:
         try:
             pixels = preprocess(body, MAX_PIXELS)
         except RequestError as error:
-            assert error.status in (400, 413, 415), error.status
-            assert "\n" not in error.detail, error.detail
-            assert len(error.detail) < 500, error.detail
+            refused = error
         else:
-            assert pixels.shape == (32, 32, 3)
-            assert pixels.dtype == "uint8"
+            assert (pixels.shape, pixels.dtype) == ((32, 32, 3), "uint8")
+            return
+        assert refused.status in (400, 413, 415), refused.status
+        assert "\n" not in refused.detail, refused.detail
+        assert len(refused.detail) < 500, refused.detail
 
     warnings.simplefilter("ignore")
     atheris.Setup(sys.argv, decode)
