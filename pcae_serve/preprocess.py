@@ -14,6 +14,7 @@ Hugging Face's processors follow too, but where it would lose the picture:
 """
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from pcae_serve.errors import TooLarge, UnreadableImage, UnsupportedType, one_li
 # Pillow warns of damage that it can do without. Each text is printed once and then remembered for
 # ever, and clients choose what it says: they could fill the log and the memory.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # an error of a file is its client's to know
 
 #: Pixels an image may have before it is decoded; four times a 12-megapixel photograph.
 MAX_PIXELS = 50_000_000
