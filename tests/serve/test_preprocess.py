@@ -1,5 +1,7 @@
 import io
+import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -7,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 
 from pcae_serve.errors import RequestError, TooLarge, UnreadableImage, UnsupportedType
-from pcae_serve.preprocess import Preprocess, decode
+from pcae_serve.preprocess import REDUCED, Preprocess, decode, read
+from tests.serve.odd_images import END, chunk, png, tiff
 
 HALF = (0.5, 0.5, 0.5)
 SMALL = Preprocess(image_size=28, resize=28, mean=HALF, std=HALF)
@@ -88,6 +93,123 @@ def test_every_kind_of_grey_image(kind: str) -> None:
     pixels = np.asarray(decode(GREY[kind]()))
     np.testing.assert_allclose(pixels[..., 0], np.asarray(photo().convert("L")), atol=3)
     assert (pixels == pixels[..., :1]).all()
+
+
+@pytest.mark.parametrize("mode", ["LA", "P", "PA", "RGBA", "RGBX", "1", "YCbCr"])
+def test_the_rule_is_pillows(mode: str) -> None:
+    """What torchvision, timm and Hugging Face's processors make of an image."""
+    image = photo().convert(mode)
+    if mode in ("LA", "PA", "RGBA"):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    kind = {"RGBX": "TIFF", "YCbCr": "TIFF", "PA": "TIFF"}.get(mode, "PNG")
+    file = body(image, kind)
+    with Image.open(io.BytesIO(file)) as opened:
+        expected = opened.convert("RGB")
+    np.testing.assert_array_equal(np.asarray(decode(file)), np.asarray(expected))
+
+
+def test_what_is_transparent_has_the_colour_under_it() -> None:
+    clear = Image.new("RGBA", (8, 8), (200, 30, 40, 0))
+    assert (np.asarray(decode(body(clear, "PNG"))) == (200, 30, 40)).all()
+
+
+def test_samples_of_more_than_eight_bits_keep_the_high_ones() -> None:
+    colour = struct.pack(">3H", 0x12FF, 0x8000, 0xFE01) * 64
+    rows = b"".join(b"\0" + colour[48 * row : 48 * (row + 1)] for row in range(8))
+    wide = png(chunk(b"IDAT", zlib.compress(rows)), END, depth=16)
+    assert (np.asarray(decode(wide)) == (0x12, 0x80, 0xFE)).all()
+    twelve = tiff({258: (3, 1, 12)}, bytes([0xAB, 0xCA, 0xBC]) * 32)  # 0xabc, 0xabc
+    assert (np.asarray(decode(twelve)) == 0xAB).all()
+    white_is_zero = tiff({258: (3, 1, 16), 262: (3, 1, 0)}, struct.pack("<H", 0x0102) * 64)
+    assert (np.asarray(decode(white_is_zero)) == 255 - 0x01).all()
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_samples_without_a_range_are_refused(mode: str) -> None:
+    with pytest.raises(UnsupportedType, match=f"{mode}\\) have no agreed range: save it with 8"):
+        decode(body(photo().convert("L").convert(mode), "TIFF"))
+
+
+def test_a_photograph_with_several_pictures_is_its_first() -> None:
+    file = body(photo(), "MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))])
+    with Image.open(io.BytesIO(file)) as opened:
+        assert opened.format == "MPO"  # as phones write them
+    np.testing.assert_array_equal(
+        np.asarray(decode(file)), np.asarray(decode(body(photo(), "JPEG")))
+    )
+
+
+def test_no_parser_sees_what_does_not_begin_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("Pillow was asked")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    for text in (b"RIFF\x24\0\0\0WAVEfmt ", b"II+\0\x08\0\0\0", b"P6 1 1 255\nabc", b"8BPS\0\1"):
+        with pytest.raises(UnsupportedType, match="told by its first bytes"):
+            decode(text)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "lzw"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    if kind == "lzw":
+        kind, options = "TIFF", {"compression": "tiff_lzw"}
+    file = body(photo(), kind, exif=exif, **options)
+    with Image.open(io.BytesIO(file)) as opened:
+        expected = ImageOps.exif_transpose(opened).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(decode(file)), np.asarray(expected))
+
+
+def cloudy(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
+    """Coarse, so that what changes it is a shift and not a finer filter."""
+    cells = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(st.integers(33, 700), st.integers(33, 700)),
+    orientation=st.integers(1, 8),
+    mode=st.sampled_from(["RGB", "L", "CMYK"]),
+    resize=st.sampled_from([16, 20, 32]),
+    squash=st.booleans(),
+)
+def test_a_reduced_scale_moves_nothing(
+    size: tuple[int, int], orientation: int, mode: str, resize: int, squash: bool
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = body(cloudy(size, mode), "JPEG", quality=95, exif=exif)
+    crop = resize if squash else resize - 4
+    preprocess = Preprocess(crop, resize, HALF, HALF, squash=squash)
+    if min(size) >= 2 * REDUCED * resize:
+        assert min(read(file, short=REDUCED * resize).image.size) < min(size)
+    difference = np.abs(preprocess(file).astype(int) - preprocess.crop(decode(file)))
+    assert difference.max() <= 8  # a pixel's shift makes 20 and more
+    assert difference.mean() < 1
+
+
+def test_the_scale_keeps_twice_what_is_needed() -> None:
+    file = body(cloudy((1030, 1200)), "JPEG")
+    scales = {short: read(file, short=short).image.size for short in (516, 515, 257, 128, 16)}
+    assert scales == {
+        516: (1030, 1200),
+        515: (515, 600),
+        257: (258, 300),
+        128: (129, 150),
+        16: (129, 150),
+    }
+    assert read(file, short=16).size == (1030, 1200)
+
+
+def test_the_limit_is_of_the_files_own_pixels() -> None:
+    file = body(cloudy((640, 480)), "JPEG")
+    with pytest.raises(TooLarge, match="640 x 480 pixels, over the limit of 307,199"):
+        SMALL(file, max_pixels=640 * 480 - 1)
+    assert SMALL(file, max_pixels=640 * 480).shape == (28, 28, 3)
 
 
 def test_cmyk_jpeg() -> None:
