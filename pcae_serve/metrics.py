@@ -126,9 +126,9 @@ class _Families:
             ["tier", "kind"],
             registry=registry,
         )
-        self.is_open = Gauge(
-            "pcae_tier_open",
-            "1 while the tier's circuit breaker is open: it failed, and is passed over.",
+        self.is_out = Gauge(
+            "pcae_tier_out_of_service",
+            "1 while the tier is out of routing: it failed, and is passed over.",
             ["tier"],
             registry=registry,
         )
@@ -141,7 +141,7 @@ class _Tier:
         self.stages_s = [families.stage_s.labels(stage, name) for stage in STAGES]
         self.answers = [families.answers.labels(name, degraded) for degraded in ("false", "true")]
         self.compute_s, self.batch = families.compute_s.labels(name), families.batch.labels(name)
-        self.ratio, self.is_open = families.ratio.labels(name), families.is_open.labels(name)
+        self.ratio, self.is_out = families.ratio.labels(name), families.is_out.labels(name)
         self.failures = {kind: families.failures.labels(name, kind) for kind in Failure}
 
 
@@ -287,9 +287,9 @@ class Metrics:
         """A batch failed on its device; `ended` is told of each of its requests besides."""
         self._of(tier).failures[kind].inc()
 
-    def tier_open(self, tier: str, is_open: bool) -> None:
-        """A tier's circuit breaker has opened, or closed again."""
-        self._of(tier).is_open.set(is_open)
+    def tier_out_of_service(self, tier: str, is_out: bool) -> None:
+        """A tier has left routing, or is back in it."""
+        self._of(tier).is_out.set(is_out)
 
     def reloaded(self, result: Reload) -> None:
         """An attempt to serve another bundle has ended."""

@@ -487,7 +487,7 @@ class Servable:
         if self._failures[tier] >= MOST_FAILURES and tier not in self._closed:
             log.error("tier %s leaves routing; it is tried again every %g s", name, RETRY_S)
             self._closed.add(tier)
-            self._metrics.tier_open(name, False)
+            self._metrics.tier_out_of_service(name, True)
             self._handle(Closed(asyncio.get_running_loop().time(), tier))
             self._task(self._reopen(tier))
 
@@ -535,7 +535,7 @@ class Servable:
                 log.info("tier %s answers again", name)
                 self._failures[tier] = 0
                 self._closed.discard(tier)
-                self._metrics.tier_open(name, True)
+                self._metrics.tier_out_of_service(name, False)
 
     def _run_errand(self, errand: Errand) -> None:
         work, result = self._errands.pop(errand.id)

@@ -1,4 +1,5 @@
 import logging
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -54,6 +55,26 @@ def test_an_answer_does_not_depend_on_its_batch(demo: Bundle, engine: engines.En
         together = engine.run(tier, PIXELS).vectors
         alone = np.concatenate([engine.run(tier, PIXELS[i : i + 1]).vectors for i in range(5)])
         np.testing.assert_allclose(together, alone, atol=1e-3)
+
+
+def test_memory_does_not_creep_over_batch_sizes_and_tiers(
+    demo: Bundle, engine: engines.Engine
+) -> None:
+    side = demo.image_size
+
+    def rss_mb() -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    def every_size() -> float:
+        for tier in (demo.tiers[0], demo.tiers[-1]):
+            for batch in (32, 1, 17, 4, 31, 9):  # the largest first: the rest fits into it
+                engine.run(tier, np.zeros((batch, side, side, 3), np.uint8))
+        return rss_mb()
+
+    first = every_size()
+    after = [every_size() for _ in range(4)]
+    assert after[-1] < 1.05 * first, (first, after)
 
 
 def test_labels_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> None:
@@ -242,7 +263,12 @@ def test_settings_name_the_engine(
 ) -> None:
     asked = list[object]()
     monkeypatch.setattr(driver, "gpus", lambda: ["NVIDIA"] * 4)
-    monkeypatch.setattr(engines, "_gpu_engine", lambda *args: asked.append(args))
+
+    def made(*args: object) -> engines.Engine:
+        asked.append(args)
+        return SimulatedEngine(demo, sleep=lambda _: None)
+
+    monkeypatch.setattr(engines, "_gpu_engine", made)
     settings = Settings(
         backend="cuda", device="cuda:3,cuda:1", max_batch=7, cache_dir=tmp_path, threads=2
     )

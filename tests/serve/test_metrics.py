@@ -69,7 +69,7 @@ def test_every_series_is_there_from_the_start() -> None:
         assert all(found["pcae_stage_seconds_count"][stage, tier] == 0 for stage in STAGES)
         assert all(found["pcae_engine_failures_total"][kind, tier] == 0 for kind in Failure)
         assert found["pcae_answers_total"]["true", tier] == 0
-        assert found["pcae_tier_open"][tier,] == 0
+        assert found["pcae_tier_out_of_service"][tier,] == 0
     assert found["process_resident_memory_bytes"][()] > 1e6
     assert found["process_open_fds"][()] > 0
 
@@ -185,15 +185,15 @@ def test_what_serves_what_is_told_once() -> None:
 def test_failures_breakers_reloads_and_limits() -> None:
     metrics = Metrics(["fast", "full"])
     metrics.failed("full", Failure.HUNG)
-    metrics.tier_open("full", True)
-    metrics.tier_open("fast", True)
-    metrics.tier_open("fast", False)
+    metrics.tier_out_of_service("full", True)
+    metrics.tier_out_of_service("fast", True)
+    metrics.tier_out_of_service("fast", False)
     metrics.reloaded(Reload.FAILED)
     metrics.limits(max_batch=32, queue_limit=256)
     found = samples(metrics)
     failures = found["pcae_engine_failures_total"]
     assert {key for key, count in failures.items() if count} == {("hung", "full")}
-    assert found["pcae_tier_open"] == {("fast",): 0, ("full",): 1}
+    assert found["pcae_tier_out_of_service"] == {("fast",): 0, ("full",): 1}
     assert read(metrics, "pcae_reloads_total") == {"done": 0, "failed": 1}
     assert (found["pcae_max_batch"][()], found["pcae_queue_limit"][()]) == (32, 256)
 
