@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--photos", type=Path, help="folder of photographs, measured too")
     parser.add_argument("--data", help="Fashion-MNIST, for the demo bundle's agreement")
-    parser.add_argument("--images", type=int, default=1000, help="of --data")
+    parser.add_argument("--images", type=int, default=300, help="of --data")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="also write all figures there")
     options = parser.parse_args()
