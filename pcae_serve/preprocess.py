@@ -238,6 +238,8 @@ def _picture(image: Image.Image, short: int | None) -> Picture:
     image.load()
     width, height = reduced[1][2:] if reduced else image.size
     turn, upright = _turn(image), _rgb(image)
+    if upright is not image:
+        image.close()  # lets its pixels go before they are turned
     if turn is None:
         return Picture(upright, size, (0, 0, width, height))
     upright = upright.transpose(turn.method)
