@@ -149,9 +149,9 @@ class Preprocess:
         """An image file's bytes to pixels [H, W, 3], H = W = image_size.
 
         A JPEG at least 2 * REDUCED times as large as `resize` is decoded at a reduced scale. In
-        photographs, one value in 1,000 then differs from that of the whole one by more than 5 of
-        255, none was seen by more than 11, and all by 0.7 on average at most; lines two pixels
-        apart, the worst there is, by up to 32 (benchmarks/records/2026-11-24_input).
+        photographs, at most one value in 1,000 then differs by more than 5 of 255, none was seen
+        to by more than 11, and the mean is 0.7 at most; lines two pixels apart, the worst there
+        is, differ by up to 32 (benchmarks/records/2026-11-24_input).
         """
         return self.crop(read(body, max_pixels, REDUCED * self.resize))
 
