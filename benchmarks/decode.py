@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--photos", type=Path, help="folder of photographs, measured too")
     parser.add_argument("--data", help="Fashion-MNIST, for the demo bundle's agreement")
-    parser.add_argument("--images", type=int, default=1000, help="of --data")
+    parser.add_argument("--images", type=int, default=150, help="of --data")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="also write all figures there")
     options = parser.parse_args()
@@ -187,8 +187,8 @@ def agreement(data: str, count: int) -> dict[str, float]:
     }
     for name in tiers:
         found |= {f"same class, {name}": same[name] / count}
-        found |= {f"top-1 {name}, whole": right[name][0] / count}
-        found |= {f"top-1 {name}, reduced": right[name][1] / count}
+        found |= {f"top-1 {name}, whole": float(right[name][0]) / count}
+        found |= {f"top-1 {name}, reduced": float(right[name][1]) / count}
     return found
 
 

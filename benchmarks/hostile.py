@@ -64,7 +64,8 @@ def jpeg_scans_allowed() -> bytes:
 
 
 def gif_blocks() -> bytes:
-    return odd.gif_many_blocks()[:15] + b"\1a" * (10 * MB) + b"\0;"
+    frame = b"," + struct.pack("<HHHHB", 0, 0, 8, 8, 0) + b"\2\2\x4c\1\0;"
+    return odd.gif_many_blocks()[:15] + b"\1a" * (10 * MB) + b"\0" + frame
 
 
 def gif_disposal() -> bytes:

@@ -378,6 +378,12 @@ for _kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"):
 
 
 @case(400)
+def jpeg_large_cut_off() -> bytes:
+    """Decoded at a reduced scale it must be noticed, too."""
+    return save(noise(300), "JPEG")[:-100]
+
+
+@case(400)
 def jpeg_without_pixels() -> bytes:
     return b"\xff\xd8\xff\xd9"
 
