@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from pcae_serve.quality import Accuracy, Agreement, Fidelity
 from pcae_serve.tokens import Rule
@@ -46,6 +46,25 @@ class Features(BaseModel):
 
 class Classification(Answered, Classes):  # fields of the last base come first
     """The answer to one image, from a model with a head."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "predictions": [
+                    {"label": "Ankle boot", "index": 9, "probability": 0.885802},
+                    {"label": "Sneaker", "index": 7, "probability": 0.070225},
+                ],
+                "tier": "fast",
+                "keep_ratio": 0.25,
+                "tokens": [49, 12, 3],
+                "reason": "only the fastest allowed tier fits the 8 ms left",
+                "budget_ms": 15.0,
+                "met_budget": True,
+                "timings_ms": {"decode": 1.95, "queue": 0.19, "compute": 5.76, "total": 8.27},
+                "kept": None,
+            }
+        }
+    )
 
 
 class Embedding(Answered, Features):
@@ -95,6 +114,19 @@ class Health(BaseModel):
 
 class Problem(BaseModel):
     """An error, as RFC 9457 says it (application/problem+json)."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "type": "urn:pcae-serve:overloaded",
+                "title": "Too much load to answer in time",
+                "status": 503,
+                "detail": "the load leaves no allowed tier within 50 ms, but for making others"
+                " late: retry later, allow a faster tier or a larger budget",
+                "retry_after_s": 0.31,
+            }
+        }
+    )
 
     type: str
     title: str

@@ -128,3 +128,13 @@ def test_without_admin_keys_nobody_may(
     with TestClient(create_app(service, fail)) as client:
         told = problem(client.post("/admin/reload", headers={"X-API-Key": ROOT}), 403)
     assert "--admin-keys-file" in told["detail"]
+
+
+def test_other_sites_pages_are_told_nothing(guarded: TestClient) -> None:
+    """CORS is off: a browser shows no answer to a page from elsewhere, and sends no key for it."""
+    page = {"Origin": "https://elsewhere.example", "X-API-Key": ALICE}
+    asked = guarded.post("/classify", content=image_bytes(), headers=page)
+    before = guarded.options("/classify", headers=page | {"Access-Control-Request-Method": "POST"})
+    assert before.status_code == 405
+    for response in (asked, before):
+        assert not [name for name in response.headers if name.startswith("access-control")]

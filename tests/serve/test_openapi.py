@@ -20,6 +20,7 @@ from schemathesis.specs.openapi.checks import (
 
 from pcae_serve import bundle
 from pcae_serve.app import create_app
+from pcae_serve.schemas import Classification, Problem
 from pcae_serve.service import Service
 from pcae_serve.settings import Settings
 from tests.serve.test_faults import ADMIN, serving
@@ -89,3 +90,5 @@ def test_the_document_is_whole(document: Any) -> None:
                 assert {"200", "400", "413", "422", "500", "503", "504"} <= codes, (method, path)
             for status, answer in operation["responses"].items():
                 assert answer["description"], (method, path, status)
+    for model, name in ((Classification, "Classification"), (Problem, "Problem")):
+        model.model_validate(raw["components"]["schemas"][name]["example"])
