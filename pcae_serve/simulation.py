@@ -250,9 +250,9 @@ def pool(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
     try:
         yield workers
     except BaseException:
-        processes = list((workers._processes or {}).values())
         workers.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
+        # not only those that the pool knows of: it may have been starting one just now
+        for process in multiprocessing.active_children():
             process.terminate()
         raise
     workers.shutdown()
