@@ -210,6 +210,9 @@ class Service:
         self._tell_build()
         seconds = time.monotonic() - begin_s
         log.info("reloaded in %.1f s: %s", seconds, self._words())
+        if self._recorder is not None:
+            log.warning("the event log %s ends here: it is of one bundle", self.settings.event_log)
+            self._recorder = None
         loop.call_soon(self._retire, old)
         return Reloaded(new.bundle, seconds)
 
