@@ -107,7 +107,7 @@ _PROBLEMS = _told_of(
 )
 
 
-def given_key(
+async def given_key(
     header: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))],
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
 ) -> str | None:
@@ -153,7 +153,8 @@ def create_app(
     known, masters = keys or Keys(), admin_keys or Keys()
     limit = int(service.settings.max_body_mb * 1e6)
 
-    def caller(given: Given) -> None:
+    # coroutines, all three: FastAPI runs a plain function in a thread, for 0.1 ms each
+    async def caller(given: Given) -> None:
         if not known:
             return
         if given is None:
@@ -161,7 +162,7 @@ def create_app(
         if given not in known and given not in masters:
             raise WrongKey("this API key is not known")
 
-    def administrator(given: Given) -> None:
+    async def administrator(given: Given) -> None:
         if not masters:
             raise WrongKey("nobody may: start the server with --admin-keys-file")
         if given is None:
