@@ -149,6 +149,7 @@ def create_app(
         description="One vision transformer, many token budgets: say how long you can wait.",
         lifespan=lifespan,
         telemetry=telemetry.config(),
+        redirect_slashes=False,
     )
     known, masters = keys or Keys(), admin_keys or Keys()
     limit = int(service.settings.max_body_mb * 1e6)
@@ -234,7 +235,6 @@ def create_app(
         and why, stands with it, in the order of the fields.
         """
         logits = replace(ask, answers="logits")
-        service.require_ready()
 
         async def one(image: bytes) -> schemas.BatchItem:
             async def read() -> bytes:
@@ -251,8 +251,9 @@ def create_app(
 
         async def all_(read: Callable[[], Awaitable[list[bytes]]]) -> list[schemas.BatchItem]:
             try:
-                async with asyncio.timeout(service.settings.upload_s):
-                    images = await read()
+                with service.receiving():
+                    async with asyncio.timeout(service.settings.upload_s):
+                        images = await read()
             except TimeoutError:
                 raise UploadTooSlow(
                     f"the body did not arrive within {service.settings.upload_s:g} s: send it"
@@ -346,7 +347,7 @@ async def _images(request: Request, limit: int, most: int) -> list[bytes]:
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError) as error:
-        if len(parser.items) >= most:
+        if "Too many files" in str(error):
             raise TooLarge(f"the body has more than {most} files: send fewer") from None
         raise UnreadableImage(f"the multipart body cannot be read: {one_line(error)}") from None
     try:
@@ -368,7 +369,7 @@ def _predictions(answer: Answer, top_k: int) -> list[schemas.Prediction]:
     best = np.argsort(-probabilities, kind="stable")[:top_k]
     return [
         schemas.Prediction(
-            label=answer.labels[index],
+            label=answer.bundle.labels[index],
             index=int(index),
             probability=round(float(probabilities[index]), 6),
         )
@@ -454,6 +455,11 @@ def _problem(
 
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
+    return refusal(error)
+
+
+def refusal(error: RequestError) -> Response:
+    """The answer that an error is."""
     response = _problem(error.status, error.title, error.detail, _kind(error), **error.members)
     if isinstance(error, NoKey):
         response.headers["WWW-Authenticate"] = "Bearer"

@@ -37,7 +37,8 @@ class Aside:
             self._image_s = max(self._image_s / 2, seconds / len(pixels))
             return output
 
-        errand = self._servable.errand(self._image_s * len(pixels), work)
+        seconds = self._image_s * len(pixels)
+        errand = self._servable.errand(seconds, work, self._engine.terminate)
         return asyncio.run_coroutine_threadsafe(errand, self._loop).result()
 
     def terminate(self) -> None:

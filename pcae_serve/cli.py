@@ -6,6 +6,7 @@ pcae-serve simulate …    pcae-serve replay URL …
 
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ class Serve(Settings):
     )
 
     def cli_cmd(self) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
         logs.configure(self.log_format, self.log_level)
         with listen(self.host, self.port) as listener:
             keys, admin_keys = Keys.read(self.api_keys_file), Keys.read(self.admin_keys_file)
@@ -102,9 +104,9 @@ def serve(
     server.run(sockets=[listener])
     if failures:
         raise StartError(f"the latencies cannot be measured: {one_line(failures[0])}")
-    if not service.alive:  # the interpreter would wait for the lost thread
+    if service.left_behind:  # the interpreter would wait for them
         logging.shutdown()
-        os._exit(1)
+        os._exit(0 if service.alive else 1)
 
 
 def start(argv: Sequence[str]) -> int:

@@ -6,8 +6,9 @@ knows threads, nothing of engines or requests.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -21,7 +22,7 @@ class Device:
         self.lost = False  # a call did not come back, and is not expected to
         self.broken = False  # there is no engine to run on it, for now
         self._thread = ThreadPoolExecutor(1, name)
-        self._running: set[asyncio.Future[Any]] = set()
+        self._running: set[Future[Any]] = set()
 
     @property
     def works(self) -> bool:
@@ -29,14 +30,21 @@ class Device:
 
     def submit(self, call: Callable[[], T]) -> asyncio.Future[T]:
         """Run `call` on the thread, after what was submitted before."""
-        running = asyncio.get_running_loop().run_in_executor(self._thread, call)
-        self._running.add(running)
+        running = self._thread.submit(call)
+        self._running.add(running)  # asyncio's future may be cancelled; the call goes on
         running.add_done_callback(self._running.discard)
-        return running
+        return asyncio.wrap_future(running)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is in progress, or waits for its turn."""
+        return bool(self._running)
 
     async def shutdown(self, limit_s: float) -> bool:
         """Wait for the call in progress, at most so long; whether it came back."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._running and not self.lost:
-            await asyncio.wait(self._running, timeout=limit_s)
-        return not self._running
+        if not self.lost:
+            end_s = time.monotonic() + limit_s
+            while self.busy and time.monotonic() < end_s:
+                await asyncio.sleep(0.01)
+        return not self.busy

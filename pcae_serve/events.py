@@ -30,6 +30,7 @@ from pcae_serve.scheduler import (
     Done,
     Event,
     Left,
+    Lost,
     Offered,
     Scheduler,
     Timer,
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 BUFFER = 1 << 16
 
 _EVENTS: dict[str, type[Event]] = {
-    kind.__name__: kind for kind in (Arrived, Decoded, Left, Closed, Offered, Timer, Done)
+    kind.__name__: kind for kind in (Arrived, Decoded, Left, Closed, Offered, Lost, Timer, Done)
 }
 
 

@@ -25,6 +25,7 @@ from pydantic_core import from_json, to_json
 
 from pcae_serve import __version__
 from pcae_serve.body import limited, unless_left
+from pcae_serve.bundle import Bundle
 from pcae_serve.errors import (
     MalformedRequest,
     NotOffered,
@@ -44,9 +45,9 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 
 #: Images of one request. Each is admitted by itself, but their files are all in memory by then.
 MAX_IMAGES = 64
-#: Commas in the JSON, and so values: parsing holds up everybody else's request, and this many take
-#: 10 ms. An image of 256 x 256 pixels has as many numbers; binary data are not parsed.
-MAX_JSON_VALUES = 200_000
+#: Commas and opened brackets in the JSON: parsing holds up everybody else's request, and this many
+#: take about 10 ms. An image of 256 x 256 pixels, nested, has as many; binary data are not parsed.
+MAX_JSON_PARTS = 265_000
 
 Text = Annotated[str, Field(max_length=1000)]  # what is told back to the client, or to the log
 Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -99,8 +100,10 @@ class RequestOutput(_Said):
 class InferRequest(_Said):
     id: Text | None = None
     parameters: RequestParameters | None = None
-    inputs: Annotated[list[RequestInput], Field(min_length=1)]
-    outputs: list[RequestOutput] | None = Field(None, description="all of them where left out")
+    inputs: Annotated[list[RequestInput], Field(min_length=1, max_length=8, fail_fast=True)]
+    outputs: Annotated[list[RequestOutput] | None, Field(max_length=8, fail_fast=True)] = Field(
+        None, description="all of them where left out"
+    )
 
 
 class ResponseOutput(BaseModel):
@@ -306,7 +309,7 @@ def router(service: Service, caller: Callable[..., Any]) -> APIRouter:
             inputs=[TensorMetadata(name=INPUT, datatype="BYTES", shape=[-1])],
             outputs=[
                 TensorMetadata(name=name, datatype=datatype, shape=[-1, *shape])
-                for name, (datatype, shape) in _offered(service).items()
+                for name, (datatype, shape) in _offered(service.bundle).items()
             ],
             parameters={
                 "tiers": ",".join(tier.name for tier in service.bundle.tiers),
@@ -328,21 +331,22 @@ def router(service: Service, caller: Callable[..., Any]) -> APIRouter:
 
         async def run(read: Callable[[], Awaitable[bytes]]) -> Response:
             try:
-                async with asyncio.timeout(service.settings.upload_s):
-                    body = await read()
+                with service.receiving():
+                    async with asyncio.timeout(service.settings.upload_s):
+                        body = await read()
             except TimeoutError:
                 raise UploadTooSlow(
                     f"the body did not arrive within {service.settings.upload_s:g} s: send it"
                     " faster, or fewer images"
                 ) from None
             asked, files = _parse(body, request.headers.get(HEADER_LENGTH))
-            _require_outputs(asked, service)
+            _require_outputs(asked, service.bundle)
             said = asked.parameters or RequestParameters()
             service.bundle.allowed(said.tier, said.min_tier)
             budget_ms = said.budget_ms or service.settings.budget_ms
             ask = Ask(arrival_s, budget_ms, said.tier, said.min_tier, service.bundle.answers)
             answers = await _answers(service, ask, files)
-            return _response(asked, service, ask, answers)
+            return _response(asked, ask, answers)
 
         async def read() -> bytes:
             return b"".join([chunk async for chunk in limited(request, limit)])
@@ -369,10 +373,10 @@ def router(service: Service, caller: Callable[..., Any]) -> APIRouter:
     return router
 
 
-def _offered(service: Service) -> dict[str, tuple[str, list[int]]]:
+def _offered(bundle: Bundle) -> dict[str, tuple[str, list[int]]]:
     """Outputs: datatype and, for one image, shape."""
-    vectors = {service.bundle.answers: ("FP32", [service.bundle.width])}
-    return vectors | ({"label": ("BYTES", list[int]())} if service.bundle.labels else {})
+    vectors = {bundle.answers: ("FP32", [bundle.width])}
+    return vectors | ({"label": ("BYTES", list[int]())} if bundle.labels else {})
 
 
 # --- what was asked
@@ -404,8 +408,8 @@ def _parse(body: bytes, header_length: str | None) -> tuple[InferRequest, list[F
 
 
 def _request(text: bytes) -> InferRequest:
-    if text.count(b",") > MAX_JSON_VALUES:
-        raise TooLarge(f"the JSON has over {MAX_JSON_VALUES:,} values: send pixels as binary data")
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_PARTS:
+        raise TooLarge(f"the JSON has over {MAX_JSON_PARTS:,} parts: send pixels as binary data")
     try:
         asked = InferRequest.model_validate(from_json(text, allow_inf_nan=False))
     except ValidationError as error:
@@ -422,9 +426,9 @@ def _request(text: bytes) -> InferRequest:
     return asked
 
 
-def _require_outputs(asked: InferRequest, service: Service) -> None:
+def _require_outputs(asked: InferRequest, bundle: Bundle) -> None:
     """Raise MalformedRequest for outputs that there are not, before anything is computed."""
-    offered, names = _offered(service), set[str]()
+    offered, names = _offered(bundle), set[str]()
     for output in asked.outputs or ():
         if output.name not in offered:
             raise MalformedRequest(
@@ -573,22 +577,25 @@ def _tensor(name: str, classes: int | None, answers: list[Answer]) -> _Tensor:
     vectors = np.stack([answer.vector for answer in answers])
     if name == "label":
         best_of = zip(answers, vectors.argmax(axis=1), strict=True)
-        return _Tensor("BYTES", [len(answers)], [answer.labels[i] for answer, i in best_of])
+        return _Tensor("BYTES", [len(answers)], [answer.bundle.labels[i] for answer, i in best_of])
     if classes is None:
         return _Tensor("FP32", list(vectors.shape), vectors.ravel().tolist())
     best = np.argsort(-vectors, axis=1, kind="stable")[:, :classes]
     ranked = [
-        f"{answer.vector[i]:.6f}:{i}:{answer.labels[i]}"
+        f"{answer.vector[i]:.6f}:{i}:{answer.bundle.labels[i]}"
         for answer, row in zip(answers, best, strict=True)
         for i in row
     ]
     return _Tensor("BYTES", list(best.shape), ranked)
 
 
-def _response(asked: InferRequest, service: Service, ask: Ask, answers: list[Answer]) -> Response:
+def _response(asked: InferRequest, ask: Ask, answers: list[Answer]) -> Response:
+    bundle = answers[0].bundle
+    if any(answer.bundle is not bundle for answer in answers):
+        raise OutOfService("a reload came between the images: retry", retry_after_s=1)
     said = asked.parameters or RequestParameters()
     outputs, blobs = list[dict[str, Any]](), list[bytes]()
-    for wanted in asked.outputs or [RequestOutput(name=name) for name in _offered(service)]:
+    for wanted in asked.outputs or [RequestOutput(name=name) for name in _offered(bundle)]:
         parameters = wanted.parameters or OutputParameters()
         tensor = _tensor(wanted.name, parameters.classification, answers)
         output: dict[str, Any] = {
@@ -605,7 +612,7 @@ def _response(asked: InferRequest, service: Service, ask: Ask, answers: list[Ans
         outputs.append(output)
     in_time = [answer.total_s * 1e3 <= ask.budget_ms for answer in answers]
     document = {
-        "model_name": service.bundle.manifest.name,
+        "model_name": bundle.manifest.name,
         "model_version": VERSION,
         **({} if asked.id is None else {"id": asked.id}),
         "parameters": {

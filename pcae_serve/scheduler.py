@@ -5,6 +5,7 @@
     Left     its client went away
     Closed   a tier has failed: nobody is to be answered on it          -> Expire, Dispatch
     Offered  an errand: work that nobody waits for                      -> Errand
+    Lost     a device never comes back
     Timer    the time of an earlier WakeAt has come                     -> Expire, Dispatch
     Done     a device has finished its batch, or errand                 -> Spent, Dispatch
 
@@ -57,6 +58,12 @@ class Offered:
 
 
 @dataclass(frozen=True)
+class Lost:
+    now_s: float
+    device: int
+
+
+@dataclass(frozen=True)
 class Timer:
     now_s: float
 
@@ -68,7 +75,7 @@ class Done:
     seconds: float | None  # None where the engine failed: nothing to learn from
 
 
-Event = Arrived | Decoded | Left | Closed | Offered | Timer | Done
+Event = Arrived | Decoded | Left | Closed | Offered | Lost | Timer | Done
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,7 @@ class Scheduler:
         self._decoding, self._queue = Queue(), Queue()
         self._errands: deque[Offered] = deque()
         self._running: list[_Running | None] = [None] * devices
+        self._lost: set[int] = set()
         self._wake_at_s: float | None = None
 
     def handle(self, event: Event) -> list[Action]:
@@ -190,6 +198,9 @@ class Scheduler:
                 actions += self._close(tier)
             case Offered():
                 self._errands.append(event)
+            case Lost(device=device):
+                self._lost.add(device)
+                self._running[device] = _Running(None, inf)
             case Timer():
                 self._wake_at_s = None
             case Done(device=device, seconds=seconds):
@@ -199,9 +210,14 @@ class Scheduler:
                 assert_never(event)
         actions += self._expire(now_s, forecast, event.id if isinstance(event, Decoded) else None)
         actions += self._dispatch(now_s, forecast)
-        if not any(self._running) and not self._queue and not self._decoding:
+        if not self._busy and not self._queue and not self._decoding:
             self._strictness.caught_up()
         return actions
+
+    @property
+    def _busy(self) -> bool:
+        """Whether a device that is not lost has something to do."""
+        return any(r is not None for i, r in enumerate(self._running) if i not in self._lost)
 
     @property
     def waiting(self) -> int:
@@ -228,16 +244,17 @@ class Scheduler:
 
     def _machine(self, now_s: float, forecast: Forecast) -> Machine:
         """What there is to serve with."""
-        free_in_s = min(
+        frees_in_s = [
             0.0 if running is None else max(0.0, running.expected_end_s - now_s)
-            for running in self._running
-        )
+            for device, running in enumerate(self._running)
+            if device not in self._lost
+        ]
         return Machine(
             now_s,
             forecast,
             self._max_batch,
-            len(self._running),
-            free_in_s,
+            max(1, len(frees_in_s)),
+            min(frees_in_s, default=0.0),
             self._strictness.times,
         )
 
@@ -248,7 +265,8 @@ class Scheduler:
                 continue
             errand = self._errands[0]
             patient = now_s < errand.now_s + PATIENCE_S
-            if patient and self._missed(errand.seconds, now_s, forecast) > MOST_KEPT:
+            kept = self._missed(errand.seconds, now_s, forecast) > MOST_KEPT
+            if patient and (self._decoding or kept):
                 return
             self._errands.popleft()
             self._running[device] = _Running(None, now_s + errand.seconds)
@@ -283,7 +301,7 @@ class Scheduler:
         running = self._running[device]
         if running is None:
             raise ValueError(f"device {device} finished a batch that it was not given")
-        self._running[device] = None
+        self._running[device] = _Running(None, inf) if device in self._lost else None
         run, left = running.run, running.left
         if run is None:
             return []
@@ -322,7 +340,7 @@ class Scheduler:
                     forecast,
                     self._arrivals,
                     self._max_batch,
-                    len(self._running),
+                    len(self._running) - len(self._lost),
                 )
             )
             if isinstance(choice, Wait):
@@ -337,7 +355,7 @@ class Scheduler:
             self._running[device] = _Running(choice, end_s)
             ids = tuple(request.id for request in choice.requests)
             actions.append(Dispatch(device, choice.tier, ids))
-        if self._errands and not self._queue and not self._decoding:
+        if self._errands and not self._queue:
             actions += self._run_errands(now_s, forecast)
             if self._errands and None in self._running:
                 wake_s.append(now_s + LOOK_S)

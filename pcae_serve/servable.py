@@ -20,12 +20,14 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pcae_serve import bundle as bundles
 from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.devices import Device
 from pcae_serve.engines import Engine, Output, at_once
 from pcae_serve.errors import (
     BudgetPassed,
     BudgetTooSmall,
+    BundleError,
     Draining,
     EngineFailed,
     NotOffered,
@@ -52,6 +54,7 @@ from pcae_serve.scheduler import (
     Event,
     Expire,
     Left,
+    Lost,
     Offered,
     Refuse,
     Spent,
@@ -73,6 +76,8 @@ MOST_FAILURES = 3
 RETRY_S = 15.0
 #: An engine that was told to give up has so long to come back.
 TERMINATE_S = 2.0
+#: Making an engine takes at most so long: captures and plans of many tiers may take minutes.
+MAKE_S = 600.0
 #: Accuracies of tiers that nobody measured, the cheapest's and the best one's.
 UNMEASURED = (0.9, 1.0)
 
@@ -101,7 +106,7 @@ class Answer:
 
     vector: NDArray[np.float32]  # [classes] logits, or [width] features
     kept: tuple[NDArray[np.int32], ...]  # per stage [m_i]
-    labels: tuple[str, ...]  # of the classes, where there are any
+    bundle: Bundle  # whose model it was
     tier: Tier
     reason: str
     decode_s: float
@@ -121,6 +126,7 @@ class _Waiting:
     decode_s: float = 0.0
     queued_s: float = 0.0
     reason: str = ""  # why its tier, once it has one
+    patience: asyncio.Timeout | None = None  # with the upload or decoder
     outcome: Outcome = Outcome.LEFT  # unless somebody says otherwise
 
 
@@ -153,9 +159,12 @@ class Servable:
         self._recorder = recorder
         if recorder is not None:
             recorder.begin(setup)
+        self._stopped = False
         self._waiting: dict[int, _Waiting] = {}
         self._ids = itertools.count()
-        self._errands: dict[int, tuple[Callable[[int], Any], asyncio.Future[Any]]] = {}
+        self._errands: dict[
+            int, tuple[Callable[[int], Any], Callable[[], None] | None, asyncio.Future[Any]]
+        ] = {}
         self._errand_ids = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
         # of the batch on each device, or the one that ended last there:
@@ -165,12 +174,20 @@ class Servable:
         self._closed: set[int] = set()  # tiers out of routing
         self._hung: set[int] = set()  # devices whose batch was answered before it came back
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stopped = False
+        self._calls = 0  # on devices
+        for i, device in enumerate(devices):
+            if device.lost:
+                self._handle(Lost(asyncio.get_running_loop().time(), i))
 
     @property
     def in_hand(self) -> int:
         """Requests that have not been answered yet."""
         return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is in hand, nor on a device: those who left leave their batch behind."""
+        return not self._waiting and not self._calls
 
     @property
     def waiting(self) -> int:
@@ -204,7 +221,8 @@ class Servable:
             self._handle(Arrived(loop.time(), request))
             if not waiting.answer.done():
                 await self._decode(waiting, read, decoders)
-                self._handle(Decoded(waiting.queued_s, request.id))
+                if not waiting.answer.done():
+                    self._handle(Decoded(waiting.queued_s, request.id))
             return await waiting.answer
         finally:  # answered, refused, unreadable, or the client left and this was cancelled
             del self._waiting[request.id]
@@ -212,24 +230,35 @@ class Servable:
             if not waiting.answer.done() or waiting.answer.cancelled():
                 self._handle(Left(loop.time(), request.id))
 
-    async def errand(self, seconds: float, work: Callable[[int], T]) -> T:
-        """Run `work(device)`, which should take about `seconds`, where nobody is kept waiting."""
+    async def errand(
+        self,
+        seconds: float,
+        work: Callable[[int], T],
+        terminate: Callable[[], None] | None = None,
+    ) -> T:
+        """Run `work(device)`, which should take about `seconds`, where nobody is kept waiting.
+
+        terminate: has it end with an error, where it takes far too long; None: the device's engine
+        is told to.
+        """
+        if self._stopped:
+            raise Draining("the server is stopping")
         loop = asyncio.get_running_loop()
         id_, result = next(self._errand_ids), loop.create_future()
-        self._errands[id_] = work, result
+        self._errands[id_] = work, terminate, result
         self._handle(Offered(loop.time(), id_, seconds))
         done: T = await result
         return done
 
     def stop(self) -> None:
         """Answer everybody in hand that the server is stopping; take nothing more."""
-        self._stopped = True
-        if self._timer is not None:
-            self._timer.cancel()
         self._refuse_all(
             Draining("the server is stopping: ask another one"), Outcome.REFUSED_DRAINING
         )
-        for _, result in self._errands.values():
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for *_, result in self._errands.values():
             result.cancel()
         for task in self._tasks:
             task.cancel()
@@ -282,13 +311,15 @@ class Servable:
         uploaded_s = min(waiting.request.deadline_s, waiting.ask.arrival_s + settings.upload_s)
         body: bytes | None = None
         try:
-            async with asyncio.timeout_at(uploaded_s):
+            async with asyncio.timeout_at(uploaded_s) as waiting.patience:
                 body = await read()
             start_s = loop.time()
             decode = partial(self.bundle.preprocess, body, settings.max_pixels)
-            async with asyncio.timeout_at(waiting.request.deadline_s):
+            async with asyncio.timeout_at(waiting.request.deadline_s) as waiting.patience:
                 waiting.pixels = await loop.run_in_executor(decoders, decode)
         except TimeoutError:
+            if waiting.answer.done():  # refused meanwhile: that is its answer
+                return
             waiting.outcome = Outcome.EXPIRED
             if body is None and uploaded_s < waiting.request.deadline_s:
                 raise UploadTooSlow(
@@ -301,6 +332,8 @@ class Servable:
         except RequestError:
             waiting.outcome = Outcome.UNREADABLE
             raise
+        finally:
+            waiting.patience = None
         waiting.queued_s = loop.time()
         waiting.decode_s = waiting.queued_s - start_s
 
@@ -311,7 +344,20 @@ class Servable:
         if self._recorder is not None:
             self._recorder.record(event, actions)
         for action in actions:
-            self._act(action)
+            try:
+                self._act(action)
+            except Exception:  # one request's trouble must not become everybody's
+                log.exception("a fault in the server: %s came to nothing", type(action).__name__)
+                if isinstance(action, Dispatch):  # who was in it waits for nothing else
+                    self._abandon(action)
+
+    def _abandon(self, dispatch: Dispatch) -> None:
+        """A batch that could not be begun: answer it, and give its device back."""
+        for id_ in dispatch.ids:
+            if (waiting := self._waiting.get(id_)) is not None:
+                _refuse(waiting, EngineFailed("a fault in the server: retry"), Outcome.FAILED)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(lambda: self._handle(Done(loop.time(), dispatch.device, None)))
 
     def _act(self, action: Action) -> None:
         match action:
@@ -395,6 +441,7 @@ class Servable:
             compute,
             partial(self._computed, dispatch, batch, now_s),
             partial(self._failed, dispatch.device, dispatch.tier, batch, "hung"),
+            self.engines[dispatch.device].terminate,
         )
         forecast = self.latency.forecast(now_s)
         self._predicted_s[dispatch.device] = forecast.typical(dispatch.tier, len(batch))
@@ -407,26 +454,44 @@ class Servable:
         call: Callable[[], T],
         then: Callable[[asyncio.Future[T]], None],
         hung: Callable[[BaseException], None],
+        terminate: Callable[[], None],
     ) -> None:
         """Run a call on a device, watched: `hung` is told of one that takes far too long."""
         loop, limit_s = asyncio.get_running_loop(), self.settings.watchdog_s
-        running = self._devices[device].submit(call)
+        watch: asyncio.TimerHandle | None = None
+
+        def begun() -> None:
+            nonlocal watch
+            watch = loop.call_later(limit_s, bark)
+
+        def watched() -> T:
+            loop.call_soon_threadsafe(begun)  # another bundle's batch may have been before it
+            return call()
 
         def bark() -> None:
             self._hung.add(device)
             hung(TimeoutError(f"it did not come back within {limit_s:g} s"))
-            self.engines[device].terminate()
+            terminate()
             loop.call_later(TERMINATE_S, self._give_up, device, running)
 
-        watch = loop.call_later(limit_s, bark)
-        running.add_done_callback(lambda _: watch.cancel())
-        running.add_done_callback(then)
+        def ended(done: asyncio.Future[T]) -> None:
+            self._calls -= 1
+            if watch is not None:
+                watch.cancel()
+            then(done)
+
+        self._calls += 1
+        running = self._devices[device].submit(watched)
+        running.add_done_callback(ended)
 
     def _give_up(self, device: int, running: asyncio.Future[Any]) -> None:
         """A call that does not even end when it is told to."""
-        if running.done():
-            return
+        if not running.done():
+            self._lose(device)
+
+    def _lose(self, device: int) -> None:
         self._devices[device].lost = True
+        self._handle(Lost(asyncio.get_running_loop().time(), device))
         log.critical(
             "%s does not come back from a call: /livez fails from now on, so that a supervisor"
             " restarts this server",
@@ -453,11 +518,13 @@ class Servable:
             if device not in self._hung:  # else that has been told
                 self._failed(device, dispatch.tier, batch, kind, error)
             self._hung.discard(device)
-            self._task(self._recover(device))
+            if not self._stopped:
+                self._task(self._recover(device))
             return
         self._padding[device] = output.padding
         self._hung.discard(device)  # it took too long, and was answered, but it came back
-        self._failures[dispatch.tier] = 0
+        if device not in self._hung:
+            self._failures[dispatch.tier] = 0
         for row, waiting in enumerate(batch):
             self._answer(waiting, output, row, dispatch.tier, start_s, now_s)
         # not the engine's own seconds: what the event loop and the host add is in every answer
@@ -494,10 +561,16 @@ class Servable:
     async def _recover(self, device: int) -> None:
         """A new engine for a device whose last batch failed; then the device is free again."""
         while self._make is not None:
-            old, make = self.engines[device], partial(self._make, self.bundle, device)
+            old, make = self.engines[device], partial(self._remake, device)
             try:
-                made = self._devices[device].submit(partial(make, at_once))
-                self.engines[device] = await made
+                async with asyncio.timeout(MAKE_S):
+                    self.engines[device] = await self._devices[device].submit(make)
+            except TimeoutError:
+                self._lose(device)
+                return
+            except BundleError as error:  # it lies there no more: what runs is all there is of it
+                log.error("the engine that failed is used again: %s", error)
+                break
             except Exception as error:  # the machine may be short of memory, for now
                 self._devices[device].broken = True
                 log.error(
@@ -516,6 +589,13 @@ class Servable:
                 break
         self._devices[device].broken = False
         self._handle(Done(asyncio.get_running_loop().time(), device, None))
+
+    def _remake(self, device: int) -> Engine:
+        """An engine from the same files. Raises BundleError where they are others by now."""
+        assert self._make is not None
+        if bundles.load(self.bundle.root).digest != self.bundle.digest:
+            raise BundleError(f"{self.bundle.root} holds another bundle by now: reload")
+        return self._make(self.bundle, device, at_once)
 
     async def _reopen(self, tier: int) -> None:
         """Try a tier that is out of routing until it answers."""
@@ -538,11 +618,13 @@ class Servable:
                 self._metrics.tier_out_of_service(name, False)
 
     def _run_errand(self, errand: Errand) -> None:
-        work, result = self._errands.pop(errand.id)
+        work, terminate, result = self._errands.pop(errand.id)
 
         def then(done: asyncio.Future[Any]) -> None:
             self._hung.discard(errand.device)
-            if not result.done():
+            if done.cancelled():
+                result.cancel()
+            elif not result.done():
                 if (error := done.exception()) is not None:
                     result.set_exception(error)
                 else:
@@ -553,7 +635,8 @@ class Servable:
             if not result.done():
                 result.set_exception(error)
 
-        self._run(errand.device, partial(work, errand.device), then, hung)
+        tell = terminate or self.engines[errand.device].terminate
+        self._run(errand.device, partial(work, errand.device), then, hung, tell)
 
     def _answer(
         self, waiting: _Waiting, output: Output, row: int, tier: int, start_s: float, now_s: float
@@ -565,7 +648,7 @@ class Servable:
         answer = Answer(
             vector=output.vectors[row],
             kept=tuple(kept[row] for kept in output.kept),
-            labels=self.bundle.labels,
+            bundle=self.bundle,
             tier=self.bundle.tiers[tier],
             reason=waiting.reason,
             decode_s=waiting.decode_s,
@@ -611,8 +694,13 @@ class Servable:
         return f"the most accurate tier that fits {left}"
 
     def _refuse_all(self, error: RequestError, outcome: Outcome) -> None:
-        for waiting in self._waiting.values():
+        """Answer all in hand; whoever still uploads or is decoded is not waited for."""
+        now_s = asyncio.get_running_loop().time()
+        for waiting in list(self._waiting.values()):
             _refuse(waiting, error, outcome)
+            self._handle(Left(now_s, waiting.request.id))
+            if waiting.patience is not None:
+                waiting.patience.reschedule(now_s)
 
     def _task(self, work: Any) -> None:
         task = asyncio.create_task(work)

@@ -11,8 +11,9 @@ of HTTP.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,11 +22,12 @@ from pcae_serve import cores, profile
 from pcae_serve.aside import Aside
 from pcae_serve.bundle import Bundle
 from pcae_serve.devices import Device
-from pcae_serve.engines import NOTES, Engine
+from pcae_serve.engines import NOTES, Engine, at_once
 from pcae_serve.errors import (
     BadBundle,
     Draining,
     OutOfService,
+    Overloaded,
     PcaeError,
     Reloading,
     RequestError,
@@ -77,7 +79,7 @@ class Service:
         self._retired: set[Servable] = set()  # until what they took is answered
         self._decode_threads = settings.decode_threads or cores.usable()
         self._decoders = ThreadPoolExecutor(self._decode_threads, "decode")
-        self._loader = ThreadPoolExecutor(1, "reload")
+        self._loader = Device("reload")
         self.metrics.limits(max_batch=settings.max_batch, queue_limit=settings.queue_limit)
         self.metrics.watch(
             depth=lambda: self.waiting,
@@ -86,6 +88,8 @@ class Service:
         )
         self._devices = [Device(f"device-{i}") for i in range(len(engines))]
         self._draining = self._reloading = False
+        self._receiving = 0  # bodies of several images, which are not in hand yet
+        self.left_behind = False  # threads that the interpreter would wait for
 
     @property
     def bundle(self) -> Bundle:
@@ -118,8 +122,16 @@ class Service:
     @property
     def in_hand(self) -> int:
         """Requests that have not been answered yet."""
-        servables = {*self._retired, self._servable} - {None}
-        return sum(each.in_hand for each in servables if each is not None)
+        return self._receiving + sum(servable.in_hand for servable in self._servables)
+
+    @property
+    def _servables(self) -> list[Servable]:
+        """That of the moment last, before it those that still answer what they had taken."""
+        return [*self._retired, *([] if self._servable is None else [self._servable])]
+
+    @property
+    def reloading(self) -> bool:
+        return self._reloading
 
     @property
     def waiting(self) -> int:
@@ -180,6 +192,25 @@ class Service:
                 retry_after_s=RETRY_S,
             )
 
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """While the body of several images comes in: it counts, as a request in hand does.
+
+        Raises Draining, OutOfService, or Overloaded where there are as many as there may be.
+        """
+        self.require_ready()
+        if self._receiving + self.waiting >= self.settings.queue_limit:
+            self.metrics.ended(Outcome.REFUSED_FULL)
+            raise Overloaded(
+                f"{self.settings.queue_limit} requests are in hand already: retry later",
+                retry_after_s=1,
+            )
+        self._receiving += 1
+        try:
+            yield
+        finally:
+            self._receiving -= 1
+
     async def reload(self) -> Reloaded:
         """Serve what the bundle's folder holds now, without a request dropped.
 
@@ -195,8 +226,16 @@ class Service:
         self._reloading, begin_s = True, time.monotonic()
         loop = asyncio.get_running_loop()
         try:
-            beside = partial(self._load_beside, old, loop)
-            new = self._made(*await loop.run_in_executor(self._loader, beside))
+            bundle, engines, measured = await self._loader.submit(
+                partial(self._load_beside, old, loop)
+            )
+            if self._draining:
+                for engine in engines:
+                    engine.close()
+                raise Draining("the server is stopping: not reloaded")
+            new = self._made(bundle, engines, measured)
+        except Draining:
+            raise
         except PcaeError as error:
             self.metrics.reloaded(Reload.FAILED)
             log.error("not reloaded, the old bundle serves on: %s", error)
@@ -222,21 +261,29 @@ class Service:
 
     async def stop(self) -> None:
         """Take nothing more, and let the batch on the device end: in bounded time."""
-        self._draining = True
-        servables = [*self._retired, *([] if self._servable is None else [self._servable])]
-        for servable in servables:
-            servable.stop()
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        self.give_up()
+        servables = self._servables
         await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
+        if self._servable is None:  # it measures, and nobody needs to know any more
+            for device in self._devices:
+                self.left_behind |= not await device.shutdown(0)
+            if self._recorder is not None:
+                self._recorder.close()
+            return
         for i, device in enumerate(self._devices):
             if not await device.shutdown(BATCH_S):
                 for servable in servables:
                     servable.engines[i].terminate()
                 device.lost = not await device.shutdown(TERMINATE_S)
+        self.left_behind = not (self.alive and await self._loader.shutdown(TERMINATE_S))
         for servable in servables:
             servable.close()
-        if self._servable is None and self._recorder is not None:
-            self._recorder.close()
+
+    def give_up(self) -> None:
+        """Take nothing more, and answer those in hand that the server is stopping."""
+        self._draining = True
+        for servable in self._servables:
+            servable.stop()
 
     def _made(
         self,
@@ -279,11 +326,15 @@ class Service:
             new = bundles.load(old.bundle.root)
             create(settings.policy, ladder(new.tiers))
             for i in range(len(self._devices)):
-                through = partial(Aside, servable=old, loop=loop)
+                # where nothing works any more, there is no traffic to stay behind
+                through = partial(Aside, servable=old, loop=loop) if old.works else at_once
                 engines.append(self._make(new, i, through))
-            aside = Aside(engines[0], old, loop)
             limit_s = min(settings.profile_s, MEASURE_BESIDE_S)
-            measured = profile.load(new, aside, settings.cache_dir, limit_s, clock=aside.clock)
+            if old.works:
+                aside = Aside(engines[0], old, loop)
+                measured = profile.load(new, aside, settings.cache_dir, limit_s, clock=aside.clock)
+            else:
+                measured = profile.load(new, engines[0], settings.cache_dir, limit_s)
         except BaseException as error:
             for engine in engines:
                 engine.close()
@@ -294,12 +345,11 @@ class Service:
 
     def _retire(self, old: Servable) -> None:
         """Let an old servable go once it has answered all that it took."""
-        if old.in_hand and not self._draining:
-            asyncio.get_running_loop().call_later(0.05, self._retire, old)
-            return
-        if not old.in_hand:
+        if old.idle:
             self._retired.discard(old)
             old.close()
+        elif not self._draining:
+            asyncio.get_running_loop().call_later(0.05, self._retire, old)
 
     def _tell_build(self) -> None:
         engine, bundle = self.engines[0], self.bundle
