@@ -160,7 +160,9 @@ class Pace:
         situation, tier = view.situation, view.floor
         forecast, now_s = situation.forecast, situation.now_s
         waiting = situation.queue.allowing(tier)
-        most = view.useful
+        # who comes while a batch runs that fits twice has still time for one like it: so far larger
+        # batches cost nobody his deadline, and are taken however little they gain
+        most = max(view.useful, view.twice)
         # requests a second that are due
         pace = max((h.waiting + h.mean) / h.within_s for h in view.horizons)
         size = forecast.keeping(tier, pace, most)
