@@ -27,10 +27,9 @@ from pcae_serve.queue import due
 MOST_CHECKS = 6
 #: Arrivals to reckon with when keeping the pace: the expected, and so many standard deviations.
 MARGIN = 1.0
-#: Accuracy (of one answer = 1) that must be gained for each deadline that may be missed. The first
-#: is held against a bound that no distribution exceeds, the second against an expectation.
+#: Accuracy (of one answer = 1) that must be gained for each deadline missed by a bound that no
+#: distribution exceeds; by an expectation, one answer pays for another.
 WORST_CASE_PRICE = 10.0
-EXPECTED_PRICE = 2.0
 #: Seconds by which sums may be off.
 ROUNDING_S = 1e-9
 
@@ -229,7 +228,7 @@ class Pace:
         more = max(its - floors for its, floors in zip(misses, floor, strict=True))
         if WORST_CASE_PRICE * more > gain:
             return False
-        return EXPECTED_PRICE * (self._blocked(view, batch) - floor_blocked) <= gain
+        return self._blocked(view, batch) - floor_blocked <= gain
 
     def _blocked(self, view: _View, batch: _Batch) -> float:
         """Requests that are expected to arrive while it runs and be too late when it is done."""
