@@ -17,8 +17,9 @@ WINDOWS_S = tuple(0.0003 * 3**i for i in range(10))
 KEPT = 1024
 #: Requests that the rate is taken over, and fewer than which say nothing of it.
 RATE_OVER, RATE_LEAST = 64, 8
-#: Weight of the newest request in all averages.
-WEIGHT = 1 / 256
+#: Weight of the newest request in all averages: about as many count as for the rate. How longer
+#: windows than that scatter is underestimated: they hold mostly the same requests.
+WEIGHT = 1 / RATE_OVER
 #: Budgets within a factor of this count as one class, and at most so many classes are told apart.
 BUDGET_STEP, MOST_CLASSES = 1.25, 6
 #: Nobody can be served in less; a budget that is nothing would be divided by.

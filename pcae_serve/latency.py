@@ -6,6 +6,7 @@
 It knows numbers only: no clock (times are given), no engine, no queue.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
@@ -124,11 +125,8 @@ class Forecast:
     def largest(self, tier: int, within_s: float, most: int) -> int:
         """The largest batch up to `most` that is promised within `within_s`; 0 where none is."""
         median, seconds = self._median[tier], within_s / (self._factors[tier] * self._tail[tier])
-        low, high = 0, min(most, len(median) - 1)
-        while low < high:  # the median never falls from one batch to the next
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if median[middle] <= seconds else (low, middle - 1)
-        return low
+        # the median never falls from one batch to the next
+        return bisect_right(median, seconds, 1, max(1, min(most + 1, len(median)))) - 1
 
 
 def _table(points: Mapping[int, float], max_batch: int) -> list[float]:

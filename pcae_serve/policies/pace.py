@@ -13,7 +13,9 @@ keeps to the slowest speed that still meets each deadline; here that speed is a 
 It learns nothing of its own: what it expects is the forecast's and the arrivals' to know.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil, sqrt
 from typing import NamedTuple
 
@@ -25,10 +27,9 @@ from pcae_serve.queue import due
 MOST_CHECKS = 6
 #: Arrivals to reckon with when keeping the pace: the expected, and so many standard deviations.
 MARGIN = 1.0
-#: Accuracy (of one answer = 1) that must be gained for each deadline that may be missed. The first
-#: is held against a bound that no distribution exceeds, the second against an expectation.
+#: Accuracy (of one answer = 1) that must be gained for each deadline missed by a bound that no
+#: distribution exceeds; by an expectation, one answer pays for another.
 WORST_CASE_PRICE = 10.0
-EXPECTED_PRICE = 2.0
 #: Seconds by which sums may be off.
 ROUNDING_S = 1e-9
 
@@ -38,49 +39,67 @@ class _Horizon(NamedTuple):
 
     within_s: float
     waiting: int
+    behind: int  # wait too, and are due later
     mean: float  # of those still to come
     deviation: float
-    # on the cheapest tier, in batches as large as there is time for:
-    image_s: float
-    last_s: float  # the last batch
-    # in batches of steady traffic:
-    steady_s: float  # the last batch
-    single_s: float  # a batch of one
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _View:
     """The situation, measured once for all candidates."""
 
     situation: Situation
-    floor: int  # the cheapest tier that somebody waiting allows
-    most: int  # images in a batch of it
+    tiers: Sequence[int]  # that somebody waiting allows
     tightest_s: float
-    horizons: tuple[_Horizon, ...]
-    pace: float  # requests a second that are due
+    # images in a batch of the cheapest of them:
+    useful: int  # beyond which there is little to gain
+    twice: int  # that fits twice into the tightest budget
+    horizons: list[_Horizon]
+
+    @property
+    def floor(self) -> int:
+        return self.tiers[0]
+
+    @property
+    def steady(self) -> int:
+        """The cheapest tier's batch in steady traffic: the tightest wait for one, and their own."""
+        return min(self.useful, self.twice)
+
+    @cached_property
+    def _costs(self) -> list[tuple[float, float]]:
+        """For each horizon, seconds an image and of the last batch: as large as there is time."""
+        forecast, floor = self.situation.forecast, self.floor
+        costs = []
+        for h in self.horizons:
+            size = max(self.steady, forecast.largest(floor, h.within_s / 2, self.useful))
+            last_s = forecast.promised(floor, min(size, h.behind + 1))
+            costs.append((forecast.typical(floor, size) / size, last_s))
+        return costs
 
     def after(self, busy_s: float, taken: int) -> list[float]:
         """Misses to be expected at most by each horizon, once a batch of so many is done.
 
         Scarf's bound (1958) on E[(X - room)+] of a count X of which mean and variance are known.
         """
+        single_s = self.situation.forecast.promised(self.floor, 1)
         misses = []
-        for h in self.horizons:
+        for h, (image_s, last_s) in zip(self.horizons, self._costs, strict=True):
             known = max(0, h.waiting - taken)
-            left_s = h.within_s - busy_s - (h.last_s if known else h.single_s) + h.image_s
-            off = left_s / h.image_s - known - h.mean
+            left_s = h.within_s - busy_s - (last_s if known else single_s) + image_s
+            off = left_s / image_s - known - h.mean
             bound = (sqrt(h.deviation * h.deviation + off * off) - off) / 2
             misses.append(min(bound, known + h.mean))  # no more can miss than there are
         return misses
 
     def overrun_s(self, busy_s: float, taken: int, image_s: float) -> float:
         """Seconds by which the worst horizon is missed, at so many seconds an image."""
-        worst_s = 0.0
+        forecast, worst_s = self.situation.forecast, 0.0
         for h in self.horizons:
             if h.waiting > taken:
-                work_s = (h.waiting - taken + h.mean - 1) * image_s + h.steady_s
+                last_s = forecast.promised(self.floor, min(self.steady, h.behind + 1))
+                work_s = (h.waiting - taken + h.mean - 1) * image_s + last_s
             elif h.mean > 0.5:
-                work_s = h.mean * image_s + h.single_s
+                work_s = h.mean * image_s + forecast.promised(self.floor, 1)
             else:
                 continue
             worst_s = max(worst_s, busy_s + work_s - h.within_s)
@@ -113,11 +132,13 @@ class Pace:
     def choose(self, situation: Situation) -> Run:
         view = _look(situation)
         floor = self._floor(view)
-        tiers = situation.queue.tiers
+        tiers = view.tiers
+        if len(tiers) == 1 or self._keeping(view, 1) is None:
+            return self._run(situation, floor)  # all others are slower still
         misses: tuple[list[float], float] | None = None
         for place in range(len(tiers) - 1, 0, -1):
-            better = self._batch(view, tiers[place])
-            if better is None or not self._keeps_pace(view, better, tiers[place - 1]):
+            better = self._keeping(view, place)
+            if better is None:
                 continue
             if misses is None:
                 misses = view.after(floor.busy_s, floor.gone), self._blocked(view, floor)
@@ -138,14 +159,19 @@ class Pace:
         situation, tier = view.situation, view.floor
         forecast, now_s = situation.forecast, situation.now_s
         waiting = situation.queue.allowing(tier)
-        size = forecast.keeping(tier, view.pace, view.most)
+        # who comes while a batch runs that fits twice has still time for one like it: so far larger
+        # batches cost nobody his deadline, and are taken however little they gain
+        most = max(view.useful, view.twice)
+        # requests a second that are due
+        pace = max((h.waiting + h.mean) / h.within_s for h in view.horizons)
+        size = forecast.keeping(tier, pace, most)
         target = min(len(waiting), size)
         skipped = due(waiting, now_s + forecast.promised(tier, target) - ROUNDING_S)
-        full = self._from(view, tier, min(skipped, len(waiting) - 1))
+        full = self._from(view, tier, min(skipped, len(waiting) - 1), most)
         if not full.first:
             return full
         image_s = forecast.typical(tier, size) / size
-        headed = self._from(view, tier, 0)
+        headed = self._from(view, tier, 0, most)
         lost = [
             batch.first
             + view.overrun_s(forecast.typical(tier, batch.size), batch.gone, image_s) / image_s
@@ -153,21 +179,26 @@ class Pace:
         ]
         return headed if lost[0] <= lost[1] else full
 
-    def _from(self, view: _View, tier: int, first: int) -> _Batch:
-        """The largest batch that the request at `first` allows."""
+    def _from(self, view: _View, tier: int, first: int, most: int) -> _Batch:
+        """The largest batch up to `most` that the request at `first` allows."""
         situation = view.situation
         waiting, forecast = situation.queue.allowing(tier), situation.forecast
-        most = min(situation.max_batch, forecast.useful_batch(tier), len(waiting) - first)
         left_s = waiting[first].deadline_s - situation.now_s
-        size = max(1, forecast.largest(tier, left_s, most))
+        size = max(1, forecast.largest(tier, left_s, min(most, len(waiting) - first)))
         return _Batch(tier, first, size, forecast.promised(tier, size))
 
-    def _batch(self, view: _View, tier: int) -> _Batch | None:
-        """The earliest deadlines on a better tier, as many as the first allows; None: it cannot."""
-        batch = self._from(view, tier, 0)
-        head = view.situation.queue.allowing(tier)[0]
-        late = view.situation.now_s + batch.busy_s > head.deadline_s
-        return None if late else batch
+    def _keeping(self, view: _View, place: int) -> _Batch | None:
+        """The earliest deadlines on a better tier, as many as the first allows.
+
+        None: the first cannot make it there, or not every horizon could be kept thereafter.
+        """
+        situation, tier = view.situation, view.tiers[place]
+        most = min(situation.max_batch, situation.forecast.useful_batch(tier))
+        batch = self._from(view, tier, 0, most)
+        head = situation.queue.allowing(tier)[0]
+        if situation.now_s + batch.busy_s > head.deadline_s:
+            return None
+        return batch if self._keeps_pace(view, batch, view.tiers[place - 1]) else None
 
     def _keeps_pace(self, view: _View, batch: _Batch, rest: int) -> bool:
         """Whether every horizon can be kept, with all that follows on tier `rest`."""
@@ -197,7 +228,7 @@ class Pace:
         more = max(its - floors for its, floors in zip(misses, floor, strict=True))
         if WORST_CASE_PRICE * more > gain:
             return False
-        return EXPECTED_PRICE * (self._blocked(view, batch) - floor_blocked) <= gain
+        return self._blocked(view, batch) - floor_blocked <= gain
 
     def _blocked(self, view: _View, batch: _Batch) -> float:
         """Requests that are expected to arrive while it runs and be too late when it is done."""
@@ -205,7 +236,7 @@ class Pace:
         arrivals, forecast = situation.arrivals, situation.forecast
         left = max(0, len(situation.queue) - batch.gone)
         coming, _ = arrivals.within(batch.busy_s)
-        next_batch = max(1, min(view.most, round(left + coming)))
+        next_batch = max(1, min(view.useful, round(left + coming)))
         done_s = batch.busy_s + forecast.promised(view.floor, next_batch)
         blocked = 0.0
         for budgets in arrivals.classes:
@@ -226,11 +257,11 @@ def _look(situation: Situation) -> _View:
     queue, forecast, now_s = situation.queue, situation.forecast, situation.now_s
     arrivals, devices = situation.arrivals, situation.devices
     waiting, classes = queue.by_deadline, arrivals.classes
-    floor = queue.tiers[0]
-    most = min(situation.max_batch, forecast.useful_batch(floor))
+    tiers = queue.tiers
+    floor = tiers[0]
     tightest_s = classes[0].budget_s if classes else waiting[0].budget_s
-    steady = max(1, forecast.largest(floor, tightest_s / 2, most))
-    single_s, steady_s = forecast.promised(floor, 1), forecast.promised(floor, steady)
+    useful = min(situation.max_batch, forecast.useful_batch(floor))
+    twice = max(1, forecast.largest(floor, tightest_s / 2, situation.max_batch))
 
     step = max(1, len(waiting) // MOST_CHECKS)
     whens = [(waiting[i].deadline_s - now_s, i + 1) for i in range(1, len(waiting), step)]
@@ -243,19 +274,13 @@ def _look(situation: Situation) -> _View:
     horizons = []
     for within_s, count in whens:
         mean, deviation = arrivals.due(within_s)
-        size = max(steady, forecast.largest(floor, within_s / 2, most))
-        last = len(waiting) - count + 1
         horizons.append(
             _Horizon(
                 within_s,
                 ceil(count / devices),
+                len(waiting) - count,
                 mean / devices,
                 deviation / devices,
-                forecast.typical(floor, size) / size,
-                forecast.promised(floor, min(size, last)),
-                steady_s if last >= steady else forecast.promised(floor, last),
-                single_s,
             )
         )
-    pace = max((h.waiting + h.mean) / h.within_s for h in horizons)
-    return _View(situation, floor, most, tightest_s, tuple(horizons), pace)
+    return _View(situation, tiers, tightest_s, useful, twice, horizons)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from pcae_serve.arrivals import Arrivals
+from pcae_serve.arrivals import RATE_OVER, Arrivals
 
 
 def poisson(rate: float, count: int, budgets_s: tuple[float, ...] = (1.0,)) -> Arrivals:
@@ -72,7 +72,8 @@ def test_as_many_are_expected_within_a_time_as_the_rate_says() -> None:
     for seconds in (0.01, 0.1, 1.0):
         mean, variance = arrivals.within(seconds)
         assert mean == pytest.approx(200.0 * seconds, rel=0.3)
-        assert variance == pytest.approx(200.0 * seconds, rel=0.6)  # of a Poisson process
+        if 200.0 * seconds < RATE_OVER:  # no more than the averages run over
+            assert variance == pytest.approx(200.0 * seconds, rel=0.6)  # of a Poisson process
 
 
 def test_clusters_scatter_more_than_regular_arrivals() -> None:
