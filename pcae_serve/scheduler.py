@@ -346,6 +346,7 @@ class Scheduler:
             if isinstance(choice, Wait):
                 wake_s.append(choice.until_s)
                 break  # the devices are equal: what one waits for, all do
+            self._strictness.in_vain(len(choice.let_go))  # as those who expire: alike for all
             for request in choice.let_go:
                 self._queue.remove(request.id)
                 actions.append(Expire(request.id, "load"))

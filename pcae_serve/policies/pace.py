@@ -244,7 +244,7 @@ class Pace:
                 break
             over_s = min(batch.busy_s, done_s - budgets.budget_s)
             blocked += budgets.share * arrivals.within(over_s)[0]
-        return blocked
+        return blocked / situation.devices
 
     @staticmethod
     def _run(situation: Situation, batch: _Batch) -> Run:
@@ -257,8 +257,9 @@ def _look(situation: Situation) -> _View:
     queue, forecast, now_s = situation.queue, situation.forecast, situation.now_s
     arrivals, devices = situation.arrivals, situation.devices
     waiting, classes = queue.by_deadline, arrivals.classes
-    tiers = queue.tiers
-    floor = tiers[0]
+    # the cheapest that the most urgent allows, though somebody who can wait be pinned below it
+    floor = waiting[0].tiers[0]
+    tiers = [tier for tier in queue.tiers if tier >= floor]
     tightest_s = classes[0].budget_s if classes else waiting[0].budget_s
     useful = min(situation.max_batch, forecast.useful_batch(floor))
     twice = max(1, forecast.largest(floor, tightest_s / 2, situation.max_batch))

@@ -94,8 +94,8 @@ def test_from_light_load_to_overload() -> None:
     [
         (0.15, 5, 1.0, 0, 6),  # six are all that the head has time for
         (0.15, 30, 1.0, 0, 6),
-        (0.15, 40, 1.0, 1, 22),
-        (0.15, 60, 1.0, 1, 22),
+        (0.15, 40, 1.0, 1, 32),
+        (0.15, 60, 1.0, 1, 32),
         (0.15, 20, 0.5, 0, 6),  # though more wait, six keep the pace
         (0.12, 15, 0.6, 0, 3),  # three do not, but the rest can still be caught up with
     ],
@@ -132,7 +132,7 @@ def test_devices_share_what_waits(devices: int, tier: int) -> None:
     assert choice(waiting(*[1.0] * 40), devices=devices)[0] == tier
 
 
-@pytest.mark.parametrize(("devices", "tier"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("devices", "tier"), [(1, 1), (3, 2)])
 def test_devices_share_what_is_to_come(devices: int, tier: int) -> None:
     assert choice(waiting(1.0), bursts(2, 0.2, 0.6), devices=devices) == (tier, [0])
 
@@ -140,3 +140,11 @@ def test_devices_share_what_is_to_come(devices: int, tier: int) -> None:
 def test_who_does_not_allow_a_tier_is_not_taken_along() -> None:
     pinned = Request(99, 0.0, 0.9, (0,))
     assert choice([*waiting(2.0, 2.0, tiers=(1, 2)), pinned]) == (2, [0, 1])
+
+
+def test_who_can_wait_does_not_overtake_because_he_is_pinned_to_a_cheaper_tier() -> None:
+    """Forty are due in a second; the one that only the cheapest tier may answer has five."""
+    urgent = [Request(i, 0.0, 1.0, (1, 2)) for i in range(40)]
+    tier, taken = choice([*urgent, Request(40, 0.0, 5.0, (0,))])
+    assert tier == 1
+    assert 40 not in taken
