@@ -522,9 +522,9 @@ class Servable:
                 self._task(self._recover(device))
             return
         self._padding[device] = output.padding
-        self._hung.discard(device)  # it took too long, and was answered, but it came back
         if device not in self._hung:
             self._failures[dispatch.tier] = 0
+        self._hung.discard(device)  # it took too long, and was answered, but it came back
         for row, waiting in enumerate(batch):
             self._answer(waiting, output, row, dispatch.tier, start_s, now_s)
         # not the engine's own seconds: what the event loop and the host add is in every answer

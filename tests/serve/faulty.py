@@ -1,7 +1,8 @@
 """A server whose engine does what an image says: python -m tests.serve.faulty BUNDLE [flags].
 
-The brightness of a batch's first image is a command; while there is a file BROKEN, every batch
-fails. Some waits are as long as the environment says. All else is the server as it ships.
+The brightness of a batch's first image is a command. While there is a file BROKEN, every batch
+fails; while there is NOMAKE, no engine can be made; one made while there is HANGS hangs when it is
+tried. Some waits are as long as the environment says. All else is the server as it ships.
 """
 
 import os
@@ -17,6 +18,7 @@ from pcae_serve import bundle, cli, servable, server, service
 from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.engines import Engine, Output, Pixels, at_once
 from pcae_serve.engines.simulated import SimulatedEngine
+from pcae_serve.errors import StartError
 from pcae_serve.service import Service
 from pcae_serve.settings import Settings
 
@@ -33,18 +35,23 @@ def jumping() -> float:
     return real_time() + ahead_s
 
 
+def there(name: str) -> bool:
+    return Path(os.environ.get(name, "")).is_file()
+
+
 class Faulty(SimulatedEngine):
     """Raises, answers with NaN, hangs until it is terminated, or for good; or moves the clock."""
 
     def __init__(self, bundle: Bundle, device: str = "cpu") -> None:
         super().__init__(bundle, device, lambda tier, batch: 0.002 + 0.002 * batch)
         self._ended = threading.Event()
+        self._hangs = there("HANGS")
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         command = int(pixels[0].mean())
-        if command == RAISE or Path(os.environ.get("BROKEN", "")).is_file():
+        if command == RAISE or there("BROKEN"):
             raise RuntimeError("device-side assert triggered\nand more")
-        if command == HANG:
+        if command == HANG or self._hangs:
             self._ended.wait()
             raise RuntimeError("terminated")
         if command == SLOW:
@@ -62,6 +69,8 @@ class Faulty(SimulatedEngine):
 
 def make(served: Bundle, device: int, through: Callable[[Engine], Engine] = at_once) -> Engine:
     global made
+    if there("NOMAKE"):
+        raise StartError("no memory")
     made += 1
     print(f"engine {made} made", file=sys.stderr, flush=True)
     return Faulty(served)
@@ -78,6 +87,7 @@ class Serve(cli.Serve):
 def main(argv: Sequence[str]) -> int:
     servable.RETRY_S = float(os.environ.get("RETRY_S", servable.RETRY_S))
     server.HEAD_S = float(os.environ.get("HEAD_S", server.HEAD_S))
+    server.READ_S = float(os.environ.get("READ_S", server.READ_S))
     service.BATCH_S = float(os.environ.get("BATCH_S", service.BATCH_S))
     return cli.run(Serve, argv)
 

@@ -157,6 +157,98 @@ def test_a_batch_that_comes_back_too_late_does_not_excuse_the_next_one(running: 
     assert running.ask(faulty.RAISE).status_code == 500
 
 
+def test_batches_that_come_back_too_late_take_their_tier_out_of_routing(running: Running) -> None:
+    """As on a GPU, where nothing ends a batch before its time."""
+    for _ in range(3):
+        assert running.ask(faulty.SLOW, "tier=fast&budget_ms=5000").status_code == 500
+        running.until(lambda: running.ask(200, "tier=full&budget_ms=5000").status_code == 200)
+    assert "tier fast leaves routing" in running.log
+    running.until(lambda: running.ask(200, "tier=fast&budget_ms=5000").status_code == 200)
+
+
+def test_an_engine_that_cannot_be_made_again_wedges_nothing(tmp_path: Path) -> None:
+    missing = tmp_path / "nomake"
+    with serving(tmp_path, NOMAKE=str(missing)) as running:
+        missing.touch()
+        answers: list[int] = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(running.ask(faulty.RAISE).status_code))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert set(answers) <= {500, 503}
+        assert running.get("/readyz").status_code == 503
+        missing.unlink()
+        running.until(lambda: running.get("/readyz").status_code == 200)
+        assert [running.ask().status_code for _ in range(3)] == [200] * 3
+        assert "pcae_queue_depth 0.0" in running.get("/metrics").text
+
+
+def test_a_request_behind_another_on_its_connection_gets_its_answer(tmp_path: Path) -> None:
+    """The time that a head may take is no time for the body of the request before."""
+    with (
+        serving(tmp_path, "--upload-s", "1.5", HEAD_S="0.5", READ_S="0.5") as running,
+        running.raw() as client,
+    ):
+        client.sendall(
+            b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+            b"POST /classify?budget_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+        )
+        answers = b""
+        while part := client.recv(4096):
+            answers += part
+        assert answers.count(b"HTTP/1.1 200 ") == 1
+        assert answers.count(b"HTTP/1.1 408 ") == 1
+
+        with socket.socket() as deaf:  # it asks and asks, and reads nothing
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect((running.host, running.port))
+            deaf.settimeout(15)
+            with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                _ask_for_ever(deaf)
+
+
+def _ask_for_ever(connection: socket.socket) -> None:
+    for _ in range(2000):
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
+        time.sleep(0.01)
+
+
+def test_uploads_that_a_stop_cuts_off_are_told_so(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path, "--drain-s", "0.5") as running,
+        running.raw() as one,
+        running.raw() as many,
+    ):
+        for client, path in ((one, "/classify"), (many, "/classify/batch")):
+            head = f"POST {path}?budget_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n"
+            client.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=b\r\n\r\n")
+        running.until(lambda: "pcae_queue_depth 1.0" in running.get("/metrics").text)
+        running.process.send_signal(signal.SIGTERM)
+        for client in (one, many):
+            assert client.recv(4096).startswith(b"HTTP/1.1 503 ")
+        assert running.process.wait(10) == 0
+    assert "Traceback" not in running.log
+
+
+def test_a_new_engine_that_hangs_leaves_the_old_one_serving(tmp_path: Path) -> None:
+    keys, hangs = tmp_path / "admin", tmp_path / "hangs"
+    keys.write_text(ADMIN)
+    flags = ("--admin-keys-file", str(keys), "--watchdog-s", "0.5")
+    with serving(tmp_path, *flags, HANGS=str(hangs)) as running:
+        hangs.touch()
+        admin = {"X-API-Key": ADMIN}
+        refused = httpx2.post(f"{running.url}/admin/reload", headers=admin, timeout=60)
+        assert refused.status_code == 422
+        assert "did not come back" in refused.json()["detail"]
+        time.sleep(2.5)  # what is not told to end is given up by then
+        assert running.get("/livez").status_code == 200
+        assert running.ask().status_code == 200
+
+
 def test_clocks_that_jump_change_nothing(running: Running) -> None:
     answers = [running.ask(faulty.JUMP, "budget_ms=2000") for _ in range(3)]
     answers += [running.ask() for _ in range(5)]
