@@ -437,6 +437,7 @@ def _tier(service: Service, index: int) -> schemas.TierInfo:
         agreement=tier.agreement,
         fidelity=tier.fidelity,
         dominated=tier.dominated,
+        in_service=index not in service.closed,
         latency_ms=None
         if forecast is None
         else {n: round(forecast.typical(index, n) * 1e3, 2) for n in LATENCY_BATCHES if n <= most},

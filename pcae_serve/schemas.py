@@ -83,6 +83,7 @@ class TierInfo(BaseModel):
     agreement: Agreement | None = Field(description="with k = 1.0, where no labels were at hand")
     fidelity: Fidelity | None = Field(description="to the features of k = 1.0, without a head")
     dominated: bool = Field(description="a cheaper tier is as good: auto never takes it")
+    in_service: bool = Field(True, description="false while it fails: nobody is answered on it")
     latency_ms: dict[int, float] | None = Field(
         description="by batch size, on this machine, as expected now; null until measured"
     )

@@ -94,7 +94,10 @@ def serving(
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One server for all tests that leave it well."""
     with serving(
-        tmp_path_factory.mktemp("faults"), "--watchdog-s", "0.4", "--upload-s", "0.5", HEAD_S="1"
+        tmp_path_factory.mktemp("faults"),
+        *("--watchdog-s", "0.4", "--upload-s", "0.5"),
+        HEAD_S="1",
+        RETRY_S="1.5",
     ) as running:
         yield running
 
@@ -121,6 +124,8 @@ def test_a_tier_that_goes_on_failing_leaves_routing_and_comes_back(running: Runn
     assert gone.status_code == 503, gone.text
     assert "'balanced' fails and is out of service" in gone.json()["detail"]
     assert int(gone.headers["retry-after"]) >= 1
+    told = running.get("/tiers").json()["tiers"]
+    assert {tier["name"]: tier["in_service"] for tier in told}["balanced"] is False
     assert running.ask(200, "min_tier=balanced&budget_ms=5000").json()["tier"] == "full"
     assert running.get("/readyz").status_code == 200
     running.until(lambda: running.ask(200, "tier=balanced&budget_ms=5000").status_code == 200)
