@@ -1,0 +1,63 @@
+"""What the service adds to one image on an idle machine: everything but decoding and compute.
+
+    python benchmarks/idle.py [--requests 1000]
+
+The demo bundle through the service itself, without HTTP, one image after the other: the wait for
+the scheduler's decision, its events, and the way to the device's thread and back.
+"""
+
+import argparse
+import asyncio
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from pcae_serve import bundle as bundles
+from pcae_serve import engines
+from pcae_serve.servable import Ask
+from pcae_serve.service import Service
+from pcae_serve.settings import Settings
+
+SAMPLES = Path(__file__).parents[1] / "docs" / "samples"
+
+
+async def measure(requests: int) -> None:
+    body = min(SAMPLES.glob("*.png")).read_bytes()
+    bundle = bundles.load(bundles.demo())
+    with tempfile.TemporaryDirectory() as cache:
+        settings = Settings(cache_dir=Path(cache))
+        engine = engines.configured(settings, bundle)
+        service = Service(settings, bundle, [engine])
+        await service.start()
+        loop, rows = asyncio.get_running_loop(), []
+
+        async def read() -> bytes:
+            return body
+
+        for _ in range(requests):
+            answer = await service.answer(Ask(loop.time(), 1000.0), read)
+            done_s = loop.time()
+            begin_s = done_s - answer.total_s
+            await asyncio.sleep(0.005)  # the machine is idle again
+            direct_s = loop.time()
+            engine.run(answer.tier, np.zeros((1, 28, 28, 3), np.uint8))
+            direct_s = loop.time() - direct_s
+            added_s = done_s - begin_s - answer.decode_s - answer.compute_s
+            rows.append((answer.queue_s, added_s, answer.compute_s - direct_s))
+        await service.stop()
+    print(f"{requests} images, milliseconds            median      p99")
+    names = ("waiting for the device", "all but decode and compute", "compute over a direct call")
+    for name, values in zip(names, np.array(rows[50:]).T, strict=True):
+        middle, last = 1e3 * np.percentile(values, (50, 99))
+        print(f"{name:<30} {middle:10.3f} {last:8.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=1000)
+    asyncio.run(measure(parser.parse_args().requests))
+
+
+if __name__ == "__main__":
+    main()
