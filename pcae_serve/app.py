@@ -25,12 +25,10 @@ from pcae_serve.engines import GPU_BACKENDS, NOTES
 from pcae_serve.errors import (
     InvalidParameter,
     NoKey,
-    OutOfService,
     RequestError,
     TooLarge,
     UnreadableImage,
     UnsupportedType,
-    UploadTooSlow,
     WrongKey,
     one_line,
     shown,
@@ -235,13 +233,14 @@ def create_app(
         and why, stands with it, in the order of the fields.
         """
         logits = replace(ask, answers="logits")
+        service.bundle.allowed(ask.tier, ask.min_tier)  # before anything is uploaded
 
         async def one(image: bytes) -> schemas.BatchItem:
             async def read() -> bytes:
                 return image
 
             try:
-                answer = await service.answer(logits, read)
+                answer = await service.answer(logits, read, admitted=True)
             except RequestError as error:
                 return schemas.BatchItem(status=error.status, problem=_document(error))
             answered = schemas.Classification(
@@ -250,16 +249,8 @@ def create_app(
             return schemas.BatchItem(status=200, answer=answered)
 
         async def all_(read: Callable[[], Awaitable[list[bytes]]]) -> list[schemas.BatchItem]:
-            try:
-                with service.receiving():
-                    async with asyncio.timeout(service.settings.upload_s):
-                        images = await read()
-            except TimeoutError:
-                raise UploadTooSlow(
-                    f"the body did not arrive within {service.settings.upload_s:g} s: send it"
-                    " faster, or fewer images"
-                ) from None
-            return await asyncio.gather(*map(one, images))
+            with service.taking():
+                return await asyncio.gather(*map(one, await service.receive(read)))
 
         most = service.settings.max_images
         results = await unless_left(request, all_, partial(_images, request, limit, most))
@@ -284,8 +275,7 @@ def create_app(
     @app.get("/livez", responses=_told_of({503: "only a new process can help"}))
     async def livez() -> schemas.Health:
         """The process answers, and no device is lost in a call that does not come back."""
-        if not service.alive:
-            raise OutOfService("a device does not come back from a call: restart this server")
+        service.require_alive()
         return schemas.Health(status="alive")
 
     @app.get("/readyz", responses=_told_of({503: "starting, stopping, or nothing works"}))
@@ -344,6 +334,7 @@ async def _images(request: Request, limit: int, most: int) -> list[bytes]:
     if not _is_multipart(request):
         raise UnsupportedType("send multipart/form-data, each image as a file field 'image'")
     parser = MultiPartParser(request.headers, limited(request, limit), max_files=most)
+    parser.spool_max_size = limit + 1  # the body is bounded: no disk is needed for it
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError) as error:

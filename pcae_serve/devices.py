@@ -20,13 +20,8 @@ class Device:
     def __init__(self, name: str) -> None:
         self.name = name
         self.lost = False  # a call did not come back, and is not expected to
-        self.broken = False  # there is no engine to run on it, for now
         self._thread = ThreadPoolExecutor(1, name)
         self._running: set[Future[Any]] = set()
-
-    @property
-    def works(self) -> bool:
-        return not (self.lost or self.broken)
 
     def submit(self, call: Callable[[], T]) -> asyncio.Future[T]:
         """Run `call` on the thread, after what was submitted before."""

@@ -39,7 +39,7 @@ class Keys:
         if path is None:
             return cls()
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
             mode = path.stat().st_mode
         except (OSError, UnicodeError) as error:
             raise StartError(f"cannot read the API keys in {path}: {one_line(error)}") from None
@@ -50,6 +50,8 @@ class Keys:
                 f"{path}, line {short[0]}: a key needs at least {LEAST_CHARACTERS} characters; make"
                 " one by `openssl rand -hex 32`"
             )
+        if foreign := sorted(number for number, key in keys if not key.isascii()):
+            raise StartError(f"{path}, line {foreign[0]}: a key must be ASCII, to go in a header")
         if not keys:
             raise StartError(f"{path} holds no API key: one a line")
         if mode & stat.S_IROTH:

@@ -33,7 +33,6 @@ from pcae_serve.errors import (
     RequestError,
     TooLarge,
     UnsupportedType,
-    UploadTooSlow,
     shown,
 )
 from pcae_serve.servable import Answer, Ask
@@ -290,8 +289,7 @@ def router(service: Service, caller: Callable[..., Any]) -> APIRouter:
     @router.get("/health/live", responses=_errors(503))
     async def live() -> Live:
         """The process answers, and no device is lost in a call that does not come back."""
-        if not service.alive:
-            raise OutOfService("a device does not come back from a call: restart this server")
+        service.require_alive()
         return Live(live=True)
 
     @router.get("/health/ready", responses=_errors(503))
@@ -330,16 +328,13 @@ def router(service: Service, caller: Callable[..., Any]) -> APIRouter:
         limit = int(service.settings.max_body_mb * 1e6)
 
         async def run(read: Callable[[], Awaitable[bytes]]) -> Response:
-            try:
-                with service.receiving():
-                    async with asyncio.timeout(service.settings.upload_s):
-                        body = await read()
-            except TimeoutError:
-                raise UploadTooSlow(
-                    f"the body did not arrive within {service.settings.upload_s:g} s: send it"
-                    " faster, or fewer images"
-                ) from None
+            with service.taking():
+                return await answered(await service.receive(read))
+
+        async def answered(body: bytes) -> Response:
             asked, files = _parse(body, request.headers.get(HEADER_LENGTH))
+            if len(files) > (most := service.settings.max_images):
+                raise TooLarge(f"{len(files)} images are too many: send at most {most}")
             _require_outputs(asked, service.bundle)
             said = asked.parameters or RequestParameters()
             service.bundle.allowed(said.tier, said.min_tier)
@@ -544,7 +539,7 @@ async def _answers(service: Service, ask: Ask, files: Sequence[File]) -> list[An
             return await asyncio.to_thread(file)
 
         try:
-            return await service.answer(ask, read)
+            return await service.answer(ask, read, admitted=True)
         except RequestError as error:
             if len(files) == 1:
                 raise

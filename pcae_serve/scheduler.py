@@ -145,6 +145,9 @@ _PAST_S = 1e-4
 MOST_KEPT = 0.05
 #: An errand that found no such moment for so long takes the next one at which nobody waits.
 PATIENCE_S = 2.0
+#: Under steady load there is no such moment: after so long without, the next batch waits for an
+#: errand, and admission reckons with it.
+OVERDUE_S = 5.0
 #: How often a moment is looked for where nothing else happens.
 LOOK_S = 0.1
 
@@ -174,6 +177,7 @@ class Scheduler:
         self._arrivals, self._strictness = Arrivals(), Strictness()
         self._decoding, self._queue = Queue(), Queue()
         self._errands: deque[Offered] = deque()
+        self._errand_s = 0.0  # when one began last
         self._running: list[_Running | None] = [None] * devices
         self._lost: set[int] = set()
         self._wake_at_s: float | None = None
@@ -244,6 +248,7 @@ class Scheduler:
 
     def _machine(self, now_s: float, forecast: Forecast) -> Machine:
         """What there is to serve with."""
+        overdue = self._overdue(now_s)
         frees_in_s = [
             0.0 if running is None else max(0.0, running.expected_end_s - now_s)
             for device, running in enumerate(self._running)
@@ -254,7 +259,7 @@ class Scheduler:
             forecast,
             self._max_batch,
             max(1, len(frees_in_s)),
-            min(frees_in_s, default=0.0),
+            min(frees_in_s, default=0.0) + (self._errands[0].seconds if overdue else 0.0),
             self._strictness.times,
         )
 
@@ -268,9 +273,19 @@ class Scheduler:
             kept = self._missed(errand.seconds, now_s, forecast) > MOST_KEPT
             if patient and (self._decoding or kept):
                 return
-            self._errands.popleft()
-            self._running[device] = _Running(None, now_s + errand.seconds)
-            yield Errand(device, errand.id)
+            yield self._begin_errand(device, now_s)
+
+    def _overdue(self, now_s: float) -> bool:
+        """Whether an errand has waited so long that requests have to wait for it."""
+        if not self._errands:
+            return False
+        return now_s - max(self._errand_s, self._errands[0].now_s) > OVERDUE_S
+
+    def _begin_errand(self, device: int, now_s: float) -> Errand:
+        errand = self._errands.popleft()
+        self._running[device] = _Running(None, now_s + errand.seconds)
+        self._errand_s = now_s
+        return Errand(device, errand.id)
 
     def _missed(self, seconds: float, now_s: float, forecast: Forecast) -> float:
         """Requests expected within that time that cannot wait for the end of it."""
@@ -332,6 +347,9 @@ class Scheduler:
         actions, wake_s = list[Action](), list[float]()
         for device, running in enumerate(self._running):
             if running is not None or not self._queue:
+                continue
+            if self._overdue(now_s):
+                actions.append(self._begin_errand(device, now_s))
                 continue
             choice = self._policy.choose(
                 Situation(

@@ -148,8 +148,13 @@ class Servable:
         *,
         make: Make | None = None,
         recorder: Recorder | None = None,
+        on_lost: Callable[[int], None] | None = None,
     ) -> None:
-        """engines: one a device. make: what replaces one that failed; None: it is used again."""
+        """engines: one a device. make: what replaces one that failed; None: it is used again.
+
+        on_lost is told of a device that never comes back, which other servables may run on too; it
+        calls `lost` of each. None: there are no others.
+        """
         self.settings, self.bundle, self.engines = settings, bundle, list(engines)
         self.latency = setup.latency()
         self._scheduler = setup.scheduler(self.latency)
@@ -175,6 +180,9 @@ class Servable:
         self._hung: set[int] = set()  # devices whose batch was answered before it came back
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls = 0  # on devices
+        self._batches: dict[int, list[_Waiting]] = {}  # of each device, in progress
+        self._broken: set[int] = set()  # devices without an engine of this bundle, for now
+        self._on_lost = on_lost or self.lost
         for i, device in enumerate(devices):
             if device.lost:
                 self._handle(Lost(asyncio.get_running_loop().time(), i))
@@ -207,7 +215,8 @@ class Servable:
     @property
     def works(self) -> bool:
         """Whether anything can be answered: a tier on a device."""
-        return len(self._closed) < len(self.bundle.tiers) and any(d.works for d in self._devices)
+        working = [i for i, d in enumerate(self._devices) if not d.lost and i not in self._broken]
+        return len(self._closed) < len(self.bundle.tiers) and bool(working)
 
     async def answer(
         self, ask: Ask, read: Callable[[], Awaitable[bytes]], decoders: ThreadPoolExecutor
@@ -249,6 +258,15 @@ class Servable:
         self._handle(Offered(loop.time(), id_, seconds))
         done: T = await result
         return done
+
+    def lost(self, device: int) -> None:
+        """A device never comes back: answer its batch, and all if it was the last one."""
+        self._handle(Lost(asyncio.get_running_loop().time(), device))
+        gone = OutOfService("the engine does not come back: ask another server")
+        for waiting in self._batches.get(device, []):
+            _refuse(waiting, gone, Outcome.FAILED)
+        if not self.works:
+            self._refuse_all(gone, Outcome.FAILED)
 
     def stop(self) -> None:
         """Answer everybody in hand that the server is stopping; take nothing more."""
@@ -331,6 +349,10 @@ class Servable:
             ) from None
         except RequestError:
             waiting.outcome = Outcome.UNREADABLE
+            raise
+        except Exception:
+            if body is not None:  # else its client has left
+                waiting.outcome = Outcome.FAILED
             raise
         finally:
             waiting.patience = None
@@ -435,6 +457,11 @@ class Servable:
         batch = [self._waiting[id_] for id_ in dispatch.ids]
         pixels = [waiting.pixels for waiting in batch if waiting.pixels is not None]
         tier = self.bundle.tiers[dispatch.tier]
+        forecast = self.latency.forecast(now_s)
+        self._predicted_s[dispatch.device] = forecast.typical(dispatch.tier, len(batch))
+        for waiting in batch:  # told now, while the forecast is the one it was chosen by
+            waiting.reason = self._reason(dispatch, waiting, forecast, now_s)
+        self._batches[dispatch.device] = batch
         compute = partial(_compute, self.engines[dispatch.device], tier, pixels)
         self._run(
             dispatch.device,
@@ -443,10 +470,6 @@ class Servable:
             partial(self._failed, dispatch.device, dispatch.tier, batch, "hung"),
             self.engines[dispatch.device].terminate,
         )
-        forecast = self.latency.forecast(now_s)
-        self._predicted_s[dispatch.device] = forecast.typical(dispatch.tier, len(batch))
-        for waiting in batch:  # told now, while the forecast is the one it was chosen by
-            waiting.reason = self._reason(dispatch, waiting, forecast, now_s)
 
     def _run(
         self,
@@ -491,16 +514,12 @@ class Servable:
 
     def _lose(self, device: int) -> None:
         self._devices[device].lost = True
-        self._handle(Lost(asyncio.get_running_loop().time(), device))
         log.critical(
             "%s does not come back from a call: /livez fails from now on, so that a supervisor"
             " restarts this server",
             self._devices[device].name,
         )
-        if not self.works:
-            self._refuse_all(
-                OutOfService("the engine does not come back: ask another server"), Outcome.FAILED
-            )
+        self._on_lost(device)
 
     def _computed(
         self,
@@ -510,6 +529,7 @@ class Servable:
         computed: asyncio.Future[Output],
     ) -> None:
         now_s, device = asyncio.get_running_loop().time(), dispatch.device
+        self._batches.pop(device, None)
         try:
             output = computed.result()
         except (Exception, asyncio.CancelledError) as error:
@@ -572,7 +592,7 @@ class Servable:
                 log.error("the engine that failed is used again: %s", error)
                 break
             except Exception as error:  # the machine may be short of memory, for now
-                self._devices[device].broken = True
+                self._broken.add(device)
                 log.error(
                     "no new engine on %s, trying again in %g s: %s",
                     self._devices[device].name,
@@ -587,7 +607,7 @@ class Servable:
             else:
                 old.close()
                 break
-        self._devices[device].broken = False
+        self._broken.discard(device)
         self._handle(Done(asyncio.get_running_loop().time(), device, None))
 
     def _remake(self, device: int) -> Engine:
@@ -699,7 +719,7 @@ class Servable:
         for waiting in list(self._waiting.values()):
             _refuse(waiting, error, outcome)
             self._handle(Left(now_s, waiting.request.id))
-            if waiting.patience is not None:
+            if waiting.patience is not None and not waiting.patience.expired():
                 waiting.patience.reschedule(now_s)
 
     def _task(self, work: Any) -> None:

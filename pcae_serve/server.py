@@ -119,6 +119,8 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,  # ours has the request's id and tier
             ws="none",
+            loop="asyncio",  # whose transports say how much they read at once; ms are not counted
+            timeout_keep_alive=5,  # clients go by it
             timeout_graceful_shutdown=FLUSH_S,
         )
         super().__init__(config)

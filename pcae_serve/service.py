@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from pcae_serve import bundle as bundles
 from pcae_serve import cores, profile
@@ -31,6 +32,7 @@ from pcae_serve.errors import (
     PcaeError,
     Reloading,
     RequestError,
+    UploadTooSlow,
     one_line,
 )
 from pcae_serve.events import Recorder, Setup
@@ -41,6 +43,8 @@ from pcae_serve.servable import RETRY_S, TERMINATE_S, Answer, Ask, Make, Servabl
 from pcae_serve.settings import Settings
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: At the end, a batch in progress has so long before it is told to give up.
 BATCH_S = 5.0
@@ -88,7 +92,7 @@ class Service:
         )
         self._devices = [Device(f"device-{i}") for i in range(len(engines))]
         self._draining = self._reloading = False
-        self._receiving = 0  # bodies of several images, which are not in hand yet
+        self._taken = 0  # requests of several images in hand
         self.left_behind = False  # threads that the interpreter would wait for
 
     @property
@@ -122,7 +126,7 @@ class Service:
     @property
     def in_hand(self) -> int:
         """Requests that have not been answered yet."""
-        return self._receiving + sum(servable.in_hand for servable in self._servables)
+        return self._taken + sum(servable.in_hand for servable in self._servables)
 
     @property
     def _servables(self) -> list[Servable]:
@@ -167,23 +171,26 @@ class Service:
         )
         log.info("ready: %s", self._words())
 
-    async def answer(self, ask: Ask, read: Callable[[], Awaitable[bytes]]) -> Answer:
+    async def answer(
+        self, ask: Ask, read: Callable[[], Awaitable[bytes]], *, admitted: bool = False
+    ) -> Answer:
         """Read, decode, queue and run one image.
 
         `read` is awaited only if the image can still be answered in time, and no longer than that.
+        admitted: it is one of several that were taken together, and is answered in a drain too.
         Raises a RequestError where it cannot be answered.
         """
         try:
-            self.require_ready()
+            self.require_ready(admitted)
         except RequestError:
             self.metrics.ended(Outcome.REFUSED_DRAINING)
             raise
         assert self._servable is not None  # it is ready
         return await self._servable.answer(ask, read, self._decoders)
 
-    def require_ready(self) -> None:
-        """Raises Draining or OutOfService where requests are not taken."""
-        if self._draining or self._servable is None:
+    def require_ready(self, admitted: bool = False) -> None:
+        """Raises Draining or OutOfService where requests are not taken; `admitted` ones were."""
+        if (self._draining and not admitted) or self._servable is None:
             doing = "stopping" if self._draining else "measuring its latencies"
             raise Draining(f"the server is {doing}: ask again, or another one", retry_after_s=1)
         if not self._servable.works:
@@ -192,24 +199,44 @@ class Service:
                 retry_after_s=RETRY_S,
             )
 
+    def require_alive(self) -> None:
+        """Raises OutOfService where only a new process can help."""
+        if not self.alive:
+            raise OutOfService("a device does not come back from a call: restart this server")
+
+    async def receive(self, read: Callable[[], Awaitable[T]]) -> T:
+        """The body of several images. Raises what `read` raises, or UploadTooSlow."""
+        try:
+            async with asyncio.timeout(self.settings.upload_s):
+                return await read()
+        except TimeoutError:
+            self.metrics.ended(Outcome.EXPIRED)
+            raise UploadTooSlow(
+                f"the body did not arrive within {self.settings.upload_s:g} s: send it faster, or"
+                " fewer images"
+            ) from None
+        except RequestError:
+            self.metrics.ended(Outcome.UNREADABLE)
+            raise
+
     @contextmanager
-    def receiving(self) -> Iterator[None]:
-        """While the body of several images comes in: it counts, as a request in hand does.
+    def taking(self) -> Iterator[None]:
+        """While a request of several images is in hand, from its headers on.
 
         Raises Draining, OutOfService, or Overloaded where there are as many as there may be.
         """
         self.require_ready()
-        if self._receiving + self.waiting >= self.settings.queue_limit:
+        if self._taken + self.waiting >= self.settings.queue_limit:
             self.metrics.ended(Outcome.REFUSED_FULL)
             raise Overloaded(
                 f"{self.settings.queue_limit} requests are in hand already: retry later",
                 retry_after_s=1,
             )
-        self._receiving += 1
+        self._taken += 1
         try:
             yield
         finally:
-            self._receiving -= 1
+            self._taken -= 1
 
     async def reload(self) -> Reloaded:
         """Serve what the bundle's folder holds now, without a request dropped.
@@ -310,7 +337,12 @@ class Service:
             self.metrics,
             make=self._make,
             recorder=recorder,
+            on_lost=self._lost,
         )
+
+    def _lost(self, device: int) -> None:
+        for servable in self._servables:
+            servable.lost(device)
 
     def _load_beside(
         self, old: Servable, loop: asyncio.AbstractEventLoop

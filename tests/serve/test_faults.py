@@ -5,6 +5,7 @@ Nothing that was accepted is lost: every request gets exactly one answer.
 
 import asyncio
 import contextlib
+import re
 import resource
 import shutil
 import signal
@@ -187,6 +188,7 @@ def test_an_engine_that_cannot_be_made_again_wedges_nothing(tmp_path: Path) -> N
         assert set(answers) <= {500, 503}
         assert running.get("/readyz").status_code == 503
         missing.unlink()
+        running.process.send_signal(signal.SIGHUP)  # whichever makes one first
         running.until(lambda: running.get("/readyz").status_code == 200)
         assert [running.ask().status_code for _ in range(3)] == [200] * 3
         assert "pcae_queue_depth 0.0" in running.get("/metrics").text
@@ -312,7 +314,9 @@ def test_clients_that_leave_at_every_stage_cost_nobody_anything(running: Running
                 client.sendall(message[:cut])
                 time.sleep(linger_s)
     assert [running.ask().status_code for _ in range(5)] == [200] * 5
-    running.until(lambda: "pcae_" in running.get("/metrics").text)
+    running.until(lambda: "pcae_queue_depth 0.0" in running.get("/metrics").text)
+    [left] = re.findall(r'outcome="left"} ([0-9.]+)', running.get("/metrics").text)
+    assert float(left) >= 1
     assert "Traceback" not in running.log.split("device-side assert triggered")[-1]
 
 
@@ -444,6 +448,9 @@ def test_a_reload_under_load_drops_nobody(tmp_path: Path) -> None:
 def test_a_full_disk_costs_the_cache_and_nothing_else(tmp_path: Path) -> None:
     with serving(tmp_path, limits={resource.RLIMIT_FSIZE: 0}) as running:
         assert running.ask().status_code == 200
+        large = image_bytes(kind="BMP", size=(900, 700))  # beyond what is usually kept in memory
+        answer = httpx2.post(f"{running.url}/classify?budget_ms=9000", files={"image": large})
+        assert answer.status_code == 200
         running.process.send_signal(signal.SIGTERM)
         _, log = running.process.communicate(timeout=20)
     assert "cannot keep the latency profile" in log
