@@ -29,7 +29,7 @@ class OnnxRuntimeEngine:
         options = ort.SessionOptions()
         # ONNX Runtime would count the host's cores, whatever we may use of them
         options.intra_op_num_threads = threads or cores.usable()
-        # spinning between batches takes the cores from decoding: benchmarks/threads.py
+        # spinning threads take the cores from decoding and neighbours: benchmarks/threads.py
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors only
         self._sessions: dict[tuple[str, str], ort.InferenceSession] = {}
