@@ -434,6 +434,9 @@ def test_a_reload_under_load_drops_nobody(tmp_path: Path) -> None:
         assert refused.status_code == 422
         assert "the old bundle serves on" in refused.json()["detail"]
         assert running.ask(250).json()["predictions"][0]["label"] == "d"
+        running.process.send_signal(signal.SIGHUP)
+        running.until(lambda: running.log.count("not reloaded, the old bundle serves on") == 2)
+        assert running.ask(250).json()["predictions"][0]["label"] == "d"
 
         shutil.rmtree(folder)
         write_bundle(folder, name="third", labels=["e", "f", "g", "h"])

@@ -25,7 +25,7 @@ from pcae_serve.service import Service
 from pcae_serve.settings import Settings
 from tests.serve.test_faults import ADMIN, serving
 
-#: Kept keys out of the server that is asked, so that requests reach the routes.
+#: What cannot hold here, or is tested elsewhere.
 UNCHECKED = [
     not_a_server_error,  # refusals are 503 and 504, documented; 500 is looked for here
     positive_data_acceptance,  # bytes drawn at random are no image
@@ -74,7 +74,7 @@ def test_every_answer_is_documented(
     @hypothesis.given(operation.as_strategy(generation_mode=mode))
     def answers(case: schemathesis.Case) -> None:
         response = case.call(timeout=30)
-        assert response.status_code != 500, response.text
+        assert response.status_code < 500 or response.status_code in (503, 504), response.text
         case.validate_response(response, excluded_checks=UNCHECKED)
 
     answers()
