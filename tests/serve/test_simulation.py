@@ -160,7 +160,11 @@ def test_all_is_every_name_of_the_catalogue() -> None:
 def test_ctrl_c_ends_it_without_a_word() -> None:
     command = (sys.executable, "-m", "pcae_serve", "simulate", "--policy", "greedy", "--jobs", "2")
     with subprocess.Popen(
-        (*command, "--requests", "1000000", "--load", "0.5"), stderr=subprocess.PIPE, text=True
+        (*command, "--requests", "1000000", "--load", "0.5"),
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background jobs ignore Ctrl-C, and hand that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         time.sleep(2.5)
         process.send_signal(signal.SIGINT)
