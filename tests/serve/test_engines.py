@@ -68,7 +68,7 @@ def test_memory_does_not_creep_over_batch_sizes_and_tiers(
 
     def every_size() -> float:
         for tier in (demo.tiers[0], demo.tiers[-1]):
-            for batch in (16, 1, 9, 15):  # the largest first: the rest fits into it
+            for batch in (8, 1, 5, 7):  # the largest first: the rest fits into it
                 engine.run(tier, np.zeros((batch, side, side, 3), np.uint8))
         return rss_mb()
 

@@ -235,6 +235,7 @@ def test_two_processes_train_as_one(tune: Any) -> None:
             torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_share_masks_and_stop_together(learn: Any) -> None:
     more = {"epochs": 100_000, "reduction": "random", "log_every": 1}
     shared, alone = learn("shared", **more), learn("alone", **more)
