@@ -20,7 +20,6 @@ from pcae_serve.engines import Engine, Output, Pixels, at_once
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import StartError
 from pcae_serve.service import Service
-from pcae_serve.settings import Settings
 
 RAISE, NAN, HANG, STUCK, JUMP, SLOW = 10, 30, 50, 70, 90, 110
 DAY_S = 86_400.0
@@ -93,5 +92,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    assert issubclass(Serve, Settings)
     sys.exit(main(sys.argv[1:]))
