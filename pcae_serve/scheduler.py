@@ -145,8 +145,11 @@ _PAST_S = 1e-4
 MOST_KEPT = 0.05
 #: An errand that found no such moment for so long takes the next one at which nobody waits.
 PATIENCE_S = 2.0
-#: Under steady load there is no such moment: after so long without, the next batch waits for an
-#: errand, and admission reckons with it.
+#: Under steady load there is no such moment. Then errands take up to this share of a device where
+#: all who wait have that much time left, ...
+SPARE_SHARE = 0.05
+#: ... and this share in any case, and not less than one in so long: admission reckons with it.
+FORCED_SHARE = 0.01
 OVERDUE_S = 5.0
 #: How often a moment is looked for where nothing else happens.
 LOOK_S = 0.1
@@ -177,7 +180,7 @@ class Scheduler:
         self._arrivals, self._strictness = Arrivals(), Strictness()
         self._decoding, self._queue = Queue(), Queue()
         self._errands: deque[Offered] = deque()
-        self._errand_s = 0.0  # when one began last
+        self._errand_s, self._errand_took_s = 0.0, 0.0  # when one began last, and for how long
         self._running: list[_Running | None] = [None] * devices
         self._lost: set[int] = set()
         self._wake_at_s: float | None = None
@@ -269,22 +272,36 @@ class Scheduler:
             if running is not None or not self._errands:
                 continue
             errand = self._errands[0]
-            patient = now_s < errand.now_s + PATIENCE_S
+            patient = now_s < errand.now_s + PATIENCE_S and not self._overdue(now_s)
             kept = self._missed(errand.seconds, now_s, forecast) > MOST_KEPT
             if patient and (self._decoding or kept):
                 return
             yield self._begin_errand(device, now_s)
 
-    def _overdue(self, now_s: float) -> bool:
-        """Whether an errand has waited so long that requests have to wait for it."""
+    def _overdue(self, now_s: float, share: float = FORCED_SHARE) -> bool:
+        """Whether errands have had less than their share of a device for so long."""
         if not self._errands:
             return False
-        return now_s - max(self._errand_s, self._errands[0].now_s) > OVERDUE_S
+        errand = self._errands[0]
+        waited_s = now_s - max(self._errand_s, errand.now_s)
+        return waited_s > min(OVERDUE_S, max(errand.seconds, self._errand_took_s) / share)
+
+    def _spares(self, now_s: float, forecast: Forecast) -> bool:
+        """Whether an errand is due that all who wait have the time for."""
+        if not self._overdue(now_s, SPARE_SHARE):
+            return False
+        return now_s + self._errands[0].seconds < min(self._last_calls(forecast))
+
+    def _last_calls(self, forecast: Forecast) -> Iterator[float]:
+        """Of those who wait, by their fastest tier: when the most urgent one has to begin."""
+        for tier, requests in self._queue.by_cheapest.items():
+            if requests:
+                yield requests[0].deadline_s - forecast.typical(tier, 1)
 
     def _begin_errand(self, device: int, now_s: float) -> Errand:
         errand = self._errands.popleft()
         self._running[device] = _Running(None, now_s + errand.seconds)
-        self._errand_s = now_s
+        self._errand_s, self._errand_took_s = now_s, errand.seconds
         return Errand(device, errand.id)
 
     def _missed(self, seconds: float, now_s: float, forecast: Forecast) -> float:
@@ -348,7 +365,7 @@ class Scheduler:
         for device, running in enumerate(self._running):
             if running is not None or not self._queue:
                 continue
-            if self._overdue(now_s):
+            if self._overdue(now_s) or self._spares(now_s, forecast):
                 actions.append(self._begin_errand(device, now_s))
                 continue
             choice = self._policy.choose(
@@ -378,11 +395,7 @@ class Scheduler:
             actions += self._run_errands(now_s, forecast)
             if self._errands and None in self._running:
                 wake_s.append(now_s + LOOK_S)
-        wake_s += [
-            requests[0].deadline_s - forecast.typical(tier, 1)
-            for tier, requests in self._queue.by_cheapest.items()
-            if requests
-        ]
+        wake_s += self._last_calls(forecast)
         if wake_s and (at_s := max(now_s, min(wake_s)) + _PAST_S) != self._wake_at_s:
             self._wake_at_s = at_s
             actions.append(WakeAt(at_s))

@@ -40,8 +40,12 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_server_starts_from_what_the_command_measured(
-    demo: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo: Bundle,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(profile, "MOST_OFF", float("inf"))  # however this machine's pace changes
     argv = ["profile", str(demo.root), "--seconds", "0.6", "--batches", "2,1"]
     report = tmp_path / "report.json"
     flags = ["--backend", "onnxruntime", "--threads", "1", "--json", str(report)]

@@ -257,7 +257,7 @@ def test_an_errand_waits_until_nobody_else_does() -> None:
     machine = scheduler()
     arrive(machine, 1, 0.0, 5.0)
     arrive(machine, 2, 0.0, 5.0)
-    assert Errand(0, 7) not in machine.handle(Offered(0.1, 7, 0.01))
+    assert Errand(0, 7) not in machine.handle(Offered(0.3, 7, 0.01))
     assert dispatched(machine.handle(Done(0.4, 0, 0.4))) == [Dispatch(0, 2, (2,))]
     assert machine.handle(Done(0.8, 0, 0.4))[-1] == Errand(0, 7)
     assert not dispatched(arrive(machine, 3, 0.805, 5.0))  # the device is not free
@@ -285,3 +285,36 @@ def test_a_long_errand_waits_where_it_would_make_expected_requests_late() -> Non
     assert begun(0.5, 5.0) == [8.0]
     at_s = begun(0.5, 0.12)[0]
     assert 10.0 <= at_s < 10.5  # its patience
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "spare_s", "first"),
+    [
+        (0.9, 9.0, "request"),
+        (1.1, 9.0, "errand"),  # 50 ms are 5 % of a second
+        (1.1, 0.04, "request"),  # who waits has no 50 ms
+        (4.9, 0.04, "request"),
+        (5.1, 0.04, "errand"),  # 1 % of a device is theirs in any case
+    ],
+)
+def test_errands_have_a_share_of_a_device_that_is_never_free(
+    waited_s: float, spare_s: float, first: str
+) -> None:
+    machine = scheduler(max_batch=1)
+    arrive(machine, 1, 0.0, 9.0)
+    machine.handle(Offered(6.0 - waited_s, 7, 0.05))
+    arrive(machine, 2, 5.9, 0.1 + 0.1 + spare_s)
+    actions = machine.handle(Done(6.0, 0, 0.4))
+    assert isinstance(actions[1], Errand if first == "errand" else Dispatch)
+
+
+def test_a_long_errand_is_followed_by_as_long_a_rest() -> None:
+    machine = scheduler(max_batch=1)
+    machine.handle(Offered(0.0, 0, 0.05))
+    arrive(machine, 1, 0.01, 9.0)
+    machine.handle(Offered(0.02, 1, 0.001))
+    arrive(machine, 2, 0.03, 9.0)
+    assert dispatched(machine.handle(Done(0.05, 0, None))) == [Dispatch(0, 2, (1,))]
+    assert dispatched(machine.handle(Done(0.9, 0, 0.4))) == [Dispatch(0, 2, (2,))]
+    arrive(machine, 3, 0.95, 9.0)
+    assert Errand(0, 1) in machine.handle(Done(1.3, 0, 0.4))
