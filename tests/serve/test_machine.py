@@ -12,7 +12,9 @@ from pcae_serve.latency import Latency
 from pcae_serve.policies.catalogue import NAMES, WITH_TIER, create
 from pcae_serve.queue import Request
 from pcae_serve.scheduler import (
+    FORCED_SHARE,
     OVERDUE_S,
+    SPARE_SHARE,
     Action,
     Arrived,
     Closed,
@@ -172,8 +174,7 @@ class World:
                 case Expire(id=id_):
                     self.expired(id_, event.now_s)
                 case Errand(device=device, id=id_):
-                    since_s = event.now_s - self.case.errands[id_][0]
-                    assert not self.waiting or since_s > OVERDUE_S, "somebody waits for it"
+                    self.begun(id_, event.now_s)
                     assert device not in self.running.keys() | self.on_errands
                     assert id_ == self.errands.pop(0)
                     self.on_errands.add(device)
@@ -184,6 +185,15 @@ class World:
                 case Spent() as spent:
                     assert isinstance(event, Done)
                     self.done(event, spent)
+
+    def begun(self, id_: int, now_s: float) -> None:
+        """Who waits for an errand has the time to, or the errand has waited long."""
+        at_s, seconds = self.case.errands[id_]
+        waited_s = now_s - at_s
+        if self.waiting and waited_s <= min(OVERDUE_S, seconds / FORCED_SHARE):
+            assert waited_s > min(OVERDUE_S, seconds / SPARE_SHARE), "somebody waits for it"
+            first_s = min(self.requests[id_].deadline_s for id_ in self.waiting)
+            assert now_s + seconds < first_s, "somebody misses his deadline"
 
     def dispatched(self, dispatch: Dispatch, now_s: float) -> None:
         assert dispatch.device not in self.running.keys() | self.on_errands
