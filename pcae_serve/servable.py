@@ -1,10 +1,11 @@
-"""A servable: one bundle in service, with its engines, its scheduler and the requests it has taken.
+"""A servable: one bundle in service, with its scheduler and the requests it has taken.
 
-    image -> Arrived -> decode -> Decoded -> scheduler -> a device -> answer
+    image -> Arrived -> decode -> Decoded -> scheduler -> a worker -> answer
 
-A failure costs the batch in which it happens: its requests are answered, the engine is made anew,
-and a tier that goes on failing leaves routing until a trial batch succeeds. Everything but decoding
-and the engines runs on the event loop. It knows nothing of HTTP, nor of other servables beside it.
+A failure costs the batch in which it happens: its requests are answered, and a tier that goes on
+failing leaves routing until a trial batch succeeds. How an engine is watched and made anew is its
+worker's business. Everything but decoding and the engines runs on the event loop. It knows nothing
+of HTTP, nor of other servables beside it.
 """
 
 import asyncio
@@ -62,6 +63,7 @@ from pcae_serve.scheduler import (
     WakeAt,
 )
 from pcae_serve.settings import Settings
+from pcae_serve.worker import NotFinite, Worker
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +74,8 @@ T = TypeVar("T")
 LET_GO_RETRY_S = 1.0
 #: Failures of a tier, one after the other, that take it out of routing.
 MOST_FAILURES = 3
-#: A tier out of routing is tried so often, and an engine that cannot be made is tried again.
+#: A tier out of routing is tried so often.
 RETRY_S = 15.0
-#: An engine that was told to give up has so long to come back.
-TERMINATE_S = 2.0
-#: Making an engine takes at most so long: captures and plans of many tiers may take minutes.
-MAKE_S = 600.0
 #: Accuracies of tiers that nobody measured, the cheapest's and the best one's.
 UNMEASURED = (0.9, 1.0)
 
@@ -130,12 +128,8 @@ class _Waiting:
     outcome: Outcome = Outcome.LEFT  # unless somebody says otherwise
 
 
-class NotFinite(Exception):
-    """An engine answered with numbers that are none."""
-
-
 class Servable:
-    """A bundle being served. `bundle`, `latency` and `engines` are what it runs on now."""
+    """A bundle being served. `latency` is what its batches are expected to take."""
 
     def __init__(
         self,
@@ -155,12 +149,12 @@ class Servable:
         on_lost is told of a device that never comes back, which other servables may run on too; it
         calls `lost` of each. None: there are no others.
         """
-        self.settings, self.bundle, self.engines = settings, bundle, list(engines)
+        self.settings, self.bundle = settings, bundle
         self.latency = setup.latency()
         self._scheduler = setup.scheduler(self.latency)
         self._accuracy = setup.ladder.accuracy
         self._policy = create(setup.policy, setup.ladder).name
-        self._devices, self._metrics, self._make = devices, metrics, make
+        self._metrics, self._make = metrics, make
         self._recorder = recorder
         if recorder is not None:
             recorder.begin(setup)
@@ -177,15 +171,28 @@ class Servable:
         self._predicted_s = [0.0] * len(engines)
         self._failures: Counter[int] = Counter()  # of each tier, since it last answered
         self._closed: set[int] = set()  # tiers out of routing
-        self._hung: set[int] = set()  # devices whose batch was answered before it came back
         self._tasks: set[asyncio.Task[None]] = set()
-        self._calls = 0  # on devices
         self._batches: dict[int, list[_Waiting]] = {}  # of each device, in progress
-        self._broken: set[int] = set()  # devices without an engine of this bundle, for now
-        self._on_lost = on_lost or self.lost
-        for i, device in enumerate(devices):
-            if device.lost:
+        tell_lost = on_lost or self.lost
+        self._workers = [
+            Worker(
+                engine,
+                device,
+                watchdog_s=settings.watchdog_s,
+                make=None if make is None else partial(self._remake, i),
+                on_broken=self._broken,
+                on_lost=partial(tell_lost, i),
+            )
+            for i, (engine, device) in enumerate(zip(engines, devices, strict=True))
+        ]
+        for i, worker in enumerate(self._workers):
+            if worker.lost:
                 self._handle(Lost(asyncio.get_running_loop().time(), i))
+
+    @property
+    def engines(self) -> list[Engine]:
+        """Those that run now, one a device."""
+        return [worker.engine for worker in self._workers]
 
     @property
     def in_hand(self) -> int:
@@ -195,7 +202,7 @@ class Servable:
     @property
     def idle(self) -> bool:
         """Nothing is in hand, nor on a device: those who left leave their batch behind."""
-        return not self._waiting and not self._calls
+        return not self._waiting and not any(worker.busy for worker in self._workers)
 
     @property
     def waiting(self) -> int:
@@ -215,8 +222,8 @@ class Servable:
     @property
     def works(self) -> bool:
         """Whether anything can be answered: a tier on a device."""
-        working = [i for i, d in enumerate(self._devices) if not d.lost and i not in self._broken]
-        return len(self._closed) < len(self.bundle.tiers) and bool(working)
+        some_tier = len(self._closed) < len(self.bundle.tiers)
+        return some_tier and any(worker.works for worker in self._workers)
 
     async def answer(
         self, ask: Ask, read: Callable[[], Awaitable[bytes]], decoders: ThreadPoolExecutor
@@ -284,9 +291,8 @@ class Servable:
     def close(self) -> None:
         """Give back what the engines hold. Nothing may be in hand."""
         self.stop()
-        for engine, device in zip(self.engines, self._devices, strict=True):
-            if not device.lost:
-                engine.close()
+        for worker in self._workers:
+            worker.close()
         if self._recorder is not None:
             self._recorder.close()
 
@@ -462,64 +468,17 @@ class Servable:
         for waiting in batch:  # told now, while the forecast is the one it was chosen by
             waiting.reason = self._reason(dispatch, waiting, forecast, now_s)
         self._batches[dispatch.device] = batch
-        compute = partial(_compute, self.engines[dispatch.device], tier, pixels)
-        self._run(
-            dispatch.device,
-            compute,
-            partial(self._computed, dispatch, batch, now_s),
-            partial(self._failed, dispatch.device, dispatch.tier, batch, "hung"),
-            self.engines[dispatch.device].terminate,
+        worker, hung = self._workers[dispatch.device], list[TimeoutError]()
+
+        def took_too_long(error: TimeoutError) -> None:
+            hung.append(error)
+            self._failed(dispatch, batch, "hung", error)
+
+        worker.run(
+            lambda: worker.compute(tier, np.stack(pixels)),
+            lambda done: self._computed(dispatch, batch, now_s, done, hung=bool(hung)),
+            took_too_long,
         )
-
-    def _run(
-        self,
-        device: int,
-        call: Callable[[], T],
-        then: Callable[[asyncio.Future[T]], None],
-        hung: Callable[[BaseException], None],
-        terminate: Callable[[], None],
-    ) -> None:
-        """Run a call on a device, watched: `hung` is told of one that takes far too long."""
-        loop, limit_s = asyncio.get_running_loop(), self.settings.watchdog_s
-        watch: asyncio.TimerHandle | None = None
-
-        def begun() -> None:
-            nonlocal watch
-            watch = loop.call_later(limit_s, bark)
-
-        def watched() -> T:
-            loop.call_soon_threadsafe(begun)  # another bundle's batch may have been before it
-            return call()
-
-        def bark() -> None:
-            self._hung.add(device)
-            hung(TimeoutError(f"it did not come back within {limit_s:g} s"))
-            terminate()
-            loop.call_later(TERMINATE_S, self._give_up, device, running)
-
-        def ended(done: asyncio.Future[T]) -> None:
-            self._calls -= 1
-            if watch is not None:
-                watch.cancel()
-            then(done)
-
-        self._calls += 1
-        running = self._devices[device].submit(watched)
-        running.add_done_callback(ended)
-
-    def _give_up(self, device: int, running: asyncio.Future[Any]) -> None:
-        """A call that does not even end when it is told to."""
-        if not running.done():
-            self._lose(device)
-
-    def _lose(self, device: int) -> None:
-        self._devices[device].lost = True
-        log.critical(
-            "%s does not come back from a call: /livez fails from now on, so that a supervisor"
-            " restarts this server",
-            self._devices[device].name,
-        )
-        self._on_lost(device)
 
     def _computed(
         self,
@@ -527,7 +486,10 @@ class Servable:
         batch: list[_Waiting],
         start_s: float,
         computed: asyncio.Future[Output],
+        *,
+        hung: bool,
     ) -> None:
+        """A batch came back; hung: so late that it was answered as failed before."""
         now_s, device = asyncio.get_running_loop().time(), dispatch.device
         self._batches.pop(device, None)
         try:
@@ -535,32 +497,31 @@ class Servable:
         except (Exception, asyncio.CancelledError) as error:
             kind = "nan" if isinstance(error, NotFinite) else "raised"
             self._padding[device] = 0
-            if device not in self._hung:  # else that has been told
-                self._failed(device, dispatch.tier, batch, kind, error)
-            self._hung.discard(device)
+            if not hung:
+                self._failed(dispatch, batch, kind, error)
             if not self._stopped:
                 self._task(self._recover(device))
             return
         self._padding[device] = output.padding
-        if device not in self._hung:
+        if not hung:
             self._failures[dispatch.tier] = 0
-        self._hung.discard(device)  # it took too long, and was answered, but it came back
         for row, waiting in enumerate(batch):
             self._answer(waiting, output, row, dispatch.tier, start_s, now_s)
         # not the engine's own seconds: what the event loop and the host add is in every answer
         self._handle(Done(now_s, device, now_s - start_s))
 
     def _failed(
-        self, device: int, tier: int, batch: list[_Waiting], kind: str, error: BaseException
+        self, dispatch: Dispatch, batch: list[_Waiting], kind: str, error: BaseException
     ) -> None:
         """Answer a batch that did not run, and take a tier that goes on failing out of routing."""
+        tier = dispatch.tier
         name = self.bundle.tiers[tier].name
         self._failures[tier] += 1
         log.error(
             "a batch of %d on tier %s failed on %s (%s, %d in a row): %s",
             len(batch),
             name,
-            self._devices[device].name,
+            self._workers[dispatch.device].name,
             kind,
             self._failures[tier],
             one_line(error),
@@ -580,35 +541,13 @@ class Servable:
 
     async def _recover(self, device: int) -> None:
         """A new engine for a device whose last batch failed; then the device is free again."""
-        while self._make is not None:
-            old, make = self.engines[device], partial(self._remake, device)
-            try:
-                async with asyncio.timeout(MAKE_S):
-                    self.engines[device] = await self._devices[device].submit(make)
-            except TimeoutError:
-                self._lose(device)
-                return
-            except BundleError as error:  # it lies there no more: what runs is all there is of it
-                log.error("the engine that failed is used again: %s", error)
-                break
-            except Exception as error:  # the machine may be short of memory, for now
-                self._broken.add(device)
-                log.error(
-                    "no new engine on %s, trying again in %g s: %s",
-                    self._devices[device].name,
-                    RETRY_S,
-                    one_line(error),
-                )
-                if not self.works:
-                    self._refuse_all(
-                        OutOfService("the engine failed: ask another server"), Outcome.FAILED
-                    )
-                await asyncio.sleep(RETRY_S)
-            else:
-                old.close()
-                break
-        self._broken.discard(device)
-        self._handle(Done(asyncio.get_running_loop().time(), device, None))
+        if await self._workers[device].renew():
+            self._handle(Done(asyncio.get_running_loop().time(), device, None))
+
+    def _broken(self) -> None:
+        """A device has no engine: answer all in hand if none has one."""
+        if not self.works:
+            self._refuse_all(OutOfService("the engine failed: ask another server"), Outcome.FAILED)
 
     def _remake(self, device: int) -> Engine:
         """An engine from the same files. Raises BundleError where they are others by now."""
@@ -623,7 +562,7 @@ class Servable:
         noise = np.random.default_rng(0).integers(0, 256, (image_size, image_size, 3), np.uint8)
 
         def trial(device: int) -> Output:
-            return _compute(self.engines[device], self.bundle.tiers[tier], [noise])
+            return self._workers[device].compute(self.bundle.tiers[tier], noise[None])
 
         while tier in self._closed:
             await asyncio.sleep(RETRY_S)
@@ -641,7 +580,6 @@ class Servable:
         work, terminate, result = self._errands.pop(errand.id)
 
         def then(done: asyncio.Future[Any]) -> None:
-            self._hung.discard(errand.device)
             if done.cancelled():
                 result.cancel()
             elif not result.done():
@@ -655,8 +593,7 @@ class Servable:
             if not result.done():
                 result.set_exception(error)
 
-        tell = terminate or self.engines[errand.device].terminate
-        self._run(errand.device, partial(work, errand.device), then, hung, tell)
+        self._workers[errand.device].run(partial(work, errand.device), then, hung, terminate)
 
     def _answer(
         self, waiting: _Waiting, output: Output, row: int, tier: int, start_s: float, now_s: float
@@ -741,13 +678,6 @@ def ladder(tiers: Sequence[Tier]) -> Ladder:
         measured = np.linspace(*UNMEASURED, len(tiers)).tolist()
     accuracy = tuple(min(max(quality, 0.0), 1.0) for quality in measured)
     return Ladder(tuple(tier.name for tier in tiers), accuracy)
-
-
-def _compute(engine: Engine, tier: Tier, pixels: list[NDArray[np.uint8]]) -> Output:
-    output = engine.run(tier, np.stack(pixels))
-    if not np.isfinite(output.vectors).all():
-        raise NotFinite(f"tier {tier.name!r} answered with numbers that are not finite")
-    return output
 
 
 def _refuse(waiting: _Waiting, error: RequestError, outcome: Outcome) -> None:

@@ -39,8 +39,9 @@ from pcae_serve.events import Recorder, Setup
 from pcae_serve.latency import Latency
 from pcae_serve.metrics import Metrics, Outcome, Reload
 from pcae_serve.policies.catalogue import create
-from pcae_serve.servable import RETRY_S, TERMINATE_S, Answer, Ask, Make, Servable, ladder
+from pcae_serve.servable import RETRY_S, Answer, Ask, Make, Servable, ladder
 from pcae_serve.settings import Settings
+from pcae_serve.worker import TERMINATE_S
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pcae_serve import bundle
 from pcae_serve.bundle import Bundle
 from pcae_serve.preprocess import Preprocess
 from pcae_serve.settings import Settings
+from tests.serve.gate import Gate
 
 TIERS = {"fast": (0.6, 1000, 0.80), "balanced": (0.8, 2000, 0.85), "full": (1.0, 4000, 0.90)}
 
@@ -88,6 +89,14 @@ def settings(tmp_path: Path) -> Callable[..., Settings]:
     return lambda **changes: Settings(
         **({"cache_dir": tmp_path / "cache", "profile_s": 0.3} | changes)
     )
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """An engine that is let go on at the end."""
+    gate = Gate()
+    yield gate
+    gate.open.set()
 
 
 def image_bytes(level: int = 128, kind: str = "PNG", size: tuple[int, int] = (8, 8)) -> bytes:

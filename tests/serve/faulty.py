@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pcae_serve import bundle, cli, servable, server, service
+from pcae_serve import bundle, cli, servable, server, service, worker
 from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.engines import Engine, Output, Pixels, at_once
 from pcae_serve.engines.simulated import SimulatedEngine
@@ -84,7 +84,7 @@ class Serve(cli.Serve):
 
 
 def main(argv: Sequence[str]) -> int:
-    servable.RETRY_S = float(os.environ.get("RETRY_S", servable.RETRY_S))
+    servable.RETRY_S = worker.RETRY_S = float(os.environ.get("RETRY_S", servable.RETRY_S))
     server.HEAD_S = float(os.environ.get("HEAD_S", server.HEAD_S))
     server.READ_S = float(os.environ.get("READ_S", server.READ_S))
     service.BATCH_S = float(os.environ.get("BATCH_S", service.BATCH_S))

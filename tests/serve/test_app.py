@@ -1,7 +1,6 @@
 """The REST API in process, with the simulated engine: no port, no graph."""
 
 import asyncio
-import json
 import threading
 import time
 from collections import Counter
@@ -11,23 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
 from pcae_serve import bundle
 from pcae_serve.app import create_app
-from pcae_serve.bundle import Accuracy, Agreement, Bundle, Tier
-from pcae_serve.engines import Output, Pixels, driver
+from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.engines.simulated import SimulatedEngine
-from pcae_serve.errors import Draining
 from pcae_serve.policies import Run, Situation, catalogue
 from pcae_serve.policies.greedy import Greedy
 from pcae_serve.preprocess import Preprocess
-from pcae_serve.servable import Ask, ladder
 from pcae_serve.service import Service
 from pcae_serve.settings import Settings
 from tests.serve.conftest import image_bytes, manifest, write_bundle
+from tests.serve.gate import Gate
 
 MakeSettings = Callable[..., Settings]
 
@@ -372,47 +368,6 @@ def test_tiers_tells_of_features(headless: TestClient) -> None:
     assert document["tiers"][0]["fidelity"] is None
 
 
-class Gate:
-    """An engine that runs when it is told to."""
-
-    name, version, device, threads = "gate", "1", "cpu", 0
-    sizes = (1,)
-
-    def terminate(self) -> None:
-        """It is let through, not stopped."""
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.entered = threading.Event()
-        self.batches: list[int] = []
-        self.fails = False
-
-    def run(self, tier: Tier, pixels: Pixels) -> Output:
-        self.entered.set()
-        assert self.open.wait(20)
-        if self.fails:
-            raise RuntimeError("out of memory")
-        self.batches.append(len(pixels))
-        return Output(np.zeros((len(pixels), 4), np.float32), ())
-
-    def shut(self) -> None:
-        """From now on, a batch waits inside."""
-        self.open.clear()
-        self.entered.clear()
-        self.batches.clear()
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.open.set()
-
-
 def test_not_ready_before_latencies_are_known(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
@@ -573,142 +528,3 @@ def test_a_client_that_leaves_while_it_waits_is_never_computed(
 
     asyncio.run(scenario())
     assert gate.batches == [1]
-
-
-def test_stopping_with_work_in_hand_answers_everybody_once(
-    small_bundle: Bundle, settings: MakeSettings, gate: Gate, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def scenario() -> list[Any]:
-        service = Service(settings(), small_bundle, [gate])
-        await service.start()
-        gate.shut()
-        calls = [asyncio.create_task(classify(service, i, 60_000)) for i in range(5)]
-        await asyncio.to_thread(gate.entered.wait, 20)
-        await asyncio.sleep(0.05)  # the others are decoded meanwhile, or still at it
-        stop = asyncio.create_task(service.stop())
-        await asyncio.sleep(0.05)
-        gate.open.set()
-        await stop
-        return await asyncio.gather(*calls, return_exceptions=True)
-
-    answers = asyncio.run(scenario())
-    assert all(isinstance(answer, Draining) for answer in answers)
-    assert not caplog.records
-
-
-async def classify(service: Service, level: int, budget_ms: float) -> Any:
-    async def read() -> bytes:
-        return image_bytes(level)
-
-    ask = Ask(asyncio.get_running_loop().time(), budget_ms)
-    return await service.answer(ask, read)
-
-
-def test_requests_that_wait_together_run_together(
-    small_bundle: Bundle, settings: MakeSettings
-) -> None:
-    batches: list[int] = []
-
-    class Counting(SimulatedEngine):
-        def run(self, tier: Tier, pixels: Pixels) -> Output:
-            batches.append(len(pixels))
-            return super().run(tier, pixels)
-
-    async def together() -> list[Any]:
-        engine = Counting(small_bundle, seconds=lambda _, batch: 0.03 + 1e-4 * batch)
-        service = Service(settings(profile_s=3), small_bundle, [engine])
-        await service.start()
-        batches.clear()
-        answers = await asyncio.gather(*(classify(service, i, 5000) for i in range(12)))
-        await service.stop()
-        return answers
-
-    answers = asyncio.run(together())
-    assert len(answers) == 12
-    assert sum(batches) == 12
-    assert max(batches) >= 4
-
-
-def test_two_devices_run_two_batches_at_once(small_bundle: Bundle, settings: MakeSettings) -> None:
-    both, meet = threading.Barrier(2, timeout=20), threading.Event()
-
-    class Meeting(SimulatedEngine):
-        def run(self, tier: Tier, pixels: Pixels) -> Output:
-            if meet.is_set():
-                both.wait()  # passes only while the other device is inside, too
-            return super().run(tier, pixels)
-
-    async def scenario() -> list[Any]:
-        pair = [Meeting(small_bundle, f"cuda:{i}", quick) for i in range(2)]
-        service = Service(settings(), small_bundle, pair)
-        await service.start()
-        meet.set()
-        answers = await asyncio.gather(*(classify(service, i, 60_000) for i in range(2)))
-        await service.stop()
-        return answers
-
-    answers = asyncio.run(scenario())
-    assert [answer.tier.name for answer in answers] == ["full", "full"]
-
-
-def test_devices_that_differ_are_told(
-    small_bundle: Bundle,
-    settings: MakeSettings,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async def start(gpus: list[str]) -> str:
-        monkeypatch.setattr(driver, "gpus", lambda: gpus)
-        caplog.clear()
-        pair = [SimulatedEngine(small_bundle, f"cuda:{i}", quick) for i in range(2)]
-        service = Service(settings(profile_s=0.1), small_bundle, pair)
-        await service.start()
-        await service.stop()
-        return "".join(record.getMessage() for record in caplog.records)
-
-    told = asyncio.run(start(["NVIDIA L4", "NVIDIA H200"]))
-    assert "the devices differ (simulated on NVIDIA H200, simulated on NVIDIA L4)" in told
-    assert not asyncio.run(start(["NVIDIA L4", "NVIDIA L4"]))
-
-
-@pytest.mark.parametrize(
-    ("accuracy", "agreement", "wanted"),
-    [
-        ((0.6, 0.7, 0.8), (None, None, None), (0.6, 0.7, 0.8)),
-        ((None, None, None), (0.9, 0.95, 1.0), (0.9, 0.95, 1.0)),
-        ((None, None, None), (None, None, None), (0.9, 0.95, 1.0)),
-        ((0.6, None, 0.8), (None, None, None), (0.9, 0.95, 1.0)),
-    ],
-)
-def test_what_policies_are_told_of_accuracy(
-    small_bundle: Bundle,
-    accuracy: tuple[float | None, ...],
-    agreement: tuple[float | None, ...],
-    wanted: tuple[float, ...],
-) -> None:
-    def measured(tier: Tier, top1: float | None, share: float | None) -> Tier:
-        known = {
-            "accuracy": None
-            if top1 is None
-            else Accuracy(top1=top1, n=9, interval=(0, 1), data_set="toy"),
-            "agreement": None if share is None else Agreement(share=share, n=9, data_set="toy"),
-        }
-        return tier.model_copy(update=known)
-
-    tiers = list(map(measured, small_bundle.tiers, accuracy, agreement))
-    found = ladder(tiers)
-    assert found.names == ("fast", "balanced", "full")
-    assert found.accuracy == pytest.approx(wanted)
-
-
-def test_a_dominated_tier_is_left_to_those_who_ask_for_it(
-    tmp_path: Path, settings: MakeSettings, gate: Gate
-) -> None:
-    root = write_bundle(tmp_path / "bundle")
-    document = json.loads((root / "bundle.json").read_text())
-    document["tiers"][1]["dominated"] = True
-    (root / "bundle.json").write_text(json.dumps(document))
-    service = Service(settings(), bundle.load(root), [gate])
-    assert service.bundle.allowed("auto", None) == (0, 2)
-    assert service.bundle.allowed("balanced", None) == (1,)
-    assert service.bundle.allowed("auto", "balanced") == (1, 2)  # what dominates it is not allowed

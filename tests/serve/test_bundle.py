@@ -121,3 +121,13 @@ def test_weights_must_be_among_the_sealed_files(bundle_dir: Path) -> None:
     del files["models/vit/model.safetensors"]
     edit(bundle_dir, files=files)
     assert "model.safetensors" in refused(bundle_dir)
+
+
+def test_a_dominated_tier_is_left_to_those_who_ask_for_it(bundle_dir: Path) -> None:
+    document = json.loads((bundle_dir / "bundle.json").read_text())
+    document["tiers"][1]["dominated"] = True
+    (bundle_dir / "bundle.json").write_text(json.dumps(document))
+    served = bundle.load(bundle_dir)
+    assert served.allowed("auto", None) == (0, 2)
+    assert served.allowed("balanced", None) == (1,)
+    assert served.allowed("auto", "balanced") == (1, 2)  # what dominates it is not allowed

@@ -24,10 +24,9 @@ from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.service import Service
 from pcae_serve.settings import Settings
 from tests.serve.conftest import image_bytes, manifest, write_bundle
-from tests.serve.test_app import Gate, busy, fail, gate, quick, serving, wait_until
+from tests.serve.gate import Gate
+from tests.serve.test_app import busy, fail, quick, serving, wait_until
 from tests.serve.test_cli import server
-
-__all__ = ["gate"]  # a fixture
 
 MakeSettings = Callable[..., Settings]
 INFER = "/v2/models/test/infer"

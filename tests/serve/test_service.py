@@ -1,0 +1,117 @@
+"""The service without HTTP: its start, its devices, its end."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pcae_serve.bundle import Bundle, Tier
+from pcae_serve.engines import Output, Pixels, driver
+from pcae_serve.engines.simulated import SimulatedEngine
+from pcae_serve.errors import Draining
+from pcae_serve.servable import Ask
+from pcae_serve.service import Service
+from pcae_serve.settings import Settings
+from tests.serve.conftest import image_bytes
+from tests.serve.gate import Gate
+from tests.serve.test_app import quick
+
+MakeSettings = Callable[..., Settings]
+
+
+def test_stopping_with_work_in_hand_answers_everybody_once(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> list[Any]:
+        service = Service(settings(), small_bundle, [gate])
+        await service.start()
+        gate.shut()
+        calls = [asyncio.create_task(classify(service, i, 60_000)) for i in range(5)]
+        await asyncio.to_thread(gate.entered.wait, 20)
+        await asyncio.sleep(0.05)  # the others are decoded meanwhile, or still at it
+        stop = asyncio.create_task(service.stop())
+        await asyncio.sleep(0.05)
+        gate.open.set()
+        await stop
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    answers = asyncio.run(scenario())
+    assert all(isinstance(answer, Draining) for answer in answers)
+    assert not caplog.records
+
+
+async def classify(service: Service, level: int, budget_ms: float) -> Any:
+    async def read() -> bytes:
+        return image_bytes(level)
+
+    ask = Ask(asyncio.get_running_loop().time(), budget_ms)
+    return await service.answer(ask, read)
+
+
+def test_requests_that_wait_together_run_together(
+    small_bundle: Bundle, settings: MakeSettings
+) -> None:
+    batches: list[int] = []
+
+    class Counting(SimulatedEngine):
+        def run(self, tier: Tier, pixels: Pixels) -> Output:
+            batches.append(len(pixels))
+            return super().run(tier, pixels)
+
+    async def together() -> list[Any]:
+        engine = Counting(small_bundle, seconds=lambda _, batch: 0.03 + 1e-4 * batch)
+        service = Service(settings(profile_s=3), small_bundle, [engine])
+        await service.start()
+        batches.clear()
+        answers = await asyncio.gather(*(classify(service, i, 5000) for i in range(12)))
+        await service.stop()
+        return answers
+
+    answers = asyncio.run(together())
+    assert len(answers) == 12
+    assert sum(batches) == 12
+    assert max(batches) >= 4
+
+
+def test_two_devices_run_two_batches_at_once(small_bundle: Bundle, settings: MakeSettings) -> None:
+    both, meet = threading.Barrier(2, timeout=20), threading.Event()
+
+    class Meeting(SimulatedEngine):
+        def run(self, tier: Tier, pixels: Pixels) -> Output:
+            if meet.is_set():
+                both.wait()  # passes only while the other device is inside, too
+            return super().run(tier, pixels)
+
+    async def scenario() -> list[Any]:
+        pair = [Meeting(small_bundle, f"cuda:{i}", quick) for i in range(2)]
+        service = Service(settings(), small_bundle, pair)
+        await service.start()
+        meet.set()
+        answers = await asyncio.gather(*(classify(service, i, 60_000) for i in range(2)))
+        await service.stop()
+        return answers
+
+    answers = asyncio.run(scenario())
+    assert [answer.tier.name for answer in answers] == ["full", "full"]
+
+
+def test_devices_that_differ_are_told(
+    small_bundle: Bundle,
+    settings: MakeSettings,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def start(gpus: list[str]) -> str:
+        monkeypatch.setattr(driver, "gpus", lambda: gpus)
+        caplog.clear()
+        pair = [SimulatedEngine(small_bundle, f"cuda:{i}", quick) for i in range(2)]
+        service = Service(settings(profile_s=0.1), small_bundle, pair)
+        await service.start()
+        await service.stop()
+        return "".join(record.getMessage() for record in caplog.records)
+
+    told = asyncio.run(start(["NVIDIA L4", "NVIDIA H200"]))
+    assert "the devices differ (simulated on NVIDIA H200, simulated on NVIDIA L4)" in told
+    assert not asyncio.run(start(["NVIDIA L4", "NVIDIA L4"]))
