@@ -1,120 +1,52 @@
-"""pcae-serve: flags to settings, settings to a listening server. It holds no logic of its own.
+"""pcae-serve: the first word chooses a command, and only what that one needs is loaded.
 
 pcae-serve [serve] …     pcae-serve classify FILE…
 pcae-serve simulate …    pcae-serve replay URL …
+
+It knows commands by name; each stands in a module of its own.
 """
 
-import logging
-import os
-import signal
-import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
+from pydantic import create_model
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
-from pcae_serve import bundle, engines, logs
-from pcae_serve.app import create_app
-from pcae_serve.bundle import Bundle
-from pcae_serve.classify import Classify
 from pcae_serve.command import config, run
-from pcae_serve.engines import Engine, at_once
-from pcae_serve.errors import StartError, one_line
-from pcae_serve.keys import Keys
-from pcae_serve.replay import Replay
-from pcae_serve.server import Server
-from pcae_serve.service import Service
-from pcae_serve.settings import Settings
-from pcae_serve.simulation import Simulate
 
-#: Connections that wait to be accepted.
-BACKLOG = 2048
-
-log = logging.getLogger(__name__)
+#: What pcae-serve does besides serving: where each command stands.
+COMMANDS = {
+    "classify": ("pcae_serve.classify", "Classify"),
+    "simulate": ("pcae_serve.simulation", "Simulate"),
+    "replay": ("pcae_serve.replay", "Replay"),
+}
 
 
-class Serve(Settings):
-    __doc__ = (
-        f"{Settings.__doc__} Other commands: `pcae-serve classify FILE…` asks a running server,"
-        " `pcae-serve simulate` plays traces through the scheduler, `pcae-serve replay URL` sends"
-        " them to a live server; see their --help."
-    )
-
-    def cli_cmd(self) -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
-        logs.configure(self.log_format, self.log_level)
-        with listen(self.host, self.port) as listener:
-            keys, admin_keys = Keys.read(self.api_keys_file), Keys.read(self.admin_keys_file)
-            served = bundle.load(self.bundle or bundle.demo())
-            loaded = [self._engine(served, i) for i in range(len(self.devices))]
-            serve(Service(self, served, loaded, self._engine), listener, keys, admin_keys)
-
-    def _engine(
-        self, served: Bundle, device: int, through: Callable[[Engine], Engine] = at_once
-    ) -> Engine:
-        """An engine for a bundle on one of the devices."""
-        return engines.configured(self, served, self.devices[device], through)
-
-
-class Commands(BaseSettings):
-    """What pcae-serve does besides serving."""
-
+class _Command(BaseSettings):
     model_config = config("pcae-serve")
-
-    classify: CliSubCommand[Classify]
-    simulate: CliSubCommand[Simulate]
-    replay: CliSubCommand[Replay]
 
     def cli_cmd(self) -> None:
         CliApp.run_subcommand(self)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, so that a taken port is told before anything is loaded."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is named, and with it on, answers
-    # on a kept connection come 40 ms late: the body waits for the head to be acknowledged
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(BACKLOG)  # two may bind, one may listen
-    except OSError as error:
-        listener.close()
-        raise StartError(
-            f"cannot listen on {host}:{port}: {error.strerror}; stop what holds it or choose --port"
-        ) from None
-    return listener
-
-
-def serve(
-    service: Service, listener: socket.socket, keys: Keys | None = None, masters: Keys | None = None
-) -> None:
-    """Answer requests until a signal comes. Raises StartError where the service cannot start."""
-    failures = list[BaseException]()
-
-    def stop(error: BaseException) -> None:
-        failures.append(error)
-        server.should_exit = True
-
-    app = create_app(service, stop, keys, masters)
-    host, port = listener.getsockname()[:2]
-    log.info("listening on http://%s:%d, not ready yet", f"[{host}]" if ":" in host else host, port)
-    server = Server(app, service)
-    server.run(sockets=[listener])
-    if failures:
-        raise StartError(f"the latencies cannot be measured: {one_line(failures[0])}")
-    if service.left_behind:  # the interpreter would wait for them
-        logging.shutdown()
-        os._exit(0 if service.alive else 1)
-
-
 def start(argv: Sequence[str]) -> int:
     """Run the command that the first word names, and serve where it names none."""
     word = argv[0] if argv else ""
-    if word in Commands.model_fields:
-        return run(Commands, argv)
+    if word in COMMANDS:
+        return run(_command(word), argv)
+    from pcae_serve.serve import Serve  # half a second that the others need not wait for
+
     return run(Serve, argv[1:] if word == "serve" else argv)
+
+
+def _command(word: str) -> type[BaseSettings]:
+    """A command line with one command: the others are not loaded for it."""
+    module, name = COMMANDS[word]
+    model: Any = getattr(import_module(module), name)
+    fields: dict[str, Any] = {word: (CliSubCommand[model], ...)}  # type: ignore[misc]
+    return create_model("Command", __base__=_Command, **fields)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def files(folder: str) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("module", ["pcae_serve.app", "pcae_serve.cli"])
+@pytest.mark.parametrize("module", ["pcae_serve.app", "pcae_serve.serve"])
 def test_the_server_starts_light(module: str) -> None:
     loaded = modules_after(f"import {module}")
     assert "pcae_serve" in loaded

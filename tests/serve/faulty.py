@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pcae_serve import bundle, cli, servable, server, service, worker
+from pcae_serve import bundle, servable, serve, server, service, worker
 from pcae_serve.bundle import Bundle, Tier
+from pcae_serve.command import run
 from pcae_serve.engines import Engine, Output, Pixels, at_once
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import StartError
+from pcae_serve.keys import Keys
 from pcae_serve.service import Service
 
 RAISE, NAN, HANG, STUCK, JUMP, SLOW = 10, 30, 50, 70, 90, 110
@@ -75,12 +77,12 @@ def make(served: Bundle, device: int, through: Callable[[Engine], Engine] = at_o
     return Faulty(served)
 
 
-class Serve(cli.Serve):
+class Serve(serve.Serve):
     def cli_cmd(self) -> None:
-        with cli.listen(self.host, self.port) as listener:
+        with serve.listen(self.host, self.port) as listener:
             served = bundle.load(self.bundle or bundle.demo())
             faulty = Service(self, served, [make(served, 0)], make)
-            cli.serve(faulty, listener, cli.Keys.read(None), cli.Keys.read(self.admin_keys_file))
+            serve.serve(faulty, listener, Keys.read(None), Keys.read(self.admin_keys_file))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     server.HEAD_S = float(os.environ.get("HEAD_S", server.HEAD_S))
     server.READ_S = float(os.environ.get("READ_S", server.READ_S))
     service.BATCH_S = float(os.environ.get("BATCH_S", service.BATCH_S))
-    return cli.run(Serve, argv)
+    return run(Serve, argv)
 
 
 if __name__ == "__main__":

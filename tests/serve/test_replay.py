@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from pcae_serve import replay
-from pcae_serve.cli import Commands
-from pcae_serve.command import run
+from pcae_serve.cli import start
 from pcae_serve.policies.ladder import Ladder
 from pcae_serve.replay import Answer, Record, in_hand
 from pcae_serve.report import FAILED
@@ -153,7 +152,7 @@ def replayed(url: str, tmp_path: Path, *flags: str) -> tuple[dict[str, Any], lis
     """The report's only row, and every request's."""
     report, rows = tmp_path / "report.json", tmp_path / "rows.csv"
     given = ("replay", url, "--trace", "poisson", "--json", str(report), "--rows", str(rows))
-    assert run(Commands, [*given, *flags]) == 0
+    assert start([*given, *flags]) == 0
     [row] = json.loads(report.read_text())["rows"]
     with rows.open(newline="") as file:
         return row, list(csv.DictReader(file))
@@ -286,7 +285,7 @@ def test_a_sender_that_lags_voids_the_run(
     folder = images(tmp_path / "images", "answer 0")
     report = tmp_path / "report.json"
     flags = ("--trace", "poisson", "--rate", "100", "--requests", "20", "--images", str(folder))
-    assert run(Commands, ["replay", stand_in.url, *flags, "--json", str(report)]) == 1
+    assert start(["replay", stand_in.url, *flags, "--json", str(report)]) == 1
     told = capsys.readouterr()
     assert "VOID" in told.out
     assert "void: the sender fell" in told.err
@@ -314,14 +313,14 @@ def test_what_cannot_be_is_told_in_one_line(
 ) -> None:
     images(tmp_path / "bad", "415 0")
     monkeypatch.chdir(tmp_path)
-    assert run(Commands, ["replay", stand_in.url, "--trace", "poisson", *flags]) == code
+    assert start(["replay", stand_in.url, "--trace", "poisson", *flags]) == code
     [line] = capsys.readouterr().err.strip().splitlines()
     assert words in line
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "https://example.org", "ftp:"])
 def test_no_server(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(Commands, ["replay", url, "--trace", "poisson", "--rate", "5"]) == 1
+    assert start(["replay", url, "--trace", "poisson", "--rate", "5"]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
     assert url[:5] in line
 
@@ -330,7 +329,7 @@ def test_a_server_that_has_not_measured_yet(
     stand_in: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stand_in.told = TOLD | {"tiers": [tier("full", 0.8, 1.0, latency_ms=None)]}
-    assert run(Commands, ["replay", stand_in.url, "--rate", "5"]) == 1
+    assert start(["replay", stand_in.url, "--rate", "5"]) == 1
     assert "/readyz" in capsys.readouterr().err
 
 

@@ -13,8 +13,7 @@ import pytest
 
 from pcae_serve import bundle as bundles
 from pcae_serve import profile, profiles, simulation
-from pcae_serve.cli import Commands
-from pcae_serve.command import run
+from pcae_serve.cli import start
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import StartError
 from pcae_serve.policies import catalogue
@@ -27,13 +26,13 @@ def simulated(tmp_path: Path, *flags: str, small: bool = True) -> dict[str, Any]
     """What the command wrote as JSON."""
     file = tmp_path / "report.json"
     given = ("--jobs", "1", *(SMALL if small else ()), *flags, "--json", str(file))
-    assert run(Commands, ["simulate", *given]) == 0
+    assert start(["simulate", *given]) == 0
     told: dict[str, Any] = json.loads(file.read_text())
     return told
 
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
-    code = run(Commands, ["simulate", "--jobs", "1", *SMALL, *flags])
+    code = start(["simulate", "--jobs", "1", *SMALL, *flags])
     [line] = capsys.readouterr().err.strip().splitlines()
     return code, line
 
