@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from math import ceil
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -19,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from pcae_serve import __version__, oip, schemas, telemetry
+from pcae_serve import __version__, oip, openapi, schemas, telemetry, timing
 from pcae_serve.body import limited, unless_left
 from pcae_serve.engines import GPU_BACKENDS, NOTES
 from pcae_serve.errors import (
@@ -116,6 +115,13 @@ async def given_key(
 Given = Annotated[str | None, Depends(given_key)]
 
 
+class _Api(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            openapi.add_headers(super().openapi())
+        return super().openapi()
+
+
 def create_app(
     service: Service,
     on_failure: Callable[[BaseException], None],
@@ -141,7 +147,7 @@ def create_app(
         start.cancel()
         await service.stop()
 
-    app = FastAPI(
+    app = _Api(
         title="pcae-serve",
         version=__version__,
         description="One vision transformer, many token budgets: say how long you can wait.",
@@ -149,7 +155,7 @@ def create_app(
         telemetry=telemetry.config(),
         redirect_slashes=False,
     )
-    known, masters = keys or Keys(), admin_keys or Keys()
+    known, admin = keys or Keys(), admin_keys or Keys()
     limit = int(service.settings.max_body_mb * 1e6)
 
     # coroutines, all three: FastAPI runs a plain function in a thread, for 0.1 ms each
@@ -158,15 +164,15 @@ def create_app(
             return
         if given is None:
             raise NoKey("send an API key as the header X-API-Key, or as a bearer token")
-        if given not in known and given not in masters:
+        if given not in known and given not in admin:
             raise WrongKey("this API key is not known")
 
     async def administrator(given: Given) -> None:
-        if not masters:
+        if not admin:
             raise WrongKey("nobody may: start the server with --admin-keys-file")
         if given is None:
             raise NoKey("send an admin key as the header X-API-Key, or as a bearer token")
-        if given not in masters:
+        if given not in admin:
             raise WrongKey("this is no admin key")
 
     needs_key = [Depends(caller)]
@@ -194,11 +200,7 @@ def create_app(
         ask = replace(ask, answers=answers)
         read = partial(_image, request, limit)
         answer = await unless_left(request, partial(service.answer, ask), read)
-        request.state.tier = answer.tier.name
-        telemetry.annotate(tier=answer.tier.name, queue_ms=round(1e3 * answer.queue_s, 2))
-        response.headers["Server-Timing"] = ", ".join(
-            f"{name};dur={ms}" for name, ms in _timings(answer).model_dump().items()
-        )
+        timing.tell(request, response, [answer])
         return answer
 
     @app.post("/classify", openapi_extra=_IMAGE_BODY, responses=_PROBLEMS, dependencies=needs_key)
@@ -223,6 +225,7 @@ def create_app(
     )
     async def classify_batch(
         request: Request,
+        response: Response,
         ask: Annotated[Ask, Depends(asked)],
         top_k: Annotated[int, Query(ge=1, description="classes to return")] = 5,
         explain: Explain = False,
@@ -235,6 +238,8 @@ def create_app(
         logits = replace(ask, answers="logits")
         service.bundle.allowed(ask.tier, ask.min_tier)  # before anything is uploaded
 
+        answers: list[Answer] = []
+
         async def one(image: bytes) -> schemas.BatchItem:
             async def read() -> bytes:
                 return image
@@ -243,6 +248,7 @@ def create_app(
                 answer = await service.answer(logits, read, admitted=True)
             except RequestError as error:
                 return schemas.BatchItem(status=error.status, problem=_document(error))
+            answers.append(answer)
             answered = schemas.Classification(
                 predictions=_predictions(answer, top_k), **_told(answer, ask, explain)
             )
@@ -254,6 +260,8 @@ def create_app(
 
         most = service.settings.max_images
         results = await unless_left(request, all_, partial(_images, request, limit, most))
+        timing.tell(request, response, answers)
+        request.state.images = timing.tally([result.status for result in results])
         return schemas.Batch(results=results)
 
     @app.post("/embed", openapi_extra=_IMAGE_BODY, responses=_PROBLEMS, dependencies=needs_key)
@@ -376,19 +384,10 @@ def _told(answer: Answer, ask: Ask, explain: bool) -> dict[str, Any]:
         "tokens": list(answer.tier.token_counts),
         "reason": answer.reason,
         "budget_ms": ask.budget_ms,
-        "met_budget": answer.total_s * 1e3 <= ask.budget_ms,
-        "timings_ms": _timings(answer),
+        "met_budget": answer.met_budget,
+        "timings_ms": timing.timings(answer),
         "kept": [np.sort(stage).tolist() for stage in answer.kept] if explain else None,
     }
-
-
-def _timings(answer: Answer) -> schemas.Timings:
-    return schemas.Timings(
-        decode=round(answer.decode_s * 1e3, 2),
-        queue=round(answer.queue_s * 1e3, 2),
-        compute=round(answer.compute_s * 1e3, 2),
-        total=round(answer.total_s * 1e3, 2),
-    )
 
 
 def _tiers(service: Service) -> schemas.Tiers:
@@ -428,7 +427,7 @@ def _tier(service: Service, index: int) -> schemas.TierInfo:
         agreement=tier.agreement,
         fidelity=tier.fidelity,
         dominated=tier.dominated,
-        in_service=index not in service.closed,
+        in_service=index not in service.out_of_service,
         latency_ms=None
         if forecast is None
         else {n: round(forecast.typical(index, n) * 1e3, 2) for n in LATENCY_BATCHES if n <= most},
@@ -439,10 +438,7 @@ def _problem(
     status: int, title: str, detail: str, kind: str = "about:blank", **members: Any
 ) -> JSONResponse:
     document = {"type": kind, "title": title, "status": status, "detail": detail} | members
-    headers = {}
-    if (retry_after_s := members.get("retry_after_s")) is not None:
-        headers["Retry-After"] = str(max(1, ceil(retry_after_s)))  # whole seconds, as HTTP wants
-    return JSONResponse(document, status, headers, media_type=PROBLEM)
+    return JSONResponse(document, status, media_type=PROBLEM)
 
 
 async def _refused(_: Request, error: Exception) -> Response:
@@ -453,8 +449,7 @@ async def _refused(_: Request, error: Exception) -> Response:
 def refusal(error: RequestError) -> Response:
     """The answer that an error is."""
     response = _problem(error.status, error.title, error.detail, _kind(error), **error.members)
-    if isinstance(error, NoKey):
-        response.headers["WWW-Authenticate"] = "Bearer"
+    response.headers.update(error.headers)
     return response
 
 

@@ -1,4 +1,4 @@
-"""A device as the server sees it: a thread that does one thing at a time, and may never come back.
+"""Threads that may never come back, and a device as the server sees it: one that takes turns.
 
 A call into a GPU's driver or a native library cannot be killed from outside. A thread that is lost
 in one is given up: the rest of the process goes on without it, and ends without waiting for it. It
@@ -14,18 +14,17 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Device:
-    """One worker thread. What is submitted runs in order, one call at a time."""
+class Threads:
+    """So many threads. What is submitted begins in order."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, count: int) -> None:
         self.name = name
-        self.lost = False  # a call did not come back, and is not expected to
-        self._thread = ThreadPoolExecutor(1, name)
+        self._threads = ThreadPoolExecutor(count, name)
         self._running: set[Future[Any]] = set()
 
     def submit(self, call: Callable[[], T]) -> asyncio.Future[T]:
-        """Run `call` on the thread, after what was submitted before."""
-        running = self._thread.submit(call)
+        """Run `call` on a thread, after what was submitted before."""
+        running = self._threads.submit(call)
         self._running.add(running)  # asyncio's future may be cancelled; the call goes on
         running.add_done_callback(self._running.discard)
         return asyncio.wrap_future(running)
@@ -36,10 +35,21 @@ class Device:
         return bool(self._running)
 
     async def shutdown(self, limit_s: float) -> bool:
-        """Wait for the call in progress, at most so long; whether it came back."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        if not self.lost:
-            end_s = time.monotonic() + limit_s
-            while self.busy and time.monotonic() < end_s:
-                await asyncio.sleep(0.01)
+        """Wait for calls in progress, at most so long; whether all came back."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        end_s = time.monotonic() + limit_s
+        while self.busy and time.monotonic() < end_s:
+            await asyncio.sleep(0.01)
         return not self.busy
+
+
+class Device(Threads):
+    """One thread: one call at a time."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, 1)
+        self.lost = False  # a call did not come back, and is not expected to
+
+    async def shutdown(self, limit_s: float) -> bool:
+        """As of any threads; what is lost is not waited for."""
+        return await super().shutdown(0.0 if self.lost else limit_s)

@@ -19,12 +19,14 @@
         ├── Overloaded         503  no allowed tier fits in time beside what is in hand
         ├── Draining           503  the server is starting or stopping
         ├── OutOfService       503  what would answer has failed
+        ├── OutOfMemory        503  there is none to decode an image with
         ├── EngineFailed       500  the model did not run
         └── BudgetPassed       504  the budget passed while the request waited
 
 A message is one line that says what was wrong and what to do.
 """
 
+from math import ceil
 from typing import ClassVar
 
 #: Characters of a caller's words that an answer or a log repeats.
@@ -65,6 +67,14 @@ class RequestError(PcaeError):
         super().__init__(detail)
         self.detail, self.members = detail, members
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What HTTP says of it beside the document, in whatever way that is written."""
+        retry_after_s = self.members.get("retry_after_s")
+        if not isinstance(retry_after_s, float | int):
+            return {}
+        return {"Retry-After": str(max(1, ceil(retry_after_s)))}  # in whole seconds
+
 
 class NotOffered(RequestError):
     status, title = 404, "Not offered by this bundle"
@@ -80,6 +90,10 @@ class UnreadableImage(RequestError):
 
 class NoKey(RequestError):
     status, title = 401, "An API key is needed"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
 
 
 class WrongKey(RequestError):
@@ -117,6 +131,11 @@ class Overloaded(RequestError):
 class Draining(RequestError):
     status, title = 503, "Not serving"
 
+    def __init__(
+        self, detail: str = "the server is stopping: ask another one", **members: float | str
+    ) -> None:
+        super().__init__(detail, **members)
+
 
 class BadBundle(RequestError):
     status, title = 422, "The bundle cannot be served"
@@ -124,6 +143,10 @@ class BadBundle(RequestError):
 
 class OutOfService(RequestError):
     status, title = 503, "Out of service"
+
+
+class OutOfMemory(RequestError):
+    status, title = 503, "Out of memory"
 
 
 class EngineFailed(RequestError):

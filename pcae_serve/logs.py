@@ -36,7 +36,7 @@ access = logging.getLogger("pcae_serve.access")
 #: Asked every few seconds by machines: logged as debug unless something is wrong.
 QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 #: What an application may tell of a request in its scope's state, for the access log.
-TOLD = ("tier",)
+TOLD = ("tier", "images")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 #: C0, C1, separators that some readers take for line ends, marks that turn text around, and halves

@@ -179,9 +179,7 @@ class Metrics:
             registry=registry,
         )
         self._max_batch = Gauge("pcae_max_batch", "Images in a batch at most.", registry=registry)
-        self._queue_limit = Gauge(
-            "pcae_queue_limit", "Requests in hand at most.", registry=registry
-        )
+        self._queue_limit = Gauge("pcae_queue_limit", "Requests that may wait.", registry=registry)
         self._build = Info("pcae_build", "What serves what.", registry=registry)
         self._depth: Callable[[], int] = lambda: 0
         self._predicted_wait_s: Callable[[], float] = lambda: 0.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from itertools import chain
-from math import ceil, prod
+from math import prod
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -23,7 +23,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json, to_json
 
-from pcae_serve import __version__
+from pcae_serve import __version__, timing
 from pcae_serve.body import limited, unless_left
 from pcae_serve.bundle import Bundle
 from pcae_serve.errors import (
@@ -240,6 +240,12 @@ _ANSWER: dict[str, Any] = {
     "description": f"All images' answers. Where an output is binary, {HEADER_LENGTH} says how long"
     " the JSON is that its data stand behind.",
     "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    "headers": {
+        HEADER_LENGTH: {
+            "description": "bytes of the JSON, where binary data stand behind it",
+            "schema": {"type": "integer"},
+        }
+    },
 }
 
 
@@ -253,10 +259,7 @@ class _Route(APIRoute):
             try:
                 return await handle(request)
             except RequestError as error:
-                headers = {}
-                if (retry_after_s := error.members.get("retry_after_s")) is not None:
-                    headers["Retry-After"] = str(max(1, ceil(float(str(retry_after_s)))))
-                return JSONResponse({"error": error.detail}, error.status, headers)
+                return JSONResponse({"error": error.detail}, error.status, error.headers)
 
         return handle_or_tell
 
@@ -341,7 +344,9 @@ def router(service: Service, caller: Callable[..., Any]) -> APIRouter:
             budget_ms = said.budget_ms or service.settings.budget_ms
             ask = Ask(arrival_s, budget_ms, said.tier, said.min_tier, service.bundle.answers)
             answers = await _answers(service, ask, files)
-            return _response(asked, ask, answers)
+            response = _response(asked, ask, answers)
+            timing.tell(request, response, answers)
+            return response
 
         async def read() -> bytes:
             return b"".join([chunk async for chunk in limited(request, limit)])
@@ -605,7 +610,6 @@ def _response(asked: InferRequest, ask: Ask, answers: list[Answer]) -> Response:
         else:
             output["data"] = tensor.values
         outputs.append(output)
-    in_time = [answer.total_s * 1e3 <= ask.budget_ms for answer in answers]
     document = {
         "model_name": bundle.manifest.name,
         "model_version": VERSION,
@@ -613,7 +617,7 @@ def _response(asked: InferRequest, ask: Ask, answers: list[Answer]) -> Response:
         "parameters": {
             "tier": ",".join(answer.tier.name for answer in answers),
             "reason": "; ".join(answer.reason for answer in answers),
-            "met_budget": ",".join(str(met).lower() for met in in_time),
+            "met_budget": ",".join(str(answer.met_budget).lower() for answer in answers),
             "budget_ms": ask.budget_ms,
         },
         "outputs": outputs,

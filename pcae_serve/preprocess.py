@@ -204,12 +204,16 @@ def read(body: bytes, max_pixels: int = MAX_PIXELS, short: int | None = None) ->
         raise UnreadableImage("the image's header is truncated or damaged") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # -W error raises both
         raise TooLarge(f"the image has more than {max_pixels:,} pixels: scale it down") from None
+    except MemoryError:  # it may be a good image
+        raise
     except Exception as error:  # Pillow's parsers raise many kinds on hostile headers
         raise UnreadableImage(f"the image cannot be read: {one_line(error)}") from None
     header.check_size(*image.size, max_pixels)
     _check_samples(image)
     try:
         return _picture(image, short)
+    except MemoryError:
+        raise
     except Exception as error:
         raise UnreadableImage(
             f"the {kind} image is truncated or damaged: {one_line(error)}"

@@ -174,7 +174,7 @@ class Scheduler:
         max_batch: int = 32,
         queue_limit: int = 256,
     ) -> None:
-        """queue_limit: requests in hand, decoding ones included; beyond it they are refused."""
+        """queue_limit: requests that wait, decoding ones included; beyond it they are refused."""
         self._policy, self._latency = policy, latency
         self._max_batch, self._queue_limit = max_batch, queue_limit
         self._arrivals, self._strictness = Arrivals(), Strictness()
@@ -227,6 +227,11 @@ class Scheduler:
         return any(r is not None for i, r in enumerate(self._running) if i not in self._lost)
 
     @property
+    def policy(self) -> str:
+        """Its name."""
+        return self._policy.name
+
+    @property
     def waiting(self) -> int:
         """Requests in hand that no device works on yet."""
         return len(self._decoding) + len(self._queue)
@@ -240,14 +245,14 @@ class Scheduler:
         """Why a newcomer cannot be answered in time, if that is already certain."""
         machine = self._machine(now_s, forecast)
         needed_s = self._latency.idle(request.tiers[0])
-        in_hand = self._queue, self._decoding
+        waiting = self._queue, self._decoding
         why: Literal["budget", "load", "full"] | None
-        why = judge(request, needed_s, machine, in_hand)
+        why = judge(request, needed_s, machine, waiting)
         if why != "budget" and self.waiting >= self._queue_limit:
             why = "full"
         if why is None:
             return None
-        return Refuse(request.id, why, needed_s, machine.seconds(in_hand, inf))
+        return Refuse(request.id, why, needed_s, machine.seconds(waiting, inf))
 
     def _machine(self, now_s: float, forecast: Forecast) -> Machine:
         """What there is to serve with."""

@@ -13,7 +13,6 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 from pcae_serve import bundle as bundles
 from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.devices import Device
+from pcae_serve.devices import Device, Threads
 from pcae_serve.engines import Engine, Output, at_once
 from pcae_serve.errors import (
     BudgetPassed,
@@ -32,6 +31,7 @@ from pcae_serve.errors import (
     Draining,
     EngineFailed,
     NotOffered,
+    OutOfMemory,
     OutOfService,
     Overloaded,
     RequestError,
@@ -41,7 +41,6 @@ from pcae_serve.errors import (
 from pcae_serve.events import Recorder, Setup
 from pcae_serve.latency import Forecast
 from pcae_serve.metrics import Failure, Metrics, Outcome
-from pcae_serve.policies.catalogue import create
 from pcae_serve.policies.ladder import Ladder
 from pcae_serve.queue import Request
 from pcae_serve.scheduler import (
@@ -72,6 +71,8 @@ T = TypeVar("T")
 #: When to come back if a policy let a request go: what it served instead is done by then, and
 #: HTTP counts in whole seconds.
 LET_GO_RETRY_S = 1.0
+#: When to come back where there was no memory for an image: others have been decoded by then.
+NO_MEMORY_RETRY_S = 1.0
 #: Failures of a tier, one after the other, that take it out of routing.
 MOST_FAILURES = 3
 #: A tier out of routing is tried so often.
@@ -104,6 +105,7 @@ class Answer:
 
     vector: NDArray[np.float32]  # [classes] logits, or [width] features
     kept: tuple[NDArray[np.int32], ...]  # per stage [m_i]
+    met_budget: bool
     bundle: Bundle  # whose model it was
     tier: Tier
     reason: str
@@ -153,7 +155,6 @@ class Servable:
         self.latency = setup.latency()
         self._scheduler = setup.scheduler(self.latency)
         self._accuracy = setup.ladder.accuracy
-        self._policy = create(setup.policy, setup.ladder).name
         self._metrics, self._make = metrics, make
         self._recorder = recorder
         if recorder is not None:
@@ -170,7 +171,7 @@ class Servable:
         self._padding = [0] * len(engines)  # rows
         self._predicted_s = [0.0] * len(engines)
         self._failures: Counter[int] = Counter()  # of each tier, since it last answered
-        self._closed: set[int] = set()  # tiers out of routing
+        self._out_of_service: set[int] = set()  # tiers out of routing
         self._tasks: set[asyncio.Task[None]] = set()
         self._batches: dict[int, list[_Waiting]] = {}  # of each device, in progress
         tell_lost = on_lost or self.lost
@@ -210,23 +211,28 @@ class Servable:
         return self._scheduler.waiting
 
     @property
+    def policy(self) -> str:
+        """The name of what chooses tiers and batches."""
+        return self._scheduler.policy
+
+    @property
     def drain_s(self) -> float:
         """Seconds until all that is in hand should be done."""
         return self._scheduler.drain_s(asyncio.get_running_loop().time())
 
     @property
-    def closed(self) -> frozenset[int]:
+    def out_of_service(self) -> frozenset[int]:
         """Tiers that have failed and are out of routing."""
-        return frozenset(self._closed)
+        return frozenset(self._out_of_service)
 
     @property
     def works(self) -> bool:
         """Whether anything can be answered: a tier on a device."""
-        some_tier = len(self._closed) < len(self.bundle.tiers)
+        some_tier = len(self._out_of_service) < len(self.bundle.tiers)
         return some_tier and any(worker.works for worker in self._workers)
 
     async def answer(
-        self, ask: Ask, read: Callable[[], Awaitable[bytes]], decoders: ThreadPoolExecutor
+        self, ask: Ask, read: Callable[[], Awaitable[bytes]], decoders: Threads
     ) -> Answer:
         """Read, decode, queue and run one image. Raises a RequestError where it cannot be done."""
         loop = asyncio.get_running_loop()
@@ -258,7 +264,7 @@ class Servable:
         is told to.
         """
         if self._stopped:
-            raise Draining("the server is stopping")
+            raise Draining
         loop = asyncio.get_running_loop()
         id_, result = next(self._errand_ids), loop.create_future()
         self._errands[id_] = work, terminate, result
@@ -277,9 +283,7 @@ class Servable:
 
     def stop(self) -> None:
         """Answer everybody in hand that the server is stopping; take nothing more."""
-        self._refuse_all(
-            Draining("the server is stopping: ask another one"), Outcome.REFUSED_DRAINING
-        )
+        self._refuse_all(Draining(), Outcome.REFUSED_DRAINING)
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
@@ -305,19 +309,21 @@ class Servable:
                 else "this bundle's models answer with classes: POST to /classify instead"
             )
         tiers = self.bundle.allowed(ask.tier, ask.min_tier)
-        if not self._closed:
+        if not self._out_of_service:
             return tiers
-        if rest := tuple(tier for tier in tiers if tier not in self._closed):
+        if rest := tuple(tier for tier in tiers if tier not in self._out_of_service):
             return rest
         if ask.tier == "auto":  # those that a cheaper one dominates are better than none
             lowest = tiers[0]
-            rest = tuple(i for i in range(lowest, len(self.bundle.tiers)) if i not in self._closed)
+            rest = tuple(
+                i for i in range(lowest, len(self.bundle.tiers)) if i not in self._out_of_service
+            )
         if not rest:
             self._metrics.ended(Outcome.FAILED)
-            raise self._out_of_service(tiers)
+            raise self._all_out(tiers)
         return rest
 
-    def _out_of_service(self, tiers: Sequence[int]) -> OutOfService:
+    def _all_out(self, tiers: Sequence[int]) -> OutOfService:
         names = ", ".join(repr(self.bundle.tiers[tier].name) for tier in tiers)
         return OutOfService(
             f"tier {names} fails and is out of service for now: allow another tier, or retry",
@@ -328,7 +334,7 @@ class Servable:
         self,
         waiting: _Waiting,
         read: Callable[[], Awaitable[bytes]],
-        decoders: ThreadPoolExecutor,
+        decoders: Threads,
     ) -> None:
         """Image file to pixels, for as long as the budget lasts."""
         loop, settings = asyncio.get_running_loop(), self.settings
@@ -340,7 +346,7 @@ class Servable:
             start_s = loop.time()
             decode = partial(self.bundle.preprocess, body, settings.max_pixels)
             async with asyncio.timeout_at(waiting.request.deadline_s) as waiting.patience:
-                waiting.pixels = await loop.run_in_executor(decoders, decode)
+                waiting.pixels = await decoders.submit(decode)
         except TimeoutError:
             if waiting.answer.done():  # refused meanwhile: that is its answer
                 return
@@ -352,6 +358,13 @@ class Servable:
             raise BudgetPassed(
                 f"the budget of {waiting.ask.budget_ms:g} ms passed before the image was read:"
                 " retry with a larger one"
+            ) from None
+        except MemoryError:
+            waiting.outcome = Outcome.FAILED
+            log.error("an image of %d bytes could not be decoded: no memory", len(body or b""))
+            raise OutOfMemory(
+                "the server has no memory to read this image now: retry later, or a smaller one",
+                retry_after_s=NO_MEMORY_RETRY_S,
             ) from None
         except RequestError:
             waiting.outcome = Outcome.UNREADABLE
@@ -434,11 +447,8 @@ class Servable:
                 )
                 return overloaded, Outcome.REFUSED_LOAD
             case "full":
-                full = Overloaded(
-                    f"{self.settings.queue_limit} requests are in hand already: retry later",
-                    retry_after_s=refuse.retry_after_s,
-                )
-                return full, Outcome.REFUSED_FULL
+                limit = self.settings.queue_limit
+                return full(limit, refuse.retry_after_s), Outcome.REFUSED_FULL
 
     def _expiry(self, expire: Expire, waiting: _Waiting) -> tuple[RequestError, Outcome]:
         match expire.why:
@@ -450,13 +460,13 @@ class Servable:
                 return passed, Outcome.EXPIRED
             case "load":
                 overloaded = Overloaded(
-                    f"policy {self._policy!r} let this request go after some waiting, so that"
+                    f"policy {self.policy!r} let this request go after some waiting, so that"
                     " others are answered in time: retry later, or with a larger budget",
                     retry_after_s=LET_GO_RETRY_S,
                 )
                 return overloaded, Outcome.LET_GO
             case "tier":
-                return self._out_of_service(waiting.request.tiers), Outcome.FAILED
+                return self._all_out(waiting.request.tiers), Outcome.FAILED
 
     def _dispatch(self, dispatch: Dispatch) -> None:
         now_s = asyncio.get_running_loop().time()
@@ -532,9 +542,9 @@ class Servable:
         for waiting in batch:
             failed = EngineFailed("the model failed on this batch: retry")
             _refuse(waiting, failed, Outcome.FAILED)
-        if self._failures[tier] >= MOST_FAILURES and tier not in self._closed:
+        if self._failures[tier] >= MOST_FAILURES and tier not in self._out_of_service:
             log.error("tier %s leaves routing; it is tried again every %g s", name, RETRY_S)
-            self._closed.add(tier)
+            self._out_of_service.add(tier)
             self._metrics.tier_out_of_service(name, True)
             self._handle(Closed(asyncio.get_running_loop().time(), tier))
             self._task(self._reopen(tier))
@@ -564,7 +574,7 @@ class Servable:
         def trial(device: int) -> Output:
             return self._workers[device].compute(self.bundle.tiers[tier], noise[None])
 
-        while tier in self._closed:
+        while tier in self._out_of_service:
             await asyncio.sleep(RETRY_S)
             try:
                 await self.errand(self.latency.idle(tier), trial)
@@ -573,7 +583,7 @@ class Servable:
             else:
                 log.info("tier %s answers again", name)
                 self._failures[tier] = 0
-                self._closed.discard(tier)
+                self._out_of_service.discard(tier)
                 self._metrics.tier_out_of_service(name, False)
 
     def _run_errand(self, errand: Errand) -> None:
@@ -605,6 +615,7 @@ class Servable:
         answer = Answer(
             vector=output.vectors[row],
             kept=tuple(kept[row] for kept in output.kept),
+            met_budget=in_time,
             bundle=self.bundle,
             tier=self.bundle.tiers[tier],
             reason=waiting.reason,
@@ -640,12 +651,12 @@ class Servable:
             return "the only tier allowed"
         if forecast.promised(tier, size) > left_s:
             which = "the fastest allowed tier" if tier == tiers[0] else "a tier"
-            return f"{which} that may be late with {left}, as policy {self._policy!r} chose"
+            return f"{which} that may be late with {left}, as policy {self.policy!r} chose"
         if tier == tiers[-1]:
             return f"the most accurate tier fits {left}"
         better = tiers[tiers.index(tier) + 1]
         if forecast.promised(better, size) <= left_s:
-            return f"under the present load, policy {self._policy!r} chose it within {left}"
+            return f"under the present load, policy {self.policy!r} chose it within {left}"
         if tier == tiers[0]:
             return f"only the fastest allowed tier fits {left}"
         return f"the most accurate tier that fits {left}"
@@ -663,6 +674,13 @@ class Servable:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def full(queue_limit: int, retry_after_s: float) -> Overloaded:
+    """Why there is no room for another request."""
+    return Overloaded(
+        f"{queue_limit} requests wait already: retry later", retry_after_s=retry_after_s
+    )
 
 
 def ladder(tiers: Sequence[Tier]) -> Ladder:

@@ -105,8 +105,7 @@ class _Cut:
         except asyncio.CancelledError:
             if begun or scope["type"] != "http":
                 raise
-            stopping = Draining("the server is stopping: ask another one")
-            await refusal(stopping)(scope, receive, send)
+            await refusal(Draining())(scope, receive, send)
 
 
 class Server(uvicorn.Server):

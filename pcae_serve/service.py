@@ -12,7 +12,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,13 +21,12 @@ from pcae_serve import bundle as bundles
 from pcae_serve import cores, profile
 from pcae_serve.aside import Aside
 from pcae_serve.bundle import Bundle
-from pcae_serve.devices import Device
+from pcae_serve.devices import Device, Threads
 from pcae_serve.engines import NOTES, Engine, at_once
 from pcae_serve.errors import (
     BadBundle,
     Draining,
     OutOfService,
-    Overloaded,
     PcaeError,
     Reloading,
     RequestError,
@@ -39,7 +37,7 @@ from pcae_serve.events import Recorder, Setup
 from pcae_serve.latency import Latency
 from pcae_serve.metrics import Metrics, Outcome, Reload
 from pcae_serve.policies.catalogue import create
-from pcae_serve.servable import RETRY_S, Answer, Ask, Make, Servable, ladder
+from pcae_serve.servable import RETRY_S, Answer, Ask, Make, Servable, full, ladder
 from pcae_serve.settings import Settings
 from pcae_serve.worker import TERMINATE_S
 
@@ -47,6 +45,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: At the end, images that are being decoded, for nobody by then, have so long.
+DECODE_S = 1.0
 #: At the end, a batch in progress has so long before it is told to give up.
 BATCH_S = 5.0
 #: Seconds of compute to measure a new bundle with, beside live traffic.
@@ -78,12 +78,12 @@ class Service:
         self.settings = settings
         self.metrics = Metrics([tier.name for tier in bundle.tiers])
         self._bundle, self._engines, self._make = bundle, tuple(engines), make
-        self._policy = create(settings.policy, ladder(bundle.tiers)).name
+        create(settings.policy, ladder(bundle.tiers))
         self._recorder = Recorder(settings.event_log) if settings.event_log is not None else None
         self._servable: Servable | None = None  # once latencies are known
         self._retired: set[Servable] = set()  # until what they took is answered
         self._decode_threads = settings.decode_threads or cores.usable()
-        self._decoders = ThreadPoolExecutor(self._decode_threads, "decode")
+        self._decoders = Threads("decode", self._decode_threads)
         self._loader = Device("reload")
         self.metrics.limits(max_batch=settings.max_batch, queue_limit=settings.queue_limit)
         self.metrics.watch(
@@ -110,9 +110,9 @@ class Service:
         return None if self._servable is None else self._servable.latency
 
     @property
-    def closed(self) -> frozenset[int]:
+    def out_of_service(self) -> frozenset[int]:
         """Tiers that have failed and are out of routing."""
-        return frozenset() if self._servable is None else self._servable.closed
+        return frozenset() if self._servable is None else self._servable.out_of_service
 
     @property
     def alive(self) -> bool:
@@ -192,8 +192,9 @@ class Service:
     def require_ready(self, admitted: bool = False) -> None:
         """Raises Draining or OutOfService where requests are not taken; `admitted` ones were."""
         if (self._draining and not admitted) or self._servable is None:
-            doing = "stopping" if self._draining else "measuring its latencies"
-            raise Draining(f"the server is {doing}: ask again, or another one", retry_after_s=1)
+            if self._draining:
+                raise Draining(retry_after_s=1)
+            raise Draining("the server measures its latencies: ask again soon", retry_after_s=1)
         if not self._servable.works:
             raise OutOfService(
                 "every tier or device of this server has failed: ask another one",
@@ -229,10 +230,7 @@ class Service:
         self.require_ready()
         if self._taken + self.waiting >= self.settings.queue_limit:
             self.metrics.ended(Outcome.REFUSED_FULL)
-            raise Overloaded(
-                f"{self.settings.queue_limit} requests are in hand already: retry later",
-                retry_after_s=1,
-            )
+            raise full(self.settings.queue_limit, retry_after_s=1)
         self._taken += 1
         try:
             yield
@@ -260,11 +258,11 @@ class Service:
             if self._draining:
                 for engine in engines:
                     engine.close()
-                raise Draining("the server is stopping: not reloaded")
+                raise Draining
             new = self._made(bundle, engines, measured)
-        except Draining:
-            raise
         except PcaeError as error:
+            if self._draining:  # which may be why: its batches find no device any more
+                raise Draining("the server is stopping: not reloaded") from None
             self.metrics.reloaded(Reload.FAILED)
             log.error("not reloaded, the old bundle serves on: %s", error)
             raise BadBundle(f"{error}; the old bundle serves on") from None
@@ -291,7 +289,7 @@ class Service:
         """Take nothing more, and let the batch on the device end: in bounded time."""
         self.give_up()
         servables = self._servables
-        await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
+        self.left_behind |= not await self._decoders.shutdown(DECODE_S)
         if self._servable is None:  # it measures, and nobody needs to know any more
             for device in self._devices:
                 self.left_behind |= not await device.shutdown(0)
@@ -303,7 +301,7 @@ class Service:
                 for servable in servables:
                     servable.engines[i].terminate()
                 device.lost = not await device.shutdown(TERMINATE_S)
-        self.left_behind = not (self.alive and await self._loader.shutdown(TERMINATE_S))
+        self.left_behind |= not (self.alive and await self._loader.shutdown(TERMINATE_S))
         for servable in servables:
             servable.close()
 
@@ -385,13 +383,14 @@ class Service:
             asyncio.get_running_loop().call_later(0.05, self._retire, old)
 
     def _tell_build(self) -> None:
+        assert self._servable is not None
         engine, bundle = self.engines[0], self.bundle
         self.metrics.build_info(
             bundle=bundle.manifest.name,
             digest=bundle.digest,
             backend=f"{engine.name} {engine.version}",
             device=self.device,
-            policy=self._policy,
+            policy=self._servable.policy,
         )
 
     def _words(self) -> str:
@@ -404,7 +403,7 @@ class Service:
             self.device,
             engine.name,
             "; ".join(filter(None, (engine.version, NOTES.get(engine.name)))),
-            self._policy,
+            self._servable.policy,
             ", ".join(
                 f"{forecast.typical(i, 1) * 1e3:.1f} ms ({tier.name})"
                 for i, tier in enumerate(bundle.tiers)

@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     )
     max_batch: int = Field(MAX_BATCH, ge=1, description="images in one batch at most")
     queue_limit: int = Field(
-        256, ge=1, description="requests in the server at once; beyond, 503 with Retry-After"
+        256, ge=1, description="requests that wait at once; beyond, 503 with Retry-After"
     )
     watchdog_s: float = Field(
         10, gt=0, le=600, description="a batch that takes longer has failed, and its engine hangs"

@@ -65,7 +65,7 @@ class Simulate(Traffic):
     )  # fmt: skip
     devices: int = Field(1, ge=1, description="equal devices behind one queue")
     max_batch: int = Field(MAX_BATCH, ge=1, description="images in one batch at most")
-    queue_limit: int = Field(256, ge=1, description="requests in hand at once; beyond: refused")
+    queue_limit: int = Field(256, ge=1, description="requests that wait at once; beyond: refused")
     decode_ms: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="from a request's arrival to the queue"
     )

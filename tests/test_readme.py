@@ -180,6 +180,22 @@ def test_the_way_to_your_own_model_runs_to_its_end(photos: Path) -> None:
         assert answer["tier"] in ("fast", "full")
 
 
+def test_every_file_of_the_server_has_its_place() -> None:
+    tree = README.split("## What is where")[1].split("    export/")[0]
+    named = {
+        name.strip(" /")
+        for line in tree.splitlines()
+        if line.startswith("      ")
+        for name in line.strip().split("  ")[0].split("·")
+    }
+    there = {
+        path.stem
+        for path in (ROOT / "pcae_serve").iterdir()
+        if path.name[0] != "_" and (path.suffix == ".py" or (path / "__init__.py").exists())
+    }
+    assert named - {"demo"} == there
+
+
 def test_every_parameter_and_setting_is_documented() -> None:
     from pcae_serve.app import create_app
     from pcae_serve.service import Service

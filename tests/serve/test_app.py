@@ -437,6 +437,23 @@ def test_a_request_whose_budget_passes_while_images_are_decoded_gets_504(
         assert "before the image was read" in document["detail"]
 
 
+def test_no_memory_for_an_image_is_no_fault_of_its_client(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    for where in ("Image.open", "ImageFile.ImageFile.load"):  # its header, its pixels
+        with monkeypatch.context() as patched:
+            patched.setattr(f"PIL.{where}", no_memory)
+            refused = client.post("/classify", content=image_bytes())
+        assert "no memory" in problem(refused, 503)["detail"]
+        assert refused.headers["retry-after"] == "1"
+    assert 'pcae_requests_total{outcome="failed"} 2.0' in client.get("/metrics").text
+    assert caplog.text.count("no memory") == 2
+    assert client.post("/classify", content=image_bytes()).status_code == 200
+
+
 class Hard(Greedy):
     """Lets go of whoever is first, for all the others."""
 

@@ -69,8 +69,8 @@ def test_a_file_that_everybody_can_read_is_told(
 @pytest.fixture
 def guarded(small_bundle: Bundle, settings: Callable[..., Settings]) -> Iterator[TestClient]:
     service = Service(settings(), small_bundle, [SimulatedEngine(small_bundle, seconds=quick)])
-    keys, masters = Keys(frozenset((ALICE, BOB))), Keys(frozenset((ROOT,)))
-    app = create_app(service, fail, keys, masters)
+    keys, admin_keys = Keys(frozenset((ALICE, BOB))), Keys(frozenset((ROOT,)))
+    app = create_app(service, fail, keys, admin_keys)
     with TestClient(app, raise_server_exceptions=False) as client:
         wait_until(lambda: service.ready)
         yield client

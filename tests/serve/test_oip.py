@@ -551,7 +551,7 @@ def test_one_image_refused_refuses_all_and_cancels_the_others(
     with serving(service) as client, busy(client, gate) as first:
         request = files(*[image_bytes()] * 6, parameters={"budget_ms": 50_000})
         refused = client.post(INFER, json=request)
-        assert "image 4: 4 requests are in hand already" in error(refused, 503)
+        assert "image 4: 4 requests wait already" in error(refused, 503)
         assert int(refused.headers["retry-after"]) >= 1
         wait_until(lambda: service.waiting == 0, limit_s=5)  # before the device is done
         gate.open.set()

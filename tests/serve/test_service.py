@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from pcae_serve import service as services
 from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.engines import Output, Pixels, driver
+from pcae_serve.engines import Engine, Output, Pixels, check, driver
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import Draining
+from pcae_serve.preprocess import Preprocess
 from pcae_serve.servable import Ask
 from pcae_serve.service import Service
 from pcae_serve.settings import Settings
@@ -40,6 +42,71 @@ def test_stopping_with_work_in_hand_answers_everybody_once(
     answers = asyncio.run(scenario())
     assert all(isinstance(answer, Draining) for answer in answers)
     assert not caplog.records
+
+
+def test_a_decoder_that_does_not_come_back_does_not_hold_the_end_up(
+    small_bundle: Bundle, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def stuck(*_: Any) -> None:
+        entered.set()
+        release.wait(20)
+
+    monkeypatch.setattr(Preprocess, "__call__", stuck)
+    monkeypatch.setattr(services, "DECODE_S", 0.1)
+
+    async def scenario() -> bool:
+        service = Service(settings(), small_bundle, [Gate()])
+        await service.start()
+        call = asyncio.create_task(classify(service, 1, 60_000))
+        await asyncio.to_thread(entered.wait, 20)
+        await asyncio.wait_for(service.stop(), 5)
+        with pytest.raises(Draining):
+            await call
+        return service.left_behind
+
+    try:
+        assert asyncio.run(scenario())
+    finally:
+        release.set()
+
+
+def test_a_reload_that_a_stop_cuts_off_has_not_failed(
+    small_bundle: Bundle,
+    settings: MakeSettings,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its batches wait for a device that is busy to the end."""
+    monkeypatch.setattr(services, "BATCH_S", 0.1)
+
+    def make(bundle: Bundle, _: int, through: Callable[[Engine], Engine]) -> Engine:
+        engine = SimulatedEngine(bundle, seconds=quick)
+        check(through(engine), bundle)
+        return engine
+
+    async def scenario() -> str:
+        service = Service(settings(), small_bundle, [gate], make)
+        await service.start()
+        gate.shut()
+        call = asyncio.create_task(classify(service, 1, 60_000))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        reload = asyncio.create_task(service.reload())
+        assert service._servable is not None
+        while not service._servable._errands:
+            await asyncio.sleep(0.005)
+        stop = asyncio.create_task(service.stop())
+        with pytest.raises(Draining, match="not reloaded"):
+            await reload
+        gate.open.set()
+        await asyncio.gather(stop, call, return_exceptions=True)
+        return service.metrics.exposition()[0].decode()
+
+    counts = asyncio.run(scenario())
+    assert 'pcae_reloads_total{result="failed"} 0.0' in counts
+    assert "not reloaded" not in caplog.text
 
 
 async def classify(service: Service, level: int, budget_ms: float) -> Any:
