@@ -245,13 +245,13 @@ def test_a_new_engine_that_hangs_leaves_the_old_one_serving(tmp_path: Path) -> N
     keys, hangs = tmp_path / "admin", tmp_path / "hangs"
     keys.write_text(ADMIN)
     flags = ("--admin-keys-file", str(keys), "--watchdog-s", "0.5")
-    with serving(tmp_path, *flags, HANGS=str(hangs)) as running:
+    with serving(tmp_path, *flags, HANGS=str(hangs), TERMINATE_S="0.8") as running:
         hangs.touch()
         admin = {"X-API-Key": ADMIN}
         refused = httpx2.post(f"{running.url}/admin/reload", headers=admin, timeout=60)
         assert refused.status_code == 422
         assert "did not come back" in refused.json()["detail"]
-        time.sleep(2.5)  # what is not told to end is given up by then
+        time.sleep(1.2)  # what is not told to end is given up by then
         assert running.get("/livez").status_code == 200
         assert running.ask().status_code == 200
 
@@ -323,7 +323,7 @@ def test_clients_that_leave_at_every_stage_cost_nobody_anything(running: Running
 def test_a_call_that_never_comes_back_fails_livez_and_the_exit_does_not_wait(
     tmp_path: Path,
 ) -> None:
-    with serving(tmp_path, "--watchdog-s", "0.2") as running:
+    with serving(tmp_path, "--watchdog-s", "0.2", TERMINATE_S="0.3") as running:
         waiting: list[int] = []
         others = [
             threading.Thread(target=lambda: waiting.append(running.ask().status_code))
