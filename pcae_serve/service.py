@@ -78,7 +78,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics([tier.name for tier in bundle.tiers])
         self._bundle, self._engines, self._make = bundle, tuple(engines), make
-        create(settings.policy, ladder(bundle.tiers))
+        create(settings.policy, ladder(bundle.tiers))  # an unknown one is told now
         self._recorder = Recorder(settings.event_log) if settings.event_log is not None else None
         self._servable: Servable | None = None  # once latencies are known
         self._retired: set[Servable] = set()  # until what they took is answered

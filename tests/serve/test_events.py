@@ -76,7 +76,7 @@ def test_a_live_run_replayed_gives_the_same_actions(
     asyncio.run(live())
     replayed = replay(log)
     assert replayed.difference is None
-    assert replayed.events >= 2 * 60
+    assert replayed.events >= 60  # of a request that is refused at once there is but one
     assert replayed.events == len(log.read_text().splitlines()) - 1
     assert (replayed.setup.policy, replayed.setup.devices) == (policy, devices)
     told = log.read_text()
