@@ -31,7 +31,11 @@ def group(root: Path, membership: str, files: dict[str, str]) -> tuple[Path, Pat
             2.5,
         ),
         ("3:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "1"}, None),
-        ("7:memory:/x\n", {}, None),
+        (
+            "7:memory:/x\n",  # whose path is not one in the hierarchy of cpu
+            {"cpu/x/cpu.cfs_quota_us": "100000", "cpu/x/cpu.cfs_period_us": "100000"},
+            None,
+        ),
     ],
 )
 def test_the_quota_of_a_group(

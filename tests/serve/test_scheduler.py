@@ -264,6 +264,14 @@ def test_an_errand_waits_until_nobody_else_does() -> None:
     assert dispatched(machine.handle(Done(0.81, 0, None))) == [Dispatch(0, 2, (3,))]
 
 
+def test_an_errand_waits_for_who_is_still_at_the_decoder() -> None:
+    machine = scheduler()
+    machine.handle(Arrived(0.0, Request(1, 0.0, 5.0, ALL)))
+    assert Errand(0, 7) not in machine.handle(Offered(0.01, 7, 0.01))
+    assert dispatched(machine.handle(Decoded(0.05, 1))) == [Dispatch(0, 2, (1,))]
+    assert Errand(0, 7) in machine.handle(Done(0.45, 0, 0.4))
+
+
 def test_a_long_errand_waits_where_it_would_make_expected_requests_late() -> None:
     """Five requests a second with budgets of 0.3 s: nobody misses 10 ms, but half a second."""
 
