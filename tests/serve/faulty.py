@@ -89,6 +89,7 @@ def main(argv: Sequence[str]) -> int:
     servable.RETRY_S = worker.RETRY_S = float(os.environ.get("RETRY_S", servable.RETRY_S))
     worker.TERMINATE_S = float(os.environ.get("TERMINATE_S", worker.TERMINATE_S))
     server.HEAD_S = float(os.environ.get("HEAD_S", server.HEAD_S))
+    server.LINGER_S = float(os.environ.get("LINGER_S", server.LINGER_S))
     server.READ_S = float(os.environ.get("READ_S", server.READ_S))
     service.BATCH_S = float(os.environ.get("BATCH_S", service.BATCH_S))
     return run(Serve, argv)

@@ -6,6 +6,7 @@ from pcae_serve.policies import Run, Situation, Wait
 from pcae_serve.policies.greedy import Greedy
 from pcae_serve.queue import Request
 from pcae_serve.scheduler import (
+    LOOK_S,
     Action,
     Arrived,
     Closed,
@@ -267,7 +268,9 @@ def test_an_errand_waits_until_nobody_else_does() -> None:
 def test_an_errand_waits_for_who_is_still_at_the_decoder() -> None:
     machine = scheduler()
     machine.handle(Arrived(0.0, Request(1, 0.0, 5.0, ALL)))
-    assert Errand(0, 7) not in machine.handle(Offered(0.01, 7, 0.01))
+    [wake] = machine.handle(Offered(0.01, 7, 0.01))
+    assert isinstance(wake, WakeAt)  # a better moment may come without an event
+    assert wake.at_s == pytest.approx(0.01 + LOOK_S, abs=0.001)
     assert dispatched(machine.handle(Decoded(0.05, 1))) == [Dispatch(0, 2, (1,))]
     assert Errand(0, 7) in machine.handle(Done(0.45, 0, 0.4))
 
@@ -314,6 +317,27 @@ def test_errands_have_a_share_of_a_device_that_is_never_free(
     arrive(machine, 2, 5.9, 0.1 + 0.1 + spare_s)
     actions = machine.handle(Done(6.0, 0, 0.4))
     assert isinstance(actions[1], Errand if first == "errand" else Dispatch)
+
+
+def test_errands_are_done_in_turn_with_a_rest_between() -> None:
+    machine = scheduler(max_batch=1)
+    arrive(machine, 1, 0.0, 9.0)
+    for id_ in (7, 8):
+        machine.handle(Offered(0.01, id_, 0.05))
+    arrive(machine, 2, 5.9, 9.0)
+    arrive(machine, 3, 5.9, 9.0)
+    assert Errand(0, 7) in machine.handle(Done(6.0, 0, 0.4))
+    assert dispatched(machine.handle(Done(6.05, 0, None))) == [Dispatch(0, 2, (2,))]
+    assert Errand(0, 8) in machine.handle(Done(7.1, 0, 0.4))  # 5 % of the time since
+
+
+@pytest.mark.parametrize(("now_s", "refused"), [(4.9, False), (5.1, True)])
+def test_admission_reckons_with_an_errand_that_is_due(now_s: float, refused: bool) -> None:
+    machine = scheduler(max_batch=1)
+    arrive(machine, 1, 0.0, 9.0)
+    machine.handle(Offered(0.0, 7, 3.0))
+    told = machine.handle(Arrived(now_s, Request(2, now_s, now_s + 2.0, ALL)))
+    assert [isinstance(action, Refuse) and action.why for action in told] == ["load"] * refused
 
 
 def test_a_long_errand_is_followed_by_as_long_a_rest() -> None:
