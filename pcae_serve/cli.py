@@ -42,6 +42,9 @@ class Serve(Settings):
 
     def cli_cmd(self) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
+        # Until the server takes signals: as a container's first process we would not hear SIGTERM,
+        # for the kernel drops what PID 1 has no handler for.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
         logs.configure(self.log_format, self.log_level)
         with listen(self.host, self.port) as listener:
             keys, admin_keys = Keys.read(self.api_keys_file), Keys.read(self.admin_keys_file)
