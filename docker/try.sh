@@ -79,7 +79,7 @@ fi
 certificates=${PIP_CERT:-/etc/ssl/certs/ca-certificates.crt}
 
 build_s=$SECONDS
-quietly buildah "${store[@]}" bud --isolation chroot --format docker --layers \
+quietly buildah "${store[@]}" bud --isolation chroot --format docker \
     --ignorefile docker/Dockerfile.dockerignore --build-arg BASE_IMAGE=localhost/base \
     --secret id=pip.conf,src="$work/pip.conf" --secret id=ca.pem,src="$certificates" \
     --target "$target" --tag "$image" --file docker/Dockerfile .
