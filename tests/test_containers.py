@@ -27,7 +27,10 @@ def test_hadolint_finds_nothing() -> None:
 
 
 def test_compose_is_of_the_compose_specification() -> None:
-    assert set(PyCompose.from_yaml(COMPOSE.read_text()).service_names()) == SERVICES.keys()
+    # its reader knows neither `<<` nor variables
+    text = re.sub(r"\$\{\w+:-(\w+)\}", r"\1", COMPOSE.read_text())
+    merged = yaml.safe_dump(yaml.safe_load(text))
+    assert set(PyCompose.from_yaml(merged).service_names()) == SERVICES.keys()
 
 
 def test_what_is_no_compose_file_is_noticed() -> None:
