@@ -79,6 +79,10 @@ format: .venv-test/installed  ## rewrite the code in ruff's format
 bench: .venv-test/installed  ## images per second of every tier on this machine
 	$(TEST_PYTHON) benchmarks/tiers.py $(ARGS)
 
+.PHONY: image
+image:  ## build the cpu image without a Docker engine and try it (as root: buildah, debootstrap)
+	@docker/try.sh $(ARGS)
+
 .PHONY: constraints
 # On the oldest Python we take: what it resolves to, newer ones have too.
 constraints: PYTHON = python3.11

@@ -6,6 +6,7 @@ pcae-serve simulate …    pcae-serve replay URL …
 It knows commands by name; each stands in a module of its own.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -36,6 +37,9 @@ def start(argv: Sequence[str]) -> int:
     word = argv[0] if argv else ""
     if word in COMMANDS:
         return run(_command(word), argv)
+    # Until the server takes signals: a container's first process would not hear SIGTERM, for the
+    # kernel drops what PID 1 has no handler for.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     from pcae_serve.serve import Serve  # half a second that the others need not wait for
 
     return run(Serve, argv[1:] if word == "serve" else argv)

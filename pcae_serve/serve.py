@@ -3,6 +3,7 @@
 It holds no logic of its own, and knows nothing of the other commands.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -80,6 +81,9 @@ def serve(
         server.should_exit = True
 
     app = create_app(service, stop, keys, admin_keys)
+    # What stands now stays: without it in its rounds the collector stops everything for 2 ms, not 40.
+    gc.collect()
+    gc.freeze()
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d, not ready yet", f"[{host}]" if ":" in host else host, port)
     server = Server(app, service)
