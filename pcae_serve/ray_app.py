@@ -125,7 +125,7 @@ def _mean(values: Mapping[Any, float] | None) -> float:
     return sum(known) / len(known) if known else 0.0
 
 
-app = serve.deployment(
+deployment = serve.deployment(
     serve.ingress()(Replica),
     name="pcae-serve",
     ray_actor_options={"num_cpus": 1},
@@ -138,9 +138,10 @@ app = serve.deployment(
     autoscaling_config={
         "min_replicas": 1,
         "max_replicas": 4,
-        "look_back_period_s": 10,
+        "look_back_period_s": 15,  # it must exceed the 10 s between two readings
         "upscale_delay_s": 10,  # accuracy absorbs seconds, replicas absorb minutes
         "downscale_delay_s": 300,
         "policy": {"policy_function": "pcae_serve.ray_app:replicas_wanted"},
     },
-).bind()
+)
+app = deployment.bind()
