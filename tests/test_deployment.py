@@ -9,6 +9,7 @@ and refuses anything else.
 import copy
 import re
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,21 @@ import jsonpatch
 import kubernetes_validate
 import pytest
 import yaml
-from cloudcoil.models.keda.v1alpha1 import ScaledObject
-from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
-from torch.distributed.run import get_args_parser
 
 from pcae_serve.service import BATCH_S, TERMINATE_S
 from pcae_serve.settings import Settings
-from pcae_training.cli import Train
+from pcae_training.pretrain import PretrainSettings
 from tests.serve.test_dashboard import SERVED
 
 ROOT = Path(__file__).parents[1]
 KUBERNETES, RAY = ROOT / "docker" / "kubernetes", ROOT / "docker" / "ray"
 #: The oldest one meant: `sleep` as a preStop handler is on by default from 1.30 on.
 OLDEST, NEWEST = "1.30", "1.37"
-CUSTOM = {"ServiceMonitor": ServiceMonitor, "ScaledObject": ScaledObject}
+#: Where the models of the operators' kinds are.
+CUSTOM = {
+    "ServiceMonitor": "cloudcoil.models.prometheus_operator.v1",
+    "ScaledObject": "cloudcoil.models.keda.v1alpha1",
+}
 ROOTS = ["base", "monitoring", "overlays/gpu", "training"]
 
 Object = dict[str, Any]
@@ -106,10 +108,12 @@ def test_kubernetes_takes_every_object(root: str, version: str) -> None:
             kubernetes_validate.validate(each, version, strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CUSTOM)
 def test_the_operators_know_every_field(kind: str) -> None:
+    """Slow are the models: all of an operator's are built when one is imported, for 4 s."""
     each = one("monitoring", kind)
-    model = CUSTOM[kind]
+    model = getattr(import_module(CUSTOM[kind]), kind)
     understood = model.model_validate(copy.deepcopy(each))
     assert understood.model_dump(by_alias=True, exclude_unset=True, mode="json") == each
     wrong = copy.deepcopy(each)
@@ -254,6 +258,8 @@ def test_it_scales_on_neither_cpu_nor_latency() -> None:
 
 def torchrun(command: list[str]) -> tuple[Any, list[str]]:
     """A command line as torchrun itself reads it: its own part, and that of the program."""
+    from torch.distributed.run import get_args_parser
+
     given = get_args_parser().parse_args(command)
     return given, [given.training_script, *given.training_script_args]
 
@@ -266,7 +272,7 @@ def test_the_training_job_gives_flags_that_exist() -> None:
     assert given.module
     assert program[:2] == ["pcae_training.cli", "pretrain"]
     flags = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in program[2:]}
-    assert flags <= set(subcommand("pretrain").model_fields)
+    assert flags <= set(PretrainSettings.model_fields)
     assert "resume_or_begin" in flags
     service = one("training", "Service")
     host, _, port = given.rdzv_endpoint.partition(":")
@@ -276,11 +282,6 @@ def test_the_training_job_gives_flags_that_exist() -> None:
     assert int(port) == service["spec"]["ports"][0]["port"]
     labels = job["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["selector"].items() <= labels.items()
-
-
-def subcommand(name: str) -> Any:
-    [kind, *_] = Train.model_fields[name].annotation.__args__
-    return kind
 
 
 # --- Ray
@@ -306,6 +307,7 @@ def test_the_ray_file_says_what_the_application_says(monkeypatch: pytest.MonkeyP
     assert f'name="{deployment["name"]}"' in source
 
 
+@pytest.mark.slow
 def test_ray_takes_its_file() -> None:
     schema = pytest.importorskip("ray.serve.schema", reason="pip install '.[ray]'")
     schema.ServeDeploySchema.model_validate(load(RAY / "serve.yaml"))

@@ -208,7 +208,8 @@ def test_a_client_that_leaves_is_told_to_the_replica(fleet: Fleet) -> None:
         return float(count)
 
     before, image = left(), image_bytes(250)
-    head = f"POST /classify?tier=full&budget_ms=9000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(image)}"
+    head = "POST /classify?tier=full&budget_ms=9000 HTTP/1.1\r\nHost: x\r\n"
+    head += f"Content-Length: {len(image)}"
     clients = [
         socket.create_connection(("127.0.0.1", int(fleet.url.rsplit(":", 1)[1]))) for _ in range(40)
     ]
