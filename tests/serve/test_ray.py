@@ -31,8 +31,9 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("ray", reason="pip install '.[ray]'")
 
 ROOT = Path(__file__).parents[2]
-#: With these the simulated engine takes some 12, 22 and 42 ms for an image, on the three tiers.
-MACS = {"fast": 0.35e12, "balanced": 0.7e12, "full": 1.4e12}
+#: With these the simulated engine takes 0.1, 0.2 and 0.4 s for an image: a few requests a second are
+#: much then, and cost a busy machine little.
+MACS = {"fast": 3.5e12, "balanced": 7e12, "full": 14e12}
 
 
 @dataclass
@@ -102,7 +103,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
                         "PCAE_BUNDLE": str(served),
                         "PCAE_BACKEND": "simulated",
                         "PCAE_CACHE_DIR": str(folder / "cache"),
-                        "PCAE_PROFILE_S": "1",
+                        "PCAE_PROFILE_S": "3",
+                        "PCAE_BUDGET_MS": "5000",
                     }
                 },
                 "deployments": [
@@ -178,9 +180,9 @@ def test_the_time_before_the_replica_counts_against_the_budget(fleet: Fleet) -> 
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     forged = {"X-Pcae-Arrival": f"{boot} {time.monotonic() - 3600}"}
     assert fleet.ask(headers=forged).status_code == 200
-    # an upload that takes a while is under way before the replica sees it
+    # what lies between proxy and replica is in no stage of the server's, and in the total
     told = fleet.ask().json()["timings_ms"]
-    assert told["total"] > told["compute"] + told["queue"]
+    assert told["total"] > told["decode"] + told["compute"] + told["queue"]
 
 
 def test_a_budget_that_no_tier_meets_says_what_is_needed(fleet: Fleet) -> None:
@@ -191,7 +193,7 @@ def test_a_budget_that_no_tier_meets_says_what_is_needed(fleet: Fleet) -> None:
 
 
 def test_too_much_is_refused_at_once_and_says_when_to_come_back(fleet: Fleet) -> None:
-    answers = asyncio.run(_load(fleet, rate=1000, seconds=0.3, query="tier=full&budget_ms=1000"))
+    answers = asyncio.run(_load(fleet, rate=200, seconds=0.3, query="tier=full&budget_ms=3000"))
     refused = [answer for answer in answers if answer.status == 503]
     assert refused
     assert {answer.status for answer in answers} <= {200, 503, 504}
@@ -211,9 +213,9 @@ def test_a_client_that_leaves_is_told_to_the_replica(fleet: Fleet) -> None:
     head = "POST /classify?tier=full&budget_ms=9000 HTTP/1.1\r\nHost: x\r\n"
     head += f"Content-Length: {len(image)}"
     clients = [
-        socket.create_connection(("127.0.0.1", int(fleet.url.rsplit(":", 1)[1]))) for _ in range(40)
+        socket.create_connection(("127.0.0.1", int(fleet.url.rsplit(":", 1)[1]))) for _ in range(10)
     ]
-    for client in clients:  # so many take 1.6 s
+    for client in clients:  # so many take 4 s
         client.sendall(f"{head}\r\n\r\n".encode() + image)
     time.sleep(0.2)
     for client in clients:
@@ -222,11 +224,11 @@ def test_a_client_that_leaves_is_told_to_the_replica(fleet: Fleet) -> None:
 
 
 def test_load_brings_a_second_replica_and_no_request_is_lost(fleet: Fleet) -> None:
-    """60 a second: one replica answers them all, on lesser tiers; its latency tells nothing."""
+    """6 a second: one replica answers them all, on lesser tiers; its latency tells nothing."""
     assert len(fleet.replicas()) == 1
 
     async def scaled() -> tuple[list[Answered], float | None]:
-        load = asyncio.create_task(_load(fleet, rate=60, seconds=75))
+        load = asyncio.create_task(_load(fleet, rate=6, seconds=75))
         begin_s, seen_s = time.monotonic(), None
         while not load.done():
             await asyncio.sleep(0.5)
@@ -237,7 +239,7 @@ def test_load_brings_a_second_replica_and_no_request_is_lost(fleet: Fleet) -> No
     answers, seen_s = asyncio.run(scaled())
     _tell("1 -> 2 replicas under load", answers, seen_s=seen_s)
     assert seen_s is not None, fleet.log.read_text()[-3000:]
-    assert {answer.status for answer in answers} <= {200, 503}  # each has its answer
+    assert {answer.status for answer in answers} <= {200, 503, 504}  # each has its answer
     share = sum(answer.status == 200 for answer in answers) / len(answers)
     assert share > 0.97
     tiers = Counter(answer.tier for answer in answers[: len(answers) // 4])
@@ -248,7 +250,7 @@ def test_a_replica_that_is_killed_costs_what_it_had_in_hand(fleet: Fleet) -> Non
     fleet.until(lambda: len(fleet.replicas()) == 2, 30)
 
     async def killed() -> list[Answered]:
-        load = asyncio.create_task(_load(fleet, rate=40, seconds=25))
+        load = asyncio.create_task(_load(fleet, rate=5, seconds=25))
         await asyncio.sleep(5)
         os.kill(fleet.replicas()[0], signal.SIGKILL)
         return await load
@@ -257,10 +259,10 @@ def test_a_replica_that_is_killed_costs_what_it_had_in_hand(fleet: Fleet) -> Non
     lost = [answer for answer in answers if answer.status not in (200, 503, 504)]
     _tell("a replica killed under load", answers, lost=len(lost))
     assert {answer.status for answer in lost} <= {500, 503}
-    assert len(lost) <= 60  # what a replica held within a budget, and no more after it
-    assert all(5 <= answer.due_s <= 9 or answer.due_s < 5 for answer in lost)
-    late = [answer for answer in answers if answer.due_s > 15]
-    assert {answer.status for answer in late} <= {200, 503}
+    assert len(lost) <= 25  # what comes within a budget
+    assert all(answer.due_s <= 9 for answer in lost)  # killed at 5
+    late = [answer for answer in answers if answer.due_s > 10]
+    assert {answer.status for answer in late} <= {200, 503, 504}
     fleet.until(lambda: len(fleet.replicas()) == 2, 40)
 
 
@@ -268,7 +270,7 @@ def test_a_replica_that_is_not_needed_goes_without_a_request_lost(fleet: Fleet) 
     async def calmed() -> tuple[list[Answered], int]:
         answers = list[Answered]()
         for _ in range(16):
-            answers += await _load(fleet, rate=5, seconds=5)
+            answers += await _load(fleet, rate=1, seconds=5)
             if (count := len(await asyncio.to_thread(fleet.replicas))) == 1:
                 break
         return answers, count
@@ -291,7 +293,7 @@ class Answered:
 
 
 async def _load(
-    fleet: Fleet, rate: float, seconds: float, query: str = "budget_ms=1000"
+    fleet: Fleet, rate: float, seconds: float, query: str = "budget_ms=5000"
 ) -> list[Answered]:
     """Open loop: requests leave when they are due, whatever became of those before."""
     image, begin_s = image_bytes(250), time.monotonic()
