@@ -31,8 +31,8 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("ray", reason="pip install '.[ray]'")
 
 ROOT = Path(__file__).parents[2]
-#: With these the simulated engine takes 0.1, 0.2 and 0.4 s for an image: a few requests a second are
-#: much then, and cost a busy machine little.
+#: With these the simulated engine takes 0.1, 0.2 and 0.4 s for an image: a few requests a second
+#: are much then, and cost a busy machine little.
 MACS = {"fast": 3.5e12, "balanced": 7e12, "full": 14e12}
 
 

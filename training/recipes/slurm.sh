@@ -15,6 +15,10 @@ set -euo pipefail
 
 meeting=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
+# else torchrun's restarts share one store, in which addresses of the dead stand: the new processes may
+# then try to reach those, and end after minutes (torch 2.13)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # exec: the signal is for torchrun, which passes it on
 exec srun torchrun \
     --nnodes "$SLURM_NNODES" \
