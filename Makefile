@@ -61,7 +61,7 @@ test: .venv-test/installed  ## the suite, in a few minutes
 	$(TEST_PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 .PHONY: test-all
-test-all: .venv-test/installed  ## all tests but those that need a GPU
+test-all: .venv-test/ray  ## all tests but those that need a GPU
 	$(TEST_PYTHON) -m pytest -m "not gpu" $(ARGS)
 
 .PHONY: lint
@@ -88,7 +88,7 @@ image:  ## build the cpu image without a Docker engine and try it (as root: buil
 constraints: PYTHON = python3.11
 constraints:  ## resolve everything anew into constraints.txt
 	$(call environment,.venv-constraints)
-	.venv-constraints/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev]' torch==$(TORCH)
+	.venv-constraints/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev,ray]' torch==$(TORCH)
 	sed -n '/^#/p' constraints.txt > .venv-constraints/new
 	.venv-constraints/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//' >> .venv-constraints/new
 	mv .venv-constraints/new constraints.txt
@@ -104,3 +104,8 @@ clean:  ## remove both environments and all caches
 
 .venv-test/installed: pyproject.toml constraints.txt
 	$(call install,.venv-test,.[dev])
+
+# beside the rest, in the same environment: `make test` does without it
+.venv-test/ray: .venv-test/installed
+	$(PINS) $(TEST_PYTHON) -m pip install $(PIP_FLAGS) --editable '.[dev,ray]'
+	@touch $@

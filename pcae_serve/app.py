@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from pcae_serve import __version__, oip, openapi, schemas, telemetry, timing
+from pcae_serve import __version__, hop, oip, openapi, schemas, telemetry, timing
 from pcae_serve.body import limited, unless_left
 from pcae_serve.engines import GPU_BACKENDS, NOTES
 from pcae_serve.errors import (
@@ -183,6 +183,7 @@ def create_app(
     app.add_exception_handler(Exception, _unexpected)
 
     async def asked(
+        request: Request,
         tier: Annotated[str, Query(description="a tier's name, or auto")] = "auto",
         budget_ms: Annotated[Budget, Query(description="time you can wait")] = None,
         min_tier: Annotated[str | None, Query(description="refuse rather than go below")] = None,
@@ -190,7 +191,7 @@ def create_app(
             Budget, Header(description="as budget_ms, which wins")
         ] = None,
     ) -> Ask:
-        arrival_s = asyncio.get_running_loop().time()
+        arrival_s = hop.arrival_s(request.scope.get("state", {}))
         budget = budget_ms or x_latency_budget_ms or service.settings.budget_ms
         return Ask(arrival_s, budget, tier, min_tier)
 

@@ -8,6 +8,7 @@ never what a client wrote.
 import logging
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from math import nan
 
@@ -57,6 +58,21 @@ class Reload(StrEnum):
 
     DONE = "done"
     FAILED = "failed"  # the former bundle is still served
+
+
+#: Ends that more machines would have prevented: the load's doing, not the caller's.
+MISSED = (
+    Outcome.LATE, Outcome.REFUSED_LOAD, Outcome.REFUSED_FULL, Outcome.EXPIRED, Outcome.LET_GO,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What an autoscaler goes by, counted since the start."""
+
+    in_time: float  # answers
+    missed: float  # requests that the load cost their answer in time
+    owed: float  # accuracy, over the answers in time
 
 
 #: Of a device's seconds: late answers, clients that left meanwhile, rows that filled a bucket.
@@ -178,6 +194,11 @@ class Metrics:
             "Accuracy of the best tier allowed less that of the tier used, over answers in time.",
             registry=registry,
         )
+        self._range = Gauge(
+            "pcae_accuracy_range",
+            "Accuracy of the best tier less that of the worst: what an answer can lack at most.",
+            registry=registry,
+        )
         self._max_batch = Gauge("pcae_max_batch", "Images in a batch at most.", registry=registry)
         self._queue_limit = Gauge("pcae_queue_limit", "Requests that may wait.", registry=registry)
         self._build = Info("pcae_build", "What serves what.", registry=registry)
@@ -213,6 +234,17 @@ class Metrics:
         """What batch fill and queue depth are shares of."""
         self._max_batch.set(max_batch)
         self._queue_limit.set(queue_limit)
+
+    def accuracy_range(self, accuracy: float) -> None:
+        """What separates the best of the tiers served now from the worst."""
+        self._range.set(accuracy)
+
+    def tally(self) -> Tally:
+        return Tally(
+            in_time=_read(self._requests[Outcome.IN_TIME]),
+            missed=sum(_read(self._requests[outcome]) for outcome in MISSED),
+            owed=_read(self._debt),
+        )
 
     def watch(
         self,
@@ -301,6 +333,11 @@ class Metrics:
         if tier not in self._tiers:  # a batch of the former bundle may end after a reload
             self.add_tiers([tier])
         return self._tiers[tier]
+
+
+def _read(counter: Counter) -> float:
+    [value] = (s.value for s in next(iter(counter.collect())).samples if s.name.endswith("_total"))
+    return value
 
 
 def _guarded(name: str, ask: Callable[[], float]) -> Callable[[], float]:

@@ -23,7 +23,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json, to_json
 
-from pcae_serve import __version__, timing
+from pcae_serve import __version__, hop, timing
 from pcae_serve.body import limited, unless_left
 from pcae_serve.bundle import Bundle
 from pcae_serve.errors import (
@@ -325,7 +325,7 @@ def router(service: Service, caller: Callable[..., Any]) -> APIRouter:
 
     async def infer(request: Request) -> Response:
         """Answer one image or several, each on a tier of its own; one refused refuses all."""
-        arrival_s = asyncio.get_running_loop().time()
+        arrival_s = hop.arrival_s(request.scope.get("state", {}))
         if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
             raise UnsupportedType(f"a body in {shown(encoding)} is not read: send it as it is")
         limit = int(service.settings.max_body_mb * 1e6)

@@ -88,7 +88,7 @@ class Service:
         self.metrics.limits(max_batch=settings.max_batch, queue_limit=settings.queue_limit)
         self.metrics.watch(
             depth=lambda: self.waiting,
-            predicted_wait_s=lambda: 0.0 if self._servable is None else self._servable.drain_s,
+            predicted_wait_s=lambda: self.wait_s,
             ready=lambda: self.ready,
         )
         self._devices = [Device(f"device-{i}") for i in range(len(engines))]
@@ -142,6 +142,17 @@ class Service:
     def waiting(self) -> int:
         """Requests in hand that no device works on yet."""
         return 0 if self._servable is None else self._servable.waiting
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until the work in hand should be done; nan where that cannot be told."""
+        return 0.0 if self._servable is None else self._servable.drain_s
+
+    @property
+    def accuracy_range(self) -> float:
+        """What separates the best tier from the worst."""
+        accuracy = ladder(self.bundle.tiers).accuracy
+        return max(accuracy) - min(accuracy)
 
     @property
     def device(self) -> str:
@@ -385,6 +396,7 @@ class Service:
     def _tell_build(self) -> None:
         assert self._servable is not None
         engine, bundle = self.engines[0], self.bundle
+        self.metrics.accuracy_range(self.accuracy_range)
         self.metrics.build_info(
             bundle=bundle.manifest.name,
             digest=bundle.digest,

@@ -17,7 +17,7 @@ from pcae_serve import __version__
 from pcae_serve.bundle import Bundle, Tier
 from pcae_serve.engines import Output, Pixels
 from pcae_serve.errors import RequestError
-from pcae_serve.metrics import STAGES, WASTE, Failure, Metrics, Outcome, Reload
+from pcae_serve.metrics import MISSED, STAGES, WASTE, Failure, Metrics, Outcome, Reload
 from pcae_serve.service import Ask, Service
 from pcae_serve.settings import Settings
 from tests.serve.conftest import image_bytes
@@ -309,3 +309,16 @@ def test_every_end_of_a_request_is_counted_once(
     assert wasted["padding"] == pytest.approx(0.75 * total_s)  # of each batch, three rows in four
     assert wasted["late"] == pytest.approx(0.125, rel=0.2)
     assert wasted["cancelled"] == pytest.approx(0.125, rel=0.2)
+
+
+def test_what_an_autoscaler_goes_by() -> None:
+    metrics = Metrics(["fast", "full"])
+    metrics.accuracy_range(0.1)
+    for outcome in (*MISSED, Outcome.IN_TIME, Outcome.REFUSED_BUDGET, Outcome.LEFT):
+        metrics.ended(outcome)  # the last two are the callers' doing
+    times = {"decode_s": 0.0, "queue_s": 0.0, "compute_s": 0.0, "total_s": 0.0}
+    metrics.answered("fast", **times, in_time=True, degraded=True, accuracy=0.8, best_accuracy=0.9)
+    tally = metrics.tally()
+    assert (tally.in_time, tally.missed) == (1, len(MISSED))
+    assert tally.owed == pytest.approx(0.1)
+    assert "pcae_accuracy_range 0.1" in metrics.exposition()[0].decode()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -413,3 +414,47 @@ def test_groups() -> None:
     assert scales["blocks.10.mlp.fc2.weight"] == 0.5
     assert scales["blocks.0.norm1.bias"] == 0.5**11
     assert scales["cls_token"] == scales["patch_embed.proj.weight"] == 0.5**12
+
+
+def test_a_launcher_that_knows_no_state_begins_and_then_goes_on(tune: Any) -> None:
+    run = tune("again", stop_after=1)
+    again = {"resume_or_begin": True}
+    finetune(FinetuneSettings(**run.model_dump() | again))
+    assert checkpoints.load(run.out).training["step"] == 3
+    finetune(FinetuneSettings(**run.model_dump() | again | {"stop_after": None}))
+    assert checkpoints.load(run.out).training["step"] == 6
+
+
+@pytest.mark.slow
+def test_the_slurm_script_goes_on_after_a_process_is_killed(learn: Any, tmp_path: Path) -> None:
+    """Slurm's own programs are stand-ins; torchrun and its processes are real."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    torchrun = f'exec {sys.executable} -m torch.distributed.run "$@"'
+    for name, body in (
+        ("srun", 'exec "$@"'), ("scontrol", "echo localhost"), ("torchrun", torchrun),
+    ):  # fmt: skip
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (programs / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "n", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
+    path = f"{programs}:{os.environ['PATH']}"
+    run = learn("slurm", epochs=30, save_every_s=0.5)
+    script = Path(__file__).parents[2] / "training" / "recipes" / "slurm.sh"
+    command = [script, "pretrain", *flags(run)]
+    environment = ONE_THREAD | slurm | {"SLURM_JOB_ID": str(os.getpid()), "PATH": path}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 90
+        while not (run.out / checkpoints.LAST / "config.json").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert process.stderr is not None
+        printed = process.stderr.read().decode()
+        assert process.wait(120) == 0, printed[-3000:]
+    _, _, again = printed.partition("(exitcode: -9)")
+    begun = re.search(r"epoch \d+/30: +\d+%\|[^|]*\| ([\d.]+)", again)
+    assert begun is not None, printed[-3000:]
+    assert float(begun[1]) > 0  # it went on, not anew
+    assert checkpoints.load(run.out).training["step"] == 30 * 4

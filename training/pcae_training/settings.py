@@ -12,12 +12,13 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
 from pcae_serve.preprocess import Preprocess
+from pcae_training.checkpoint import place
 from pcae_training.columns import Wanted
 from pcae_training.model import ViTConfig
 
 #: Settings that say where or how a run is computed, not what comes of it: free when it is resumed.
 PLACE = {
-    "resume", "dry_run", "out", "stop_after", "save_every_s", "log_every",
+    "resume", "resume_or_begin", "dry_run", "out", "stop_after", "save_every_s", "log_every",
     "device", "threads", "workers", "compile", "accumulate", "max_unreadable",
 }  # fmt: skip
 
@@ -28,6 +29,9 @@ class RunSettings(BaseModel):
     data: str = Field(description="class folders, parquet, .tar shards or a hub name")
     out: Path = Field(description="folder of the run: checkpoint, metrics, configuration")
     resume: bool = Field(False, description="go on from the checkpoint in --out")
+    resume_or_begin: bool = Field(
+        False, description="go on where --out has a checkpoint; for launchers that start anew"
+    )
     dry_run: bool = Field(False, description="print model, budgets, cost and plan, train nothing")
 
     split: str = Field("train", description="split of --data to train on")
@@ -85,6 +89,13 @@ class RunSettings(BaseModel):
     @classmethod
     def _names(cls, classes: object) -> object:
         return classes.split(",") if isinstance(classes, str) else classes
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> Self:
+        """Known before the first process saves, which none does before all have started."""
+        if self.resume_or_begin and (place(self.out) / "config.json").exists():
+            self.resume = True
+        return self
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
