@@ -16,7 +16,7 @@ It learns nothing of its own: what it expects is the forecast's and the arrivals
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, sqrt
+from math import ceil, inf, sqrt
 from typing import NamedTuple
 
 from pcae_serve.policies import Run, Situation
@@ -42,6 +42,28 @@ class _Horizon(NamedTuple):
     behind: int  # wait too, and are due later
     mean: float  # of those still to come
     deviation: float
+
+    def overrun_s(
+        self,
+        busy_s: float,
+        taken: int,
+        coming: float,
+        image_s: float,
+        last_s: float,
+        single_s: float,
+    ) -> float:
+        """Seconds by which it is missed, once a batch of so many is done; negative: time to spare.
+
+        image_s: of each that follows; last_s: of the last batch of those who wait, single_s: of
+        one that comes when nobody waits.
+        """
+        if self.waiting > taken:
+            work_s = _work_s(self.waiting - taken + coming, image_s, last_s)
+        elif coming > 0.5:
+            work_s = _work_s(coming + 1, image_s, single_s)
+        else:  # nobody is due
+            return -inf
+        return busy_s + work_s - self.within_s
 
 
 @dataclass(frozen=True)
@@ -85,24 +107,21 @@ class _View:
         misses = []
         for h, (image_s, last_s) in zip(self.horizons, self._costs, strict=True):
             known = max(0, h.waiting - taken)
-            left_s = h.within_s - busy_s - (last_s if known else single_s) + image_s
-            off = left_s / image_s - known - h.mean
+            work_s = _work_s(known + h.mean, image_s, last_s if known else single_s)
+            off = (h.within_s - busy_s - work_s) / image_s
             bound = (sqrt(h.deviation * h.deviation + off * off) - off) / 2
             misses.append(min(bound, known + h.mean))  # no more can miss than there are
         return misses
 
     def overrun_s(self, busy_s: float, taken: int, image_s: float) -> float:
         """Seconds by which the worst horizon is missed, at so many seconds an image."""
-        forecast, worst_s = self.situation.forecast, 0.0
+        forecast = self.situation.forecast
+        single_s = forecast.promised(self.floor, 1)
+        worst_s = 0.0
         for h in self.horizons:
-            if h.waiting > taken:
-                last_s = forecast.promised(self.floor, min(self.steady, h.behind + 1))
-                work_s = (h.waiting - taken + h.mean - 1) * image_s + last_s
-            elif h.mean > 0.5:
-                work_s = h.mean * image_s + forecast.promised(self.floor, 1)
-            else:
-                continue
-            worst_s = max(worst_s, busy_s + work_s - h.within_s)
+            last_s = forecast.promised(self.floor, min(self.steady, h.behind + 1))
+            over_s = h.overrun_s(busy_s, taken, h.mean, image_s, last_s, single_s)
+            worst_s = max(worst_s, over_s)
         return worst_s
 
 
@@ -133,11 +152,12 @@ class Pace:
         view = _look(situation)
         floor = self._floor(view)
         tiers = view.tiers
-        if len(tiers) == 1 or self._keeping(view, 1) is None:
+        second = self._keeping(view, 1) if len(tiers) > 1 else None
+        if second is None:
             return self._run(situation, floor)  # all others are slower still
         misses: tuple[list[float], float] | None = None
         for place in range(len(tiers) - 1, 0, -1):
-            better = self._keeping(view, place)
+            better = second if place == 1 else self._keeping(view, place)
             if better is None:
                 continue
             if misses is None:
@@ -207,17 +227,11 @@ class Pace:
         # in steady traffic the tightest wait for one batch and then for their own
         size = max(1, forecast.largest(rest, view.tightest_s / 2, most))
         image_s = forecast.typical(rest, size) / size
-        last_s = forecast.promised(rest, size) - image_s
-        single_s = forecast.promised(rest, 1)
+        last_s, single_s = forecast.promised(rest, size), forecast.promised(rest, 1)
         for h in view.horizons:
             coming = h.mean + MARGIN * h.deviation
-            if h.waiting > batch.size:
-                work_s = (h.waiting - batch.size + coming) * image_s + last_s
-            elif coming > 0.5:
-                work_s = coming * image_s + single_s
-            else:
-                continue
-            if batch.busy_s + work_s > h.within_s + ROUNDING_S:
+            over_s = h.overrun_s(batch.busy_s, batch.size, coming, image_s, last_s, single_s)
+            if over_s > ROUNDING_S:
                 return False
         return True
 
@@ -250,6 +264,11 @@ class Pace:
     def _run(situation: Situation, batch: _Batch) -> Run:
         waiting = situation.queue.allowing(batch.tier)
         return Run(batch.tier, tuple(waiting[batch.first : batch.gone]))
+
+
+def _work_s(images: float, image_s: float, last_s: float) -> float:
+    """Seconds until so many are done, the last of them in a batch that takes `last_s`."""
+    return (images - 1) * image_s + last_s
 
 
 def _look(situation: Situation) -> _View:
