@@ -13,9 +13,10 @@ keeps to the slowest speed that still meets each deadline; here that speed is a 
 It learns nothing of its own: what it expects is the forecast's and the arrivals' to know.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from math import ceil, inf, sqrt
 from typing import NamedTuple
 
@@ -42,28 +43,6 @@ class _Horizon(NamedTuple):
     behind: int  # wait too, and are due later
     mean: float  # of those still to come
     deviation: float
-
-    def overrun_s(
-        self,
-        busy_s: float,
-        taken: int,
-        coming: float,
-        image_s: float,
-        last_s: float,
-        single_s: float,
-    ) -> float:
-        """Seconds by which it is missed, once a batch of so many is done; negative: time to spare.
-
-        image_s: of each that follows; last_s: of the last batch of those who wait, single_s: of
-        one that comes when nobody waits.
-        """
-        if self.waiting > taken:
-            work_s = _work_s(self.waiting - taken + coming, image_s, last_s)
-        elif coming > 0.5:
-            work_s = _work_s(coming + 1, image_s, single_s)
-        else:  # nobody is due
-            return -inf
-        return busy_s + work_s - self.within_s
 
 
 @dataclass(frozen=True)
@@ -107,21 +86,52 @@ class _View:
         misses = []
         for h, (image_s, last_s) in zip(self.horizons, self._costs, strict=True):
             known = max(0, h.waiting - taken)
-            work_s = _work_s(known + h.mean, image_s, last_s if known else single_s)
-            off = (h.within_s - busy_s - work_s) / image_s
+            left_s = h.within_s - busy_s - (last_s if known else single_s) + image_s
+            off = left_s / image_s - known - h.mean
             bound = (sqrt(h.deviation * h.deviation + off * off) - off) / 2
             misses.append(min(bound, known + h.mean))  # no more can miss than there are
         return misses
 
     def overrun_s(self, busy_s: float, taken: int, image_s: float) -> float:
         """Seconds by which the worst horizon is missed, at so many seconds an image."""
-        forecast = self.situation.forecast
-        single_s = forecast.promised(self.floor, 1)
+        single_s = self.situation.forecast.promised(self.floor, 1)
+        return self.worst_s(busy_s, taken, 0.0, image_s, self._last_s, single_s)
+
+    @cached_property
+    def _last_s(self) -> list[float]:
+        """For each horizon, seconds of the last batch before it, in steady traffic."""
+        forecast, floor, steady = self.situation.forecast, self.floor, self.steady
+        return [forecast.promised(floor, min(steady, h.behind + 1)) for h in self.horizons]
+
+    def worst_s(
+        self,
+        busy_s: float,
+        taken: int,
+        margin: float,
+        image_s: float,
+        last_s: Iterable[float],
+        single_s: float,
+        enough_s: float = inf,
+    ) -> float:
+        """Seconds by which the worst horizon is missed once a batch is done; or the first `enough`.
+
+        margin: of arrivals, in standard deviations; image_s: of each that follows; last_s: of the
+        last batch of those who wait, by horizon; single_s: of one that comes when nobody waits.
+        """
         worst_s = 0.0
-        for h in self.horizons:
-            last_s = forecast.promised(self.floor, min(self.steady, h.behind + 1))
-            over_s = h.overrun_s(busy_s, taken, h.mean, image_s, last_s, single_s)
-            worst_s = max(worst_s, over_s)
+        for h, its_last_s in zip(self.horizons, last_s, strict=False):
+            coming = h.mean + margin * h.deviation
+            if h.waiting > taken:
+                work_s = (h.waiting - taken + coming - 1) * image_s + its_last_s
+            elif coming > 0.5:
+                work_s = coming * image_s + single_s
+            else:  # nobody is due
+                continue
+            over_s = busy_s + work_s - h.within_s
+            if over_s > worst_s:
+                worst_s = over_s
+                if over_s > enough_s:
+                    break
         return worst_s
 
 
@@ -228,12 +238,10 @@ class Pace:
         size = max(1, forecast.largest(rest, view.tightest_s / 2, most))
         image_s = forecast.typical(rest, size) / size
         last_s, single_s = forecast.promised(rest, size), forecast.promised(rest, 1)
-        for h in view.horizons:
-            coming = h.mean + MARGIN * h.deviation
-            over_s = h.overrun_s(batch.busy_s, batch.size, coming, image_s, last_s, single_s)
-            if over_s > ROUNDING_S:
-                return False
-        return True
+        worst_s = view.worst_s(
+            batch.busy_s, batch.size, MARGIN, image_s, repeat(last_s), single_s, ROUNDING_S
+        )
+        return worst_s <= ROUNDING_S
 
     def _worth(self, view: _View, batch: _Batch, floor: list[float], floor_blocked: float) -> bool:
         """Whether the accuracy gained pays for the deadlines that may be missed, price included."""
@@ -264,11 +272,6 @@ class Pace:
     def _run(situation: Situation, batch: _Batch) -> Run:
         waiting = situation.queue.allowing(batch.tier)
         return Run(batch.tier, tuple(waiting[batch.first : batch.gone]))
-
-
-def _work_s(images: float, image_s: float, last_s: float) -> float:
-    """Seconds until so many are done, the last of them in a batch that takes `last_s`."""
-    return (images - 1) * image_s + last_s
 
 
 def _look(situation: Situation) -> _View:
