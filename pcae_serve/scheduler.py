@@ -13,6 +13,7 @@ The server drives it from asyncio, a simulator from a virtual clock; the same ev
 actions. It knows deadlines and predicted seconds, nothing of images, sockets or engines.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -139,6 +140,8 @@ class Spent:
 
 Action = Dispatch | Errand | Refuse | Expire | WakeAt | Spent
 
+log = logging.getLogger(__name__)
+
 #: A timer set for the very moment of a deadline may fire a rounding error before it.
 _PAST_S = 1e-4
 #: While an errand runs, so many requests may be expected that it would make late.
@@ -176,6 +179,7 @@ class Scheduler:
     ) -> None:
         """queue_limit: requests that wait, decoding ones included; beyond it they are refused."""
         self._policy, self._latency = policy, latency
+        self.policy_failed = False  # it could not choose at least once, and the log says why
         self._max_batch, self._queue_limit = max_batch, queue_limit
         self._arrivals, self._strictness = Arrivals(), Strictness()
         self._decoding, self._queue = Queue(), Queue()
@@ -365,6 +369,21 @@ class Scheduler:
         self._strictness.in_vain(sum(id_ != decoded for id_ in late))
         return [Expire(id_, "late") for id_ in sorted(late)]
 
+    def _choose(self, situation: Situation) -> Run | Wait:
+        """The policy's choice. A fault of it must cost nobody an answer, nor stop the machine."""
+        try:
+            return self._policy.choose(situation)
+        except Exception:
+            if not self.policy_failed:  # it may well fail each time: the log is to stay readable
+                log.exception(
+                    "the policy %s failed; as long as it does, the most urgent request is served"
+                    " alone on its cheapest tier (told once)",
+                    self._policy.name,
+                )
+            self.policy_failed = True
+            head = situation.queue.by_deadline[0]
+            return Run(head.tiers[0], (head,))
+
     def _dispatch(self, now_s: float, forecast: Forecast) -> list[Action]:
         actions, wake_s = list[Action](), list[float]()
         for device, running in enumerate(self._running):
@@ -373,7 +392,7 @@ class Scheduler:
             if self._overdue(now_s) or self._spares(now_s, forecast):
                 actions.append(self._begin_errand(device, now_s))
                 continue
-            choice = self._policy.choose(
+            choice = self._choose(
                 Situation(
                     now_s,
                     self._queue,

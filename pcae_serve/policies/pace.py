@@ -13,10 +13,11 @@ keeps to the slowest speed that still meets each deadline; here that speed is a 
 It learns nothing of its own: what it expects is the forecast's and the arrivals' to know.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, sqrt
+from itertools import repeat
+from math import ceil, inf, sqrt
 from typing import NamedTuple
 
 from pcae_serve.policies import Run, Situation
@@ -93,16 +94,44 @@ class _View:
 
     def overrun_s(self, busy_s: float, taken: int, image_s: float) -> float:
         """Seconds by which the worst horizon is missed, at so many seconds an image."""
-        forecast, worst_s = self.situation.forecast, 0.0
-        for h in self.horizons:
+        single_s = self.situation.forecast.promised(self.floor, 1)
+        return self.worst_s(busy_s, taken, 0.0, image_s, self._last_s, single_s)
+
+    @cached_property
+    def _last_s(self) -> list[float]:
+        """For each horizon, seconds of the last batch before it, in steady traffic."""
+        forecast, floor, steady = self.situation.forecast, self.floor, self.steady
+        return [forecast.promised(floor, min(steady, h.behind + 1)) for h in self.horizons]
+
+    def worst_s(
+        self,
+        busy_s: float,
+        taken: int,
+        margin: float,
+        image_s: float,
+        last_s: Iterable[float],
+        single_s: float,
+        enough_s: float = inf,
+    ) -> float:
+        """Seconds by which the worst horizon is missed once a batch is done; or the first `enough`.
+
+        margin: of arrivals, in standard deviations; image_s: of each that follows; last_s: of the
+        last batch of those who wait, by horizon; single_s: of one that comes when nobody waits.
+        """
+        worst_s = 0.0
+        for h, its_last_s in zip(self.horizons, last_s, strict=False):
+            coming = h.mean + margin * h.deviation
             if h.waiting > taken:
-                last_s = forecast.promised(self.floor, min(self.steady, h.behind + 1))
-                work_s = (h.waiting - taken + h.mean - 1) * image_s + last_s
-            elif h.mean > 0.5:
-                work_s = h.mean * image_s + forecast.promised(self.floor, 1)
-            else:
+                work_s = (h.waiting - taken + coming - 1) * image_s + its_last_s
+            elif coming > 0.5:
+                work_s = coming * image_s + single_s
+            else:  # nobody is due
                 continue
-            worst_s = max(worst_s, busy_s + work_s - h.within_s)
+            over_s = busy_s + work_s - h.within_s
+            if over_s > worst_s:
+                worst_s = over_s
+                if over_s > enough_s:
+                    break
         return worst_s
 
 
@@ -133,11 +162,12 @@ class Pace:
         view = _look(situation)
         floor = self._floor(view)
         tiers = view.tiers
-        if len(tiers) == 1 or self._keeping(view, 1) is None:
+        second = self._keeping(view, 1) if len(tiers) > 1 else None
+        if second is None:
             return self._run(situation, floor)  # all others are slower still
         misses: tuple[list[float], float] | None = None
         for place in range(len(tiers) - 1, 0, -1):
-            better = self._keeping(view, place)
+            better = second if place == 1 else self._keeping(view, place)
             if better is None:
                 continue
             if misses is None:
@@ -207,19 +237,11 @@ class Pace:
         # in steady traffic the tightest wait for one batch and then for their own
         size = max(1, forecast.largest(rest, view.tightest_s / 2, most))
         image_s = forecast.typical(rest, size) / size
-        last_s = forecast.promised(rest, size) - image_s
-        single_s = forecast.promised(rest, 1)
-        for h in view.horizons:
-            coming = h.mean + MARGIN * h.deviation
-            if h.waiting > batch.size:
-                work_s = (h.waiting - batch.size + coming) * image_s + last_s
-            elif coming > 0.5:
-                work_s = coming * image_s + single_s
-            else:
-                continue
-            if batch.busy_s + work_s > h.within_s + ROUNDING_S:
-                return False
-        return True
+        last_s, single_s = forecast.promised(rest, size), forecast.promised(rest, 1)
+        worst_s = view.worst_s(
+            batch.busy_s, batch.size, MARGIN, image_s, repeat(last_s), single_s, ROUNDING_S
+        )
+        return worst_s <= ROUNDING_S
 
     def _worth(self, view: _View, batch: _Batch, floor: list[float], floor_blocked: float) -> bool:
         """Whether the accuracy gained pays for the deadlines that may be missed, price included."""

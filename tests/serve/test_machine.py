@@ -247,6 +247,7 @@ def world(spec: str, case: Case) -> World:
 def test_every_request_is_dealt_with_rightly_and_once(spec: str, case: Case) -> None:
     first = world(spec, case)
     first.play()
+    assert not first.machine.policy_failed
     assert first.machine.waiting == 0
     assert not first.waiting, "somebody was forgotten"
     assert not first.errands, "an errand was forgotten"

@@ -244,6 +244,40 @@ def test_a_policy_may_wait() -> None:
     assert dispatched(machine.handle(Timer(wake.at_s))) == [Dispatch(0, 2, (1,))]
 
 
+class Moody:
+    """A policy that cannot choose while it is in a bad mood; else the head on the best tier."""
+
+    name = "moody"
+
+    def __init__(self) -> None:
+        self.bad = True
+
+    def choose(self, situation: Situation) -> Run:
+        if self.bad:
+            raise ZeroDivisionError
+        head = situation.queue.by_deadline[0]
+        return Run(head.tiers[-1], (head,))
+
+    def observe(self, run: Run, seconds: float, late: int) -> None:
+        pass
+
+
+def test_a_policy_that_fails_costs_nobody_an_answer_and_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    policy = Moody()
+    machine = Scheduler(policy, linear(*LINES))
+    assert dispatched(arrive(machine, 1, 0.0, 9.0, tiers=(1, 2))) == [Dispatch(0, 1, (1,))]
+    arrive(machine, 2, 0.0, 8.0)
+    arrive(machine, 3, 0.0, 7.0)
+    assert dispatched(machine.handle(Done(0.2, 0, 0.2))) == [Dispatch(0, 0, (3,))]
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+    assert "moody" in caplog.text
+    policy.bad = False
+    assert dispatched(machine.handle(Done(0.3, 0, 0.1))) == [Dispatch(0, 2, (2,))]
+    assert machine.policy_failed
+
+
 def test_a_closed_tier_is_left_to_others_and_who_has_none_is_told() -> None:
     machine = scheduler()
     arrive(machine, 1, 0.0, 5.0)
