@@ -81,7 +81,8 @@ def serve(
         server.should_exit = True
 
     app = create_app(service, stop, keys, admin_keys)
-    # What stands now stays: without it in its rounds the collector stops everything for 2 ms, not 40.
+    # What stands now stays: without it in its rounds the collector stops everything for 2 ms, not
+    # 40, and several times that where the engine wants the same core.
     gc.collect()
     gc.freeze()
     host, port = listener.getsockname()[:2]

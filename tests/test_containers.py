@@ -17,6 +17,12 @@ DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 COMPOSE = DOCKER / "compose.yaml"
 SERVICES = yaml.safe_load(COMPOSE.read_text())["services"]
+TARGETS = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE))
+README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/containers.md"))
+# those of Kubernetes and Ray: test_deployment
+YAMLS = sorted(
+    {*DOCKER.rglob("*.yaml")} - {*DOCKER.glob("kubernetes/**/*")} - {*DOCKER.glob("ray/*")}
+)
 SERVERS = ("cpu", "gpu", "tensorrt")
 
 
@@ -38,7 +44,7 @@ def test_what_is_no_compose_file_is_noticed() -> None:
         PyCompose.from_yaml("services: {cpu: {image: x, prots: []}}")
 
 
-@pytest.mark.parametrize("file", sorted(DOCKER.rglob("*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", YAMLS, ids=lambda file: file.name)
 def test_every_mounted_file_is_there_and_every_yaml_is_read(file: Path) -> None:
     assert isinstance(yaml.safe_load(file.read_text()), dict)
     for service in SERVICES.values():
@@ -54,6 +60,20 @@ def test_servers_are_read_only_and_published_to_this_machine_alone(name: str) ->
     assert service["cap_drop"] == ["ALL"]
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])
     assert f"AS {service['build']['target']}\n" in DOCKERFILE
+
+
+@pytest.mark.parametrize("text", [README, GUIDE], ids=["README.md", "containers.md"])
+def test_what_is_typed_names_what_there_is(text: str) -> None:
+    """No Docker engine is at hand: targets, files, profiles and settings are looked up."""
+    typed = re.findall(r"^(docker .*(?:\\\n.*)*)", text, re.MULTILINE)
+    assert len(typed) >= 3
+    profiles = {name for service in SERVICES.values() for name in service.get("profiles", [])}
+    for command in typed:
+        assert set(re.findall(r"--target (\S+)", command)) <= TARGETS, command
+        assert set(re.findall(r"--profile (\S+)", command)) <= profiles, command
+        assert all((ROOT / file).is_file() for file in re.findall(r"-f (\S+)", command)), command
+        settings = {name.lower() for name in re.findall(r"PCAE_([A-Z_]+)=", command)}
+        assert settings <= Settings.model_fields.keys(), command
 
 
 def test_gpus_are_reserved_where_they_are_used() -> None:

@@ -1,5 +1,6 @@
 """The installed command, as a process with a real socket."""
 
+import gc
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 
 from pcae_serve.cli import start
 from pcae_serve.events import replay
+from pcae_serve.server import Server
 from tests.serve.conftest import image_bytes
 
 COMMAND = (sys.executable, "-m", "pcae_serve")
@@ -80,6 +82,29 @@ def test_a_server_on_a_real_socket_answers_and_stops(bundle_dir: Path, tmp_path:
         assert httpx2.post(f"{url}/classify", content=b"").status_code == 400
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) in (0, -signal.SIGTERM)
+
+
+def test_sigterm_is_heard_before_anything_is_loaded() -> None:
+    """PID 1 of a container hears only signals that it has a handler for."""
+    with subprocess.Popen((*COMMAND, "--port", "0"), stderr=subprocess.PIPE) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        handled = 1 << (signal.SIGTERM - 1)
+        while not handled & int(re.findall(r"SigCgt:\s(\w+)", status.read_text())[0], 16):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 0
+
+
+def test_what_stands_at_the_start_is_not_looked_through_by_the_collector(
+    bundle_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Server, "run", lambda self, sockets: frozen.append(gc.get_freeze_count()))
+    frozen = list[int]()
+    try:
+        start(["--bundle", str(bundle_dir), "--backend", "simulated", "--port", "0"])
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > 10_000
 
 
 def test_several_devices_and_an_event_log(bundle_dir: Path, tmp_path: Path) -> None:
