@@ -69,6 +69,10 @@ class Simulate(Traffic):
     decode_ms: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="from a request's arrival to the queue"
     )
+    host_ms: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="of HTTP and decoding a request takes from the"
+        " core that batches run on; 0: they have cores of their own",
+    )  # fmt: skip
     jobs: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)), ge=1,
         description="processes; one a core if left out",
@@ -210,7 +214,13 @@ def run(settings: Simulate, platform: Platform, cell: Cell) -> Ran:
     seconds = draw(points, settings.max_batch, cell.seed + SERVICE_SEED)
     tiers = tuple(range(len(platform.tiers)))
     outcome = simulate(
-        load.times_s, load.budgets_s, scheduler, seconds, tiers, decode_s=settings.decode_ms / 1e3
+        load.times_s,
+        load.budgets_s,
+        scheduler,
+        seconds,
+        tiers,
+        decode_s=settings.decode_ms / 1e3,
+        host_s=settings.host_ms / 1e3,
     )
     count, span_s = len(load.times_s), float(load.times_s[-1])
     rate = (count - 1) / span_s if span_s > 0 else None

@@ -95,12 +95,15 @@ def simulate(
     tiers: tuple[int, ...] | list[tuple[int, ...]],
     *,
     decode_s: float = 0.0,
+    host_s: float = 0.0,
     listen: Callable[[Event, list[Action]], None] | None = None,
 ) -> Outcome:
     """Offer every request to the scheduler and play its actions until nothing is left to do.
 
     times_s, budgets_s: [n], times rising. tiers: those every request (or each of the n) allows.
-    decode_s: from arrival to the queue. listen: told every event and what came of it.
+    decode_s: from arrival to the queue. host_s: of HTTP and decoding, where they share the core
+    with the batches: each arrival stops every batch in progress for so long. listen: told every
+    event and what came of it.
     """
     n = len(times_s)
     outcome = Outcome(
@@ -113,6 +116,8 @@ def simulate(
     allowed = tiers if isinstance(tiers, list) else [tiers] * n
     agenda: list[tuple[float, int, int, float]] = []  # time, order, device or ~id, seconds
     running: dict[int, Dispatch] = {}
+    stopped_s: dict[int, float] = {}  # by device: how much later its batch ends
+    host_until_s = 0.0  # where no batch is in progress
     wake_s, order, next_ = float("inf"), 0, 0
     arrivals, budgets = times_s.tolist(), budgets_s.tolist()
     while True:
@@ -124,6 +129,10 @@ def simulate(
         events: list[Event]
         if agenda_s == now_s:  # what ends now ends before what begins now
             _, _, which, took_s = heappop(agenda)
+            if (more_s := stopped_s.pop(which, 0.0)) > 0:
+                order += 1
+                heappush(agenda, (now_s + more_s, order, which, took_s + more_s))
+                continue
             if which < 0:
                 events = [Decoded(now_s, ~which)]
             else:
@@ -140,6 +149,10 @@ def simulate(
         else:
             request = Request(next_, now_s, now_s + budgets[next_], allowed[next_])
             events = [Arrived(now_s, request)]
+            for device in running:
+                stopped_s[device] = stopped_s.get(device, 0.0) + host_s
+            if not running:
+                host_until_s = max(host_until_s, now_s) + host_s
             if decode_s:
                 order += 1
                 heappush(agenda, (now_s + decode_s, order, ~next_, 0.0))
@@ -153,7 +166,7 @@ def simulate(
             for action in actions:
                 match action:
                     case Dispatch(device=device, tier=tier, ids=ids):
-                        took_s = seconds(tier, len(ids))
+                        took_s = seconds(tier, len(ids)) + max(0.0, host_until_s - now_s)
                         running[device] = action
                         outcome.batches.append(len(ids))
                         order += 1

@@ -100,6 +100,10 @@ def test_devices_batches_queue_and_decoding_reach_the_machine(tmp_path: Path) ->
         "rows"
     ]
     assert slow["figures"]["p50_ms"]["mean"] > 6.9
+    [shared] = simulated(tmp_path, "--policy", "fixed:fastest", "--rate", "20", "--host-ms", "5")[
+        "rows"
+    ]
+    assert shared["figures"]["p50_ms"]["mean"] > 6.9
 
 
 def test_capacity_is_worked_out_where_nobody_has(

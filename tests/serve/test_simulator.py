@@ -3,7 +3,17 @@ import pytest
 
 from pcae_serve.latency import Seconds
 from pcae_serve.policies.catalogue import create
-from pcae_serve.scheduler import Action, Arrived, Dispatch, Event, Expire, Refuse, Scheduler, Spent
+from pcae_serve.scheduler import (
+    Action,
+    Arrived,
+    Dispatch,
+    Done,
+    Event,
+    Expire,
+    Refuse,
+    Scheduler,
+    Spent,
+)
 from pcae_serve.simulator import Draw, End, Outcome, draw, simulate
 from tests.serve.situations import ALL, LADDER, LINES, linear
 
@@ -35,6 +45,7 @@ def run(
     spec: str = "greedy",
     devices: int = 1,
     decode_s: float = 0.0,
+    host_s: float = 0.0,
     seconds: Draw | None = None,
     heard: Heard | None = None,
 ) -> Outcome:
@@ -50,15 +61,19 @@ def run(
         seconds,
         ALL,
         decode_s=decode_s,
+        host_s=host_s,
         listen=heard,
     )
 
 
 @pytest.mark.parametrize("devices", [1, 3])
-@pytest.mark.parametrize("decode_s", [0.0, 0.02])
+@pytest.mark.parametrize(("decode_s", "host_s"), [(0.0, 0.0), (0.02, 0.0), (0.02, 0.004)])
 @pytest.mark.parametrize("rate", [5.0, 200.0])
-def test_every_request_comes_to_exactly_one_end(rate: float, decode_s: float, devices: int) -> None:
-    outcome = run(3, rate=rate, decode_s=decode_s, devices=devices, heard=(heard := Heard()))
+def test_every_request_comes_to_exactly_one_end(
+    rate: float, decode_s: float, host_s: float, devices: int
+) -> None:
+    heard = Heard()
+    outcome = run(3, rate=rate, decode_s=decode_s, host_s=host_s, devices=devices, heard=heard)
     ended = [a.id for a in heard.actions if isinstance(a, Refuse | Expire)]
     ended += [id_ for a in heard.actions if isinstance(a, Dispatch) for id_ in a.ids]
     assert sorted(ended) == list(range(300))
@@ -97,6 +112,28 @@ def test_what_was_spent_adds_up_to_the_busy_time(devices: int) -> None:
     assert sum(s.batch for s in spent) == sum(outcome.batches)
     assert sum(s.late for s in spent) == (outcome.end == End.LATE).sum()
     assert outcome.late_s <= outcome.busy_s <= devices * outcome.span_s
+
+
+def test_arrivals_stop_the_batch_in_progress_where_they_share_its_core() -> None:
+    def ends(*times_s: float, budget_s: float = 9.0) -> tuple[list[float], list[float]]:
+        count, heard = len(times_s), Heard()
+        outcome = simulate(
+            np.array(times_s),
+            np.full(count, budget_s),
+            machine(),
+            lambda tier, batch: 0.1,
+            (0,),
+            host_s=0.01,
+            listen=heard,
+        )
+        took_s = [e.seconds for e, _ in heard.told if isinstance(e, Done) and e.seconds is not None]
+        return outcome.end_s.tolist(), took_s
+
+    # its own 10 ms, then two that come meanwhile, who then run together
+    end_s, took_s = ends(0.0, 0.05, 0.118)
+    assert end_s == pytest.approx([0.13, 0.23, 0.23])
+    assert took_s == pytest.approx([0.13, 0.1])  # what the machine learns from
+    assert ends(0.0, 1.0)[0] == pytest.approx([0.11, 1.11])
 
 
 def test_a_machine_that_slows_to_half_is_followed_within_20_batches() -> None:
