@@ -15,7 +15,7 @@ server=$!
 trap 'kill $server' EXIT
 until $bin/python -c "import urllib.request as u; u.urlopen('$url/readyz')" 2>/dev/null; do sleep 0.5; done
 spent_ms() { # by all threads but the busiest
-    cat /proc/$server/task/*/stat | awk '{ t = $14 + $15; all += t; if (t > most) most = t } END { print 10 * (all - most) }'
+    cat /proc/$server/task/*/schedstat | awk '{ all += $1; if ($1 > most) most = $1 } END { print (all - most) / 1e6 }'
 }
 rss() { grep VmRSS /proc/$server/status; }
 for trace in poisson azure-code; do
