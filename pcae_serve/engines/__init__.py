@@ -102,9 +102,16 @@ def load(
         if (backend, device) != ("auto", "auto"):
             raise
         engine = _on_cpu(bundle, threads, through)
-        level = logging.INFO if isinstance(error, driver.NoGpu) else logging.WARNING
-        log.log(level, "on the CPU: %s", error)
+        expected = isinstance(error, driver.NoGpu) and not _meant_for_gpus()
+        log.log(logging.INFO if expected else logging.WARNING, "on the CPU: %s", error)
         return engine
+
+
+def _meant_for_gpus() -> bool:
+    """Whether the ONNX Runtime that is installed is the one for GPUs, as in the gpu image."""
+    from onnxruntime import get_available_providers
+
+    return "CUDAExecutionProvider" in get_available_providers()
 
 
 def configured(

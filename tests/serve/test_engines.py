@@ -211,15 +211,30 @@ def test_auto_takes_the_first_backend_that_works_and_says_why(
     assert words in caplog.text
 
 
-@pytest.mark.parametrize("error", [driver.NoGpu("no driver"), StartError("the driver fails")])
-def test_a_machine_without_a_gpu_serves_on_its_cpu_and_a_broken_one_warns(
-    demo: Bundle, machine: Machine, caplog: pytest.LogCaptureFixture, error: StartError
+@pytest.mark.parametrize(
+    ("error", "providers", "level"),
+    [
+        (driver.NoGpu("no driver"), ["CPUExecutionProvider"], "INFO"),
+        # the package, or image, for GPUs: somebody meant to have one
+        (driver.NoGpu("no driver"), ["CUDAExecutionProvider", "CPUExecutionProvider"], "WARNING"),
+        (StartError("the driver fails"), ["CPUExecutionProvider"], "WARNING"),
+    ],
+)
+def test_a_machine_without_a_gpu_serves_on_its_cpu_and_one_that_should_have_it_warns(
+    demo: Bundle,
+    machine: Machine,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    error: StartError,
+    providers: list[str],
+    level: str,
 ) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
     machine.gpus = error
     assert engines.load("auto", demo, threads=1).name == "onnxruntime"
     [record] = caplog.records
     assert str(error) in record.message
-    assert record.levelno == (logging.INFO if isinstance(error, driver.NoGpu) else logging.WARNING)
+    assert record.levelname == level
     assert machine.asked == []
 
 
