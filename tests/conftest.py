@@ -14,7 +14,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.name, len(FIRST)))
 
 
-
 @pytest.fixture(scope="session")
 def hugging_face() -> Iterator[Any]:
     """`transformers`, which says nothing while it works."""

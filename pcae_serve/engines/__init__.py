@@ -102,16 +102,11 @@ def load(
         if (backend, device) != ("auto", "auto"):
             raise
         engine = _on_cpu(bundle, threads, through)
-        expected = isinstance(error, driver.NoGpu) and not _meant_for_gpus()
+        from pcae_serve.engines.onnx_runtime import for_gpus
+
+        expected = isinstance(error, driver.NoGpu) and not for_gpus()
         log.log(logging.INFO if expected else logging.WARNING, "on the CPU: %s", error)
         return engine
-
-
-def _meant_for_gpus() -> bool:
-    """Whether the ONNX Runtime that is installed is the one for GPUs, as in the gpu image."""
-    from onnxruntime import get_available_providers
-
-    return "CUDAExecutionProvider" in get_available_providers()
 
 
 def configured(

@@ -57,3 +57,8 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         self._sessions.clear()
+
+
+def for_gpus() -> bool:
+    """Whether the package that is installed is the one for GPUs, as in the gpu image."""
+    return "CUDAExecutionProvider" in ort.get_available_providers()
