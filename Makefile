@@ -58,7 +58,7 @@ serve: .venv/installed  ## install what serving on a CPU needs into .venv, then 
 
 .PHONY: test
 test: .venv-test/installed  ## the suite, in a few minutes
-	$(TEST_PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
+	$(TEST_PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 .PHONY: test-all
 test-all: .venv-test/ray  ## all tests but those that need a GPU
