@@ -12,12 +12,13 @@ from time import perf_counter
 
 import numpy as np
 
-from pcae_serve.arrivals import Arrivals
-from pcae_serve.latency import Latency, Seconds
-from pcae_serve.policies import Situation, catalogue
-from pcae_serve.policies.ladder import Ladder
-from pcae_serve.queue import Queue, Request
-from pcae_serve.scheduler import Arrived, Decoded, Left, Scheduler
+from pcae_serve.scheduling.arrivals import Arrivals
+from pcae_serve.scheduling.latency import Latency, Seconds
+from pcae_serve.scheduling.policies import registry
+from pcae_serve.scheduling.policies.base import Situation
+from pcae_serve.scheduling.request_queue import Queue, Request
+from pcae_serve.scheduling.scheduler import Arrived, Decoded, Left, Scheduler
+from pcae_serve.scheduling.tiers import Ladder
 
 SHARES = (0.286, 0.364, 0.45, 0.54, 0.755, 1.0)  # of the MACs of keep ratio 1.0
 LADDER = Ladder(tuple("abcdef"), (0.795, 0.841, 0.8565, 0.8611, 0.8638, 0.8639))
@@ -45,7 +46,7 @@ def main() -> None:
 def decisions(waiting: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of every decision and event at a queue of that length."""
     draw = random.Random(0)
-    policies = {spec: catalogue.create(spec, LADDER) for spec in SPECS}
+    policies = {spec: registry.create(spec, LADDER) for spec in SPECS}
     latency, taken = Latency(POINTS, 32), {spec: list[float]() for spec in SPECS}
     taken |= {"arrival": [], "arrival + queue": [], "leaving": []}
     machine = Scheduler(policies["pace"], Latency(POINTS, 32), max_batch=32, queue_limit=10**9)

@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pcae_serve import bundle, preprocess
-from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
-from pcae_serve.preprocess import MAX_PIXELS, Picture, Preprocess, decode, read
+from pcae_serve.bundle import preprocess, reader
+from pcae_serve.bundle.preprocess import MAX_PIXELS, Picture, Preprocess, decode, read
+from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 
 DEMO = Path(preprocess.__file__).parent / "demo"
 LARGE = Preprocess(image_size=224, resize=256, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -164,7 +164,7 @@ def agreement(data: str, count: int) -> dict[str, float]:
     """The demo bundle's classes of test images of 1400 pixels with grain, whole and reduced."""
     from pcae_training.data import load
 
-    served = bundle.load(DEMO)
+    served = reader.load(DEMO)
     engine, images = OnnxRuntimeEngine(served), load(data, "test", served.preprocess)
     tiers = {tier.name: tier for tier in (served.tiers[0], served.tiers[-1])}
     same = dict.fromkeys(tiers, 0)

@@ -29,10 +29,10 @@ import torch
 from tqdm import tqdm
 
 from pcae_export.profiling import PEAKS
-from pcae_serve import bundle as bundles
-from pcae_serve import engines
-from pcae_serve.bundle import Bundle
-from pcae_serve.engines import Engine, Pixels
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.engines import base
+from pcae_serve.engines.base import Engine, Pixels
 from pcae_serve.errors import PcaeError, one_line
 from pcae_training.checkpoint import from_config, read_json
 from pcae_training.journal import surroundings
@@ -119,7 +119,7 @@ def contenders(
             missing[backend] = "no --bundle"
             continue
         try:
-            engine = engines.load(backend, served, options.device, max_batch=max_batch)
+            engine = base.load(backend, served, options.device, max_batch=max_batch)
         except PcaeError as error:
             missing[backend] = one_line(error)
             continue

@@ -27,10 +27,10 @@ import onnxruntime as ort
 import torch
 from tqdm import tqdm
 
-from pcae_serve import bundle as bundles
-from pcae_serve.bundle import ELASTIC_GRAPH, Bundle
-from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
-from pcae_serve.preprocess import Preprocess
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.reader import ELASTIC_GRAPH, Bundle
+from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.journal import surroundings

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.serve import odd_images as odd  # noqa: E402
-from tests.serve.odd_images import END, MB, PIXELS, bmp, chunk, exif, photo, save, tiff  # noqa: E402
+from tests.support.odd_images import END, MB, PIXELS, bmp, chunk, exif, photo, save, tiff  # noqa: E402
 
 SIDE = 7_071  # squared, just under 50 million
 LIMIT_S = 300
@@ -140,8 +140,8 @@ def main() -> None:
 
 
 def measure(name: str) -> str:
+    from pcae_serve.bundle.preprocess import Preprocess
     from pcae_serve.errors import RequestError
-    from pcae_serve.preprocess import Preprocess
 
     preprocess = Preprocess(224, 256, (0.5,) * 3, (0.5,) * 3)
     body = FILES[name]()

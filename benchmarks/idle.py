@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pcae_serve import bundle as bundles
-from pcae_serve import engines
-from pcae_serve.servable import Ask
-from pcae_serve.service import Service
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.engines import base
+from pcae_serve.runtime.servable import Ask
+from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 
 SAMPLES = Path(__file__).parents[1] / "docs" / "samples"
@@ -27,7 +27,7 @@ async def measure(requests: int) -> None:
     bundle = bundles.load(bundles.demo())
     with tempfile.TemporaryDirectory() as cache:
         settings = Settings(cache_dir=Path(cache))
-        engine = engines.configured(settings, bundle)
+        engine = base.configured(settings, bundle)
         service = Service(settings, bundle, [engine])
         await service.start()
         loop, rows = asyncio.get_running_loop(), []

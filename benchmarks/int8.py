@@ -21,8 +21,8 @@ from tqdm import tqdm
 from pcae_export import pack
 from pcae_export.images import decode
 from pcae_export.pack import Part, Wanted
-from pcae_serve import bundle as bundles
-from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_training import checkpoint as checkpoints
 from pcae_training.data import load
 from pcae_training.journal import surroundings

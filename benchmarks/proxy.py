@@ -122,7 +122,7 @@ def main() -> None:
         common = {"PCAE_THREADS": "1", "PCAE_DECODE_THREADS": "1", "PCAE_ACCESS_LOG": "false"}
         common |= {"PCAE_CACHE_DIR": f"{folder}/cache"}
         config = Path(folder) / "serve.json"
-        application = {"name": "pcae-serve", "import_path": "pcae_serve.ray_app:app"}
+        application = {"name": "pcae-serve", "import_path": "pcae_serve.integrations.ray:app"}
         # the replica's loop, whose clock else counts whole milliseconds; never the proxy's
         application |= {"runtime_env": {"env_vars": common | {"RAY_USE_UVLOOP": "0"}}}
         http = {"host": "127.0.0.1", "port": ports[1]}
@@ -131,7 +131,7 @@ def main() -> None:
             "RAY_ADDRESS": "local",
             "RAY_TMPDIR": folder,
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pcae_serve.hop:stamping",
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pcae_serve.api.proxy_delay:stamping",
         }
         direct = [sys.executable, "-m", "pcae_serve", "--port", str(ports[0])]
         behind = [str(Path(sys.executable).parent / "serve"), "run", str(config)]

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pcae_serve import oracle, profiles, workload
-from pcae_serve.latency import Latency, Seconds
-from pcae_serve.policies import catalogue
-from pcae_serve.scheduler import Scheduler
-from pcae_serve.simulator import End, simulate
+from pcae_serve.loadtest import clairvoyant, platforms, workload
+from pcae_serve.loadtest.simulator import End, simulate
+from pcae_serve.scheduling.latency import Latency, Seconds
+from pcae_serve.scheduling.policies import registry
+from pcae_serve.scheduling.scheduler import Scheduler
 
 OURS = "pace"
 OTHERS = (
@@ -84,7 +84,7 @@ def cell(
     profile: str, mix: str, windows: int, requests: int, where: tuple[str, float]
 ) -> tuple[dict[str, list[float]], int]:
     """Effective accuracy by policy and window; how many windows the oracle has proven."""
-    (trace, load), platform = where, profiles.read(profile)
+    (trace, load), platform = where, platforms.read(profile)
     ladder, allowed = platform.ladder, tuple(range(len(platform.tiers)))
     accuracy = ladder.accuracy
     table = [[s.p50 for s in tier.values()] for tier in platform.seconds(32)]  # [tiers, batches]
@@ -98,7 +98,7 @@ def cell(
     machines = {}
     for spec in (OURS, *OTHERS):
         machine = Scheduler(
-            catalogue.create(spec, ladder), Latency(points, 32), max_batch=32, queue_limit=10**6
+            registry.create(spec, ladder), Latency(points, 32), max_batch=32, queue_limit=10**6
         )
         simulate(warm.times_s, warm.budgets_s, machine, seconds, allowed)
         machines[spec] = machine
@@ -108,7 +108,7 @@ def cell(
         # behind the window is no traffic: what is put off beyond it would be served at leisure
         left_s = drawn.times_s[-1] + CLOSING * full_s - drawn.times_s
         budgets_s = np.minimum(drawn.budgets_s, left_s)
-        best = oracle.best(drawn.times_s, budgets_s, accuracy, table, max_batch=32)
+        best = clairvoyant.best(drawn.times_s, budgets_s, accuracy, table, max_batch=32)
         proven += best.optimal
         values["oracle"].append(best.value / requests)
         for spec, machine in machines.items():

@@ -26,9 +26,9 @@ import numpy as np
 import onnxruntime as ort
 from PIL import Image
 
-from pcae_serve import bundle as bundles
-from pcae_serve import cores
-from pcae_serve.bundle import Bundle, Tier
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.engines import cpus
 
 BATCH = 8
 
@@ -100,7 +100,7 @@ def main() -> None:
     [tier] = [tier for tier in bundle.tiers if tier.name == arguments.tier]
     small = next(iter((Path(__file__).parents[1] / "docs" / "samples").glob("*.png"))).read_bytes()
     bodies = {"28 x 28": small, "1200 x 900": photo()}
-    usable = cores.usable()
+    usable = cpus.usable()
     found = dict(plans(bundle, tier, usable))
     told: dict[str, dict[str, list[float]]] = {}
     order = np.random.default_rng(0)

@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 from pcae_export import pack
 from pcae_export.pack import Part
-from pcae_serve import bundle
-from pcae_serve.bundle import Bundle
-from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
-from pcae_serve.preprocess import Preprocess
-from pcae_serve.profile import processor
+from pcae_serve.bundle import reader
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
+from pcae_serve.runtime.latency_profile import processor
 from pcae_training.checkpoint import Checkpoint, from_config
 from pcae_training.model import VisionTransformer, ViTConfig
 
@@ -92,7 +92,7 @@ def main() -> None:
 def opened(name: str, scratch: Path) -> Bundle:
     """The demo bundle, or one of random weights made for the occasion."""
     if name == "demo":
-        return bundle.load(bundle.demo())
+        return reader.load(reader.demo())
     torch.manual_seed(0)
     preprocess = Preprocess(image_size=224, resize=256, mean=(0.5,) * 3, std=(0.5,) * 3)
     labels = [f"class {i}" for i in range(1000)]

@@ -19,9 +19,9 @@ from pcae_serve.command import config, run
 
 #: What pcae-serve does besides serving: where each command stands.
 COMMANDS = {
-    "classify": ("pcae_serve.classify", "Classify"),
-    "simulate": ("pcae_serve.simulation", "Simulate"),
-    "replay": ("pcae_serve.replay", "Replay"),
+    "classify": ("pcae_serve.commands.classify", "Classify"),
+    "simulate": ("pcae_serve.loadtest.simulation", "Simulate"),
+    "replay": ("pcae_serve.loadtest.replay", "Replay"),
 }
 
 
@@ -40,7 +40,7 @@ def start(argv: Sequence[str]) -> int:
     # Until the server takes signals: a container's first process would not hear SIGTERM, for the
     # kernel drops what PID 1 has no handler for.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    from pcae_serve.serve import Serve  # half a second that the others need not wait for
+    from pcae_serve.commands.serve import Serve  # half a second that the others need not wait for
 
     return run(Serve, argv[1:] if word == "serve" else argv)
 

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pcae_serve.quality import Accuracy, Agreement, Fidelity
-from pcae_serve.tokens import Rule
+from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
+from pcae_serve.bundle.tokens import Rule
 
 
 class Prediction(BaseModel):

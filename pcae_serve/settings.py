@@ -17,9 +17,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from pcae_serve.bundle.preprocess import MAX_PIXELS
 from pcae_serve.command import config
-from pcae_serve.policies.catalogue import NAMES, WITH_TIER
-from pcae_serve.preprocess import MAX_PIXELS
+from pcae_serve.scheduling.policies.registry import NAMES, WITH_TIER
 
 #: Where what belongs to this machine is kept: latency profiles, TensorRT plans.
 CACHE_DIR = user_cache_path("pcae-serve")

@@ -18,10 +18,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pcae_serve.service import BATCH_S, TERMINATE_S
+from pcae_serve.runtime.service import BATCH_S, TERMINATE_S
 from pcae_serve.settings import Settings
 from pcae_training.pretrain import PretrainSettings
-from tests.serve.test_dashboard import SERVED
+from tests.serve.observability.test_dashboard import SERVED
 
 ROOT = Path(__file__).parents[1]
 KUBERNETES, RAY = ROOT / "docker" / "kubernetes", ROOT / "docker" / "ray"
@@ -298,9 +298,9 @@ def test_the_ray_file_says_what_the_application_says(monkeypatch: pytest.MonkeyP
     assert settings.api_keys_file is not None
     [deployment] = application["deployments"]
     assert deployment["max_ongoing_requests"] > settings.queue_limit
-    source = (ROOT / "pcae_serve" / "ray_app.py").read_text()
+    source = (ROOT / "pcae_serve" / "integrations" / "ray.py").read_text()
     module, _, name = application["import_path"].partition(":")
-    assert module == "pcae_serve.ray_app"
+    assert module == "pcae_serve.integrations.ray"
     assert f"\n{name} = " in source
     policy = deployment["autoscaling_config"]["policy"]["policy_function"]
     assert f"def {policy.partition(':')[2]}(" in source

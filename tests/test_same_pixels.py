@@ -9,17 +9,17 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pcae_export import images as export
-from pcae_serve import bundle
-from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.engines import Output, Pixels
+from pcae_serve.bundle import reader as bundle
+from pcae_serve.bundle.preprocess import Preprocess, decode
+from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.engines.simulated import SimulatedEngine
-from pcae_serve.preprocess import Preprocess, decode
-from pcae_serve.service import Service
+from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 from pcae_training.data import LabelledImages, load
+from tests.serve.api.test_app import serving
 from tests.serve.conftest import write_bundle
-from tests.serve.odd_images import CASES, exif, noise, photo, save
-from tests.serve.test_app import serving
+from tests.support.odd_images import CASES, exif, noise, photo, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pcae_export.verify import AGREEMENT, COSINE, MARGIN, TOLERANCE, Parity
-from pcae_serve.bundle import Manifest, Tier
+from pcae_serve.bundle.reader import Manifest, Tier
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import ViTConfig
 

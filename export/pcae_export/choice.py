@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pcae_serve.engines import Pixels
-from pcae_serve.tokens import KeepRatio, Rule
+from pcae_serve.bundle.tokens import KeepRatio, Rule
+from pcae_serve.engines.base import Pixels
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.evaluate import normalise
 from pcae_training.model import VisionTransformer

@@ -18,13 +18,13 @@ from pcae_export.pack import Half, Part, Wanted
 from pcae_export.profiling import Profile
 from pcae_export.source import Source, Told
 from pcae_export.tensorrt_plans import TensorRt
-from pcae_serve import bundle as bundles
-from pcae_serve.bundle import Bundle
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.tokens import Rule, exact
 from pcae_serve.command import config, run
-from pcae_serve.engines import Pixels
-from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
+from pcae_serve.engines.base import Pixels
+from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_serve.errors import PcaeError
-from pcae_serve.tokens import Rule, exact
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load

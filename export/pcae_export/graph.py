@@ -27,8 +27,8 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from pcae_export.weights import Place
-from pcae_serve.bundle import WEIGHTS
-from pcae_serve.preprocess import Preprocess
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.reader import WEIGHTS
 from pcae_training.evaluate import normalise
 from pcae_training.model import Attention, Block, VisionTransformer
 from pcae_training.reduction import fixed_order, reduce_tokens

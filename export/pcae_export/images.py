@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from pcae_serve.engines import Pixels
+from pcae_serve.engines.base import Pixels
 from pcae_training.data import LabelledImages
 
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from pcae_export.pack import DEFAULT_TIERS
-from pcae_serve.bundle import Bundle, Tier
+from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.tokens import KeepRatio, exact
 from pcae_serve.errors import BundleError
-from pcae_serve.tokens import KeepRatio, exact
 from pcae_training.checkpoint import from_config
 
 #: Between neighbouring keep ratios of a sweep.

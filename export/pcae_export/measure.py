@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pcae_export.images import decode
-from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.engines import Engine
-from pcae_serve.quality import Accuracy, Agreement, Fidelity
+from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
+from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.engines.base import Engine
 from pcae_training.data import LabelledImages
 from pcae_training.score import Top1
 

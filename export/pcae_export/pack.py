@@ -26,8 +26,9 @@ import pcae_serve
 from pcae_export import card, graph, int8, weights
 from pcae_export.measure import Quality
 from pcae_export.verify import Parity
-from pcae_serve import bundle as bundles
-from pcae_serve.bundle import (
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
+from pcae_serve.bundle.reader import (
     ELASTIC_GRAPH,
     INT8_GRAPH,
     MANIFEST,
@@ -37,9 +38,8 @@ from pcae_serve.bundle import (
     Model,
     Tier,
 )
+from pcae_serve.bundle.tokens import KeepRatio, exact
 from pcae_serve.errors import PcaeError
-from pcae_serve.quality import Accuracy, Agreement, Fidelity
-from pcae_serve.tokens import KeepRatio, exact
 from pcae_training.checkpoint import Checkpoint, to_config
 
 CARD = "README.md"

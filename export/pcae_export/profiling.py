@@ -2,7 +2,7 @@
 
     take turns -> profile in the cache -> table -> ladder of budgets
 
-It reads flags and prints; the measuring is `pcae_serve.profile`'s, the ladder `ladder`'s.
+Reads flags and prints; `pcae_serve.runtime.latency_profile` measures, `ladder` suggests.
 """
 
 import json
@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from pcae_export import ladder
 from pcae_export.ladder import Ladder
-from pcae_serve import bundle as bundles
-from pcae_serve import engines
-from pcae_serve import profile as profiles
-from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.engines import Engine
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.engines import base
+from pcae_serve.engines.base import Engine
 from pcae_serve.errors import PcaeError
-from pcae_serve.profile import Origin, Rounds
+from pcae_serve.runtime import latency_profile as profiles
+from pcae_serve.runtime.latency_profile import Origin, Rounds
 from pcae_serve.settings import Settings
 
 #: More tell nothing new.
@@ -108,7 +108,7 @@ class Profile(BaseModel):
                 f" {settings.max_batch}: see its --max-batch"
             )
         bundle = bundles.load(self.bundle)
-        engine = engines.configured(settings, bundle)
+        engine = base.configured(settings, bundle)
         sweep_s = self.seconds * SWEEP_SHARE if self.ladder else 0.0
         timed = take_turns(engine, bundle, bundle.tiers, self.batches, self.seconds - sweep_s)
         profile = profiles.summarise(bundle, engine, timed)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.tokens import Rule
 from pcae_serve.errors import PcaeError
-from pcae_serve.preprocess import Preprocess
-from pcae_serve.tokens import Rule
 from pcae_training import foreign
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.foreign import Found

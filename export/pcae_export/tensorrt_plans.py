@@ -27,14 +27,14 @@ from tqdm import tqdm
 from pcae_export import images
 from pcae_export.measure import cosine
 from pcae_export.verify import AGREEMENT, COSINE
-from pcae_serve import bundle as bundles
-from pcae_serve import plans
-from pcae_serve.bundle import ELASTIC_GRAPH, Bundle, Tier
-from pcae_serve.engines import Output, Pixels
-from pcae_serve.engines.gpu import CudaError, Gpu, find
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.reader import ELASTIC_GRAPH, Bundle, Tier
+from pcae_serve.engines import plan_cache
+from pcae_serve.engines.base import Output, Pixels
+from pcae_serve.engines.cuda_runtime import CudaError, Gpu, find
+from pcae_serve.engines.plan_cache import Key, Parity, Plan, Recipe
 from pcae_serve.engines.tensorrt import Library, Runner, library, output
 from pcae_serve.errors import PcaeError, StartError, one_line
-from pcae_serve.plans import Key, Parity, Plan, Recipe
 from pcae_serve.settings import MAX_BATCH, Settings
 from pcae_training.data import load
 
@@ -100,7 +100,7 @@ class TensorRt(BaseModel):
     def cli_cmd(self) -> None:
         bundle = bundles.load(self.bundle)
         for tier in bundle.tiers:
-            plans.graph(bundle, tier)  # what is missing is told before the slow part
+            plan_cache.graph(bundle, tier)  # what is missing is told before the slow part
         found = library()
         if self.dry_run:
             self._try(bundle, found)
@@ -158,8 +158,8 @@ class Maker:
         build or answer right; nothing is kept then. Raises PcaeError where the cache cannot be
         written.
         """
-        key = plans.key(self.bundle, tier, self.library.machine(self.gpu), self.recipe)
-        folder = plans.folder(self.cache_dir)
+        key = plan_cache.key(self.bundle, tier, self.library.machine(self.gpu), self.recipe)
+        folder = plan_cache.folder(self.cache_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder / f"{key.name}.lock", tier):
@@ -173,11 +173,11 @@ class Maker:
 
     def _present(self, key: Key) -> Plan | None:
         """The plan that lies there, if it is whole and loads."""
-        plan = plans.load(self.cache_dir, key)
+        plan = plan_cache.load(self.cache_dir, key)
         if plan is None:
             return None
         try:
-            data = plans.read(self.cache_dir, plan)
+            data = plan_cache.read(self.cache_dir, plan)
             Runner(self.library, self.gpu, {key.tier: data}, (1,)).close()
         except StartError as error:
             tqdm.write(f"{error}: it is built anew")
@@ -185,13 +185,13 @@ class Maker:
         return plan
 
     def _make(self, key: Key, tier: Tier) -> Plan:
-        machine = plans.sha256(key.machine.model_dump_json().encode())[:24]
-        timings = plans.folder(self.cache_dir) / f"{machine}.timings"
+        machine = plan_cache.sha256(key.machine.model_dump_json().encode())[:24]
+        timings = plan_cache.folder(self.cache_dir) / f"{machine}.timings"
         built = build(self.library, self.bundle, tier, self.recipe, timings)
         parity = prove(self.library, self.gpu, self.bundle, tier, built, self.pixels, self.data_set)
         plan = Plan(
             key=key,
-            sha256=plans.sha256(built.data),
+            sha256=plan_cache.sha256(built.data),
             built=datetime.now(UTC),
             build_s=round(built.seconds, 3),
             driver=self.gpu.driver,
@@ -199,7 +199,7 @@ class Maker:
             fused_attention=built.fused_attention,
             parity=parity,
         )
-        plans.write(self.cache_dir, plan, built.data)
+        plan_cache.write(self.cache_dir, plan, built.data)
         return plan
 
 
@@ -210,7 +210,7 @@ def build(
 
     Raises PlanError with what the parser or the builder says.
     """
-    trt, graph = library.trt, plans.graph(bundle, tier)
+    trt, graph = library.trt, plan_cache.graph(bundle, tier)
     where = f"tier {tier.name!r}: {library.name} {library.version}"
     library.messages.layers.clear()
     builder = trt.Builder(library.messages)
@@ -244,7 +244,7 @@ def build(
         raise PlanError(f"{where} cannot build {graph}: {library.why()}")
     seconds = time.perf_counter() - start
     if timings:
-        plans.replace(timings, bytes(config.get_timing_cache().serialize()))
+        plan_cache.replace(timings, bytes(config.get_timing_cache().serialize()))
     outputs = map(network.get_output, range(network.num_outputs))
     return Built(
         bytes(plan),
@@ -269,7 +269,7 @@ def prove(
     Every bucket runs, and every image of pixels [N, H, W, 3]. Raises PlanError where the answers
     differ by more than half precision may.
     """
-    sizes = plans.buckets(built.shapes["max"][0])
+    sizes = plan_cache.buckets(built.shapes["max"][0])
     try:
         runner = Runner(library, gpu, {tier.name: built.data}, sizes)
         try:

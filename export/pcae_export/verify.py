@@ -30,10 +30,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pcae_export.measure import cosine
-from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.engines import Output, Pixels
+from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.tokens import Rule
+from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.errors import PcaeError, one_line
-from pcae_serve.tokens import Rule
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.evaluate import normalise
 from pcae_training.model import Block, VisionTransformer

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.engines import Output, Pixels
+from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.engines.base import Output, Pixels
 
 #: A device that batches well: seconds of one batch, and of one ViT-B/16 image's 17.56 GMACs.
 OVERHEAD_S = 0.002

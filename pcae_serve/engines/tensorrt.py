@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pcae_serve import plans
-from pcae_serve.bundle import Bundle, Tier
-from pcae_serve.engines import Output, Pixels
-from pcae_serve.engines.gpu import Buffer, Cuda, CudaError, Gpu, find
+from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.engines import plan_cache
+from pcae_serve.engines.base import Output, Pixels
+from pcae_serve.engines.cuda_runtime import Buffer, Cuda, CudaError, Gpu, find
+from pcae_serve.engines.plan_cache import Machine
 from pcae_serve.errors import StartError, one_line
-from pcae_serve.plans import Machine
 from pcae_serve.settings import CACHE_DIR, MAX_BATCH
 
 log = logging.getLogger(__name__)
@@ -105,10 +105,10 @@ class TensorRtEngine:
         found = library()
         machine, data = found.machine(gpu), {}
         for tier in bundle.tiers:
-            plan = plans.find(cache_dir, bundle, tier, machine, max_batch)
-            data[tier.name] = plans.read(cache_dir, plan)
+            plan = plan_cache.find(cache_dir, bundle, tier, machine, max_batch)
+            data[tier.name] = plan_cache.read(cache_dir, plan)
         self._bundle = bundle
-        self._runner = Runner(found, gpu, data, plans.buckets(max_batch))
+        self._runner = Runner(found, gpu, data, plan_cache.buckets(max_batch))
         self.version = f"{found.name} {found.version}"
         self.device = f"{device} ({gpu.name})"
 
@@ -283,8 +283,8 @@ class Runner:
 
     def _refused(self, name: str, reason: str) -> StartError:
         return StartError(
-            f"the TensorRT plan of tier {name!r} cannot be used: {reason}; run '{plans.COMMAND}'"
-            " again"
+            f"the TensorRT plan of tier {name!r} cannot be used: {reason};"
+            f" run '{plan_cache.COMMAND}' again"
         )
 
 

@@ -17,10 +17,10 @@ from PIL import Image
 from pcae_export import graph
 from pcae_export.cli import Export
 from pcae_export.verify import MIN_IMAGES
-from pcae_serve import bundle as bundles
-from pcae_serve.bundle import Bundle
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.command import run
-from pcae_serve.preprocess import Preprocess
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import VisionTransformer, ViTConfig

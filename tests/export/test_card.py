@@ -10,7 +10,7 @@ from pcae_export import card
 from pcae_export.measure import Quality
 from pcae_export.pack import Part, Wanted, plan, rank
 from pcae_export.verify import Compared, Parity
-from pcae_serve.bundle import Accuracy, Agreement, Fidelity, Tier
+from pcae_serve.bundle.reader import Accuracy, Agreement, Fidelity, Tier
 from pcae_training.checkpoint import Checkpoint
 
 Tiny = Callable[..., Checkpoint]

@@ -10,7 +10,7 @@ import torch
 from pcae_export.choice import CANDIDATES, FLOOR, Choice, choose
 from pcae_export.images import generated
 from pcae_export.verify import reference
-from pcae_serve.tokens import Rule
+from pcae_serve.bundle.tokens import Rule
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import VisionTransformer
 

@@ -15,13 +15,13 @@ from pcae_export import cli, graph, pack, weights
 from pcae_export.choice import Choice
 from pcae_export.cli import Export, TierFlag, parse_tiers, shuffled
 from pcae_export.pack import Wanted
-from pcae_serve import bundle as bundles
+from pcae_serve.bundle import reader as bundles
 from pcae_serve.command import run
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from tests.export.conftest import bundled, fails
-from tests.training.foreign_checkpoints import saved, vit
+from tests.support.foreign_checkpoints import saved, vit
 
 Tiny = Callable[..., Checkpoint]
 Capture = pytest.CaptureFixture[str]

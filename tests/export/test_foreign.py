@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pcae_export.images import generated
-from pcae_serve.bundle import Agreement, Bundle, Fidelity
-from pcae_serve.engines import Pixels
-from pcae_serve.engines.onnx_runtime import OnnxRuntimeEngine
+from pcae_serve.bundle.reader import Agreement, Bundle, Fidelity
+from pcae_serve.engines.base import Pixels
+from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_training.model import ViTConfig
 from tests.export.conftest import bundled, fails
-from tests.training.foreign_checkpoints import (
+from tests.support.foreign_checkpoints import (
     SCALED,
     SIZES,
     TINY,

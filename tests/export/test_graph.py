@@ -16,7 +16,7 @@ from onnx.reference.op_run import OpRun
 
 from pcae_export import graph, weights
 from pcae_export.verify import MARGIN, reference
-from pcae_serve.bundle import ELASTIC_GRAPH, WEIGHTS, Bundle
+from pcae_serve.bundle.reader import ELASTIC_GRAPH, WEIGHTS, Bundle
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from pcae_export.images import decode, generated
-from pcae_serve.preprocess import Preprocess
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training.data import load
 from tests.export.conftest import PREPROCESS
 

@@ -14,7 +14,7 @@ from pcae_export import graph, int8, pack
 from pcae_export.images import generated
 from pcae_export.pack import Part, Wanted
 from pcae_export.verify import reference
-from pcae_serve.bundle import INT8_GRAPH
+from pcae_serve.bundle.reader import INT8_GRAPH
 from pcae_training.checkpoint import Checkpoint
 
 PIXELS = generated(24, 16)

@@ -8,8 +8,8 @@ import pytest
 
 from pcae_export import ladder
 from pcae_export.ladder import Floats
-from pcae_serve import bundle as bundles
-from pcae_serve.bundle import Bundle
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.errors import BundleError
 
 MACS = np.linspace(5e9, 17.5e9, 36)

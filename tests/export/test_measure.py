@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pcae_export.measure import Quality, cosine, quality
-from pcae_serve.bundle import Accuracy, Agreement, Bundle, Fidelity, Tier
-from pcae_serve.engines import Output, Pixels
+from pcae_serve.bundle.reader import Accuracy, Agreement, Bundle, Fidelity, Tier
+from pcae_serve.engines.base import Output, Pixels
 from pcae_training.data import LabelledImages, load
 from pcae_training.score import Top1
 from tests.export.conftest import PREPROCESS

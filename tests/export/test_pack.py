@@ -15,8 +15,8 @@ import torch
 
 from pcae_export import graph, pack, weights
 from pcae_export.pack import Evidence, Half, Part, Wanted
-from pcae_serve import bundle as bundles
-from pcae_serve.bundle import Accuracy, Agreement, Fidelity
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.reader import Accuracy, Agreement, Fidelity
 from pcae_serve.errors import BundleError, PcaeError
 from pcae_training.checkpoint import Checkpoint
 

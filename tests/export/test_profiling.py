@@ -11,11 +11,12 @@ from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 from pcae_export import ladder, profiling
 from pcae_export.ladder import Ladder, Rung
 from pcae_export.profiling import Profile, Row
-from pcae_serve import bundle as bundles
-from pcae_serve import engines, profile
-from pcae_serve.bundle import Bundle
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.command import config, run
+from pcae_serve.engines import base
 from pcae_serve.engines.simulated import SimulatedEngine
+from pcae_serve.runtime import latency_profile as profile
 
 
 class Command(BaseSettings):
@@ -54,7 +55,7 @@ def test_the_server_starts_from_what_the_command_measured(
     assert "onnxruntime on cpu, threads of one batch: 1" in out
     assert "--tier full=1" in out
 
-    engine = engines.load("onnxruntime", demo, "cpu", 1)
+    engine = base.load("onnxruntime", demo, "cpu", 1)
     kept = profile.load(demo, engine, tmp_path / "cache", limit_s=0.01)
     written = json.loads(report.read_text())
     assert profile.Profile.model_validate(written["profile"]) == kept

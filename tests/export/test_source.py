@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pcae_export.source import NORMALISE, Source, SourceError, Told, read, read_labels
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
-from pcae_serve.preprocess import Preprocess
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import ViTConfig
-from tests.training.foreign_checkpoints import TINY, dino_teacher, mae_pretrained, saved, vit
+from tests.support.foreign_checkpoints import TINY, dino_teacher, mae_pretrained, saved, vit
 
 HALF = Told(heads=2, normalise="half")
 SQUASHED = {

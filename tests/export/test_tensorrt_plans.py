@@ -17,16 +17,16 @@ from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
 from pcae_export import tensorrt_plans
 from pcae_export.tensorrt_plans import Maker, PlanError, TensorRt, build, judge, reference
-from pcae_serve import bundle as bundles
-from pcae_serve import plans
-from pcae_serve.bundle import Bundle
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.command import config, run
-from pcae_serve.engines import Output, driver, tensorrt
-from pcae_serve.engines.gpu import find
+from pcae_serve.engines import nvidia, plan_cache, tensorrt
+from pcae_serve.engines.base import Output
+from pcae_serve.engines.cuda_runtime import find
+from pcae_serve.engines.plan_cache import Recipe
 from pcae_serve.engines.tensorrt import Library, TensorRtEngine
 from pcae_serve.errors import PcaeError
-from pcae_serve.plans import Recipe
-from tests.serve import tensorrt_standin as standin
+from tests.support import tensorrt_standin as standin
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 3), np.uint8)
 RECIPE = Recipe(opt_batch=2, max_batch=4)
@@ -100,7 +100,7 @@ def test_a_graph_that_tensorrt_cannot_read_is_one_line(
 ) -> None:
     tier = real.tiers[0]
     spoilt = replace(real, root=tmp_path)
-    graph = plans.graph(spoilt, tier)
+    graph = plan_cache.graph(spoilt, tier)
     graph.parent.mkdir(parents=True)
     graph.write_bytes(b"no graph")
     with pytest.raises(PlanError, match=r"tensorrt_rtx 1.* cannot read .*onnx: ") as caught:
@@ -144,7 +144,7 @@ def test_a_dry_run_needs_no_gpu_and_keeps_nothing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
-    monkeypatch.setattr(driver, "gpus", lambda: pytest.fail("asks for a GPU"))
+    monkeypatch.setattr(nvidia, "gpus", lambda: pytest.fail("asks for a GPU"))
     argv = ["tensorrt", str(bundle.root), "--dry-run", "--cache-dir", str(tmp_path / "cache")]
     assert run(Command, argv) == 0
     assert capsys.readouterr().out.count("with tensorrt_rtx 11.4.0: ") == 3
@@ -155,12 +155,12 @@ def test_the_sidecar_tells_all(maker: Maker, bundle: Bundle) -> None:
     tier = bundle.tiers[0]
     plan, new = maker.ensure(tier)
     assert new
-    file = plans.folder(maker.cache_dir) / f"{plan.key.name}.json"
+    file = plan_cache.folder(maker.cache_dir) / f"{plan.key.name}.json"
     told = json.loads(file.read_text())
     assert told["key"] == {
         "bundle": bundle.digest,
         "tier": "fast",
-        "graph": bundles.sha256(plans.graph(bundle, tier)),
+        "graph": bundles.sha256(plan_cache.graph(bundle, tier)),
         "machine": {
             "library": "tensorrt",
             "version": standin.VERSION,
@@ -198,14 +198,14 @@ def test_a_plan_is_built_once_and_anew_where_its_key_changes(
 def test_a_damaged_plan_is_built_anew(maker: Maker, bundle: Bundle, damage: str) -> None:
     tier = bundle.tiers[0]
     first, _ = maker.ensure(tier)
-    target = plans.folder(maker.cache_dir) / first.key.name
+    target = plan_cache.folder(maker.cache_dir) / first.key.name
     if damage == "bytes":
         target.with_suffix(".plan").write_bytes(b"plan{")
     elif damage == "sidecar":
         target.with_suffix(".json").write_text("{")
     else:  # whole, but TensorRT does not take it
-        rubbish = first.model_copy(update={"sha256": plans.sha256(b"rubbish")})
-        plans.write(maker.cache_dir, rubbish, b"rubbish")
+        rubbish = first.model_copy(update={"sha256": plan_cache.sha256(b"rubbish")})
+        plan_cache.write(maker.cache_dir, rubbish, b"rubbish")
     again, new = maker.ensure(tier)
     assert new
     assert again.sha256 == first.sha256
@@ -223,7 +223,10 @@ def test_a_plan_that_answers_wrong_is_not_kept(
     assert run(Command, [*argv, "--max-batch", "2", "--opt-batch", "1"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "tier 'fast': the plan's top-1 agreement with ONNX Runtime is" in error
-    assert not [*plans.folder(tmp_path).glob("*.plan"), *plans.folder(tmp_path).glob("*.json")]
+    assert not [
+        *plan_cache.folder(tmp_path).glob("*.plan"),
+        *plan_cache.folder(tmp_path).glob("*.json"),
+    ]
     assert trt.cuda.left() == 0
 
 
@@ -239,7 +242,7 @@ def test_timings_go_from_one_build_to_the_next_and_foreign_ones_are_dropped(
     maker: Maker, bundle: Bundle
 ) -> None:
     maker.ensure(bundle.tiers[0])
-    (file,) = plans.folder(maker.cache_dir).glob("*.timings")
+    (file,) = plan_cache.folder(maker.cache_dir).glob("*.timings")
     assert file.read_bytes() == b"timings:"
     maker.ensure(bundle.tiers[1])
     assert file.read_bytes() == b"timings:timings:"
@@ -252,8 +255,8 @@ def test_of_two_that_want_a_plan_one_builds_it(
     maker: Maker, bundle: Bundle, trt: standin.TensorRt, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tier = bundle.tiers[0]
-    key = plans.key(bundle, tier, maker.library.machine(maker.gpu), RECIPE)
-    folder = plans.folder(maker.cache_dir)
+    key = plan_cache.key(bundle, tier, maker.library.machine(maker.gpu), RECIPE)
+    folder = plan_cache.folder(maker.cache_dir)
     folder.mkdir()
     other = FileLock(folder / f"{key.name}.lock", thread_local=False)
     with ThreadPoolExecutor(1) as pool:
@@ -272,7 +275,7 @@ def test_a_cache_that_cannot_be_written_is_told(
     maker: Maker, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     if broken == "file":
-        plans.folder(maker.cache_dir).write_text("no folder")
+        plan_cache.folder(maker.cache_dir).write_text("no folder")
         reason = "File exists"
     else:
 
@@ -289,9 +292,9 @@ def test_what_is_missing_is_one_line(
     bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none() -> list[str]:
-        raise driver.NoGpu("no NVIDIA driver here")
+        raise nvidia.NoGpu("no NVIDIA driver here")
 
-    monkeypatch.setattr(driver, "gpus", none)
+    monkeypatch.setattr(nvidia, "gpus", none)
     monkeypatch.setitem(sys.modules, "tensorrt", standin.TensorRt(standin.Runtime()))
     for argv in ([], ["--dry-run"]):  # the real builder crashes without a GPU
         assert run(Command, ["tensorrt", str(bundle.root), *argv]) == 1

@@ -28,8 +28,8 @@ from pcae_export.verify import (
     prove,
     reference,
 )
-from pcae_serve.bundle import INT8_GRAPH, WEIGHTS, Bundle
-from pcae_serve.engines import Output
+from pcae_serve.bundle.reader import INT8_GRAPH, WEIGHTS, Bundle
+from pcae_serve.engines.base import Output
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.reduction import redundancy

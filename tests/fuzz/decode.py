@@ -22,7 +22,7 @@ MAX_PIXELS = 300_000
 
 
 def write_seeds(folder: Path) -> None:
-    from tests.serve.odd_images import CASES
+    from tests.support.odd_images import CASES
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, (make, _) in CASES.items():
@@ -41,8 +41,8 @@ def main() -> None:
         from PIL import Image
 
         Image.init()  # the parsers, which are imported at the first file otherwise
+        from pcae_serve.bundle.preprocess import Preprocess
         from pcae_serve.errors import RequestError
-        from pcae_serve.preprocess import Preprocess
 
     preprocess = Preprocess(32, 36, (0.5,) * 3, (0.5,) * 3)
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pcae_serve import bundle
-from pcae_serve.bundle import Bundle
-from pcae_serve.preprocess import Preprocess
+from pcae_serve.bundle import reader
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.settings import Settings
-from tests.serve.gate import Gate
+from tests.support.gate import Gate
 
 TIERS = {"fast": (0.6, 1000, 0.80), "balanced": (0.8, 2000, 0.85), "full": (1.0, 4000, 0.90)}
 
@@ -80,7 +80,7 @@ def bundle_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_bundle(bundle_dir: Path) -> Bundle:
-    return bundle.load(bundle_dir)
+    return reader.load(bundle_dir)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from pcae_serve.cli import start
-from pcae_serve.events import replay
+from pcae_serve.scheduling.event_log import replay
 from tests.serve.conftest import image_bytes
 
 COMMAND = (sys.executable, "-m", "pcae_serve")
@@ -98,7 +98,7 @@ def test_sigterm_is_heard_before_anything_is_loaded() -> None:
 def test_what_stands_at_the_start_is_not_looked_through_by_the_collector(bundle_dir: Path) -> None:
     flags = ["--bundle", str(bundle_dir), "--backend", "simulated", "--port", "0"]
     script = (
-        "import gc; from pcae_serve.cli import start; from pcae_serve.server import Server;"
+        "import gc; from pcae_serve.cli import start; from pcae_serve.api.server import Server;"
         " Server.run = lambda self, sockets: print(gc.get_freeze_count());"
         f" start({flags})"
     )
@@ -274,10 +274,14 @@ def test_the_servers_variables_do_not_reach_the_commands(
 
 def test_serving_loads_nothing_that_only_the_commands_need() -> None:
     loaded = loaded_by(["--version-of-nothing"])
-    assert "pcae_serve.serve" in loaded
+    assert "pcae_serve.commands.serve" in loaded
     tops = {name.partition(".")[0] for name in loaded}
     assert not tops & {"matplotlib", "rich", "scipy", "pyarrow"}
-    assert not loaded & {"pcae_serve.replay", "pcae_serve.simulation", "pcae_serve.classify"}
+    assert not loaded & {
+        "pcae_serve.loadtest.replay",
+        "pcae_serve.loadtest.simulation",
+        "pcae_serve.commands.classify",
+    }
 
 
 def test_classifying_loads_no_server() -> None:

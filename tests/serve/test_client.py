@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pcae_serve.bundle.preprocess import decode
 from pcae_serve.client import (
     GRACE_S,
     LEAST_S,
@@ -36,7 +37,6 @@ from pcae_serve.client import (
     Refused,
     image_file,
 )
-from pcae_serve.preprocess import decode
 from tests.serve.conftest import image_bytes, manifest, write_bundle
 from tests.serve.test_cli import free_port, server
 
@@ -632,7 +632,7 @@ def test_it_loads_neither_engines_nor_the_server() -> None:
     heavy = {"numpy", "onnxruntime", "fastapi", "uvicorn", "pydantic_settings"}
     assert not heavy & set(loaded)
     ours = {name.partition(".")[2] for name in loaded if name.startswith("pcae_serve.")}
-    assert ours == {"client", "errors", "quality", "schemas", "tokens"}
+    assert ours == {"bundle", "bundle.quality", "bundle.tokens", "client", "errors", "schemas"}
 
 
 def test_nothing_is_loaded_out_of_the_first_budget() -> None:

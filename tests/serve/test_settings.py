@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from pcae_serve.policies.catalogue import NAMES
+from pcae_serve.scheduling.policies.registry import NAMES
 from pcae_serve.settings import Settings
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pcae_serve.preprocess import Preprocess
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint, CheckpointError, load, load_state, save
 from pcae_training.model import VisionTransformer, ViTConfig

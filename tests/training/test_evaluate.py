@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.command import config, run
 from pcae_serve.errors import PcaeError
-from pcae_serve.preprocess import Preprocess
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import DataError, LabelledImages, load

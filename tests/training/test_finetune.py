@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
-from pcae_serve.preprocess import Preprocess
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.draws import Draws

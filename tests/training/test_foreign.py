@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from pcae_serve.preprocess import Preprocess
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training import checkpoint
 from pcae_training.checkpoint import Checkpoint, CheckpointError
 from pcae_training.foreign import Found, adapt, initialise, read, resize_kernel
 from pcae_training.model import VisionTransformer, ViTConfig
-from tests.training.foreign_checkpoints import (
+from tests.support.foreign_checkpoints import (
     SCALED,
     SIZES,
     TINY,

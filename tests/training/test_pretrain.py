@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
-from pcae_serve.preprocess import Preprocess
 from pcae_training import checkpoint as checkpoints
 from pcae_training.draws import Draws
 from pcae_training.finetune import FinetuneSettings, finetune

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pcae_serve.preprocess import Preprocess
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training.columns import choose
 from pcae_training.data import DataError, load
 from pcae_training.stream import ImageStream, load_stream

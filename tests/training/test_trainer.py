@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
-from pcae_serve.preprocess import Preprocess
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.draws import Draws

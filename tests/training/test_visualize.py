@@ -12,9 +12,9 @@ from PIL import Image
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.command import config, run
 from pcae_serve.errors import PcaeError
-from pcae_serve.preprocess import Preprocess
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.diversity import diversity

@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
-from pcae_serve.preprocess import Preprocess
 from pcae_training.model import VisionTransformer, ViTConfig
 
 MODEL_TYPE = "pcae_vit"

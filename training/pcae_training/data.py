@@ -1,8 +1,8 @@
 """Images opened at random from Hugging Face `datasets`, with labels or without.
 
-Pixels come out as the server would make them: every image goes through `pcae_serve.preprocess`, at
-whatever size it is told, which need not be a model's. Data that fit live decoded on the device that
-asks for them. It knows nothing of models or of augmentation.
+Pixels come out as the server would make them: every image goes through
+`pcae_serve.bundle.preprocess`, at whatever size is asked for, which need not be a model's. Data
+that fit live decoded on the device that asks for them.
 """
 
 import copy
@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import RequestError
-from pcae_serve.preprocess import Preprocess
 from pcae_training.columns import UNLABELLED, Columns, Wanted, check_classes, check_value, choose
 from pcae_training.draws import generator
 from pcae_training.skipped import MAX_UNREADABLE, PATIENCE, Skipped, none_readable

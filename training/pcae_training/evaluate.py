@@ -18,9 +18,9 @@ from pydantic_settings import CliPositionalArg, NoDecode
 from torch import Tensor
 from tqdm import tqdm
 
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.tokens import Geometry, exact
 from pcae_serve.errors import PcaeError
-from pcae_serve.preprocess import Preprocess
-from pcae_serve.tokens import Geometry, exact
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load

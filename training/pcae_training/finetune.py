@@ -18,9 +18,9 @@ from pydantic_settings import NoDecode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.tokens import REDUCTION_POINTS, Rule
 from pcae_serve.errors import PcaeError, one_line
-from pcae_serve.preprocess import Preprocess
-from pcae_serve.tokens import REDUCTION_POINTS, Rule
 from pcae_training import foreign
 from pcae_training.augment import Augmentation, Mixing
 from pcae_training.checkpoint import Checkpoint

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.tokens import REDUCTION_POINTS
 from pcae_serve.errors import one_line
-from pcae_serve.preprocess import Preprocess
-from pcae_serve.tokens import REDUCTION_POINTS
 from pcae_training import checkpoint
 from pcae_training.checkpoint import MODEL_TYPE, CheckpointError
 from pcae_training.model import VisionTransformer, ViTConfig

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pcae_serve.tokens import REDUCTION_POINTS, Geometry, Rule
+from pcae_serve.bundle.tokens import REDUCTION_POINTS, Geometry, Rule
 from pcae_training.reduction import RULES, Tokens, attention_received, reduce_tokens
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.tokens import REDUCTION_POINTS, Rule, patches_kept
 from pcae_serve.errors import PcaeError, one_line
-from pcae_serve.preprocess import Preprocess
-from pcae_serve.tokens import REDUCTION_POINTS, Rule, patches_kept
 from pcae_training.augment import Augmentation
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.decoder import Decoder, default_width
@@ -431,7 +431,7 @@ def embed(model: VisionTransformer, values: Tensor, index: Tensor) -> Tensor:
 
 
 def _blocks(width: int, lengths: Sequence[int]) -> int:
-    """Multiply-adds of blocks with so many tokens each (see `pcae_serve.tokens`)."""
+    """Multiply-adds of blocks with so many tokens each (see `pcae_serve.bundle.tokens`)."""
     return sum(12 * n * width**2 + 2 * n * n * width for n in lengths)
 
 

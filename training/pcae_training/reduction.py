@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pcae_serve.tokens import Rule
+from pcae_serve.bundle.tokens import Rule
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from pcae_serve.tokens import exact
+from pcae_serve.bundle.tokens import exact
 
 
 def ladder(keep_ratio: float, rungs: int = 4) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
-from pcae_serve.preprocess import Preprocess
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training.checkpoint import place
 from pcae_training.columns import Wanted
 from pcae_training.model import ViTConfig

@@ -17,8 +17,8 @@ import datasets  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import RequestError, one_line
-from pcae_serve.preprocess import Preprocess
 from pcae_training.columns import Columns, Wanted, check_value, choose
 from pcae_training.data import to_pixels
 from pcae_training.draws import generator

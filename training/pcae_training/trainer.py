@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
 
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError, one_line
-from pcae_serve.preprocess import Preprocess
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.columns import Wanted

@@ -18,8 +18,8 @@ from pydantic_settings import CliPositionalArg, NoDecode
 from torch import Tensor
 from tqdm import tqdm
 
+from pcae_serve.bundle.preprocess import MAX_PIXELS, Preprocess
 from pcae_serve.errors import PcaeError, RequestError
-from pcae_serve.preprocess import MAX_PIXELS, Preprocess
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import load, to_pixels

@@ -1,0 +1,1 @@
+"""FastAPI routes, and everything else that speaks HTTP."""

@@ -1,0 +1,1 @@
+"""The bundle: what the exporter writes and the server reads."""

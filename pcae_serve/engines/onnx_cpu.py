@@ -1,0 +1,64 @@
+"""ONNX Runtime on the CPU: one session per elastic graph, in which a tier is a row of numbers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.engines import cpus
+from pcae_serve.engines.base import Output, Pixels
+from pcae_serve.errors import StartError, one_line
+
+
+class OnnxRuntimeEngine:
+    """Sessions of a bundle's elastic graphs: one a model, and one more for its int8 tiers."""
+
+    name = "onnxruntime"
+    version: str = ort.__version__
+    device = "cpu"
+    sizes: Sequence[int] = (1,)  # a batch of any size runs without being set up
+
+    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+        """threads: of one batch; 0 = one a core that we may use.
+
+        Raises StartError where a graph does not load.
+        """
+        self.threads = threads
+        options = ort.SessionOptions()
+        # ONNX Runtime would count the host's cores, whatever we may use of them
+        options.intra_op_num_threads = threads or cpus.usable()
+        # spinning threads take the cores from decoding and neighbours: benchmarks/threads.py
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3  # errors only
+        self._sessions: dict[tuple[str, str], ort.InferenceSession] = {}
+        for model, name in {(tier.model, tier.elastic_graph): None for tier in bundle.tiers}:
+            graph = bundle.file(model, name)
+            try:
+                self._sessions[model, name] = ort.InferenceSession(
+                    graph, options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
+                raise StartError(f"ONNX Runtime cannot load {graph}: {one_line(error)}") from None
+        self._options: ort.RunOptions | None = None  # of the batch in progress
+
+    def run(self, tier: Tier, pixels: Pixels) -> Output:
+        counts = np.array(tier.token_counts, dtype=np.int64)
+        feeds: dict[str, Any] = {"pixels": pixels, "token_counts": counts}
+        self._options = options = ort.RunOptions()
+        session = self._sessions[tier.model, tier.elastic_graph]
+        vectors, *kept = session.run(None, feeds, options)
+        return Output(vectors, tuple(kept))
+
+    def terminate(self) -> None:
+        if self._options is not None:
+            self._options.terminate = True
+
+    def close(self) -> None:
+        self._sessions.clear()
+
+
+def for_gpus() -> bool:
+    """Whether the package that is installed is the one for GPUs, as in the gpu image."""
+    return "CUDAExecutionProvider" in ort.get_available_providers()

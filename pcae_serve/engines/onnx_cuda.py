@@ -1,0 +1,174 @@
+"""ONNX Runtime on an NVIDIA GPU: a session per tier, a CUDA graph per (tier, bucket).
+
+    pixels -> padded to a bucket -> a buffer on the GPU -> the captured graph, replayed -> rows
+
+A captured graph has one shape, fixed addresses and the thread that captured it. So batches are
+padded up to a bucket, inputs and outputs lie in buffers that stay, and all runs on one thread.
+
+Every session holds the weights of its tier by itself. Of the two ways to share them from Python,
+`add_initializer` takes no buffer that ONNX Runtime allocated on a GPU, and
+`add_external_initializers` copied it for every session until onnxruntime#29013 (2026).
+
+On device "cpu" the CPU provider does all this but the capture: that is for tests.
+"""
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+
+from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.engines import nvidia as driver
+from pcae_serve.engines.base import Output, Pixels
+from pcae_serve.engines.plan_cache import buckets
+from pcae_serve.errors import StartError, one_line
+from pcae_serve.settings import MAX_BATCH
+
+CUDA = "CUDAExecutionProvider"
+INSTALL = "pip install 'pcae-serve[gpu]'"
+
+
+class Replay(NamedTuple):
+    """A tier at a bucket: what ONNX Runtime needs to run it again at the same addresses."""
+
+    binding: ort.IOBinding
+    options: ort.RunOptions  # names the captured graph
+    outputs: list[ort.OrtValue]  # logits or features, then kept per stage
+
+
+class CudaEngine:
+    """Sessions of a bundle's static half-precision graphs; answers are float32 and int32."""
+
+    name = "cuda"
+    version: str = f"onnxruntime {ort.__version__}"
+    threads = 0
+
+    def __init__(self, bundle: Bundle, device: str = "cuda:0", max_batch: int = MAX_BATCH) -> None:
+        """Capture every tier at every bucket up to max_batch.
+
+        Raises StartError where the library, the GPU or the graphs are missing, or one fails.
+        """
+        self._kind, _, number = device.partition(":")
+        self._number = int(number or 0)
+        provider, missing = self._provider()
+        self.device = device if self._kind == "cpu" else f"{device} ({driver.gpus()[self._number]})"
+        self._sessions = {
+            tier.name: _session(_graph(bundle, tier), provider, missing) for tier in bundle.tiers
+        }
+        self.sizes: Sequence[int] = buckets(max_batch)
+        side = bundle.image_size
+        self._padded = {n: np.zeros((n, side, side, 3), np.uint8) for n in self.sizes}
+        try:
+            self._inputs = {n: self._buffer((n, side, side, 3), np.uint8) for n in self.sizes}
+            self._replays = {
+                (name, n): self._bind(session, n)
+                for name, session in self._sessions.items()
+                for n in self.sizes
+            }
+        except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
+            raise StartError(
+                f"ONNX Runtime cannot set up batches on {self.device}: {one_line(error)}"
+            ) from None
+        self._thread = ThreadPoolExecutor(1, "cuda")
+
+    def run(self, tier: Tier, pixels: Pixels) -> Output:
+        return self._thread.submit(self._run, tier, pixels).result()
+
+    def terminate(self) -> None:
+        """Nothing: a graph that the GPU has begun runs to its end."""
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False)
+        self._replays.clear()
+        self._sessions.clear()
+
+    def _run(self, tier: Tier, pixels: Pixels) -> Output:
+        count = len(pixels)
+        bucket = next((n for n in self.sizes if n >= count), None)
+        if bucket is None or not count:
+            raise ValueError(f"{count} images: a batch has 1 to {self.sizes[-1]}")
+        if count < bucket:
+            self._padded[bucket][:count] = pixels  # rows beyond hold older images: not read below
+            pixels = self._padded[bucket]
+        self._inputs[bucket].update_inplace(pixels)
+        replay = self._replays[tier.name, bucket]
+        self._sessions[tier.name].run_with_iobinding(replay.binding, replay.options)
+        # copied: on a CPU, numpy() shows the buffer that the next batch is written to
+        vectors, *kept = (output.numpy()[:count].copy() for output in replay.outputs)
+        return Output(vectors, tuple(kept), padding=bucket - count)
+
+    def _provider(self) -> tuple[str | tuple[str, dict[str, str]], str]:
+        """ONNX Runtime's provider with its options, and what it said of libraries it misses."""
+        if self._kind == "cpu":
+            return "CPUExecutionProvider", ""
+        if CUDA not in ort.get_available_providers():
+            raise StartError(
+                "the installed onnxruntime is the one for CPUs: pip uninstall onnxruntime, then"
+                f" {INSTALL}"
+            )
+        ort.set_default_logger_severity(3)  # errors only: it warns of every provider left out
+        with redirect_stdout(io.StringIO()) as said:
+            ort.preload_dlls()  # of the nvidia-* packages
+        options = {
+            "device_id": str(self._number),
+            "enable_cuda_graph": "1",
+            "use_tf32": "0",  # the similarity, by which patches are chosen, is float32 on purpose
+            "arena_extend_strategy": "kSameAsRequested",  # else up to twice of it, for each tier
+        }
+        return (CUDA, options), said.getvalue()
+
+    def _bind(self, session: ort.InferenceSession, bucket: int) -> Replay:
+        binding, options, outputs = session.io_binding(), ort.RunOptions(), []
+        options.add_run_config_entry("gpu_graph_id", str(bucket))
+        binding.bind_ortvalue_input("pixels", self._inputs[bucket])
+        for i, output in enumerate(session.get_outputs()):
+            shape = (bucket, *output.shape[1:])
+            outputs.append(self._buffer(shape, np.int32 if i else np.float32))
+            binding.bind_ortvalue_output(output.name, outputs[-1])
+        return Replay(binding, options, outputs)
+
+    def _buffer(self, shape: Sequence[int], dtype: type[np.generic]) -> ort.OrtValue:
+        return ort.OrtValue.ortvalue_from_shape_and_type(
+            list(shape), dtype, self._kind, self._number
+        )
+
+
+def _graph(bundle: Bundle, tier: Tier) -> str:
+    """Path of a tier's graph. Raises StartError where the bundle lacks it."""
+    if f"models/{tier.model}/{tier.cuda_graph}" not in bundle.manifest.files:
+        raise StartError(
+            f"{bundle.root} has no {tier.cuda_graph}, which GPUs run: export the bundle again, or"
+            " use --device cpu"
+        )
+    return str(bundle.file(tier.model, tier.cuda_graph))
+
+
+def _session(
+    graph: str, provider: str | tuple[str, dict[str, str]], missing: str
+) -> ort.InferenceSession:
+    """A session of a static graph, on that provider and no other. missing: libraries, if any.
+
+    Raises StartError: left to itself ONNX Runtime prints a line and goes on without the GPU.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.intra_op_num_threads = 1  # on the CPU there is nothing to compute
+    try:
+        session = ort.InferenceSession(graph, options, providers=[provider], enable_fallback=False)
+    except Exception as error:
+        raise StartError(f"ONNX Runtime cannot load {graph}: {one_line(error)}") from None
+    name = provider if isinstance(provider, str) else provider[0]
+    if name not in session.get_providers():
+        first = next(iter(missing.splitlines()), "it says why above")
+        raise StartError(f"ONNX Runtime left out {name} ({first}): {INSTALL}")
+    for output in session.get_outputs():
+        if not all(isinstance(size, int) for size in output.shape[1:]):
+            raise StartError(
+                f"{graph} must be static, but {output.name} is {output.shape}: export the bundle"
+                " again"
+            )
+    return session

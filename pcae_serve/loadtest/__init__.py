@@ -1,0 +1,1 @@
+"""Simulation and load generation; the serving path never imports it."""

@@ -1,0 +1,184 @@
+"""The scheduler on a virtual clock: the server's own machine and policies, without a server.
+
+    workload + scheduler + service times drawn from a profile  ->  what became of every request
+
+It knows events and times; it knows nothing of traces, images or how results are told.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from heapq import heappop, heappush
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pcae_serve.scheduling.latency import Seconds
+from pcae_serve.scheduling.request_queue import Request
+from pcae_serve.scheduling.scheduler import (
+    Action,
+    Arrived,
+    Decoded,
+    Dispatch,
+    Done,
+    Event,
+    Expire,
+    Refuse,
+    Scheduler,
+    Spent,
+    Timer,
+    WakeAt,
+)
+
+#: (tier, batch) -> seconds that this batch takes.
+Draw = Callable[[int, int], float]
+
+
+class End(IntEnum):
+    """What became of a request."""
+
+    IN_TIME = 0
+    LATE = 1  # answered after its deadline
+    REFUSED = 2  # at once: no tier could make it
+    EXPIRED = 3  # taken, and let go before any device worked on it
+
+
+@dataclass
+class Outcome:
+    """What became of n requests, and where the devices' time went."""
+
+    arrival_s: NDArray[np.float64]  # [n]
+    budget_s: NDArray[np.float64]  # [n]
+    end: NDArray[np.int8]  # [n] End
+    tier: NDArray[np.int16]  # [n] that it ran on; -1: none
+    end_s: NDArray[np.float64]  # [n] when it was answered, refused or let go
+    busy_s: float = 0.0
+    late_s: float = 0.0  # of busy_s: spent on answers that came late
+    padding_s: float = 0.0
+    cancelled_s: float = 0.0
+    batches: list[int] = field(default_factory=list)  # sizes, in order
+    span_s: float = 0.0  # from the first arrival to the last end
+
+
+def draw(points: list[dict[int, Seconds]], max_batch: int, seed: int) -> Draw:
+    """Service times scattered as a profile says: log-normal above the median, half as wide below.
+
+    points: by tier, seconds by batch size; between them lie straight lines.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    sizes = np.arange(max_batch + 1, dtype=float)
+    medians, widths = [], []
+    for tier in points:
+        batches = sorted(tier)
+        medians.append(np.interp(sizes, batches, [tier[b].p50 for b in batches]))
+        widths.append(
+            np.interp(sizes, batches, [np.log(tier[b].p99 / tier[b].p50) / 2.326 for b in batches])
+        )
+    table = [list(map(float, median)) for median in medians]
+    width = [list(map(float, w)) for w in widths]
+    stock: list[float] = []
+
+    def seconds(tier: int, batch: int) -> float:
+        if not stock:
+            stock.extend(float(z) for z in generator.standard_normal(4096))
+        z = max(-3.0, min(3.0, stock.pop()))
+        return table[tier][batch] * float(np.exp(width[tier][batch] * (z if z > 0 else z / 2)))
+
+    return seconds
+
+
+def simulate(
+    times_s: NDArray[np.float64],
+    budgets_s: NDArray[np.float64],
+    scheduler: Scheduler,
+    seconds: Draw,
+    tiers: tuple[int, ...] | list[tuple[int, ...]],
+    *,
+    decode_s: float = 0.0,
+    host_s: float = 0.0,
+    listen: Callable[[Event, list[Action]], None] | None = None,
+) -> Outcome:
+    """Offer every request to the scheduler and play its actions until nothing is left to do.
+
+    times_s, budgets_s: [n], times rising. tiers: those every request (or each of the n) allows.
+    decode_s: from arrival to the queue. host_s: of HTTP and decoding, where they share the core
+    with the batches: each arrival stops every batch in progress for so long. listen: told every
+    event and what came of it.
+    """
+    n = len(times_s)
+    outcome = Outcome(
+        times_s,
+        budgets_s,
+        np.full(n, End.REFUSED, np.int8),
+        np.full(n, -1, np.int16),
+        np.array(times_s, float),
+    )
+    allowed = tiers if isinstance(tiers, list) else [tiers] * n
+    agenda: list[tuple[float, int, int, float]] = []  # time, order, device or ~id, seconds
+    running: dict[int, Dispatch] = {}
+    stopped_s: dict[int, float] = {}  # by device: how much later its batch ends
+    host_until_s = 0.0  # where no batch is in progress
+    wake_s, order, next_ = float("inf"), 0, 0
+    arrivals, budgets = times_s.tolist(), budgets_s.tolist()
+    while True:
+        arrive_s = arrivals[next_] if next_ < n else float("inf")
+        agenda_s = agenda[0][0] if agenda else float("inf")
+        now_s = min(arrive_s, agenda_s, wake_s)
+        if now_s == float("inf"):
+            break
+        events: list[Event]
+        if agenda_s == now_s:  # what ends now ends before what begins now
+            _, _, which, took_s = heappop(agenda)
+            if (more_s := stopped_s.pop(which, 0.0)) > 0:
+                order += 1
+                heappush(agenda, (now_s + more_s, order, which, took_s + more_s))
+                continue
+            if which < 0:
+                events = [Decoded(now_s, ~which)]
+            else:
+                dispatch = running.pop(which)
+                for id_ in dispatch.ids:
+                    late = now_s > arrivals[id_] + budgets[id_]
+                    outcome.end[id_] = End.LATE if late else End.IN_TIME
+                    outcome.tier[id_] = dispatch.tier
+                    outcome.end_s[id_] = now_s
+                events = [Done(now_s, which, took_s)]
+        elif wake_s == now_s:
+            wake_s = float("inf")
+            events = [Timer(now_s)]
+        else:
+            request = Request(next_, now_s, now_s + budgets[next_], allowed[next_])
+            events = [Arrived(now_s, request)]
+            for device in running:
+                stopped_s[device] = stopped_s.get(device, 0.0) + host_s
+            if not running:
+                host_until_s = max(host_until_s, now_s) + host_s
+            if decode_s:
+                order += 1
+                heappush(agenda, (now_s + decode_s, order, ~next_, 0.0))
+            else:
+                events.append(Decoded(now_s, next_))
+            next_ += 1
+        for event in events:
+            actions = scheduler.handle(event)
+            if listen is not None:
+                listen(event, actions)
+            for action in actions:
+                match action:
+                    case Dispatch(device=device, tier=tier, ids=ids):
+                        took_s = seconds(tier, len(ids)) + max(0.0, host_until_s - now_s)
+                        running[device] = action
+                        outcome.batches.append(len(ids))
+                        order += 1
+                        heappush(agenda, (now_s + took_s, order, device, took_s))
+                    case Refuse(id=id_):
+                        outcome.end[id_], outcome.end_s[id_] = End.REFUSED, now_s
+                    case Expire(id=id_):
+                        outcome.end[id_], outcome.end_s[id_] = End.EXPIRED, now_s
+                    case WakeAt(at_s=at_s):
+                        wake_s = max(at_s, now_s)
+                    case Spent() as spent:
+                        outcome.busy_s += spent.seconds
+                        outcome.late_s += spent.seconds * spent.late / spent.batch
+    outcome.span_s = float(outcome.end_s.max() - times_s[0]) if n else 0.0
+    return outcome

@@ -1,0 +1,1 @@
+"""A bundle in service: decoding, queueing, batches, tier health."""

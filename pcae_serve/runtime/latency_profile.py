@@ -1,0 +1,315 @@
+"""A machine's latency profile: measured once per bundle, engine and machine, kept in the cache.
+
+    take_turns  run the engine under a clock            -> seconds [rounds, tiers] by batch
+    summarise   those seconds                           -> Profile
+    load        the profile in the cache, if it still holds, or a short measurement at start
+
+It knows engines and a clock; what the numbers are used for is the latency model's business.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+import pcae_serve
+from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.engines import cpus as cores
+from pcae_serve.engines import nvidia
+from pcae_serve.engines.base import Engine
+from pcae_serve.errors import StartError
+from pcae_serve.scheduling.latency import Latency, Seconds
+from pcae_serve.settings import MAX_BATCH
+
+log = logging.getLogger(__name__)
+
+#: Few sizes at start: a line goes through them, and running batches refine it.
+BATCHES = (1, 4, 8)
+#: Rounds of a short measurement.
+MOST_ROUNDS = 15
+
+#: A p95 over the median that is believed, whatever a few rounds on a busy machine said.
+SPREADS = (1.05, 2.0)
+#: log(p99 / p50) over log(p95 / p50) of a log-normal: 2.326 / 1.645 standard deviations.
+P99_FROM_P95 = 1.414
+
+#: Where two runs a tier are off from the profile by more than this factor, it does not hold here.
+MOST_OFF = 1.5
+
+#: Seconds of one batch, [rounds, tiers], by batch size.
+Rounds = Mapping[int, NDArray[np.float64]]
+
+
+class Point(BaseModel):
+    """Seconds of one (tier, batch). A quantile is None where no run is left to lie beyond it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    batch: int
+    runs: int
+    p50_s: float
+    p95_s: float | None  # of at least 20 runs
+    p99_s: float | None  # of at least 100 runs
+
+
+class Origin(BaseModel):
+    """Where and when a profile was taken: for people; what it is valid for is the key."""
+
+    model_config = ConfigDict(frozen=True)
+
+    date: datetime
+    processor: str
+    gpu: str | None  # where the engine runs on one
+    cores: int
+    memory_gb: float
+    threads: int  # of one batch; 0 = the backend's own choice
+    versions: dict[str, str]
+
+
+class Profile(BaseModel):
+    """What was measured, with what it was measured on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: dict[str, str]
+    origin: Origin
+    spread: float  # p95 of a run over its (tier, batch)'s median; all of them together
+    points: dict[str, list[Point]]  # by tier name
+
+    def latency(self, max_batch: int = MAX_BATCH) -> Latency:
+        """The latency model that starts from these points."""
+        return Latency(self.seconds(), max_batch)
+
+    def seconds(self) -> list[dict[int, Seconds]]:
+        """Median and p99 by batch size, for each tier in the bundle's order."""
+        return [
+            {point.batch: Seconds(point.p50_s, self._p99_s(point)) for point in points}
+            for points in self.points.values()
+        ]
+
+    def _p99_s(self, point: Point) -> float:
+        """Measured where runs were many; else drawn out from the p95, as of a log-normal."""
+        if point.p99_s is not None:
+            return point.p99_s
+        over_median = self.spread if point.p95_s is None else point.p95_s / point.p50_s
+        return float(point.p50_s * np.clip(over_median, *SPREADS) ** P99_FROM_P95)
+
+
+def take_turns(
+    engine: Engine,
+    tiers: Sequence[Tier],
+    batches: Sequence[int],
+    image_size: int,
+    limit_s: float,
+    *,
+    most_rounds: int = MOST_ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[float], None] = lambda elapsed_s: None,
+) -> Rounds:
+    """Seconds of one batch, [rounds, tiers] by batch size, measured within about `limit_s`.
+
+    A round is every tier once at one batch size, in random order, so that a slow moment of a
+    shared machine falls on all of them. A round that would pass the limit is not begun, but two at
+    the smallest batch are always run. The first one warms up (memory is allocated, clocks rise) and
+    counts only where no second one fitted; a batch size of which none fitted is left out.
+    `progress` is told the time passed after every run.
+    """
+    draw, smallest = np.random.default_rng(0), min(batches)
+    noise = draw.integers(0, 256, (max(batches), image_size, image_size, 3), np.uint8)
+    start_s = clock()
+    rounds: dict[int, list[NDArray[np.float64]]] = {batch: [] for batch in sorted(batches)}
+    for turn in range(1 + most_rounds):
+        begun = False
+        for batch, known in rounds.items():
+            if batch > smallest or turn > 1:
+                known_s = known[-1] if known else rounds[smallest][-1] * batch / smallest
+                if clock() - start_s + known_s.sum() > limit_s:
+                    continue
+            begun = True
+            seconds = np.empty(len(tiers))
+            for i in draw.permutation(len(tiers)):
+                begin_s = clock()
+                engine.run(tiers[i], noise[:batch])
+                seconds[i] = clock() - begin_s
+                progress(clock() - start_s)
+            known.append(seconds)
+        if not begun:
+            break
+    return {batch: np.stack(known[1:] or known) for batch, known in rounds.items() if known}
+
+
+def summarise(bundle: Bundle, engine: Engine, rounds: Rounds) -> Profile:
+    """The profile of rounds over the bundle's tiers."""
+    points = {
+        tier.name: [point(batch, seconds[:, i]) for batch, seconds in rounds.items()]
+        for i, tier in enumerate(bundle.tiers)
+    }
+    over_median = [(s / np.median(s, axis=0)).ravel() for s in rounds.values()]
+    return Profile(
+        key=key(bundle, engine),
+        origin=origin(engine),
+        spread=float(np.quantile(np.concatenate(over_median), 0.95)),
+        points=points,
+    )
+
+
+def point(batch: int, seconds: NDArray[np.float64]) -> Point:
+    """The quantiles of runs at one (tier, batch)."""
+    return Point(
+        batch=batch,
+        runs=len(seconds),
+        p50_s=float(np.median(seconds)),
+        p95_s=_quantile(seconds, 95),
+        p99_s=_quantile(seconds, 99),
+    )
+
+
+def load(
+    bundle: Bundle,
+    engine: Engine,
+    cache_dir: Path,
+    limit_s: float,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Profile:
+    """This machine's profile from the cache, or a short one measured now and put there.
+
+    One in the cache that is not true of this machine, now, is replaced: the key cannot tell that a
+    processor is shared, throttled, or another one under the same name.
+    """
+    cached = read(bundle, engine, cache_dir)
+    if cached is not None:
+        off = times_off(cached, bundle, engine, clock)
+        if 1 / MOST_OFF <= off <= MOST_OFF:
+            return cached
+        log.warning(
+            "the latency profile of %s does not hold, batches take %.2f times as long: measuring"
+            " anew",
+            f"{cached.origin.date:%Y-%m-%d %H:%M}",
+            off,
+        )
+    rounds = take_turns(engine, bundle.tiers, BATCHES, bundle.image_size, limit_s, clock=clock)
+    better = read(bundle, engine, cache_dir)  # `pcae-export profile` may have ended meanwhile
+    if better is not None and better != cached:
+        return better
+    measured = summarise(bundle, engine, rounds)
+    try:
+        write(measured, cache_dir)
+    except OSError as error:
+        log.warning("cannot keep the latency profile in %s: %s", cache_dir, error.strerror)
+    return measured
+
+
+def times_off(
+    profile: Profile, bundle: Bundle, engine: Engine, clock: Callable[[], float]
+) -> float:
+    """How many times as long single images take as the profile says, on the median tier.
+
+    Each tier runs twice and its faster run counts: the first one warms up, and a slow moment is no
+    reason to doubt a profile.
+    """
+    size = bundle.image_size
+    noise = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
+    fastest_s = np.full(len(bundle.tiers), np.inf)
+    for _ in range(2):
+        for i, tier in enumerate(bundle.tiers):
+            begin_s = clock()
+            engine.run(tier, noise)
+            fastest_s[i] = min(fastest_s[i], clock() - begin_s)
+    latency = profile.latency(max_batch=1)
+    told_s = [latency.forecast(0.0).typical(i, 1) for i in range(len(bundle.tiers))]
+    return float(np.median(fastest_s / told_s))
+
+
+def read(bundle: Bundle, engine: Engine, cache_dir: Path) -> Profile | None:
+    """The profile in the cache; None where there is none, or a damaged or foreign one."""
+    wanted = key(bundle, engine)
+    try:
+        profile = Profile.model_validate_json(path(wanted, cache_dir).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    fits = profile.key == wanted and set(profile.points) == {t.name for t in bundle.tiers}
+    return profile if fits and all(profile.points.values()) else None
+
+
+def write(profile: Profile, cache_dir: Path) -> Path:
+    """Put the profile into the cache, whole or not at all. Raises OSError."""
+    place = path(profile.key, cache_dir)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        draft = Path(folder) / place.name
+        draft.write_text(profile.model_dump_json(indent=1))
+        draft.replace(place)
+    return place
+
+
+def path(key: Mapping[str, str], cache_dir: Path) -> Path:
+    """Where the cache keeps the profile of that key."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_dir / "profiles" / f"{name}.json"
+
+
+def key(bundle: Bundle, engine: Engine) -> dict[str, str]:
+    """What a profile is valid for."""
+    return {
+        "bundle": bundle.digest,
+        "engine": f"{engine.name} {engine.version}",
+        "device": " ".join(filter(None, (engine.device.partition(" ")[0], gpu(engine)))),
+        "machine": f"{platform.machine()} {processor()}",
+        "cores": str(cores.usable()),
+        "threads": str(engine.threads),
+    }
+
+
+def origin(engine: Engine) -> Origin:
+    """This machine, now."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Origin(
+        date=datetime.now(UTC),
+        processor=processor(),
+        gpu=gpu(engine),
+        cores=cores.usable(),
+        memory_gb=round(memory / 1e9, 1),
+        threads=engine.threads,
+        versions={
+            "pcae-serve": pcae_serve.__version__,
+            engine.name: engine.version,
+            "python": platform.python_version(),
+        },
+    )
+
+
+def gpu(engine: Engine) -> str | None:
+    """Name of the GPU that the engine runs on; None on a CPU, or where no driver tells."""
+    found = re.match(r"cuda:(\d+)", engine.device)
+    try:
+        return nvidia.gpus()[int(found[1])] if found else None
+    except (StartError, IndexError):  # the simulated engine needs no GPU to be there
+        return None
+
+
+def processor() -> str:
+    """The processor's name, as its maker gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _quantile(seconds: NDArray[np.float64], percent: int) -> float | None:
+    """None of fewer runs than it takes for one to lie beyond: it would be made up."""
+    if len(seconds) * (100 - percent) < 100:
+        return None
+    return float(np.quantile(seconds, percent / 100))

@@ -1,0 +1,1 @@
+"""Policies: choose which waiting requests run next, and on which tier."""

@@ -1,0 +1,141 @@
+"""API keys: their file, and what the routes ask for."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from pcae_serve.api.app import create_app
+from pcae_serve.api.auth import Keys
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.engines.simulated import SimulatedEngine
+from pcae_serve.errors import StartError
+from pcae_serve.runtime.service import Service
+from pcae_serve.settings import Settings
+from tests.serve.api.test_app import fail, problem, quick, wait_until
+from tests.serve.conftest import image_bytes
+
+ALICE, BOB, ROOT = "alice-0123456789ab", "bob-0123456789abcd", "root-0123456789abc"
+
+
+def write(path: Path, content: str) -> Path:
+    path.write_text(content)
+    path.chmod(0o600)
+    return path
+
+
+def test_a_file_holds_one_key_a_line(tmp_path: Path) -> None:
+    keys = Keys.read(write(tmp_path / "keys", f"# ours\n\n  {ALICE} \r\n{BOB}\n"))
+    assert ALICE in keys
+    assert BOB in keys
+    for other in ("", "#", "# ours", ALICE[:-1], ALICE + "x", "schlüssel", "\udcff"):
+        assert other not in keys
+    assert not Keys.read(None)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("# none\n", "holds no API key"),
+        (f"{ALICE}\nshort-secret\n", "line 2: a key needs at least 16 characters"),
+        (f"# ours\n{ALICE}\nshort-secret-ungültig\n", "line 3: a key must be ASCII"),
+    ],
+)
+def test_a_file_that_will_not_do_is_told_without_its_keys(
+    tmp_path: Path, content: str, words: str
+) -> None:
+    with pytest.raises(StartError, match=words) as raised:
+        Keys.read(write(tmp_path / "keys", content))
+    assert "short-secret" not in str(raised.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="cannot read the API keys"):
+        Keys.read(tmp_path / "keys")
+
+
+def test_a_file_that_everybody_can_read_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "keys", ALICE)
+    Keys.read(path)
+    assert not caplog.records
+    path.chmod(0o644)
+    Keys.read(path)
+    assert "chmod o-r" in caplog.text
+    assert ALICE not in caplog.text
+
+
+@pytest.fixture
+def guarded(small_bundle: Bundle, settings: Callable[..., Settings]) -> Iterator[TestClient]:
+    service = Service(settings(), small_bundle, [SimulatedEngine(small_bundle, seconds=quick)])
+    keys, admin_keys = Keys(frozenset((ALICE, BOB))), Keys(frozenset((ROOT,)))
+    app = create_app(service, fail, keys, admin_keys)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        wait_until(lambda: service.ready)
+        yield client
+
+
+def test_every_route_but_health_and_documentation_asks_for_a_key(guarded: TestClient) -> None:
+    open_to_all = {"/livez", "/readyz", "/docs", "/openapi.json", "/v2/health/live"}
+    open_to_all |= {"/v2/health/ready"}
+    paths = guarded.get("/openapi.json").json()["paths"]
+    assert len(paths) >= 8
+    for path, methods in paths.items():
+        for method in methods:
+            status = guarded.request(method, path).status_code
+            if path in open_to_all:
+                assert status == 200, path
+            else:
+                assert status == 401, path
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-API-Key": ALICE},
+        {"X-API-Key": BOB},
+        {"Authorization": f"Bearer {BOB}"},
+        {"authorization": f"bearer {ROOT}"},
+    ],
+)
+def test_a_known_key_is_let_in(guarded: TestClient, headers: dict[str, str]) -> None:
+    assert guarded.post("/classify", content=image_bytes(), headers=headers).status_code == 200
+
+
+def test_no_key_and_a_wrong_one_are_told_apart(guarded: TestClient) -> None:
+    without = guarded.post("/classify", content=image_bytes())
+    assert "X-API-Key" in problem(without, 401)["detail"]
+    assert without.headers["www-authenticate"] == "Bearer"
+    wrong = guarded.post("/classify", content=b"x", headers={"X-API-Key": "mallory-123456789"})
+    assert "mallory" not in problem(wrong, 403)["detail"]
+    basic = guarded.post("/classify", content=b"x", headers={"Authorization": f"Basic {ALICE}"})
+    problem(basic, 401)
+
+
+def test_admin_takes_admin_keys_only(guarded: TestClient) -> None:
+    problem(guarded.post("/admin/reload"), 401)
+    problem(guarded.post("/admin/reload", headers={"X-API-Key": ALICE}), 403)
+    # this service was given nothing that makes engines
+    told = guarded.post("/admin/reload", headers={"X-API-Key": ROOT})
+    assert "the old bundle serves on" in problem(told, 422)["detail"]
+
+
+def test_without_admin_keys_nobody_may(
+    small_bundle: Bundle, settings: Callable[..., Settings]
+) -> None:
+    service = Service(settings(), small_bundle, [SimulatedEngine(small_bundle, seconds=quick)])
+    with TestClient(create_app(service, fail)) as client:
+        told = problem(client.post("/admin/reload", headers={"X-API-Key": ROOT}), 403)
+    assert "--admin-keys-file" in told["detail"]
+
+
+def test_other_sites_pages_are_told_nothing(guarded: TestClient) -> None:
+    """CORS is off: a browser shows no answer to a page from elsewhere, and sends no key for it."""
+    page = {"Origin": "https://elsewhere.example", "X-API-Key": ALICE}
+    asked = guarded.post("/classify", content=image_bytes(), headers=page)
+    before = guarded.options("/classify", headers=page | {"Access-Control-Request-Method": "POST"})
+    assert before.status_code == 405
+    for response in (asked, before):
+        assert not [name for name in response.headers if name.startswith("access-control")]

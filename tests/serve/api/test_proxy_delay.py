@@ -1,0 +1,101 @@
+"""A stamp from a proxy on this machine counts; any other counts for nothing."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from starlette.types import Receive, Scope, Send
+
+from pcae_serve.api import proxy_delay
+from pcae_serve.api.app import create_app
+from pcae_serve.api.auth import Keys
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.engines.simulated import SimulatedEngine
+from pcae_serve.runtime.service import Service
+from tests.serve.conftest import image_bytes
+
+BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def seen(headers: list[tuple[bytes, bytes]], *, stamped: bool = False) -> Scope:
+    """The scope that an app behind it is called with."""
+    scopes = list[Scope]()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scopes.append(scope)
+
+    chain: Any = proxy_delay.Subtract(app)
+    if stamped:
+        chain = proxy_delay.Stamp(chain)
+
+    async def call() -> None:
+        await chain({"type": "http", "headers": headers}, None, None)
+
+    asyncio.run(call())
+    return scopes[0]
+
+
+def test_the_time_since_the_stamp_is_told() -> None:
+    stamp = f"{BOOT} {time.monotonic() - 0.2}".encode()
+    assert seen([(proxy_delay.HEADER, stamp)])["state"][proxy_delay.UNDER_WAY_S] == pytest.approx(
+        0.2, abs=0.1
+    )
+
+
+@pytest.mark.parametrize(
+    "stamp",
+    ["another-machine 1.0", f"{BOOT} nan", f"{BOOT} -inf", f"{BOOT} soon", BOOT, " 1.0", ""],
+)
+def test_what_is_no_stamp_of_this_machine_counts_for_nothing(stamp: str) -> None:
+    assert proxy_delay.UNDER_WAY_S not in seen([(proxy_delay.HEADER, stamp.encode())]).get(
+        "state", {}
+    )
+
+
+def test_a_stamp_from_the_future_and_one_from_long_ago_are_bounded() -> None:
+    later = f"{BOOT} {time.monotonic() + 60}".encode()
+    assert seen([(proxy_delay.HEADER, later)])["state"][proxy_delay.UNDER_WAY_S] == 0
+    long_ago = f"{BOOT} -1e9".encode()
+    assert (
+        seen([(proxy_delay.HEADER, long_ago)])["state"][proxy_delay.UNDER_WAY_S]
+        == proxy_delay.MOST_S
+    )
+
+
+def test_the_proxy_puts_its_own_in_the_place_of_the_clients() -> None:
+    forged = [
+        (b"X-Pcae-Arrival", f"{BOOT} 0".encode()),
+        (proxy_delay.HEADER, b"x"),
+        (b"host", b"y"),
+    ]
+    scope = seen(forged, stamped=True)
+    assert [name for name, _ in scope["headers"]] == [b"host", proxy_delay.HEADER]
+    assert scope["state"][proxy_delay.UNDER_WAY_S] < 1
+
+
+@pytest.mark.parametrize("asked", ["query", "header", "default", "/v2"])
+def test_it_counts_against_the_budget_however_that_was_told(
+    small_bundle: Bundle, settings: Any, asked: str
+) -> None:
+    service = Service(settings(budget_ms=900), small_bundle, [SimulatedEngine(small_bundle)])
+    failures = list[BaseException]()
+    app = proxy_delay.Subtract(create_app(service, failures.append, Keys()))
+    stamp = {proxy_delay.HEADER.decode(): f"{BOOT} {time.monotonic() - 1}"}
+    with TestClient(app) as client:
+        for _ in range(200):
+            if client.get("/readyz").status_code == 200:
+                break
+            time.sleep(0.02)
+        for headers, status in ((stamp, {422, 503, 504}), ({}, {200})):
+            path, more = "/classify", dict[str, str]()
+            if asked == "query":
+                path += "?budget_ms=900"
+            elif asked == "header":
+                more = {"X-Latency-Budget-Ms": "900"}
+            elif asked == "/v2":
+                path, more = "/v2/models/test/infer", {"Inference-Header-Content-Length": "0"}
+            answer = client.post(path, content=image_bytes(), headers=headers | more)
+            assert answer.status_code in status, answer.text

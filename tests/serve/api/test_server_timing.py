@@ -1,0 +1,62 @@
+"""What the access log and Server-Timing tell of one image, and of several."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from pcae_serve.api.app import create_app
+from pcae_serve.api.server_timing import tally
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.engines.simulated import SimulatedEngine
+from pcae_serve.observability.logs import RequestId
+from pcae_serve.runtime.service import Service
+from pcae_serve.settings import Settings
+from tests.serve.api.test_app import batch, fail, quick, wait_until
+from tests.serve.conftest import image_bytes
+
+TIMES = r"decode;dur=[\d.]+, queue;dur=[\d.]+, compute;dur=[\d.]+, total;dur=([\d.]+)"
+
+
+def test_every_way_of_asking_is_told_alike(
+    small_bundle: Bundle, settings: Callable[..., Settings], caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service(settings(), small_bundle, [SimulatedEngine(small_bundle, seconds=quick)])
+    caplog.set_level("INFO", "pcae_serve.access")
+    image, alone = image_bytes(), {"Inference-Header-Content-Length": "0"}
+    pixels = {"name": "image", "datatype": "UINT8", "shape": [2, 1, 1, 3], "data": [9] * 6}
+    infer = {"inputs": [pixels], "parameters": {"tier": "fast", "budget_ms": 9000}}
+    query, path = "?tier=fast&budget_ms=9000", "/v2/models/test/infer"
+    with TestClient(RequestId(create_app(service, fail))) as client:
+        wait_until(lambda: service.ready)
+
+        def asked(path: str, **how: Any) -> tuple[str | None, dict[str, Any]]:
+            caplog.clear()
+            response = client.post(path, **how)
+            [record] = caplog.records
+            fields = record.__dict__["fields"]
+            told = {name: fields[name] for name in ("tier", "images") if name in fields}
+            return response.headers.get("server-timing"), told
+
+        several = asked(f"/classify/batch{query}", files=batch(image, b"no image", image))
+        for (times, told), wanted in (
+            (asked(f"/classify{query}", content=image), {"tier": "fast"}),
+            (asked(path, content=image, headers=alone), {"tier": "full"}),
+            (asked(path, json=infer), {"tier": "fast:2"}),
+            (several, {"tier": "fast:2", "images": "200:2,415:1"}),
+        ):
+            assert times is not None
+            match = re.fullmatch(TIMES, times)
+            assert match is not None
+            assert float(match[1]) >= 10
+            assert told == wanted
+        times, told = asked(f"/classify/batch{query}", files=batch(b"no image"))
+        assert times is None
+        assert told == {"images": "415"}
+
+
+def test_a_tally_does_not_depend_on_the_order() -> None:
+    assert tally(["full", "fast", "fast"]) == tally(["fast", "fast", "full"]) == "fast:2,full:1"
+    assert tally(["fast"]) == "fast"

@@ -1,0 +1,133 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pcae_serve.bundle import reader
+from pcae_serve.errors import BundleError
+from tests.serve.conftest import write_bundle
+
+
+def edit(root: Path, **changes: Any) -> None:
+    """Change bundle.json as somebody with an editor would."""
+    path = root / "bundle.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(root: Path) -> str:
+    with pytest.raises(BundleError) as caught:
+        reader.load(root)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_sound_bundle_loads(bundle_dir: Path) -> None:
+    loaded = reader.load(bundle_dir)
+    assert [tier.name for tier in loaded.tiers] == ["fast", "balanced", "full"]
+    assert loaded.labels == ("dark", "dim", "light", "bright")
+    assert loaded.image_size == 8
+    assert loaded.preprocess.resize == 8
+    assert len(loaded.digest) == 64
+
+
+def test_the_digest_changes_with_any_content(tmp_path: Path) -> None:
+    first = reader.load(write_bundle(tmp_path / "a"))
+    second = reader.load(write_bundle(tmp_path / "b", name="other"))
+    assert first.digest != second.digest
+
+
+def test_a_missing_bundle_says_how_to_make_one(tmp_path: Path) -> None:
+    assert "pcae-export bundle" in refused(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "elastic.onnx", "preprocessor_config.json"])
+def test_one_flipped_bit_is_found(bundle_dir: Path, file: str) -> None:
+    path = bundle_dir / "models" / "vit" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert file in refused(bundle_dir)
+
+
+def test_a_missing_file_is_named(bundle_dir: Path) -> None:
+    (bundle_dir / "models" / "vit" / "model.safetensors").unlink()
+    assert "model.safetensors" in refused(bundle_dir)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"schema_version": 1}'], ids=lambda text: text or "empty"
+)
+def test_a_manifest_that_is_none_is_refused(bundle_dir: Path, text: str) -> None:
+    (bundle_dir / "bundle.json").write_text(text)
+    assert "bundle.json" in refused(bundle_dir)
+
+
+def test_a_newer_schema_says_to_update(bundle_dir: Path) -> None:
+    edit(bundle_dir, schema_version=2)
+    assert "update pcae-serve" in refused(bundle_dir)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../secret", "models/../../secret", "..\\secret"])
+def test_a_path_that_leaves_the_folder_is_refused(bundle_dir: Path, path: str) -> None:
+    files = json.loads((bundle_dir / "bundle.json").read_text())["files"]
+    edit(bundle_dir, files=files | {path: "0" * 64})
+    assert "leaves the bundle" in refused(bundle_dir)
+
+
+def test_a_link_that_leaves_the_folder_is_refused(bundle_dir: Path, tmp_path: Path) -> None:
+    weights = bundle_dir / "models" / "vit" / "model.safetensors"
+    (tmp_path / "outside").write_bytes(weights.read_bytes())
+    weights.unlink()
+    weights.symlink_to(tmp_path / "outside")
+    assert "leads out of the bundle" in refused(bundle_dir)
+
+
+def changed(tiers: list[dict[str, Any]], index: int, **changes: Any) -> list[dict[str, Any]]:
+    return [tier | (changes if i == index else {}) for i, tier in enumerate(tiers)]
+
+
+@pytest.mark.parametrize(
+    ("index", "changes", "words"),
+    [
+        (0, {"macs": 9999}, "ordered by MACs"),
+        (0, {"name": "full"}, "differ"),
+        (0, {"name": "auto"}, "auto"),
+        (0, {"name": "elastic"}, "elastic"),
+        (0, {"name": "../x"}, "name"),
+        (0, {"model": "other"}, "'other'"),
+        (0, {"token_counts": [9, 10, 3]}, "fall"),
+        (0, {"token_counts": [9, 5]}, "stages"),
+        (0, {"keep_ratio": 1.5}, "keep_ratio"),
+        (0, {"surprise": 1}, "surprise"),
+    ],
+)
+def test_tiers_that_make_no_sense_are_refused(
+    bundle_dir: Path, index: int, changes: dict[str, Any], words: str
+) -> None:
+    tiers = json.loads((bundle_dir / "bundle.json").read_text())["tiers"]
+    edit(bundle_dir, tiers=changed(tiers, index, **changes))
+    assert words in refused(bundle_dir)
+
+
+def test_no_tiers_are_refused(bundle_dir: Path) -> None:
+    edit(bundle_dir, tiers=[])
+    assert "tiers" in refused(bundle_dir)
+
+
+def test_weights_must_be_among_the_sealed_files(bundle_dir: Path) -> None:
+    files = json.loads((bundle_dir / "bundle.json").read_text())["files"]
+    del files["models/vit/model.safetensors"]
+    edit(bundle_dir, files=files)
+    assert "model.safetensors" in refused(bundle_dir)
+
+
+def test_a_dominated_tier_is_left_to_those_who_ask_for_it(bundle_dir: Path) -> None:
+    document = json.loads((bundle_dir / "bundle.json").read_text())
+    document["tiers"][1]["dominated"] = True
+    (bundle_dir / "bundle.json").write_text(json.dumps(document))
+    served = reader.load(bundle_dir)
+    assert served.allowed("auto", None) == (0, 2)
+    assert served.allowed("balanced", None) == (1,)
+    assert served.allowed("auto", "balanced") == (1, 2)  # what dominates it is not allowed

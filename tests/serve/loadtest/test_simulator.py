@@ -1,0 +1,166 @@
+import numpy as np
+import pytest
+
+from pcae_serve.loadtest.simulator import Draw, End, Outcome, draw, simulate
+from pcae_serve.scheduling.latency import Seconds
+from pcae_serve.scheduling.policies.registry import create
+from pcae_serve.scheduling.scheduler import (
+    Action,
+    Arrived,
+    Dispatch,
+    Done,
+    Event,
+    Expire,
+    Refuse,
+    Scheduler,
+    Spent,
+)
+from tests.support.situations import ALL, LADDER, LINES, linear
+
+POINTS = [{b: Seconds(o + b * i, 1.2 * (o + b * i)) for b in (1, 32)} for o, i in LINES]
+
+
+class Heard:
+    """Everything that the simulation says while it runs."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Event, list[Action]]] = []
+
+    def __call__(self, event: Event, actions: list[Action]) -> None:
+        self.told.append((event, list(actions)))
+
+    @property
+    def actions(self) -> list[Action]:
+        return [action for _, actions in self.told for action in actions]
+
+
+def machine(spec: str = "greedy", devices: int = 1) -> Scheduler:
+    return Scheduler(create(spec, LADDER), linear(*LINES, tail=1.2), devices=devices)
+
+
+def run(
+    seed: int,
+    *,
+    rate: float = 60.0,
+    spec: str = "greedy",
+    devices: int = 1,
+    decode_s: float = 0.0,
+    host_s: float = 0.0,
+    seconds: Draw | None = None,
+    heard: Heard | None = None,
+) -> Outcome:
+    """300 requests of three budgets."""
+    generator = np.random.default_rng(seed)
+    times_s = np.cumsum(generator.exponential(1 / rate, 300))
+    budgets_s = generator.choice([0.25, 0.8, 4.0], 300)
+    seconds = seconds or draw(POINTS, 32, seed)
+    return simulate(
+        times_s,
+        budgets_s,
+        machine(spec, devices),
+        seconds,
+        ALL,
+        decode_s=decode_s,
+        host_s=host_s,
+        listen=heard,
+    )
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize(("decode_s", "host_s"), [(0.0, 0.0), (0.02, 0.0), (0.02, 0.004)])
+@pytest.mark.parametrize("rate", [5.0, 200.0])
+def test_every_request_comes_to_exactly_one_end(
+    rate: float, decode_s: float, host_s: float, devices: int
+) -> None:
+    heard = Heard()
+    outcome = run(3, rate=rate, decode_s=decode_s, host_s=host_s, devices=devices, heard=heard)
+    ended = [a.id for a in heard.actions if isinstance(a, Refuse | Expire)]
+    ended += [id_ for a in heard.actions if isinstance(a, Dispatch) for id_ in a.ids]
+    assert sorted(ended) == list(range(300))
+    ran = (outcome.end == End.IN_TIME) | (outcome.end == End.LATE)
+    assert ((outcome.tier >= 0) == ran).all()
+    late = outcome.end_s > outcome.arrival_s + outcome.budget_s
+    assert (late[ran] == (outcome.end[ran] == End.LATE)).all()
+    assert (outcome.end_s >= outcome.arrival_s).all()
+
+
+def test_events_come_in_the_order_of_their_times() -> None:
+    run(4, devices=2, decode_s=0.01, heard=(heard := Heard()))
+    times_s = [event.now_s for event, _ in heard.told]
+    assert times_s == sorted(times_s)
+    assert sum(isinstance(event, Arrived) for event, _ in heard.told) == 300
+
+
+def test_a_seed_gives_the_same_outcome_again() -> None:
+    first, again, other = run(5), run(5), run(6)
+    for name in ("arrival_s", "end", "tier", "end_s"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
+    assert (first.busy_s, first.late_s, first.batches) == (
+        again.busy_s,
+        again.late_s,
+        again.batches,
+    )
+    assert not np.array_equal(first.end_s, other.end_s)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_what_was_spent_adds_up_to_the_busy_time(devices: int) -> None:
+    outcome = run(7, devices=devices, heard=(heard := Heard()))
+    spent = [action for action in heard.actions if isinstance(action, Spent)]
+    assert outcome.busy_s == pytest.approx(sum(s.seconds for s in spent))
+    assert [s.batch for s in spent if devices == 1] == (outcome.batches if devices == 1 else [])
+    assert sum(s.batch for s in spent) == sum(outcome.batches)
+    assert sum(s.late for s in spent) == (outcome.end == End.LATE).sum()
+    assert outcome.late_s <= outcome.busy_s <= devices * outcome.span_s
+
+
+def test_arrivals_stop_the_batch_in_progress_where_they_share_its_core() -> None:
+    def ends(*times_s: float, budget_s: float = 9.0) -> tuple[list[float], list[float]]:
+        count, heard = len(times_s), Heard()
+        outcome = simulate(
+            np.array(times_s),
+            np.full(count, budget_s),
+            machine(),
+            lambda tier, batch: 0.1,
+            (0,),
+            host_s=0.01,
+            listen=heard,
+        )
+        took_s = [e.seconds for e, _ in heard.told if isinstance(e, Done) and e.seconds is not None]
+        return outcome.end_s.tolist(), took_s
+
+    # its own 10 ms, then two that come meanwhile, who then run together
+    end_s, took_s = ends(0.0, 0.05, 0.118)
+    assert end_s == pytest.approx([0.13, 0.23, 0.23])
+    assert took_s == pytest.approx([0.13, 0.1])  # what the machine learns from
+    assert ends(0.0, 1.0)[0] == pytest.approx([0.11, 1.11])
+
+
+def test_a_machine_that_slows_to_half_is_followed_within_20_batches() -> None:
+    ran, slow_from, heard = [0], 50, Heard()
+
+    def halves(tier: int, batch: int) -> float:
+        ran[0] += 1
+        overhead_s, image_s = LINES[tier]
+        return (overhead_s + batch * image_s) * (2 if ran[0] > slow_from else 1)
+
+    # one at a time, 0.6 s each: enough for the full tier, and later for the one below it
+    simulate(np.arange(150.0), np.full(150, 0.6), machine(), halves, ALL, listen=heard)
+    batches = [action for action in heard.actions if isinstance(action, Spent)]
+    before, change, after = batches[:50], batches[50:70], batches[70:]
+    assert [(b.tier, b.late) for b in before] == [(2, 0)] * 50
+    assert 0 < sum(b.late for b in change) < 10
+    assert [(b.tier, b.late) for b in after] == [(1, 0)] * 80
+
+
+def test_drawn_seconds_have_the_profiles_median_and_p99() -> None:
+    seconds = draw(POINTS, 32, seed=1)
+    drawn = np.array([seconds(1, 8) for _ in range(20_000)])
+    median = 0.18 + 8 * 0.02
+    assert np.median(drawn) == pytest.approx(median, rel=0.01)
+    assert np.quantile(drawn, 0.99) == pytest.approx(1.2 * median, rel=0.02)
+
+
+def test_nothing_offered_is_nothing_done() -> None:
+    outcome = simulate(np.array([]), np.array([]), machine(), draw(POINTS, 32, 0), ALL)
+    assert (outcome.busy_s, outcome.span_s, outcome.batches) == (0.0, 0.0, [])

@@ -1,0 +1,332 @@
+import asyncio
+import contextlib
+import math
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pcae_serve import __version__
+from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.engines.base import Output, Pixels
+from pcae_serve.errors import RequestError
+from pcae_serve.observability.metrics import (
+    MISSED,
+    STAGES,
+    WASTE,
+    Failure,
+    Metrics,
+    Outcome,
+    Reload,
+)
+from pcae_serve.runtime.service import Ask, Service
+from pcae_serve.settings import Settings
+from tests.serve.conftest import image_bytes
+
+MakeSettings = Callable[..., Settings]
+
+
+def samples(metrics: Metrics) -> dict[str, dict[tuple[str, ...], float]]:
+    """Values by name and labels' values in the order of the labels, as Prometheus reads them."""
+    content, media_type = metrics.exposition()
+    assert media_type.startswith("text/plain")
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in text_string_to_metric_families(content.decode()):
+        for sample in family.samples:
+            key = tuple(sample.labels[label] for label in sorted(sample.labels))
+            found.setdefault(sample.name, {})[key] = sample.value
+    return found
+
+
+def read(metrics: Metrics, name: str) -> dict[str, float]:
+    """A series' values by its only label, or by "" where it has none."""
+    return {"".join(labels): value for labels, value in samples(metrics).get(name, {}).items()}
+
+
+def answered(metrics: Metrics, tier: str, **changes: Any) -> None:
+    """An answer in time by the best tier allowed, but for what `changes` say."""
+    told = {
+        "decode_s": 0.004,
+        "queue_s": 0.001,
+        "compute_s": 0.03,
+        "total_s": 0.04,
+        "in_time": True,
+        "degraded": False,
+        "accuracy": 0.8,
+        "best_accuracy": 0.8,
+    }
+    metrics.answered(tier, **(told | changes))
+
+
+def test_every_series_is_there_from_the_start() -> None:
+    metrics = Metrics(["fast", "full"])
+    assert read(metrics, "pcae_requests_total") == dict.fromkeys(Outcome, 0)
+    assert read(metrics, "pcae_compute_seconds_total") == {"fast": 0, "full": 0}
+    assert read(metrics, "pcae_wasted_compute_seconds_total") == dict.fromkeys(WASTE, 0)
+    assert read(metrics, "pcae_reloads_total") == dict.fromkeys(Reload, 0)
+    assert read(metrics, "pcae_accuracy_sum_total") == {"": 0}
+    found = samples(metrics)
+    for tier in ("fast", "full"):
+        assert all(found["pcae_stage_seconds_count"][stage, tier] == 0 for stage in STAGES)
+        assert all(found["pcae_engine_failures_total"][kind, tier] == 0 for kind in Failure)
+        assert found["pcae_answers_total"]["true", tier] == 0
+        assert found["pcae_tier_out_of_service"][tier,] == 0
+    assert found["process_resident_memory_bytes"][()] > 1e6
+    assert found["process_open_fds"][()] > 0
+
+
+def test_nothing_tells_when_a_series_was_made() -> None:
+    assert not [name for name in samples(Metrics(["fast"])) if name.endswith("_created")]
+    plain = CollectorRegistry()
+    Counter("others", "Somebody else's, in this process.", registry=plain)
+    assert b"others_created" in generate_latest(plain)  # theirs to decide
+
+
+def test_tiers_of_another_bundle_join_those_there() -> None:
+    metrics = Metrics(["fast", "full"])
+    answered(metrics, "full")
+    metrics.add_tiers(["full", "tiny"])
+    answered(metrics, "gone")  # of a bundle before: counted, not lost
+    found = samples(metrics)["pcae_answers_total"]
+    assert {tier: count for (degraded, tier), count in found.items() if degraded == "false"} == {
+        "fast": 0,
+        "full": 1,
+        "tiny": 0,
+        "gone": 1,
+    }
+
+
+def test_an_answer_is_counted_by_stage_and_tier() -> None:
+    metrics = Metrics(["fast", "full"])
+    answered(metrics, "full", compute_s=0.03)
+    answered(metrics, "full", compute_s=30.0, in_time=False, degraded=True)
+    found = samples(metrics)
+    assert found["pcae_stage_seconds_count"]["compute", "full"] == 2
+    assert found["pcae_stage_seconds_sum"]["compute", "full"] == pytest.approx(30.03)
+    assert found["pcae_stage_seconds_sum"]["queue", "full"] == pytest.approx(0.002)
+    borders = {
+        float(border): count
+        for (border, stage, tier), count in found["pcae_stage_seconds_bucket"].items()
+        if (stage, tier) == ("compute", "full")
+    }
+    assert (min(borders), sorted(borders)[-2]) == (0.001, 10)
+    assert (borders[0.02], borders[0.05], borders[10], borders[math.inf]) == (0, 1, 1, 2)
+    assert found["pcae_answers_total"] == {
+        ("false", "fast"): 0,
+        ("true", "fast"): 0,
+        ("false", "full"): 1,
+        ("true", "full"): 1,
+    }
+
+
+def test_accuracy_counts_over_answers_in_time() -> None:
+    metrics = Metrics(["fast", "full"])
+    answered(metrics, "full", accuracy=0.9, best_accuracy=0.9)
+    answered(metrics, "fast", accuracy=0.8, best_accuracy=0.9, degraded=True)
+    answered(metrics, "fast", accuracy=0.8, best_accuracy=0.8)  # pinned: nothing is owed
+    answered(metrics, "fast", accuracy=0.8, best_accuracy=0.9, in_time=False)
+    assert read(metrics, "pcae_accuracy_sum_total")[""] == pytest.approx(2.5)
+    assert read(metrics, "pcae_accuracy_debt_total")[""] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("odd", [math.nan, -1.0])
+def test_an_odd_accuracy_spoils_no_counter(odd: float) -> None:
+    metrics = Metrics(["fast"])
+    answered(metrics, "fast", accuracy=odd, best_accuracy=odd)
+    answered(metrics, "fast", accuracy=0.9, best_accuracy=0.8)  # better than the last tier
+    assert read(metrics, "pcae_accuracy_sum_total")[""] == pytest.approx(0.9)
+    assert read(metrics, "pcae_accuracy_debt_total")[""] == 0
+
+
+def test_a_batch_is_counted_by_size_and_by_how_well_it_was_predicted() -> None:
+    metrics = Metrics(["fast", "full"])
+    metrics.spent("full", 0.3, batch=6, late=0, cancelled=0, padding=2, predicted_s=0.2)
+    metrics.spent("full", 0.1, batch=1, late=0, cancelled=0, padding=0)
+    metrics.spent("fast", 0.0, batch=5, late=0, cancelled=0, padding=0, predicted_s=1)  # it failed
+    found = samples(metrics)
+    assert found["pcae_batch_size_sum"] == {("fast",): 0, ("full",): 7}
+    assert found["pcae_batch_size_count"] == {("fast",): 0, ("full",): 2}
+    assert found["pcae_prediction_error_ratio_sum"]["full",] == pytest.approx(1.5)
+    assert found["pcae_prediction_error_ratio_count"] == {("fast",): 0, ("full",): 1}
+
+
+def test_gauges_are_asked_at_each_scrape_and_can_be_pointed_elsewhere() -> None:
+    metrics, queue = Metrics(["fast"]), [1, 2, 3]
+    assert read(metrics, "pcae_ready") == {"": 0}
+    metrics.watch(lambda: len(queue), lambda: 0.25, lambda: True)
+    queue.append(4)
+    names = ("pcae_queue_depth", "pcae_predicted_wait_seconds", "pcae_ready")
+    assert [read(metrics, name)[""] for name in names] == [4, 0.25, 1]
+    metrics.watch(lambda: 0, lambda: 0.5, lambda: False)
+    assert [read(metrics, name)[""] for name in names] == [0, 0.5, 0]
+
+
+def test_a_gauge_that_cannot_be_read_costs_only_itself(caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> float:
+        raise RuntimeError("no forecast now")
+
+    metrics = Metrics(["fast"])
+    metrics.watch(lambda: 7, broken, lambda: True)
+    assert math.isnan(read(metrics, "pcae_predicted_wait_seconds")[""])
+    assert read(metrics, "pcae_queue_depth") == {"": 7}
+    assert "pcae_predicted_wait_seconds cannot be read" in caplog.text
+
+
+def test_what_serves_what_is_told_once() -> None:
+    metrics = Metrics(["fast"])
+    metrics.build_info(bundle="one", backend="cuda")
+    metrics.build_info(bundle="other", backend="cuda")
+    [(labels, value)] = samples(metrics)["pcae_build_info"].items()
+    assert value == 1
+    assert __version__ in labels
+    assert "other" in labels
+    assert "one" not in labels
+
+
+def test_failures_breakers_reloads_and_limits() -> None:
+    metrics = Metrics(["fast", "full"])
+    metrics.failed("full", Failure.HUNG)
+    metrics.tier_out_of_service("full", True)
+    metrics.tier_out_of_service("fast", True)
+    metrics.tier_out_of_service("fast", False)
+    metrics.reloaded(Reload.FAILED)
+    metrics.limits(max_batch=32, queue_limit=256)
+    found = samples(metrics)
+    failures = found["pcae_engine_failures_total"]
+    assert {key for key, count in failures.items() if count} == {("hung", "full")}
+    assert found["pcae_tier_out_of_service"] == {("fast",): 0, ("full",): 1}
+    assert read(metrics, "pcae_reloads_total") == {"done": 0, "failed": 1}
+    assert (found["pcae_max_batch"][()], found["pcae_queue_limit"][()]) == (32, 256)
+
+
+def test_every_series_is_documented() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+    cells = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `pcae_")]
+    documented = {name.strip(" `"): set(re.findall(r"`(\w+)`", labels)) for name, labels in cells}
+    content, _ = Metrics(["fast"]).exposition()
+    served: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(content.decode()):
+        if family.name.startswith("pcae_"):
+            name = family.name + "_total" * (family.type == "counter")
+            labels = {label for sample in family.samples for label in sample.labels}
+            served[name] = labels - {"le"}
+    served["pcae_build_info"] = documented["pcae_build_info"]  # whatever `build_info` is told
+    assert documented == served
+    for outcome in (*Outcome, *WASTE, *STAGES, *Failure, *Reload):
+        assert f"`{outcome}`" in text
+    used = set(re.findall(r"\bpcae_\w+", "".join(re.findall("```promql(.*?)```", text, re.DOTALL))))
+    assert used <= set(samples(Metrics(["fast"])))
+
+
+def test_two_services_in_one_process_do_not_add_up() -> None:
+    one, other = Metrics(["fast"]), Metrics(["fast"])
+    one.ended(Outcome.IN_TIME)
+    assert read(one, "pcae_requests_total")["in_time"] == 1
+    assert read(other, "pcae_requests_total")["in_time"] == 0
+
+
+def test_no_second_is_wasted_twice() -> None:
+    metrics = Metrics(["fast", "full"])
+    metrics.spent("full", 8.0, batch=6, late=3, cancelled=1, padding=2)
+    metrics.spent("full", 1.0, batch=1, late=0, cancelled=0, padding=0)
+    assert read(metrics, "pcae_compute_seconds_total") == {"fast": 0, "full": 9}
+    wasted = read(metrics, "pcae_wasted_compute_seconds_total")
+    assert wasted == {"late": 3, "cancelled": 1, "padding": 2}
+
+
+class Bucketed:
+    """An engine that fills every batch up to four, and fails or dawdles when told to."""
+
+    name, version, device, threads = "bucketed", "1", "cpu", 0
+    sizes = (1,)
+
+    def terminate(self) -> None:
+        """It is let through, not stopped."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def __init__(self) -> None:
+        self.fails, self.seconds, self.entered = False, 0.002, threading.Event()
+
+    def run(self, tier: Tier, pixels: Pixels) -> Output:
+        self.entered.set()
+        if self.fails:
+            raise RuntimeError("out of memory")
+        time.sleep(self.seconds)
+        return Output(np.zeros((len(pixels), 4), np.float32), (), padding=4 - len(pixels) % 4)
+
+
+def test_every_end_of_a_request_is_counted_once(
+    small_bundle: Bundle, settings: MakeSettings
+) -> None:
+    engine = Bucketed()
+    service = Service(settings(profile_s=0.05), small_bundle, [engine])
+
+    async def ask(budget_ms: float, body: bytes = image_bytes(), reads_s: float = 0.0) -> None:
+        async def read() -> bytes:
+            await asyncio.sleep(reads_s)
+            return body
+
+        with contextlib.suppress(RequestError):
+            await service.answer(Ask(asyncio.get_running_loop().time(), budget_ms), read)
+
+    async def scenario() -> None:
+        await ask(1000)  # before the start
+        await service.start()
+        await ask(10_000)
+        await ask(0.001)
+        await ask(10_000, b"no image")
+        await ask(60, reads_s=9)  # it uploads too long
+        engine.seconds = 0.5
+        await ask(200)  # nobody could know
+        engine.fails = True
+        await ask(10_000)
+        engine.fails = False
+        engine.entered.clear()
+        leaving = asyncio.create_task(ask(10_000))
+        await asyncio.to_thread(engine.entered.wait, 20)
+        leaving.cancel()
+        while not read(service.metrics, "pcae_wasted_compute_seconds_total")["cancelled"]:
+            await asyncio.sleep(0.02)
+        await service.stop()
+
+    asyncio.run(scenario())
+    ends = read(service.metrics, "pcae_requests_total")
+    assert {end: count for end, count in ends.items() if count} == {
+        "refused_draining": 1,
+        "in_time": 1,
+        "refused_budget": 1,
+        "unreadable": 1,
+        "expired": 1,
+        "late": 1,
+        "failed": 1,
+        "left": 1,
+    }
+    spent = read(service.metrics, "pcae_compute_seconds_total")
+    wasted = read(service.metrics, "pcae_wasted_compute_seconds_total")
+    total_s = sum(spent.values())
+    assert total_s == pytest.approx(1.0, rel=0.2)  # two batches of half a second, one short one
+    assert wasted["padding"] == pytest.approx(0.75 * total_s)  # of each batch, three rows in four
+    assert wasted["late"] == pytest.approx(0.125, rel=0.2)
+    assert wasted["cancelled"] == pytest.approx(0.125, rel=0.2)
+
+
+def test_what_an_autoscaler_goes_by() -> None:
+    metrics = Metrics(["fast", "full"])
+    metrics.accuracy_range(0.1)
+    for outcome in (*MISSED, Outcome.IN_TIME, Outcome.REFUSED_BUDGET, Outcome.LEFT):
+        metrics.ended(outcome)  # the last two are the callers' doing
+    times = {"decode_s": 0.0, "queue_s": 0.0, "compute_s": 0.0, "total_s": 0.0}
+    metrics.answered("fast", **times, in_time=True, degraded=True, accuracy=0.8, best_accuracy=0.9)
+    tally = metrics.tally()
+    assert (tally.in_time, tally.missed) == (1, len(MISSED))
+    assert tally.owed == pytest.approx(0.1)
+    assert "pcae_accuracy_range 0.1" in metrics.exposition()[0].decode()

@@ -1,0 +1,495 @@
+"""A real server process on a real socket, and what can go wrong: engines, clients, signals, disks.
+
+Nothing that was accepted is lost: every request gets exactly one answer.
+"""
+
+import asyncio
+import contextlib
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+
+from pcae_serve.bundle import reader as bundles
+from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
+from tests.serve.conftest import image_bytes, write_bundle
+from tests.serve.test_cli import free_port, ready
+from tests.support import faulty
+
+ROOT = Path(__file__).parents[3]
+ADMIN = "an-admin-key-of-some-length"
+
+
+class Running:
+    """A server, its process and its log so far."""
+
+    def __init__(self, url: str, process: subprocess.Popen[str], log: Path) -> None:
+        self.url, self.process, self._log = url, process, log
+        self.host, self.port = "127.0.0.1", int(url.rsplit(":", 1)[1])
+        # one for all, since making one reads certificates; it keeps no connection
+        self._client = httpx2.Client(timeout=30, limits=httpx2.Limits(max_keepalive_connections=0))
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def ask(
+        self, level: int = 200, query: str = "budget_ms=5000", **more: object
+    ) -> httpx2.Response:
+        url = f"{self.url}/classify?{query}"
+        return self._client.post(url, content=image_bytes(level), **more)  # type: ignore[arg-type]
+
+    def get(self, path: str) -> httpx2.Response:
+        return self._client.get(f"{self.url}{path}")
+
+    def until(self, condition: Callable[[], bool], limit_s: float = 15.0) -> None:
+        give_up_s = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < give_up_s, self.log
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def raw(self) -> socket.socket:
+        return socket.create_connection((self.host, self.port), timeout=20)
+
+
+@contextmanager
+def serving(
+    tmp_path: Path, *flags: str, limits: dict[int, int] | None = None, **environment: str
+) -> Iterator[Running]:
+    port, log = free_port(), tmp_path / "server.log"
+    folder = tmp_path / "served"
+    if not folder.exists():
+        write_bundle(folder)
+    command = (sys.executable, "-m", "tests.support.faulty", "--bundle", str(folder))
+    command += ("--port", str(port), "--cache-dir", str(tmp_path / "cache"), "--profile-s", "0.2")
+
+    def limited() -> None:
+        for which, most in (limits or {}).items():
+            resource.setrlimit(which, (most, most))
+
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            (*command, *flags),
+            stderr=subprocess.PIPE if limits else file,
+            text=True,
+            cwd=ROOT,
+            env={"RETRY_S": "0.3"} | environment,
+            preexec_fn=limited,
+        )
+        with (
+            ready(process, f"http://127.0.0.1:{port}") as url,
+            contextlib.closing(Running(url, process, log)) as running,
+        ):
+            yield running
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One server for all tests that leave it well."""
+    with serving(
+        tmp_path_factory.mktemp("faults"),
+        *("--watchdog-s", "0.4", "--upload-s", "0.5"),
+        HEAD_S="1",
+        RETRY_S="1.5",
+    ) as running:
+        yield running
+
+
+def test_an_engine_that_raises_costs_its_batch_and_is_made_anew(running: Running) -> None:
+    before = running.log.count("made")
+    failed = running.ask(faulty.RAISE)
+    assert (failed.status_code, failed.json()["title"]) == (500, "The model did not run")
+    assert "assert" not in failed.text  # what a library says is for the log
+    assert running.ask().status_code == 200
+    assert running.log.count("made") == before + 1
+
+
+def test_numbers_that_are_none_are_no_answer(running: Running) -> None:
+    assert running.ask(faulty.NAN).status_code == 500
+    assert running.ask().status_code == 200
+    assert "not finite" in running.log
+
+
+def test_a_tier_that_goes_on_failing_leaves_routing_and_comes_back(running: Running) -> None:
+    for _ in range(3):
+        assert running.ask(faulty.NAN, "tier=balanced&budget_ms=5000").status_code == 500
+    gone = running.ask(200, "tier=balanced&budget_ms=5000")
+    assert gone.status_code == 503, gone.text
+    assert "'balanced' fails and is out of service" in gone.json()["detail"]
+    assert int(gone.headers["retry-after"]) >= 1
+    told = running.get("/tiers").json()["tiers"]
+    assert {tier["name"]: tier["in_service"] for tier in told}["balanced"] is False
+    assert running.ask(200, "min_tier=balanced&budget_ms=5000").json()["tier"] == "full"
+    assert running.get("/readyz").status_code == 200
+    running.until(lambda: running.ask(200, "tier=balanced&budget_ms=5000").status_code == 200)
+
+
+def test_with_every_tier_gone_the_server_is_not_ready_until_one_is_back(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    with serving(tmp_path, BROKEN=str(broken)) as running:
+        broken.touch()
+        for tier in ("fast", "balanced", "full"):
+            for _ in range(3):
+                assert running.ask(200, f"tier={tier}&budget_ms=5000").status_code == 500
+        assert running.get("/readyz").status_code == 503
+        assert running.ask().status_code == 503
+        assert running.get("/livez").status_code == 200
+        broken.unlink()
+        running.until(lambda: running.get("/readyz").status_code == 200)
+        assert running.ask().status_code == 200
+
+
+def test_an_engine_that_hangs_is_told_to_end(running: Running) -> None:
+    begin_s = time.monotonic()
+    assert running.ask(faulty.HANG).status_code == 500
+    assert 0.3 < time.monotonic() - begin_s < 3
+    running.until(lambda: running.ask().status_code == 200)
+    assert "did not come back within 0.4 s" in running.log
+    assert running.get("/livez").status_code == 200
+
+
+def test_a_batch_that_comes_back_too_late_does_not_excuse_the_next_one(running: Running) -> None:
+    """What was answered as hung is told once; a failure after it is one of its own."""
+    assert running.ask(faulty.SLOW).status_code == 500
+    running.until(lambda: running.ask().status_code == 200)
+    assert running.ask(faulty.RAISE).status_code == 500
+
+
+def test_batches_that_come_back_too_late_take_their_tier_out_of_routing(running: Running) -> None:
+    """As on a GPU, where nothing ends a batch before its time."""
+    for _ in range(3):
+        assert running.ask(faulty.SLOW, "tier=fast&budget_ms=5000").status_code == 500
+        running.until(lambda: running.ask(200, "tier=full&budget_ms=5000").status_code == 200)
+    assert "tier fast leaves routing" in running.log
+    running.until(lambda: running.ask(200, "tier=fast&budget_ms=5000").status_code == 200)
+
+
+def test_an_engine_that_cannot_be_made_again_wedges_nothing(tmp_path: Path) -> None:
+    missing = tmp_path / "nomake"
+    with serving(tmp_path, NOMAKE=str(missing)) as running:
+        missing.touch()
+        answers: list[int] = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(running.ask(faulty.RAISE).status_code))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert set(answers) <= {500, 503}
+        assert running.get("/readyz").status_code == 503
+        missing.unlink()
+        running.process.send_signal(signal.SIGHUP)  # whichever makes one first
+        running.until(lambda: running.get("/readyz").status_code == 200)
+        assert [running.ask().status_code for _ in range(3)] == [200] * 3
+        assert "pcae_queue_depth 0.0" in running.get("/metrics").text
+
+
+def test_a_request_behind_another_on_its_connection_gets_its_answer(tmp_path: Path) -> None:
+    """The time that a head may take is no time for the body of the request before."""
+    short = {"HEAD_S": "0.5", "READ_S": "0.5", "LINGER_S": "0.5"}
+    with (
+        serving(tmp_path, "--upload-s", "1", **short) as running,
+        running.raw() as client,
+    ):
+        client.sendall(
+            b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+            b"POST /classify?budget_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+        )
+        answers = b""
+        while part := client.recv(4096):
+            answers += part
+        assert answers.count(b"HTTP/1.1 200 ") == 1
+        assert answers.count(b"HTTP/1.1 408 ") == 1
+
+        with socket.socket() as deaf:  # it asks and asks, and reads nothing
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect((running.host, running.port))
+            deaf.settimeout(15)
+            with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                _ask_for_ever(deaf)
+
+
+def _ask_for_ever(connection: socket.socket) -> None:
+    for _ in range(2000):
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
+        time.sleep(0.01)
+
+
+def test_uploads_that_a_stop_cuts_off_are_told_so(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path, "--drain-s", "0.5") as running,
+        running.raw() as one,
+        running.raw() as many,
+    ):
+        for client, path in ((one, "/classify"), (many, "/classify/batch")):
+            head = f"POST {path}?budget_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n"
+            client.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=b\r\n\r\n")
+        running.until(lambda: "pcae_queue_depth 1.0" in running.get("/metrics").text)
+        running.process.send_signal(signal.SIGTERM)
+        assert one.recv(4096).startswith(b"HTTP/1.1 503 ")  # by the service: the drain is over
+        assert not select.select([many], [], [], 0.5)[0]
+        assert many.recv(4096).startswith(b"HTTP/1.1 503 ")  # when its connection is cut off
+        assert running.process.wait(10) == 0
+    assert "Traceback" not in running.log
+
+
+def test_a_new_engine_that_hangs_leaves_the_old_one_serving(tmp_path: Path) -> None:
+    keys, hangs = tmp_path / "admin", tmp_path / "hangs"
+    keys.write_text(ADMIN)
+    flags = ("--admin-keys-file", str(keys), "--watchdog-s", "0.5")
+    with serving(tmp_path, *flags, HANGS=str(hangs), TERMINATE_S="0.8") as running:
+        hangs.touch()
+        admin = {"X-API-Key": ADMIN}
+        refused = httpx2.post(f"{running.url}/admin/reload", headers=admin, timeout=60)
+        assert refused.status_code == 422
+        assert "did not come back" in refused.json()["detail"]
+        time.sleep(1.2)  # what is not told to end is given up by then
+        assert running.get("/livez").status_code == 200
+        assert running.ask().status_code == 200
+
+
+def test_clocks_that_jump_change_nothing(running: Running) -> None:
+    answers = [running.ask(faulty.JUMP, "budget_ms=2000") for _ in range(3)]
+    answers += [running.ask() for _ in range(5)]
+    assert all(answer.json()["met_budget"] for answer in answers)
+
+
+def test_a_body_that_dribbles_is_cut_off(running: Running) -> None:
+    with running.raw() as slow:
+        head = (
+            b"POST /classify?budget_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n"
+        )
+        slow.sendall(head)
+        for _ in range(3):
+            slow.sendall(b"x" * 10)
+            time.sleep(0.1)
+        assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
+    assert running.ask().status_code == 200
+
+
+def test_a_head_that_dribbles_is_cut_off(running: Running) -> None:
+    with running.raw() as slow:
+        begin_s = time.monotonic()
+        with contextlib.suppress(OSError):
+            for character in "GET /livez HTTP/1.1\r\nX-Slow: " + "x" * 1000:
+                slow.sendall(character.encode())
+                time.sleep(0.02)
+        assert time.monotonic() - begin_s < 5
+    assert running.ask().status_code == 200
+
+
+def test_a_thousand_idle_connections_are_let_be_and_then_closed(running: Running) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    allowed, _ = resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)
+    assert allowed >= min(hard, 65_536)
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(running.raw()) for _ in range(1000)]
+        for connection in idle[:500]:  # half of them have asked before
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert all(connection.recv(12) == b"HTTP/1.1 200" for connection in idle[:500])
+        assert running.ask().status_code == 200
+        for connection in idle:
+            while connection.recv(4096):
+                pass  # to the end: closed by the server
+    open_files = len(list(Path(f"/proc/{running.process.pid}/fd").iterdir()))
+    assert open_files < 100
+
+
+def test_clients_that_leave_at_every_stage_cost_nobody_anything(running: Running) -> None:
+    body = image_bytes()
+    head = (
+        f"POST /classify?budget_ms=5000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    message = head.encode() + body
+    for cut in (0, 10, len(head), len(head) + 20, len(message)):
+        for linger_s in (0.0, 0.003):
+            with running.raw() as client:
+                client.sendall(message[:cut])
+                time.sleep(linger_s)
+    assert [running.ask().status_code for _ in range(5)] == [200] * 5
+    running.until(lambda: "pcae_queue_depth 0.0" in running.get("/metrics").text)
+    [left] = re.findall(r'outcome="left"} ([0-9.]+)', running.get("/metrics").text)
+    assert float(left) >= 1
+    assert "Traceback" not in running.log.split("device-side assert triggered")[-1]
+
+
+def test_a_call_that_never_comes_back_fails_livez_and_the_exit_does_not_wait(
+    tmp_path: Path,
+) -> None:
+    with serving(tmp_path, "--watchdog-s", "0.2", TERMINATE_S="0.3") as running:
+        waiting: list[int] = []
+        others = [
+            threading.Thread(target=lambda: waiting.append(running.ask().status_code))
+            for _ in range(3)
+        ]
+        stuck = threading.Thread(target=lambda: waiting.append(running.ask(70).status_code))
+        stuck.start()
+        time.sleep(0.1)
+        for other in others:
+            other.start()
+        for thread in (stuck, *others):
+            thread.join(15)
+        assert sorted(waiting) == [500, 503, 503, 503]
+        assert running.get("/livez").status_code == 503
+        assert running.get("/readyz").status_code == 503
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(10) == 1
+
+
+@contextmanager
+def load(running: Running, clients: int = 6) -> Iterator[Counter[str]]:
+    """Clients that ask one image after the other, until the end; what came of all they sent."""
+    outcomes: Counter[str] = Counter()
+    done = threading.Event()
+
+    def client(level: int) -> None:
+        with httpx2.Client(timeout=30) as session:
+            while not done.is_set():
+                try:
+                    answer = session.post(
+                        f"{running.url}/classify?budget_ms=2000", content=image_bytes(level)
+                    )
+                except httpx2.ConnectError:
+                    outcomes["not connected"] += 1  # nothing was accepted
+                    return
+                except httpx2.TransportError as error:
+                    outcomes[f"lost: {error!r}"] += 1
+                    return
+                outcomes[str(answer.status_code)] += 1
+                if answer.status_code == 503:
+                    if "retry-after" not in answer.headers:
+                        outcomes["taken, and cut off"] += 1
+                    return
+
+    threads = [threading.Thread(target=client, args=(200 + i,)) for i in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield outcomes
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(30)
+
+
+def test_sigterm_under_load_answers_what_was_accepted(tmp_path: Path) -> None:
+    with serving(tmp_path) as running, load(running) as outcomes:
+        running.until(lambda: outcomes["200"] > 30)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(10) == 0
+    lost = {outcome: n for outcome, n in outcomes.items() if outcome.startswith("lost")}
+    # a request sent on a kept connection in the moment in which it is closed was never accepted
+    assert sum(lost.values()) <= 1, lost
+    assert outcomes["500"] == outcomes["taken, and cut off"] == 0
+
+
+def test_a_drain_is_bounded_and_not_ready_from_its_first_moment(tmp_path: Path) -> None:
+    with serving(tmp_path, "--watchdog-s", "60", "--drain-s", "1", BATCH_S="0.5") as running:
+        hanging = threading.Thread(target=_quiet, args=(running,))
+        hanging.start()
+        time.sleep(0.3)
+        begin_s = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        assert running.get("/readyz").status_code == 503
+        assert running.get("/livez").status_code == 200
+        refused = running.ask()
+        assert (refused.status_code, refused.json()["title"]) == (503, "Not serving")
+        assert running.process.wait(15) == 0
+        assert 1 < time.monotonic() - begin_s < 12
+        hanging.join(5)
+
+
+def _quiet(running: Running) -> None:
+    with contextlib.suppress(httpx2.TransportError):
+        running.ask(faulty.HANG, "budget_ms=60000")
+
+
+def test_a_reload_under_load_drops_nobody(tmp_path: Path) -> None:
+    keys = tmp_path / "admin"
+    keys.write_text(f"# who may reload\n{ADMIN}\n")
+    keys.chmod(0o600)
+    admin = {"Authorization": f"Bearer {ADMIN}"}
+    with (
+        serving(tmp_path, "--admin-keys-file", str(keys)) as running,
+        load(running) as outcomes,
+    ):
+        digest = running.get("/tiers").json()["digest"]
+        running.until(lambda: outcomes["200"] > 20)
+
+        folder = tmp_path / "served"
+        shutil.rmtree(folder)
+        write_bundle(folder, name="second", labels=["a", "b", "c", "d"])
+        running.process.send_signal(signal.SIGHUP)
+        running.until(lambda: running.get("/tiers").json()["digest"] != digest)
+        assert running.ask(250).json()["predictions"][0]["label"] == "d"
+
+        (folder / "models" / "vit" / "elastic.onnx").write_bytes(b"tampered")
+        refused = httpx2.post(f"{running.url}/admin/reload", headers=admin, timeout=60)
+        assert refused.status_code == 422
+        assert "the old bundle serves on" in refused.json()["detail"]
+        assert running.ask(250).json()["predictions"][0]["label"] == "d"
+        running.process.send_signal(signal.SIGHUP)
+        running.until(lambda: running.log.count("not reloaded, the old bundle serves on") == 2)
+        assert running.ask(250).json()["predictions"][0]["label"] == "d"
+
+        shutil.rmtree(folder)
+        write_bundle(folder, name="third", labels=["e", "f", "g", "h"])
+        done = httpx2.post(f"{running.url}/admin/reload", headers=admin, timeout=60)
+        assert (done.status_code, done.json()["bundle"]) == (200, "third")
+        assert running.ask(250).json()["predictions"][0]["label"] == "h"
+        served = outcomes["200"]
+        running.until(lambda: outcomes["200"] > served + 20)
+    assert set(outcomes) == {"200"}, outcomes
+
+
+def test_a_full_disk_costs_the_cache_and_nothing_else(tmp_path: Path) -> None:
+    with serving(tmp_path, limits={resource.RLIMIT_FSIZE: 0}) as running:
+        assert running.ask().status_code == 200
+        large = image_bytes(kind="BMP", size=(900, 700))  # beyond what is usually kept in memory
+        answer = httpx2.post(f"{running.url}/classify?budget_ms=9000", files={"image": large})
+        assert answer.status_code == 200
+        running.process.send_signal(signal.SIGTERM)
+        _, log = running.process.communicate(timeout=20)
+    assert "cannot keep the latency profile" in log
+    assert not list((tmp_path / "cache").rglob("*.json"))
+
+
+def test_onnx_runtime_ends_a_batch_when_it_is_told_to() -> None:
+    """Not only our stand-in: the real one gives a long batch up."""
+    demo = bundles.load(bundles.demo())
+    engine = OnnxRuntimeEngine(demo, threads=1)
+    pixels = np.zeros((512, demo.image_size, demo.image_size, 3), np.uint8)
+
+    async def scenario() -> float:
+        run = asyncio.create_task(asyncio.to_thread(engine.run, demo.tiers[-1], pixels))
+        await asyncio.sleep(0.3)
+        assert not run.done()
+        engine.terminate()
+        begin_s = time.monotonic()
+        with pytest.raises(Exception, match=r"[Tt]erminat"):
+            await run
+        return time.monotonic() - begin_s
+
+    assert asyncio.run(scenario()) < 3
+    assert engine.run(demo.tiers[0], pixels[:1]).vectors.shape == (1, 10)

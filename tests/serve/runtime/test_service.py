@@ -1,0 +1,185 @@
+"""The service without HTTP: its start, its devices, its end."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.engines import nvidia
+from pcae_serve.engines.base import Engine, Output, Pixels, check
+from pcae_serve.engines.simulated import SimulatedEngine
+from pcae_serve.errors import Draining
+from pcae_serve.runtime import service as services
+from pcae_serve.runtime.servable import Ask
+from pcae_serve.runtime.service import Service
+from pcae_serve.settings import Settings
+from tests.serve.api.test_app import quick
+from tests.serve.conftest import image_bytes
+from tests.support.gate import Gate
+
+MakeSettings = Callable[..., Settings]
+
+
+def test_stopping_with_work_in_hand_answers_everybody_once(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> list[Any]:
+        service = Service(settings(), small_bundle, [gate])
+        await service.start()
+        gate.shut()
+        calls = [asyncio.create_task(classify(service, i, 60_000)) for i in range(5)]
+        await asyncio.to_thread(gate.entered.wait, 20)
+        await asyncio.sleep(0.05)  # the others are decoded meanwhile, or still at it
+        stop = asyncio.create_task(service.stop())
+        await asyncio.sleep(0.05)
+        gate.open.set()
+        await stop
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    answers = asyncio.run(scenario())
+    assert all(isinstance(answer, Draining) for answer in answers)
+    assert not caplog.records
+
+
+def test_a_decoder_that_does_not_come_back_does_not_hold_the_end_up(
+    small_bundle: Bundle, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def stuck(*_: Any) -> None:
+        entered.set()
+        release.wait(20)
+
+    monkeypatch.setattr(Preprocess, "__call__", stuck)
+    monkeypatch.setattr(services, "DECODE_S", 0.1)
+
+    async def scenario() -> bool:
+        service = Service(settings(), small_bundle, [Gate()])
+        await service.start()
+        call = asyncio.create_task(classify(service, 1, 60_000))
+        await asyncio.to_thread(entered.wait, 20)
+        await asyncio.wait_for(service.stop(), 5)
+        with pytest.raises(Draining):
+            await call
+        return service.left_behind
+
+    try:
+        assert asyncio.run(scenario())
+    finally:
+        release.set()
+
+
+def test_a_reload_that_a_stop_cuts_off_has_not_failed(
+    small_bundle: Bundle,
+    settings: MakeSettings,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its batches wait for a device that is busy to the end."""
+    monkeypatch.setattr(services, "BATCH_S", 0.1)
+
+    def make(bundle: Bundle, _: int, through: Callable[[Engine], Engine]) -> Engine:
+        engine = SimulatedEngine(bundle, seconds=quick)
+        check(through(engine), bundle)
+        return engine
+
+    async def scenario() -> str:
+        service = Service(settings(), small_bundle, [gate], make)
+        await service.start()
+        gate.shut()
+        call = asyncio.create_task(classify(service, 1, 60_000))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        reload = asyncio.create_task(service.reload())
+        assert service._servable is not None
+        while not service._servable._errands:
+            await asyncio.sleep(0.005)
+        stop = asyncio.create_task(service.stop())
+        with pytest.raises(Draining, match="not reloaded"):
+            await reload
+        gate.open.set()
+        await asyncio.gather(stop, call, return_exceptions=True)
+        return service.metrics.exposition()[0].decode()
+
+    counts = asyncio.run(scenario())
+    assert 'pcae_reloads_total{result="failed"} 0.0' in counts
+    assert "not reloaded" not in caplog.text
+
+
+async def classify(service: Service, level: int, budget_ms: float) -> Any:
+    async def read() -> bytes:
+        return image_bytes(level)
+
+    ask = Ask(asyncio.get_running_loop().time(), budget_ms)
+    return await service.answer(ask, read)
+
+
+def test_requests_that_wait_together_run_together(
+    small_bundle: Bundle, settings: MakeSettings
+) -> None:
+    batches: list[int] = []
+
+    class Counting(SimulatedEngine):
+        def run(self, tier: Tier, pixels: Pixels) -> Output:
+            batches.append(len(pixels))
+            return super().run(tier, pixels)
+
+    async def together() -> list[Any]:
+        engine = Counting(small_bundle, seconds=lambda _, batch: 0.03 + 1e-4 * batch)
+        service = Service(settings(profile_s=3), small_bundle, [engine])
+        await service.start()
+        batches.clear()
+        answers = await asyncio.gather(*(classify(service, i, 5000) for i in range(12)))
+        await service.stop()
+        return answers
+
+    answers = asyncio.run(together())
+    assert len(answers) == 12
+    assert sum(batches) == 12
+    assert max(batches) >= 4
+
+
+def test_two_devices_run_two_batches_at_once(small_bundle: Bundle, settings: MakeSettings) -> None:
+    both, meet = threading.Barrier(2, timeout=20), threading.Event()
+
+    class Meeting(SimulatedEngine):
+        def run(self, tier: Tier, pixels: Pixels) -> Output:
+            if meet.is_set():
+                both.wait()  # passes only while the other device is inside, too
+            return super().run(tier, pixels)
+
+    async def scenario() -> list[Any]:
+        pair = [Meeting(small_bundle, f"cuda:{i}", quick) for i in range(2)]
+        service = Service(settings(), small_bundle, pair)
+        await service.start()
+        meet.set()
+        answers = await asyncio.gather(*(classify(service, i, 60_000) for i in range(2)))
+        await service.stop()
+        return answers
+
+    answers = asyncio.run(scenario())
+    assert [answer.tier.name for answer in answers] == ["full", "full"]
+
+
+def test_devices_that_differ_are_told(
+    small_bundle: Bundle,
+    settings: MakeSettings,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def start(gpus: list[str]) -> str:
+        monkeypatch.setattr(nvidia, "gpus", lambda: gpus)
+        caplog.clear()
+        pair = [SimulatedEngine(small_bundle, f"cuda:{i}", quick) for i in range(2)]
+        service = Service(settings(profile_s=0.1), small_bundle, pair)
+        await service.start()
+        await service.stop()
+        return "".join(record.getMessage() for record in caplog.records)
+
+    told = asyncio.run(start(["NVIDIA L4", "NVIDIA H200"]))
+    assert "the devices differ (simulated on NVIDIA H200, simulated on NVIDIA L4)" in told
+    assert not asyncio.run(start(["NVIDIA L4", "NVIDIA L4"]))

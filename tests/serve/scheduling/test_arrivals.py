@@ -1,0 +1,110 @@
+"""What can be seen of arrivals from outside; the estimators inside may change."""
+
+import random
+
+import pytest
+
+from pcae_serve.scheduling.arrivals import RATE_OVER, Arrivals
+
+
+def poisson(rate: float, count: int, budgets_s: tuple[float, ...] = (1.0,)) -> Arrivals:
+    """Poisson arrivals from time 0; budgets at random, each as likely as another."""
+    arrivals, draw, now_s = Arrivals(), random.Random(1), 0.0
+    for _ in range(count):
+        now_s += draw.expovariate(rate)
+        arrivals.observe(now_s, draw.choice(budgets_s))
+    return arrivals
+
+
+def regular(rate: float, count: int) -> Arrivals:
+    arrivals = Arrivals()
+    for i in range(count):
+        arrivals.observe(i / rate, 1.0)
+    return arrivals
+
+
+def test_before_anything_came_there_is_no_rate() -> None:
+    assert Arrivals().rate(0.0) == 0.0
+    arrivals = Arrivals()
+    arrivals.observe(0.0, 1.0)
+    assert arrivals.rate(0.0) == 0.0
+
+
+@pytest.mark.parametrize("rate", [2.0, 100.0, 5000.0])
+def test_the_rate_is_that_of_the_last_arrivals(rate: float) -> None:
+    assert regular(rate, 500).rate(499 / rate) == pytest.approx(rate, rel=0.05)
+
+
+def test_the_rate_follows_a_change_within_a_hundred_requests() -> None:
+    arrivals = regular(10.0, 300)
+    start_s = 29.9
+    for i in range(1, 101):
+        arrivals.observe(start_s + i / 1000.0, 1.0)
+    assert arrivals.rate(start_s + 0.1) == pytest.approx(1000.0, rel=0.1)
+
+
+def test_silence_lowers_the_rate() -> None:
+    arrivals = regular(100.0, 200)
+    assert arrivals.rate(1.99 + 10.0) < 10.0 < arrivals.rate(1.99)
+
+
+def test_budgets_are_told_with_their_shares_the_tightest_first() -> None:
+    classes = poisson(100.0, 3000, (0.05, 0.2, 0.2, 1.0)).classes
+    budgets_s = [c.budget_s for c in classes]
+    assert budgets_s == sorted(budgets_s)
+    assert sum(c.share for c in classes) == pytest.approx(1.0, abs=1e-6)
+    share = {0.05: 0.25, 0.2: 0.5, 1.0: 0.25}
+    for budget_s, wanted in share.items():
+        found = sum(c.share for c in classes if abs(c.budget_s / budget_s - 1) < 0.2)
+        assert found == pytest.approx(wanted, abs=0.1)
+
+
+def test_any_number_of_budgets_is_told_in_few_classes() -> None:
+    draw, arrivals = random.Random(2), Arrivals()
+    for i in range(2000):
+        arrivals.observe(0.01 * i, 10 ** draw.uniform(-3, 2))
+    assert 1 <= len(arrivals.classes) <= 10
+    assert sum(c.share for c in arrivals.classes) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_as_many_are_expected_within_a_time_as_the_rate_says() -> None:
+    arrivals = poisson(200.0, 3000)
+    for seconds in (0.01, 0.1, 1.0):
+        mean, variance = arrivals.within(seconds)
+        assert mean == pytest.approx(200.0 * seconds, rel=0.3)
+        if 200.0 * seconds < RATE_OVER:  # no more than the averages run over
+            assert variance == pytest.approx(200.0 * seconds, rel=0.6)  # of a Poisson process
+
+
+def test_clusters_scatter_more_than_regular_arrivals() -> None:
+    clusters = Arrivals()
+    for i in range(2000):  # eight at once, at the same mean rate
+        clusters.observe((i // 8) * 0.08, 1.0)
+    assert clusters.within(0.05)[1] > regular(100.0, 2000).within(0.05)[1] + 1
+
+
+def test_nothing_new_is_due_before_the_tightest_budget_and_ever_more_after_it() -> None:
+    arrivals = poisson(100.0, 2000, (0.1, 0.5, 2.0))
+    assert arrivals.due(0.05) == (0.0, 0.0)
+    means = [arrivals.due(0.02 * i)[0] for i in range(1, 120)]
+    assert means == sorted(means)
+    assert means[-1] > 10
+    deviations = [arrivals.due(0.02 * i)[1] for i in range(1, 120)]
+    assert all(deviation >= 0 for deviation in deviations)
+
+
+def test_one_request_is_enough_to_ask_what_is_due() -> None:
+    arrivals = Arrivals()
+    arrivals.observe(0.0, 0.5)
+    mean, deviation = arrivals.due(1.0)
+    assert mean >= 0
+    assert deviation >= 0
+
+
+def test_a_budget_of_nothing_spoils_nothing() -> None:
+    """A caller may name the least number that there is: arrival and deadline are then the same."""
+    arrivals = Arrivals()
+    arrivals.observe(0.0, 0.0)
+    arrivals.observe(1.0, 0.5)
+    assert all(budgets.budget_s > 0 for budgets in arrivals.classes)
+    assert arrivals.due(0.6)[0] >= 0
