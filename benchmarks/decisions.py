@@ -15,13 +15,13 @@ import numpy as np
 from pcae_serve.scheduling.arrivals import Arrivals
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.policies import registry
-from pcae_serve.scheduling.policies.base import Situation
+from pcae_serve.scheduling.policies.base import SchedulerView
 from pcae_serve.scheduling.request_queue import Queue, Request
-from pcae_serve.scheduling.scheduler import Arrived, Decoded, Left, Scheduler
-from pcae_serve.scheduling.tiers import Ladder
+from pcae_serve.scheduling.scheduler import Arrived, ClientLeft, Decoded, Scheduler
+from pcae_serve.scheduling.tiers import TierTable
 
 SHARES = (0.286, 0.364, 0.45, 0.54, 0.755, 1.0)  # of the MACs of keep ratio 1.0
-LADDER = Ladder(tuple("abcdef"), (0.795, 0.841, 0.8565, 0.8611, 0.8638, 0.8639))
+TIER_TABLE = TierTable(tuple("abcdef"), (0.795, 0.841, 0.8565, 0.8611, 0.8638, 0.8639))
 POINTS = [
     {b: Seconds(0.0018 + 0.00045 * b * share, 0.0019 + 0.00048 * b * share) for b in (1, 32)}
     for share in SHARES
@@ -46,7 +46,7 @@ def main() -> None:
 def decisions(waiting: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of every decision and event at a queue of that length."""
     draw = random.Random(0)
-    policies = {spec: registry.create(spec, LADDER) for spec in SPECS}
+    policies = {spec: registry.create(spec, TIER_TABLE) for spec in SPECS}
     latency, taken = Latency(POINTS, 32), {spec: list[float]() for spec in SPECS}
     taken |= {"arrival": [], "arrival + queue": [], "leaving": []}
     machine = Scheduler(policies["pace"], Latency(POINTS, 32), max_batch=32, queue_limit=10**9)
@@ -65,17 +65,17 @@ def decisions(waiting: int, rounds: int) -> dict[str, list[float]]:
             deadline_s = now_s - age_s + draw.choice(BUDGETS_S)
             tiers = draw.choice([range(6), range(6), range(6), range(2, 6), range(3, 4)])
             queue.add(Request(i, now_s - age_s, deadline_s, tuple(tiers)))
-        situation = Situation(now_s, queue, latency.forecast(now_s), arrivals, 32)
+        view = SchedulerView(now_s, queue, latency.forecast(now_s), arrivals, 32)
         for spec in draw.sample(SPECS, len(SPECS)):
             start_s = perf_counter()
-            policies[spec].choose(situation)
+            policies[spec].choose(view)
             taken[spec].append(perf_counter() - start_s)
         id_ = waiting + round_
         request = Request(id_, now_s, now_s + loose_s / 2, (0, 1, 2))
         events = {
             "arrival": Arrived(now_s, request),
             "arrival + queue": Decoded(now_s, id_),
-            "leaving": Left(now_s, id_),
+            "leaving": ClientLeft(now_s, id_),
         }
         for what, event in events.items():
             start_s = perf_counter()

@@ -15,7 +15,7 @@ import numpy as np
 
 from pcae_serve.bundle import reader as bundles
 from pcae_serve.engines import base
-from pcae_serve.runtime.servable import Ask
+from pcae_serve.runtime.servable import InferenceRequest
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 
@@ -36,7 +36,7 @@ async def measure(requests: int) -> None:
             return body
 
         for _ in range(requests):
-            answer = await service.answer(Ask(loop.time(), 1000.0), read)
+            answer = await service.answer(InferenceRequest(loop.time(), 1000.0), read)
             done_s = loop.time()
             begin_s = done_s - answer.total_s
             await asyncio.sleep(0.005)  # the machine is idle again

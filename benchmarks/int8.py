@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pcae_export import pack
 from pcae_export.images import decode
-from pcae_export.pack import Part, Wanted
+from pcae_export.pack import Part, TierSpec
 from pcae_serve.bundle import reader as bundles
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_training import checkpoint as checkpoints
@@ -41,8 +41,8 @@ def main() -> None:
     checkpoint = checkpoints.load(demo.root / "models" / model)
     wanted = {}
     for tier in demo.tiers:
-        wanted[tier.name] = Wanted(tier.keep_ratio)
-        wanted[f"{tier.name}-int8"] = Wanted(tier.keep_ratio, "int8")
+        wanted[tier.name] = TierSpec(tier.keep_ratio)
+        wanted[f"{tier.name}-int8"] = TierSpec(tier.keep_ratio, "int8")
     with tempfile.TemporaryDirectory() as scratch:
         served = pack.write({model: Part(checkpoint, wanted)}, Path(scratch) / "both")
         rows = measure(served, options.data, options.limit)

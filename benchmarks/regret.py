@@ -85,8 +85,8 @@ def cell(
 ) -> tuple[dict[str, list[float]], int]:
     """Effective accuracy by policy and window; how many windows the oracle has proven."""
     (trace, load), platform = where, platforms.read(profile)
-    ladder, allowed = platform.ladder, tuple(range(len(platform.tiers)))
-    accuracy = ladder.accuracy
+    tier_table, allowed = platform.tier_table, tuple(range(len(platform.tiers)))
+    accuracy = tier_table.accuracy
     table = [[s.p50 for s in tier.values()] for tier in platform.seconds(32)]  # [tiers, batches]
     points = [{b + 1: Seconds(s, s) for b, s in enumerate(row)} for row in table]
     rate, full_s = load * platform.capacity_per_s[mix], table[-1][0]
@@ -98,7 +98,7 @@ def cell(
     machines = {}
     for spec in (OURS, *OTHERS):
         machine = Scheduler(
-            registry.create(spec, ladder), Latency(points, 32), max_batch=32, queue_limit=10**6
+            registry.create(spec, tier_table), Latency(points, 32), max_batch=32, queue_limit=10**6
         )
         simulate(warm.times_s, warm.budgets_s, machine, seconds, allowed)
         machines[spec] = machine

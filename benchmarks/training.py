@@ -22,7 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.draws import Draws
+from pcae_training.draws import SampleRng
 from pcae_training.finetune import FinetuneSettings, Finetuning
 from pcae_training.journal import surroundings
 from pcae_training.model import VisionTransformer
@@ -47,7 +47,7 @@ class Case:
         if self.steps == 0:
             self.pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
             self.labels = torch.zeros(settings.batch_size, dtype=torch.int64, device=self.device)
-        draws = Draws(settings.seed, self.steps, settings.batch_size)
+        draws = SampleRng(settings.seed, self.steps, settings.batch_size)
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, settings.dtype, enabled=settings.precision != "fp32"):
             loss = self.objective(self.pixels, self.labels, draws, 1.0)  # the ramp is over

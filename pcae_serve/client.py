@@ -54,7 +54,7 @@ PATIENCE_S, TOLD_S = 60.0, 10.0
 #: Less than this is not worth another request.
 LEAST_S = 1e-3
 #: Between two requests at least; doubled each time that nobody listens, up to the other.
-WAIT_S, MOST_WAIT_S = 0.02, 0.5
+WAIT_S, MAX_WAIT_S = 0.02, 0.5
 #: Connections are kept this long. The server closes idle ones after 5 s (uvicorn's default), and a
 #: request must not be on its way on one just then.
 KEPT_S = 4.0
@@ -191,7 +191,7 @@ class _Call(Generic[_T]):
             raise NotReachable(f"the connection to {where} was lost: {_words(cause)}") from None
         # nothing was sent; a name that is unknown or a certificate that is wrong stays so
         if not isinstance(cause, gaierror | SSLError):
-            wait_s = min(WAIT_S * 2**self._unheard, MOST_WAIT_S)
+            wait_s = min(WAIT_S * 2**self._unheard, MAX_WAIT_S)
             self._unheard += 1
             if self._fits(wait_s):
                 return _Wait(wait_s)

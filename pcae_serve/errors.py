@@ -30,13 +30,13 @@ from math import ceil
 from typing import ClassVar
 
 #: Characters of a caller's words that an answer or a log repeats.
-MOST_SHOWN = 80
+MAX_SHOWN = 80
 
 
 def shown(words: object) -> str:
     """A caller's words, to be repeated in a message: quoted, escaped, and not all too many."""
     text = str(words)
-    return ascii(text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "...")
+    return ascii(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "...")
 
 
 def one_line(error: BaseException) -> str:

@@ -14,9 +14,9 @@ from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubComm
 from pcae_export import card, measure, pack, source, verify
 from pcae_export.choice import UNMEASURED, choose
 from pcae_export.images import decode, generated
-from pcae_export.pack import Half, Part, Wanted
+from pcae_export.pack import Half, Part, TierSpec
 from pcae_export.profiling import Profile
-from pcae_export.source import Source, Told
+from pcae_export.source import Source, SourceOverrides
 from pcae_export.tensorrt_plans import TensorRt
 from pcae_serve.bundle import reader as bundles
 from pcae_serve.bundle.reader import Bundle
@@ -157,9 +157,9 @@ class Write(BaseModel):
             print(text.split("\n\n")[-1])
         _print_tiers(bundle)
 
-    def _models(self) -> dict[str, tuple[Path, dict[str, Wanted]]]:
+    def _models(self) -> dict[str, tuple[Path, dict[str, TierSpec]]]:
         """Model id to its checkpoint and its tiers."""
-        models: dict[str, tuple[Path, dict[str, Wanted]]] = {}
+        models: dict[str, tuple[Path, dict[str, TierSpec]]] = {}
         ids: dict[Path, str] = {} if self.source is None else {self.source: self.model_id}
         for name, tier in parse_tiers(self.tier).items():
             path = tier.path or self.source
@@ -169,8 +169,8 @@ class Write(BaseModel):
             models.setdefault(ids[path], (path, {}))[1][name] = tier.wanted
         return models
 
-    def _told(self) -> Told:
-        return Told(
+    def _told(self) -> SourceOverrides:
+        return SourceOverrides(
             heads=self.heads,
             image_size=self.image_size,
             resize=self.resize,
@@ -272,7 +272,7 @@ class Export(BaseSettings):
 class TierFlag:
     """What one --tier says."""
 
-    wanted: Wanted
+    wanted: TierSpec
     path: Path | None = None
 
 
@@ -296,7 +296,7 @@ def parse_tiers(given: list[str]) -> dict[str, TierFlag]:
         if at and not path:
             raise ValueError(f"{text!r} names no checkpoint before '@'")
         exact(ratio)
-        wanted = Wanted(ratio, "int8" if precision == "int8" else "float32")
+        wanted = TierSpec(ratio, "int8" if precision == "int8" else "float32")
         tiers[name] = TierFlag(wanted, Path(path) if at else None)
     if not tiers:
         raise ValueError("at least one tier is needed")

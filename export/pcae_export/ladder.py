@@ -56,7 +56,7 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Ladder:
+class KeepRatioLadder:
     """What was measured, and what it proposes. Points are by MACs, the cheapest first."""
 
     rounds: int
@@ -94,7 +94,7 @@ def sweep(bundle: Bundle, lowest: KeepRatio) -> tuple[Tier, ...]:
     return tuple(sorted(tiers.values(), key=lambda tier: tier.macs))
 
 
-def climb(tiers: Sequence[Tier], rounds: Floats, count: int) -> Ladder:
+def climb(tiers: Sequence[Tier], rounds: Floats, count: int) -> KeepRatioLadder:
     """At most `count` rungs among `tiers`, by MACs, that were timed as rounds [rounds, tiers].
 
     Rungs as many as the paper's tiers bear their names.
@@ -105,7 +105,7 @@ def climb(tiers: Sequence[Tier], rounds: Floats, count: int) -> Ladder:
     names = [tiers[i].name for i in chosen]
     if len(chosen) == len(DEFAULT_TIERS):
         names = list(DEFAULT_TIERS)
-    return Ladder(
+    return KeepRatioLadder(
         rounds=len(rounds),
         noise=noise if np.isfinite(noise) else None,
         keep_ratios=tuple(tier.keep_ratio for tier in tiers),
@@ -126,11 +126,11 @@ def fit(rounds: Floats) -> tuple[Floats, float]:
     """
     pace = np.median(rounds / np.median(rounds, axis=0), axis=1, keepdims=True)  # [rounds, 1]
     steady = rounds / pace
-    typical = np.median(steady, axis=0)
-    seconds: Floats = isotonic_regression(typical).x
+    p50 = np.median(steady, axis=0)
+    seconds: Floats = isotonic_regression(p50).x
     if len(rounds) < MIN_ROUNDS:
         return seconds, float("inf")
-    apart = np.abs(np.diff(steady, axis=0)) / typical  # of a point's neighbouring rounds
+    apart = np.abs(np.diff(steady, axis=0)) / p50  # of a point's neighbouring rounds
     scatter = np.median(apart) / 0.954  # to a normal deviation; a few slow runs do not count
     return seconds, float(1.25 * scatter / np.sqrt(len(rounds)))  # 1.25: of a median, not a mean
 

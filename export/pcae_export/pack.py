@@ -53,14 +53,14 @@ DEFAULT_TIERS: Mapping[str, KeepRatio] = {
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TierSpec:
     """A tier to be made of a model."""
 
     keep_ratio: KeepRatio
     precision: Literal["float32", "int8"] = "float32"
 
 
-DEFAULT: Mapping[str, Wanted] = {name: Wanted(ratio) for name, ratio in DEFAULT_TIERS.items()}
+DEFAULT: Mapping[str, TierSpec] = {name: TierSpec(ratio) for name, ratio in DEFAULT_TIERS.items()}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Part:
     """A model of the bundle, and its tiers by name."""
 
     checkpoint: Checkpoint
-    tiers: Mapping[str, Wanted] = field(default_factory=lambda: DEFAULT)
+    tiers: Mapping[str, TierSpec] = field(default_factory=lambda: DEFAULT)
 
 
 class PackError(PcaeError):

@@ -17,7 +17,7 @@ from pydantic_settings import CliPositionalArg, NoDecode
 from tqdm import tqdm
 
 from pcae_export import ladder
-from pcae_export.ladder import Ladder
+from pcae_export.ladder import KeepRatioLadder
 from pcae_serve.bundle import reader as bundles
 from pcae_serve.bundle.reader import Bundle, Tier
 from pcae_serve.engines import base
@@ -28,7 +28,7 @@ from pcae_serve.runtime.latency_profile import Origin, Rounds
 from pcae_serve.settings import Settings
 
 #: More tell nothing new.
-MOST_ROUNDS = 1000
+MAX_ROUNDS = 1000
 #: Of the time, for the ladder's sweep.
 SWEEP_SHARE = 1 / 3
 #: What one request waits for on an idle machine: the ladder is about that.
@@ -130,7 +130,9 @@ class Profile(BaseModel):
                 },
             )
 
-    def _ladder(self, bundle: Bundle, engine: Engine, timed: Rounds, limit_s: float) -> Ladder:
+    def _ladder(
+        self, bundle: Bundle, engine: Engine, timed: Rounds, limit_s: float
+    ) -> KeepRatioLadder:
         """Propose budgets, from a sweep where the engine can run one, and print them."""
         tiers, swept = bundle.tiers, engine.name in ELASTIC
         if swept:
@@ -158,7 +160,7 @@ def take_turns(
             batches,
             bundle.image_size,
             limit_s,
-            most_rounds=MOST_ROUNDS,
+            most_rounds=MAX_ROUNDS,
             progress=progress,
         )
 
@@ -269,7 +271,9 @@ def notes(rows: Sequence[Row], batches: Sequence[int], seconds: float) -> Iterat
         )
 
 
-def propose(found: Ladder, asked: int, backend: str, swept: bool, seconds: float) -> Iterator[str]:
+def propose(
+    found: KeepRatioLadder, asked: int, backend: str, swept: bool, seconds: float
+) -> Iterator[str]:
     """The ladder as flags, and what it rests on. seconds: that the command was given."""
     if not swept:
         yield f"ladder, among the bundle's tiers: {backend} has a graph for each, and runs no other"

@@ -15,7 +15,7 @@ from pcae_serve.bundle.tokens import Rule
 from pcae_serve.errors import PcaeError
 from pcae_training import foreign
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.foreign import Found
+from pcae_training.foreign import LoadedCheckpoint
 from pcae_training.model import VisionTransformer
 
 #: Mean and std of the pixel values that published ViTs were trained on.
@@ -32,7 +32,7 @@ class SourceError(PcaeError):
 
 
 @dataclass(frozen=True)
-class Told:
+class SourceOverrides:
     """What a person says about a checkpoint; None: what the file says."""
 
     heads: int | None = None
@@ -54,7 +54,7 @@ class Source:
     notes: tuple[str, ...] = ()  # what a person should know of how it was read
 
 
-def read(path: Path, told: Told) -> Source:
+def read(path: Path, told: SourceOverrides) -> Source:
     """Open a checkpoint (see `foreign.read`). Raises PcaeError with one line on what is missing."""
     found = foreign.read(path, heads=told.heads)
     ignored = [name for name in found.ignored if not name.endswith("mask_token")]
@@ -87,7 +87,7 @@ def read(path: Path, told: Told) -> Source:
     return Source(checkpoint, found.ours or told.reduction is not None, tuple(notes))
 
 
-def _preprocess(path: Path, found: Found, told: Told) -> Preprocess:
+def _preprocess(path: Path, found: LoadedCheckpoint, told: SourceOverrides) -> Preprocess:
     """What the file says of preprocessing, with what was told in its place."""
     known = found.preprocess
     if known is None and told.normalise is None:
@@ -110,7 +110,9 @@ def _preprocess(path: Path, found: Found, told: Told) -> Preprocess:
         raise SourceError(f"{path}: {error}") from None
 
 
-def _labels(path: Path, found: Found, told: Told, notes: list[str]) -> list[str]:
+def _labels(
+    path: Path, found: LoadedCheckpoint, told: SourceOverrides, notes: list[str]
+) -> list[str]:
     """Names of the classes, [] without a head."""
     classes = found.config.classes
     if told.labels is not None:

@@ -35,7 +35,7 @@ from pcae_serve.errors import (
     shown,
 )
 from pcae_serve.observability import tracing
-from pcae_serve.runtime.servable import Answer, Ask
+from pcae_serve.runtime.servable import InferenceRequest, InferenceResult
 from pcae_serve.runtime.service import Service
 
 PROBLEM = "application/problem+json"
@@ -192,25 +192,28 @@ def create_app(
         x_latency_budget_ms: Annotated[
             Budget, Header(description="as budget_ms, which wins")
         ] = None,
-    ) -> Ask:
+    ) -> InferenceRequest:
         arrival_s = proxy_delay.arrival_s(request.scope.get("state", {}))
         budget = budget_ms or x_latency_budget_ms or service.settings.budget_ms
-        return Ask(arrival_s, budget, tier, min_tier)
+        return InferenceRequest(arrival_s, budget, tier, min_tier)
 
     async def answered(
-        request: Request, response: Response, ask: Ask, answers: Literal["logits", "features"]
-    ) -> Answer:
+        request: Request,
+        response: Response,
+        ask: InferenceRequest,
+        answers: Literal["logits", "features"],
+    ) -> InferenceResult:
         ask = replace(ask, answers=answers)
         read = partial(_image, request, limit)
         answer = await unless_left(request, partial(service.answer, ask), read)
-        server_timing.tell(request, response, [answer])
+        server_timing.record_timing(request, response, [answer])
         return answer
 
     @app.post("/classify", openapi_extra=_IMAGE_BODY, responses=_PROBLEMS, dependencies=needs_key)
     async def classify(
         request: Request,
         response: Response,
-        ask: Annotated[Ask, Depends(asked)],
+        ask: Annotated[InferenceRequest, Depends(asked)],
         top_k: Annotated[int, Query(ge=1, description="classes to return")] = 5,
         explain: Explain = False,
     ) -> schemas.Classification:
@@ -229,7 +232,7 @@ def create_app(
     async def classify_batch(
         request: Request,
         response: Response,
-        ask: Annotated[Ask, Depends(asked)],
+        ask: Annotated[InferenceRequest, Depends(asked)],
         top_k: Annotated[int, Query(ge=1, description="classes to return")] = 5,
         explain: Explain = False,
     ) -> schemas.Batch:
@@ -241,7 +244,7 @@ def create_app(
         logits = replace(ask, answers="logits")
         service.bundle.allowed(ask.tier, ask.min_tier)  # before anything is uploaded
 
-        answers: list[Answer] = []
+        answers: list[InferenceResult] = []
 
         async def one(image: bytes) -> schemas.BatchItem:
             async def read() -> bytes:
@@ -263,7 +266,7 @@ def create_app(
 
         most = service.settings.max_images
         results = await unless_left(request, all_, partial(_images, request, limit, most))
-        server_timing.tell(request, response, answers)
+        server_timing.record_timing(request, response, answers)
         request.state.images = server_timing.tally([result.status for result in results])
         return schemas.Batch(results=results)
 
@@ -271,7 +274,7 @@ def create_app(
     async def embed(
         request: Request,
         response: Response,
-        ask: Annotated[Ask, Depends(asked)],
+        ask: Annotated[InferenceRequest, Depends(asked)],
         explain: Explain = False,
     ) -> schemas.Embedding:
         """Features of one image, from a bundle without a head; the body is as for /classify."""
@@ -365,7 +368,7 @@ def _is_multipart(request: Request) -> bool:
     return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
-def _predictions(answer: Answer, top_k: int) -> list[schemas.Prediction]:
+def _predictions(answer: InferenceResult, top_k: int) -> list[schemas.Prediction]:
     exponents = np.exp(answer.vector - answer.vector.max())
     probabilities = exponents / exponents.sum()
     best = np.argsort(-probabilities, kind="stable")[:top_k]
@@ -379,7 +382,7 @@ def _predictions(answer: Answer, top_k: int) -> list[schemas.Prediction]:
     ]
 
 
-def _told(answer: Answer, ask: Ask, explain: bool) -> dict[str, Any]:
+def _told(answer: InferenceResult, ask: InferenceRequest, explain: bool) -> dict[str, Any]:
     """The fields of schemas.Answered."""
     return {
         "tier": answer.tier.name,
@@ -433,7 +436,7 @@ def _tier(service: Service, index: int) -> schemas.TierInfo:
         in_service=index not in service.out_of_service,
         latency_ms=None
         if forecast is None
-        else {n: round(forecast.typical(index, n) * 1e3, 2) for n in LATENCY_BATCHES if n <= most},
+        else {n: round(forecast.p50(index, n) * 1e3, 2) for n in LATENCY_BATCHES if n <= most},
     )
 
 

@@ -36,7 +36,7 @@ from pcae_serve.errors import (
     UnsupportedType,
     shown,
 )
-from pcae_serve.runtime.servable import Answer, Ask
+from pcae_serve.runtime.servable import InferenceRequest, InferenceResult
 from pcae_serve.runtime.service import Service
 
 INPUT = "image"
@@ -343,10 +343,12 @@ def router(service: Service, caller: Callable[..., Any]) -> APIRouter:
             said = asked.parameters or RequestParameters()
             service.bundle.allowed(said.tier, said.min_tier)
             budget_ms = said.budget_ms or service.settings.budget_ms
-            ask = Ask(arrival_s, budget_ms, said.tier, said.min_tier, service.bundle.answers)
+            ask = InferenceRequest(
+                arrival_s, budget_ms, said.tier, said.min_tier, service.bundle.answers
+            )
             answers = await _answers(service, ask, files)
             response = _response(asked, ask, answers)
-            server_timing.tell(request, response, answers)
+            server_timing.record_timing(request, response, answers)
             return response
 
         async def read() -> bytes:
@@ -537,10 +539,12 @@ def _bitmap(pixels: memoryview, height: int, width: int) -> bytes:
 # --- what is answered
 
 
-async def _answers(service: Service, ask: Ask, files: Sequence[File]) -> list[Answer]:
+async def _answers(
+    service: Service, ask: InferenceRequest, files: Sequence[File]
+) -> list[InferenceResult]:
     """Every image's answer; the first refusal cancels the others."""
 
-    async def answer(index: int, file: File) -> Answer:
+    async def answer(index: int, file: File) -> InferenceResult:
         async def read() -> bytes:
             return await asyncio.to_thread(file)
 
@@ -574,7 +578,7 @@ class _Tensor:
         return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 
-def _tensor(name: str, classes: int | None, answers: list[Answer]) -> _Tensor:
+def _tensor(name: str, classes: int | None, answers: list[InferenceResult]) -> _Tensor:
     vectors = np.stack([answer.vector for answer in answers])
     if name == "label":
         best_of = zip(answers, vectors.argmax(axis=1), strict=True)
@@ -590,7 +594,9 @@ def _tensor(name: str, classes: int | None, answers: list[Answer]) -> _Tensor:
     return _Tensor("BYTES", list(best.shape), ranked)
 
 
-def _response(asked: InferRequest, ask: Ask, answers: list[Answer]) -> Response:
+def _response(
+    asked: InferRequest, ask: InferenceRequest, answers: list[InferenceResult]
+) -> Response:
     bundle = answers[0].bundle
     if any(answer.bundle is not bundle for answer in answers):
         raise OutOfService("a reload came between the images: retry", retry_after_s=1)

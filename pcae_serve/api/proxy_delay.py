@@ -21,7 +21,7 @@ HEADER = b"x-pcae-arrival"
 #: Under this name the scope's state has the seconds that were lost before us.
 UNDER_WAY_S = "under_way_s"
 #: No request is longer under way than a budget can be.
-MOST_S = 3600.0
+MAX_S = 3600.0
 
 
 def _boot_id() -> str:
@@ -32,7 +32,7 @@ def _boot_id() -> str:
         return ""
 
 
-class Stamp:
+class StampArrival:
     """ASGI middleware of the proxy: says when a request came, whatever its client said of it."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -46,7 +46,7 @@ class Stamp:
         await self._app(scope, receive, send)
 
 
-class Subtract:
+class SubtractDelay:
     """ASGI middleware behind the proxy: reads the stamp."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -66,7 +66,7 @@ class Subtract:
         except ValueError:
             return None
         known = self._boot_id and boot_id == self._boot_id and isfinite(seconds)
-        return min(max(0.0, seconds), MOST_S) if known else None
+        return min(max(0.0, seconds), MAX_S) if known else None
 
 
 def arrival_s(state: Mapping[str, Any]) -> float:
@@ -77,4 +77,4 @@ def arrival_s(state: Mapping[str, Any]) -> float:
 
 def stamping() -> list[Middleware]:
     """For a proxy that takes Starlette's middlewares, as Ray Serve's does."""
-    return [Middleware(Stamp)]
+    return [Middleware(StampArrival)]

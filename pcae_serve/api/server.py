@@ -33,7 +33,7 @@ LINGER_S = 2.0
 #: A client that reads nothing of its answer for so long is gone.
 READ_S = 30.0
 #: Bytes taken from a connection at a time.
-MOST_AT_ONCE = 16_384
+MAX_AT_ONCE = 16_384
 #: After the last answer has been made, for it to be sent.
 FLUSH_S = 2
 
@@ -44,7 +44,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         # what comes at once is parsed at once: in small parts, that others have their turn
-        transport.max_size = MOST_AT_ONCE  # type: ignore[attr-defined]
+        transport.max_size = MAX_AT_ONCE  # type: ignore[attr-defined]
         self._head_timer = self.loop.call_later(HEAD_S, self._close)
         self._read_timer: asyncio.TimerHandle | None = None
 

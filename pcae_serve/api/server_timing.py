@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from fastapi import Request, Response
 
 from pcae_serve.observability import tracing
-from pcae_serve.runtime.servable import Answer
+from pcae_serve.runtime.servable import InferenceResult
 from pcae_serve.schemas import Timings
 
 HEADER = "Server-Timing"
 
 
-def timings(answer: Answer) -> Timings:
+def timings(answer: InferenceResult) -> Timings:
     """In milliseconds."""
     return Timings(
         decode=round(answer.decode_s * 1e3, 2),
@@ -25,7 +25,7 @@ def timings(answer: Answer) -> Timings:
     )
 
 
-def tell(request: Request, response: Response, answers: Sequence[Answer]) -> None:
+def record_timing(request: Request, response: Response, answers: Sequence[InferenceResult]) -> None:
     """Tell of one image's answer, or of several: which tiers, and the times of the last one.
 
     Of no answer at all there is nothing to tell.

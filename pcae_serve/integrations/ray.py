@@ -67,7 +67,7 @@ class Replica:
         self._service = Service(settings, served, loaded, self._engine)
         self._signals = Signals(self._service)
         app = create_app(self._service, self._failures.append, keys, admin_keys)
-        self._app = proxy_delay.Subtract(RequestId(app, access_log=settings.access_log))
+        self._app = proxy_delay.SubtractDelay(RequestId(app, access_log=settings.access_log))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app

@@ -43,7 +43,7 @@ TOLERANCE = 1e-9
 #: Steps of the bound's clock in the time of the fastest batch.
 FINENESS = 32
 #: Steps of the bound's clock at most; where time is longer, they are.
-MOST_STEPS = 4096
+MAX_STEPS = 4096
 #: Rounds of pricing; the bound has settled to a few thousandths by then.
 ROUNDS = 80
 #: Settled prices that a label is judged by; the lowest bound of these counts.
@@ -257,7 +257,7 @@ class Bound:
         # nothing idles behind the last arrival, and no batch takes longer than one by one
         last_s = float(problem.arrival_s.max()) + n * float(problem.single_s.max())
         last_s = min(last_s, float(problem.deadline_s.max()))
-        self._step_s = max(problem.fastest_s / FINENESS, last_s / MOST_STEPS)
+        self._step_s = max(problem.fastest_s / FINENESS, last_s / MAX_STEPS)
         steps = int(last_s / self._step_s) + 2
         self._lasts = np.maximum(1, problem.seconds // self._step_s).astype(np.int64)  # [A]
         grid_s = np.arange(steps) * self._step_s

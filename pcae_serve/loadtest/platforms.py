@@ -20,7 +20,7 @@ from pcae_serve.engines import base
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.runtime import latency_profile as measured
 from pcae_serve.scheduling.latency import Latency, Seconds
-from pcae_serve.scheduling.tiers import Ladder
+from pcae_serve.scheduling.tiers import TierTable
 from pcae_serve.settings import Settings
 
 #: Ready-made, each a file here.
@@ -56,15 +56,15 @@ class Platform(_Part):
     capacity_per_s: dict[str, float] = {}
 
     @property
-    def ladder(self) -> Ladder:
-        return Ladder(
+    def tier_table(self) -> TierTable:
+        return TierTable(
             tuple(tier.name for tier in self.tiers), tuple(tier.accuracy for tier in self.tiers)
         )
 
     @property
     def full_s(self) -> float:
         """The last tier's seconds at batch 1, which budgets are multiples of."""
-        return self.latency(1).forecast(0.0).typical(len(self.tiers) - 1, 1)
+        return self.latency(1).forecast(0.0).p50(len(self.tiers) - 1, 1)
 
     def latency(self, max_batch: int) -> Latency:
         """The latency model that starts from these points."""
@@ -78,7 +78,7 @@ class Platform(_Part):
         forecast = self.latency(max_batch).forecast(0.0)
         return [
             {
-                batch: Seconds(forecast.typical(i, batch), forecast.promised(i, batch))
+                batch: Seconds(forecast.p50(i, batch), forecast.p99(i, batch))
                 for batch in range(1, max_batch + 1)
             }
             for i in range(len(self.tiers))

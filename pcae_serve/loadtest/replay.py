@@ -4,7 +4,7 @@
 
 Every time is counted from when a request was due, not from when it was sent, so that a slow server
 cannot slow its own load down. How far the sender itself fell behind is told, and voids the run
-beyond MOST_LAG_S. It knows the REST API; it does not know how the server schedules.
+beyond MAX_LAG_S. It knows the REST API; it does not know how the server schedules.
 """
 
 import csv
@@ -39,11 +39,11 @@ from pcae_serve.loadtest.simulation import capacity, told
 from pcae_serve.loadtest.simulator import End, Outcome
 from pcae_serve.loadtest.traffic import Count, Traffic
 from pcae_serve.loadtest.workload import Workload
-from pcae_serve.scheduling.tiers import Ladder
+from pcae_serve.scheduling.tiers import TierTable
 from pcae_serve.settings import MAX_BATCH
 
 #: A sender that lags more at p99 measures itself: the run says nothing of the server.
-MOST_LAG_S = 2e-3
+MAX_LAG_S = 2e-3
 #: Connections beyond those that budgets let be in hand at once.
 SPARE = 16
 #: Waited for answers after the last budget has passed.
@@ -119,7 +119,7 @@ class Replay(Traffic):
         notes = [server.words, *(line for row in rows for line in client_lines(row))]
         report.show(rows, notes, labels=labelled)
         if self.rows is not None:
-            write_rows(self.rows, records, server.ladder)
+            write_rows(self.rows, records, server.tier_table)
         if self.json_ is not None:
             about = {
                 "command": "replay",
@@ -133,7 +133,7 @@ class Replay(Traffic):
             report.write_png(self.png, rows, server.words)
         if void:
             raise PcaeError(
-                f"void: the sender fell more than {1e3 * MOST_LAG_S:g} ms behind at p99, so the"
+                f"void: the sender fell more than {1e3 * MAX_LAG_S:g} ms behind at p99, so the"
                 " figures are its own: give it a core (see --pin), or less load"
             )
 
@@ -188,7 +188,9 @@ class Replay(Traffic):
         n, span_s = len(first.load.times_s), float(first.load.times_s[-1])
         rate = first.rate or ((n - 1) / span_s if span_s else None)
         figures = [
-            report.figures(run.outcome(server.ladder), server.ladder, server.tiers, run.right)
+            report.figures(
+                run.outcome(server.tier_table), server.tier_table, server.tiers, run.right
+            )
             for run in runs
         ]
         return Row(
@@ -249,7 +251,7 @@ class Server:
         return float(self.told["tiers"][-1]["latency_ms"]["1"]) / 1e3
 
     @cached_property
-    def ladder(self) -> Ladder:
+    def tier_table(self) -> TierTable:
         qualities = [
             (tier["accuracy"] or {}).get("top1")
             or (tier["agreement"] or {}).get("share")
@@ -257,7 +259,7 @@ class Server:
             or 0.0
             for tier in self.told["tiers"]
         ]
-        return Ladder(tuple(tier["name"] for tier in self.told["tiers"]), tuple(qualities))
+        return TierTable(tuple(tier["name"] for tier in self.told["tiers"]), tuple(qualities))
 
     @property
     def platform(self) -> Platform:
@@ -271,7 +273,7 @@ class Server:
                     for batch, ms in tier["latency_ms"].items()
                 ),
             )
-            for tier, accuracy in zip(self.told["tiers"], self.ladder.accuracy, strict=True)
+            for tier, accuracy in zip(self.told["tiers"], self.tier_table.accuracy, strict=True)
         ]
         return Platform(source=self.words, tiers=tuple(tiers))
 
@@ -344,7 +346,7 @@ class Record:
         pairs = zip(self.answers, self.labels, strict=True)
         return np.array([a is not None and a.index == label for a, label in pairs])
 
-    def outcome(self, ladder: Ladder) -> Outcome:
+    def outcome(self, tier_table: TierTable) -> Outcome:
         """As a simulation tells it, but for the sizes of batches: the server tells none."""
         times_s, budgets_s = self.load.times_s, self.load.budgets_s
         ended_s = np.where(np.isnan(self.sent.ended_s), times_s, self.sent.ended_s)
@@ -352,7 +354,7 @@ class Record:
         answered = np.array([answer is not None for answer in self.answers])
         late = self.sent.ended_s > times_s + budgets_s
         end[answered] = np.where(late[answered], End.LATE, End.IN_TIME)
-        tier = [-1 if a is None else ladder.index(a.tier) for a in self.answers]
+        tier = [-1 if a is None else tier_table.index(a.tier) for a in self.answers]
         outcome = Outcome(times_s, budgets_s, end, np.array(tier, np.int16), ended_s)
         outcome.span_s = float(ended_s.max() - times_s[0])
         outcome.busy_s, outcome.late_s, outcome.cancelled_s, outcome.padding_s = (
@@ -410,7 +412,7 @@ def client_figures(runs: Sequence[Record]) -> dict[str, float]:
         figures[f"{status}_p99_ms"] = float(np.percentile(waits, 99))
     for why, count in sum((run.sent.faults for run in runs), Counter[str]()).items():
         figures[f"{_FAULT}{why}"] = count  # those above 0: `sum` of counters keeps no others
-    figures["void"] = bool(figures["lag_p99_ms"] > 1e3 * MOST_LAG_S)
+    figures["void"] = bool(figures["lag_p99_ms"] > 1e3 * MAX_LAG_S)
     return figures
 
 
@@ -432,7 +434,7 @@ def client_lines(row: Row) -> Iterator[str]:
             yield f"  {name.removeprefix(_FAULT)}: {told[name]:.0f}"
 
 
-def write_rows(path: Path, records: Sequence[Record], ladder: Ladder) -> None:
+def write_rows(path: Path, records: Sequence[Record], tier_table: TierTable) -> None:
     """Every request of every run, as CSV; empty cells: it did not come to it."""
     columns = (
         "trace", "rate", "seed", "scheduled_s", "sent_s", "ended_s", "budget_ms", "status", "end",
@@ -444,7 +446,7 @@ def write_rows(path: Path, records: Sequence[Record], ladder: Ladder) -> None:
             out = csv.writer(file)
             out.writerow(columns)
             for run in records:
-                ends, right = run.outcome(ladder).end, run.right
+                ends, right = run.outcome(tier_table).end, run.right
                 for i, answer in enumerate(run.answers):
                     out.writerow(
                         (

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pcae_serve.errors import PcaeError
 from pcae_serve.loadtest.simulator import End, Outcome
 from pcae_serve.scheduling.policies.registry import OURS
-from pcae_serve.scheduling.tiers import Ladder
+from pcae_serve.scheduling.tiers import TierTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +79,7 @@ SHARES = {
 
 def figures(
     outcome: Outcome,
-    ladder: Ladder,
+    tier_table: TierTable,
     tiers: Sequence[int],
     right: NDArray[np.bool_] | None = None,
 ) -> Figures:
@@ -88,7 +88,7 @@ def figures(
     if not offered:
         raise PcaeError("no request was offered: there is nothing to report")
     in_time = outcome.end == End.IN_TIME
-    accuracy = np.array(ladder.accuracy)
+    accuracy = np.array(tier_table.accuracy)
     attainment = float(in_time.mean())
     mean_accuracy = float(accuracy[outcome.tier[in_time]].mean()) if in_time.any() else None
     low, best = accuracy[tiers[0]], accuracy[list(tiers)].max()

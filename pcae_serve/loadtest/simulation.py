@@ -26,7 +26,7 @@ from pcae_serve.loadtest.simulator import draw, simulate
 from pcae_serve.loadtest.traffic import Count, Traffic
 from pcae_serve.scheduling.policies import registry
 from pcae_serve.scheduling.scheduler import Scheduler
-from pcae_serve.scheduling.tiers import Ladder
+from pcae_serve.scheduling.tiers import TierTable
 from pcae_serve.settings import MAX_BATCH
 
 #: Of the machine's capacity: idle, busy, just enough, too much.
@@ -83,7 +83,7 @@ class Simulate(Traffic):
     def cli_cmd(self) -> None:
         report.require("pcae-serve simulate")
         platform = platforms.read(self.profile, self.bundle)
-        policies = resolve(self.policy, platform.ladder)
+        policies = resolve(self.policy, platform.tier_table)
         traces = self.traces()
         capacity = self._capacity(platform, traces)
         cells = self._cells(policies, traces, capacity)
@@ -204,7 +204,7 @@ def run(settings: Simulate, platform: Platform, cell: Cell) -> Ran:
         cell.trace, settings.mix, cell.rate, settings.requests, platform.full_s, cell.seed
     )
     scheduler = Scheduler(
-        registry.create(cell.policy, platform.ladder),
+        registry.create(cell.policy, platform.tier_table),
         platform.latency(settings.max_batch),
         devices=settings.devices,
         max_batch=settings.max_batch,
@@ -224,7 +224,7 @@ def run(settings: Simulate, platform: Platform, cell: Cell) -> Ran:
     )
     count, span_s = len(load.times_s), float(load.times_s[-1])
     rate = (count - 1) / span_s if span_s > 0 else None
-    return Ran(report.figures(outcome, platform.ladder, tiers), count, rate)
+    return Ran(report.figures(outcome, platform.tier_table, tiers), count, rate)
 
 
 def capacity(platform: Platform, mix: str, max_batch: int) -> float:
@@ -239,13 +239,13 @@ def capacity(platform: Platform, mix: str, max_batch: int) -> float:
     return clairvoyant([m * platform.full_s for m in multiples], shares, table)
 
 
-def resolve(given: Sequence[str], ladder: Ladder) -> list[str]:
+def resolve(given: Sequence[str], tier_table: TierTable) -> list[str]:
     """Policies by name, each tried once here: a typing error must not wait for its turn."""
     every = [*registry.OURS, *registry.PUBLISHED]
     every += [f"{name}:{registry.FIRST}" for name in registry.WITH_TIER]
     specs = [spec for word in given for spec in (every if word == "all" else [word])]
     for spec in specs:
-        registry.create(spec, ladder)
+        registry.create(spec, tier_table)
     return list(dict.fromkeys(specs))
 
 

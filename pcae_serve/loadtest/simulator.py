@@ -18,6 +18,7 @@ from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.scheduling.scheduler import (
     Action,
     Arrived,
+    BatchAccounted,
     Decoded,
     Dispatch,
     Done,
@@ -25,9 +26,8 @@ from pcae_serve.scheduling.scheduler import (
     Expire,
     Refuse,
     Scheduler,
-    Spent,
+    SetTimer,
     Timer,
-    WakeAt,
 )
 
 #: (tier, batch) -> seconds that this batch takes.
@@ -175,9 +175,9 @@ def simulate(
                         outcome.end[id_], outcome.end_s[id_] = End.REFUSED, now_s
                     case Expire(id=id_):
                         outcome.end[id_], outcome.end_s[id_] = End.EXPIRED, now_s
-                    case WakeAt(at_s=at_s):
+                    case SetTimer(at_s=at_s):
                         wake_s = max(at_s, now_s)
-                    case Spent() as spent:
+                    case BatchAccounted() as spent:
                         outcome.busy_s += spent.seconds
                         outcome.late_s += spent.seconds * spent.late / spent.batch
     outcome.span_s = float(outcome.end_s.max() - times_s[0]) if n else 0.0

@@ -23,9 +23,9 @@ from pcae_serve.observability import tracing
 Format = Literal["text", "json"]
 Level = Literal["debug", "info", "warning", "error"]
 
-MOST_FIELD = 500  # characters of a string that goes into a message, or of a field
-MOST_MESSAGE = 4000
-MOST_EXCEPTION = 16_000  # its end is kept: that says what happened
+MAX_FIELD = 500  # characters of a string that goes into a message, or of a field
+MAX_MESSAGE = 4000
+MAX_EXCEPTION = 16_000  # its end is kept: that says what happened
 
 #: Of the request in hand, also in tasks that it starts. Never reset: a server gives every request a
 #: task of its own, and what it logs of a failed one comes after us.
@@ -45,7 +45,7 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 _SERVERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "fastapi")
 
 
-def clean(text: str, most: int = MOST_FIELD) -> str:
+def clean(text: str, most: int = MAX_FIELD) -> str:
     """On one line, nothing in it but what can be seen, at most so many characters."""
     # cut before as well: a body's worth of text is not looked through for a line of it
     return _cut(_CONTROL.sub(_escaped, text[: most + 1]), most)
@@ -158,7 +158,7 @@ class _Formatter(logging.Formatter):
             message %= {name: _bounded(value) for name, value in args.items()}
         elif args:
             message %= tuple(map(_bounded, args))
-        return clean(message, MOST_MESSAGE)
+        return clean(message, MAX_MESSAGE)
 
     def id(self, record: logging.LogRecord) -> str | None:
         """Of the request that was in hand, unless the record says otherwise."""
@@ -170,7 +170,7 @@ class _Formatter(logging.Formatter):
         parts = [self.formatException(record.exc_info)] if record.exc_info else []
         if record.stack_info:
             parts.append(record.stack_info)
-        text = "\n".join(parts)[-MOST_EXCEPTION:]
+        text = "\n".join(parts)[-MAX_EXCEPTION:]
         return [clean(line) for line in text.split("\n")] if text else []
 
     def time(self, record: logging.LogRecord) -> str:
@@ -213,7 +213,7 @@ class _Json(_Formatter):
 def _bounded(value: Any) -> Any:
     """An argument as it is, but for text and errors, which may hold what a client wrote."""
     if isinstance(value, str | BaseException):
-        return _cut(str(value), MOST_FIELD)
+        return _cut(str(value), MAX_FIELD)
     return value
 
 

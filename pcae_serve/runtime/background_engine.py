@@ -15,7 +15,7 @@ from pcae_serve.runtime.servable import Servable
 IMAGE_S = 0.05
 
 
-class Aside:
+class BackgroundEngine:
     """Runs batches as errands; blocks the calling thread, which may not be the event loop's."""
 
     def __init__(self, engine: Engine, servable: Servable, loop: asyncio.AbstractEventLoop) -> None:

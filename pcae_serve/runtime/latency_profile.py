@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 #: Few sizes at start: a line goes through them, and running batches refine it.
 BATCHES = (1, 4, 8)
 #: Rounds of a short measurement.
-MOST_ROUNDS = 15
+MAX_ROUNDS = 15
 
 #: A p95 over the median that is believed, whatever a few rounds on a busy machine said.
 SPREADS = (1.05, 2.0)
@@ -45,7 +45,7 @@ SPREADS = (1.05, 2.0)
 P99_FROM_P95 = 1.414
 
 #: Where two runs a tier are off from the profile by more than this factor, it does not hold here.
-MOST_OFF = 1.5
+MAX_OFF = 1.5
 
 #: Seconds of one batch, [rounds, tiers], by batch size.
 Rounds = Mapping[int, NDArray[np.float64]]
@@ -113,7 +113,7 @@ def take_turns(
     image_size: int,
     limit_s: float,
     *,
-    most_rounds: int = MOST_ROUNDS,
+    most_rounds: int = MAX_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[float], None] = lambda elapsed_s: None,
 ) -> Rounds:
@@ -191,7 +191,7 @@ def load(
     cached = read(bundle, engine, cache_dir)
     if cached is not None:
         off = times_off(cached, bundle, engine, clock)
-        if 1 / MOST_OFF <= off <= MOST_OFF:
+        if 1 / MAX_OFF <= off <= MAX_OFF:
             return cached
         log.warning(
             "the latency profile of %s does not hold, batches take %.2f times as long: measuring"
@@ -228,7 +228,7 @@ def times_off(
             engine.run(tier, noise)
             fastest_s[i] = min(fastest_s[i], clock() - begin_s)
     latency = profile.latency(max_batch=1)
-    told_s = [latency.forecast(0.0).typical(i, 1) for i in range(len(bundle.tiers))]
+    told_s = [latency.forecast(0.0).p50(i, 1) for i in range(len(bundle.tiers))]
     return float(np.median(fastest_s / told_s))
 
 

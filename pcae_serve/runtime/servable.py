@@ -46,22 +46,22 @@ from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.scheduling.scheduler import (
     Action,
     Arrived,
-    Closed,
+    BatchAccounted,
+    ClientLeft,
     Decoded,
+    DeviceLost,
     Dispatch,
     Done,
-    Errand,
     Event,
     Expire,
-    Left,
-    Lost,
-    Offered,
     Refuse,
-    Spent,
+    SetTimer,
+    StartTask,
+    TaskSubmitted,
+    TierDisabled,
     Timer,
-    WakeAt,
 )
-from pcae_serve.scheduling.tiers import Ladder
+from pcae_serve.scheduling.tiers import TierTable
 from pcae_serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ LET_GO_RETRY_S = 1.0
 #: When to come back where there was no memory for an image: others have been decoded by then.
 NO_MEMORY_RETRY_S = 1.0
 #: Failures of a tier, one after the other, that take it out of routing.
-MOST_FAILURES = 3
+MAX_FAILURES = 3
 #: A tier out of routing is tried so often.
 RETRY_S = 15.0
 #: Accuracies of tiers that nobody measured, the cheapest's and the best one's.
@@ -85,7 +85,7 @@ Make = Callable[[Bundle, int, Callable[[Engine], Engine]], Engine]
 
 
 @dataclass(frozen=True)
-class Ask:
+class InferenceRequest:
     """What a caller wants of one image; `arrival_s` is the loop's time after its headers."""
 
     arrival_s: float
@@ -100,7 +100,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Answer:
+class InferenceResult:
     """One image's share of a batch, and where its time went."""
 
     vector: NDArray[np.float32]  # [classes] logits, or [width] features
@@ -119,9 +119,9 @@ class Answer:
 class _Waiting:
     """A request in hand."""
 
-    ask: Ask
+    ask: InferenceRequest
     request: Request
-    answer: asyncio.Future[Answer]
+    answer: asyncio.Future[InferenceResult]
     pixels: NDArray[np.uint8] | None = None  # [H, W, 3], once decoded
     decode_s: float = 0.0
     queued_s: float = 0.0
@@ -154,7 +154,7 @@ class Servable:
         self.settings, self.bundle = settings, bundle
         self.latency = setup.latency()
         self._scheduler = setup.scheduler(self.latency)
-        self._accuracy = setup.ladder.accuracy
+        self._accuracy = setup.tier_table.accuracy
         self._metrics, self._make = metrics, make
         self._recorder = recorder
         if recorder is not None:
@@ -188,7 +188,7 @@ class Servable:
         ]
         for i, worker in enumerate(self._workers):
             if worker.lost:
-                self._handle(Lost(asyncio.get_running_loop().time(), i))
+                self._handle(DeviceLost(asyncio.get_running_loop().time(), i))
 
     @property
     def engines(self) -> list[Engine]:
@@ -232,8 +232,8 @@ class Servable:
         return some_tier and any(worker.works for worker in self._workers)
 
     async def answer(
-        self, ask: Ask, read: Callable[[], Awaitable[bytes]], decoders: Threads
-    ) -> Answer:
+        self, ask: InferenceRequest, read: Callable[[], Awaitable[bytes]], decoders: Threads
+    ) -> InferenceResult:
         """Read, decode, queue and run one image. Raises a RequestError where it cannot be done."""
         loop = asyncio.get_running_loop()
         request = Request(next(self._ids), ask.arrival_s, ask.deadline_s, self._allowed(ask))
@@ -250,7 +250,7 @@ class Servable:
             del self._waiting[request.id]
             self._metrics.ended(waiting.outcome)
             if not waiting.answer.done() or waiting.answer.cancelled():
-                self._handle(Left(loop.time(), request.id))
+                self._handle(ClientLeft(loop.time(), request.id))
 
     async def errand(
         self,
@@ -268,13 +268,13 @@ class Servable:
         loop = asyncio.get_running_loop()
         id_, result = next(self._errand_ids), loop.create_future()
         self._errands[id_] = work, terminate, result
-        self._handle(Offered(loop.time(), id_, seconds))
+        self._handle(TaskSubmitted(loop.time(), id_, seconds))
         done: T = await result
         return done
 
     def lost(self, device: int) -> None:
         """A device never comes back: answer its batch, and all if it was the last one."""
-        self._handle(Lost(asyncio.get_running_loop().time(), device))
+        self._handle(DeviceLost(asyncio.get_running_loop().time(), device))
         gone = OutOfService("the engine does not come back: ask another server")
         for waiting in self._batches.get(device, []):
             _refuse(waiting, gone, Outcome.FAILED)
@@ -300,7 +300,7 @@ class Servable:
         if self._recorder is not None:
             self._recorder.close()
 
-    def _allowed(self, ask: Ask) -> tuple[int, ...]:
+    def _allowed(self, ask: InferenceRequest) -> tuple[int, ...]:
         """Tiers that may answer now, cheapest first. Raises a RequestError where there is none."""
         if ask.answers is not None and ask.answers != self.bundle.answers:
             raise NotOffered(
@@ -404,7 +404,7 @@ class Servable:
         match action:
             case Dispatch():
                 self._dispatch(action)
-            case Errand():
+            case StartTask():
                 self._run_errand(action)
             case Refuse(id=id_):
                 waiting = self._waiting[id_]
@@ -412,12 +412,12 @@ class Servable:
             case Expire(id=id_):
                 waiting = self._waiting[id_]
                 _refuse(waiting, *self._expiry(action, waiting))
-            case WakeAt(at_s=at_s):
+            case SetTimer(at_s=at_s):
                 if self._timer is not None:
                     self._timer.cancel()
                 loop = asyncio.get_running_loop()
                 self._timer = loop.call_at(at_s, lambda: self._handle(Timer(loop.time())))
-            case Spent(device=device, tier=tier):
+            case BatchAccounted(device=device, tier=tier):
                 self._metrics.spent(
                     self.bundle.tiers[tier].name,
                     action.seconds,
@@ -474,7 +474,7 @@ class Servable:
         pixels = [waiting.pixels for waiting in batch if waiting.pixels is not None]
         tier = self.bundle.tiers[dispatch.tier]
         forecast = self.latency.forecast(now_s)
-        self._predicted_s[dispatch.device] = forecast.typical(dispatch.tier, len(batch))
+        self._predicted_s[dispatch.device] = forecast.p50(dispatch.tier, len(batch))
         for waiting in batch:  # told now, while the forecast is the one it was chosen by
             waiting.reason = self._reason(dispatch, waiting, forecast, now_s)
         self._batches[dispatch.device] = batch
@@ -542,11 +542,11 @@ class Servable:
         for waiting in batch:
             failed = EngineFailed("the model failed on this batch: retry")
             _refuse(waiting, failed, Outcome.FAILED)
-        if self._failures[tier] >= MOST_FAILURES and tier not in self._out_of_service:
+        if self._failures[tier] >= MAX_FAILURES and tier not in self._out_of_service:
             log.error("tier %s leaves routing; it is tried again every %g s", name, RETRY_S)
             self._out_of_service.add(tier)
             self._metrics.tier_out_of_service(name, True)
-            self._handle(Closed(asyncio.get_running_loop().time(), tier))
+            self._handle(TierDisabled(asyncio.get_running_loop().time(), tier))
             self._task(self._reopen(tier))
 
     async def _recover(self, device: int) -> None:
@@ -586,7 +586,7 @@ class Servable:
                 self._out_of_service.discard(tier)
                 self._metrics.tier_out_of_service(name, False)
 
-    def _run_errand(self, errand: Errand) -> None:
+    def _run_errand(self, errand: StartTask) -> None:
         work, terminate, result = self._errands.pop(errand.id)
 
         def then(done: asyncio.Future[Any]) -> None:
@@ -612,7 +612,7 @@ class Servable:
             return
         in_time = now_s <= waiting.request.deadline_s
         waiting.outcome = Outcome.IN_TIME if in_time else Outcome.LATE
-        answer = Answer(
+        answer = InferenceResult(
             vector=output.vectors[row],
             kept=tuple(kept[row] for kept in output.kept),
             met_budget=in_time,
@@ -649,13 +649,13 @@ class Servable:
             return "asked for"
         if len(tiers) == 1:
             return "the only tier allowed"
-        if forecast.promised(tier, size) > left_s:
+        if forecast.p99(tier, size) > left_s:
             which = "the fastest allowed tier" if tier == tiers[0] else "a tier"
             return f"{which} that may be late with {left}, as policy {self.policy!r} chose"
         if tier == tiers[-1]:
             return f"the most accurate tier fits {left}"
         better = tiers[tiers.index(tier) + 1]
-        if forecast.promised(better, size) <= left_s:
+        if forecast.p99(better, size) <= left_s:
             return f"under the present load, policy {self.policy!r} chose it within {left}"
         if tier == tiers[0]:
             return f"only the fastest allowed tier fits {left}"
@@ -666,7 +666,7 @@ class Servable:
         now_s = asyncio.get_running_loop().time()
         for waiting in list(self._waiting.values()):
             _refuse(waiting, error, outcome)
-            self._handle(Left(now_s, waiting.request.id))
+            self._handle(ClientLeft(now_s, waiting.request.id))
             if waiting.patience is not None and not waiting.patience.expired():
                 waiting.patience.reschedule(now_s)
 
@@ -683,7 +683,7 @@ def full(queue_limit: int, retry_after_s: float) -> Overloaded:
     )
 
 
-def ladder(tiers: Sequence[Tier]) -> Ladder:
+def tier_table(tiers: Sequence[Tier]) -> TierTable:
     """Names and accuracies of a bundle's tiers.
 
     Agreement with the full model stands in for accuracy. Where a tier has neither, all that is
@@ -695,7 +695,7 @@ def ladder(tiers: Sequence[Tier]) -> Ladder:
     if len(measured) < len(tiers):
         measured = np.linspace(*UNMEASURED, len(tiers)).tolist()
     accuracy = tuple(min(max(quality, 0.0), 1.0) for quality in measured)
-    return Ladder(tuple(tier.name for tier in tiers), accuracy)
+    return TierTable(tuple(tier.name for tier in tiers), accuracy)
 
 
 def _refuse(waiting: _Waiting, error: RequestError, outcome: Outcome) -> None:

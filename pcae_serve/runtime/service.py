@@ -33,8 +33,16 @@ from pcae_serve.errors import (
 )
 from pcae_serve.observability.metrics import Metrics, Outcome, Reload
 from pcae_serve.runtime import latency_profile
-from pcae_serve.runtime.background_engine import Aside
-from pcae_serve.runtime.servable import RETRY_S, Answer, Ask, Make, Servable, full, ladder
+from pcae_serve.runtime.background_engine import BackgroundEngine
+from pcae_serve.runtime.servable import (
+    RETRY_S,
+    InferenceRequest,
+    InferenceResult,
+    Make,
+    Servable,
+    full,
+    tier_table,
+)
 from pcae_serve.runtime.threads import Device, Threads
 from pcae_serve.runtime.worker import TERMINATE_S
 from pcae_serve.scheduling.event_log import Recorder, Setup
@@ -79,7 +87,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics([tier.name for tier in bundle.tiers])
         self._bundle, self._engines, self._make = bundle, tuple(engines), make
-        create(settings.policy, ladder(bundle.tiers))  # an unknown one is told now
+        create(settings.policy, tier_table(bundle.tiers))  # an unknown one is told now
         self._recorder = Recorder(settings.event_log) if settings.event_log is not None else None
         self._servable: Servable | None = None  # once latencies are known
         self._retired: set[Servable] = set()  # until what they took is answered
@@ -152,7 +160,7 @@ class Service:
     @property
     def accuracy_range(self) -> float:
         """What separates the best tier from the worst."""
-        accuracy = ladder(self.bundle.tiers).accuracy
+        accuracy = tier_table(self.bundle.tiers).accuracy
         return max(accuracy) - min(accuracy)
 
     @property
@@ -187,8 +195,8 @@ class Service:
         log.info("ready: %s", self._words())
 
     async def answer(
-        self, ask: Ask, read: Callable[[], Awaitable[bytes]], *, admitted: bool = False
-    ) -> Answer:
+        self, ask: InferenceRequest, read: Callable[[], Awaitable[bytes]], *, admitted: bool = False
+    ) -> InferenceResult:
         """Read, decode, queue and run one image.
 
         `read` is awaited only if the image can still be answered in time, and no longer than that.
@@ -335,7 +343,7 @@ class Service:
         settings = self.settings
         setup = Setup(
             policy=settings.policy,
-            ladder=ladder(bundle.tiers),
+            tier_table=tier_table(bundle.tiers),
             seconds=measured.seconds(),
             max_batch=settings.max_batch,
             queue_limit=settings.queue_limit,
@@ -369,14 +377,16 @@ class Service:
         settings, engines = self.settings, list[Engine]()
         try:
             new = bundles.load(old.bundle.root)
-            create(settings.policy, ladder(new.tiers))
+            create(settings.policy, tier_table(new.tiers))
             for i in range(len(self._devices)):
                 # where nothing works any more, there is no traffic to stay behind
-                through = partial(Aside, servable=old, loop=loop) if old.works else at_once
+                through = (
+                    partial(BackgroundEngine, servable=old, loop=loop) if old.works else at_once
+                )
                 engines.append(self._make(new, i, through))
             limit_s = min(settings.profile_s, MEASURE_BESIDE_S)
             if old.works:
-                aside = Aside(engines[0], old, loop)
+                aside = BackgroundEngine(engines[0], old, loop)
                 measured = latency_profile.load(
                     new, aside, settings.cache_dir, limit_s, clock=aside.clock
                 )
@@ -422,7 +432,7 @@ class Service:
             "; ".join(filter(None, (engine.version, NOTES.get(engine.name)))),
             self._servable.policy,
             ", ".join(
-                f"{forecast.typical(i, 1) * 1e3:.1f} ms ({tier.name})"
+                f"{forecast.p50(i, 1) * 1e3:.1f} ms ({tier.name})"
                 for i, tier in enumerate(bundle.tiers)
             ),
         )

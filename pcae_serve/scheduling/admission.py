@@ -15,14 +15,14 @@ from typing import Literal
 from pcae_serve.scheduling.latency import Forecast
 from pcae_serve.scheduling.request_queue import Queue, Request, due
 
-#: Strictness rises by this with each request taken in vain and falls with each answer in time, so
-#: that it comes to rest where about one in thirty is taken in vain; it stays within bounds.
+#: The overload factor rises by RISE with each admitted request that misses its deadline and falls
+#: by FALL with each answer in time, so it settles at about one miss in thirty; it stays in bounds.
 RISE, FALL, STRICTEST = 1.02, 0.9994, 3.0
 #: Deadlines looked at behind a newcomer; where there are more, every so manyth.
-MOST_CHECKS = 16
+MAX_CHECKS = 16
 
 
-class Strictness:
+class OverloadFactor:
     """Learnt: by how much the test of admission underestimates the work in hand."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Strictness:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class DeviceCapacity:
     """What there is to serve with, now."""
 
     now_s: float
@@ -48,7 +48,7 @@ class Machine:
     max_batch: int
     devices: int
     free_in_s: float  # until the first device is done with its batch
-    strictness: float = 1.0  # how much longer work in hand takes than it should
+    overload_factor: float = 1.0  # how much longer work in hand takes than it should
 
     def seconds(self, queues: Iterable[Queue], by_s: float, extra_tier: int | None = None) -> float:
         """Until all due by `by_s` are done, each on its cheapest tier, and one more on its own."""
@@ -59,24 +59,24 @@ class Machine:
         # the devices share the requests, not the time of a batch
         shares = {tier: ceil(count / self.devices) for tier, count in counts.items()}
         work_s = sum(self._batches_s(tier, n) for tier, n in shares.items())
-        return self.free_in_s + work_s * self.strictness
+        return self.free_in_s + work_s * self.overload_factor
 
     def _batches_s(self, tier: int, count: int) -> float:
         """Seconds of `count` images on one tier, in batches worth filling."""
         size = min(self.max_batch, self.forecast.useful_batch(tier))
         full, rest = divmod(count, size)
-        work_s = full * self.forecast.typical(tier, size)
-        return work_s + self.forecast.typical(tier, rest) if rest else work_s
+        work_s = full * self.forecast.p50(tier, size)
+        return work_s + self.forecast.p50(tier, rest) if rest else work_s
 
 
-def judge(
-    request: Request, needed_s: float, machine: Machine, queues: tuple[Queue, ...]
+def check_admission(
+    request: Request, needed_s: float, machine: DeviceCapacity, queues: tuple[Queue, ...]
 ) -> Literal["budget", "load"] | None:
     """Why `request` cannot be served beside all in `queues`, or None; `needed_s` when idle."""
     if needed_s > request.budget_s:
         return "budget"
     cheapest, forecast = request.tiers[0], machine.forecast
-    margin_s = forecast.promised(cheapest, 1) - forecast.typical(cheapest, 1)
+    margin_s = forecast.p99(cheapest, 1) - forecast.p50(cheapest, 1)
     free = machine.free_in_s <= 0 and not any(queues)
     if free:  # whatever is too late now, the load is not to blame
         return None
@@ -93,6 +93,6 @@ def _deadlines(request: Request, queues: tuple[Queue, ...]) -> Iterable[float]:
     for queue in queues:
         requests = queue.by_deadline
         behind = len(requests) - (ahead := due(requests, request.deadline_s))
-        step = max(1, behind // MOST_CHECKS)
+        step = max(1, behind // MAX_CHECKS)
         for i in range(ahead, len(requests), step):
             yield requests[i].deadline_s

@@ -21,7 +21,7 @@ RATE_OVER, RATE_LEAST = 64, 8
 #: windows than that scatter is underestimated: they hold mostly the same requests.
 WEIGHT = 1 / RATE_OVER
 #: Budgets within a factor of this count as one class, and at most so many classes are told apart.
-BUDGET_STEP, MOST_CLASSES = 1.25, 6
+BUDGET_STEP, MAX_CLASSES = 1.25, 6
 #: Nobody can be served in less; a budget that is nothing would be divided by.
 LEAST_BUDGET_S = 1e-6
 #: A class of fewer requests counts with the next looser one.
@@ -161,12 +161,12 @@ def _between(values: list[float], j: int, part: float) -> float:
 
 
 def _merge(classes: list[BudgetClass]) -> tuple[BudgetClass, ...]:
-    """At most MOST_CLASSES, none but the last below LEAST_SHARE."""
+    """At most MAX_CLASSES, none but the last below LEAST_SHARE."""
     merged = list(classes)
     while len(merged) > 1:
         small = next((i for i, c in enumerate(merged[:-1]) if c.share < LEAST_SHARE), None)
         if small is None:
-            if len(merged) <= MOST_CLASSES:
+            if len(merged) <= MAX_CLASSES:
                 break
             shares = [one.share + two.share for one, two in pairwise(merged)]
             small = shares.index(min(shares))

@@ -24,17 +24,17 @@ from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.scheduling.scheduler import (
     Action,
     Arrived,
-    Closed,
+    ClientLeft,
     Decoded,
+    DeviceLost,
     Done,
     Event,
-    Left,
-    Lost,
-    Offered,
     Scheduler,
+    TaskSubmitted,
+    TierDisabled,
     Timer,
 )
-from pcae_serve.scheduling.tiers import Ladder
+from pcae_serve.scheduling.tiers import TierTable
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 BUFFER = 1 << 16
 
 _EVENTS: dict[str, type[Event]] = {
-    kind.__name__: kind for kind in (Arrived, Decoded, Left, Closed, Offered, Lost, Timer, Done)
+    kind.__name__: kind
+    for kind in (Arrived, Decoded, ClientLeft, TierDisabled, TaskSubmitted, DeviceLost, Timer, Done)
 }
 
 
@@ -54,7 +55,7 @@ class Setup(BaseModel):
     event_log: Literal[1] = 1  # version of the format
     pcae_serve: str = pcae_serve.__version__  # another version may decide otherwise
     policy: str
-    ladder: Ladder
+    tier_table: TierTable
     seconds: list[dict[int, Seconds]]  # by tier and batch size, as measured
     max_batch: int
     queue_limit: int
@@ -66,7 +67,7 @@ class Setup(BaseModel):
     def scheduler(self, latency: Latency) -> Scheduler:
         """A fresh machine. Raises StartError for an unknown policy."""
         return Scheduler(
-            create(self.policy, self.ladder),
+            create(self.policy, self.tier_table),
             latency,
             devices=self.devices,
             max_batch=self.max_batch,

@@ -1,7 +1,7 @@
 """How long a batch takes: measured quantiles per (tier, batch), corrected by what batches took.
 
     Latency    learns: one factor for the machine, one per tier, and how far batches scatter
-    Forecast   what it says now: `typical` (median) and `promised` (p99) seconds of a batch
+    Forecast   what it says now: `p50` (median) and `p99` (p99) seconds of a batch
 
 It knows numbers only: no clock (times are given), no engine, no queue.
 """
@@ -21,7 +21,7 @@ TIER_WEIGHT = 0.05
 #: Without batches a slowdown fades: a burst of noise must not refuse callers for ever.
 HALF_LIFE_S = 20.0
 #: One batch says at most that everything is so many times slower.
-MOST_TIMES = 10.0
+MAX_TIMES = 10.0
 #: A batch is worth filling until an image costs within 10 % of what it costs in the best batch.
 BATCH_GAIN = 0.10
 #: The share of batches that a promise holds for.
@@ -29,7 +29,7 @@ PROMISE = 0.99
 #: Step of the running p99, in log seconds: up by 0.99 of it on a batch above, down by 0.01 below.
 TAIL_STEP = 0.05
 #: A promise is never more than so many times the typical seconds, whatever was seen.
-MOST_TAIL = 3.0
+MAX_TAIL = 3.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Latency:
         self._median = [_table({b: s.p50 for b, s in tier.items()}, max_batch) for tier in points]
         # what the measurement says of scattering: p99 over median, the tier's own
         self._tail = [
-            float(np.mean([min(max(1.0, s.p99 / s.p50), MOST_TAIL) for s in tier.values()]))
+            float(np.mean([min(max(1.0, s.p99 / s.p50), MAX_TAIL) for s in tier.values()]))
             for tier in points
         ]
         self._useful = [_useful_batch(median) for median in self._median]
@@ -72,11 +72,11 @@ class Latency:
     def observe(self, tier: int, batch: int, seconds: float, now_s: float) -> None:
         """Learn from a batch that really took `seconds`."""
         machine, tiers = self._factors(now_s)
-        ratio = min(seconds / self._median[tier][batch], MOST_TIMES * machine)
+        ratio = min(seconds / self._median[tier][batch], MAX_TIMES * machine)
         self._log_tail[tier] += TAIL_STEP * (
             PROMISE if ratio > machine * tiers[tier] * self._tail[tier] else PROMISE - 1
         )
-        self._log_tail[tier] = min(max(self._log_tail[tier], 0.0), log(MOST_TAIL))
+        self._log_tail[tier] = min(max(self._log_tail[tier], 0.0), log(MAX_TAIL))
         self._tail[tier] = exp(self._log_tail[tier])
         self._machine = machine + MACHINE_WEIGHT * (ratio / tiers[tier] - machine)
         tiers[tier] += TIER_WEIGHT * (ratio / machine - tiers[tier])
@@ -104,11 +104,11 @@ class Forecast:
     ) -> None:
         self._median, self._factors, self._tail, self._useful = median, factors, tail, useful
 
-    def typical(self, tier: int, batch: int) -> float:
+    def p50(self, tier: int, batch: int) -> float:
         """Seconds that half of such batches take at most."""
         return self._median[tier][batch] * self._factors[tier]
 
-    def promised(self, tier: int, batch: int) -> float:
+    def p99(self, tier: int, batch: int) -> float:
         """Seconds that 99 of 100 such batches take at most: what deadlines go by."""
         return self._median[tier][batch] * self._factors[tier] * self._tail[tier]
 

@@ -1,13 +1,14 @@
 """The scheduler: a state machine without I/O and without a clock. Events in, actions out.
 
-    Arrived  headers parsed: refuse what is hopeless before any work
-    Decoded  joins the queue, ordered by deadline over all tiers        -> Refuse, Dispatch, WakeAt
-    Left     its client went away
-    Closed   a tier has failed: nobody is to be answered on it          -> Expire, Dispatch
-    Offered  an errand: work that nobody waits for                      -> Errand
-    Lost     a device never comes back
-    Timer    the time of an earlier WakeAt has come                     -> Expire, Dispatch
-    Done     a device has finished its batch, or errand                 -> Spent, Dispatch
+    event           what happened                                  actions that can follow
+    Arrived         headers parsed; hopeless requests are refused  Refuse
+    Decoded         the request joins the queue                    Refuse, Dispatch, SetTimer
+    ClientLeft      its client went away
+    TierDisabled    a tier has failed; no request runs on it       Expire, Dispatch
+    TaskSubmitted   background work                                StartTask
+    DeviceLost      a device never comes back
+    Timer           the time of an earlier SetTimer has come       Expire, Dispatch
+    Done            a device finished its batch or task            BatchAccounted, Dispatch
 
 The server drives it from asyncio, a simulator from a virtual clock; the same events give the same
 actions. It knows deadlines and predicted seconds, nothing of images, sockets or engines.
@@ -20,10 +21,10 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Literal, assert_never
 
-from pcae_serve.scheduling.admission import Machine, Strictness, judge
+from pcae_serve.scheduling.admission import DeviceCapacity, OverloadFactor, check_admission
 from pcae_serve.scheduling.arrivals import Arrivals
 from pcae_serve.scheduling.latency import Forecast, Latency
-from pcae_serve.scheduling.policies.base import Policy, Run, Situation, Wait
+from pcae_serve.scheduling.policies.base import Policy, Run, SchedulerView, Wait
 from pcae_serve.scheduling.request_queue import Queue, Request
 
 
@@ -40,26 +41,26 @@ class Decoded:
 
 
 @dataclass(frozen=True)
-class Left:
+class ClientLeft:
     now_s: float
     id: int
 
 
 @dataclass(frozen=True)
-class Closed:
+class TierDisabled:
     now_s: float
     tier: int
 
 
 @dataclass(frozen=True)
-class Offered:
+class TaskSubmitted:
     now_s: float
     id: int  # of errands, not of requests
     seconds: float  # that it should take
 
 
 @dataclass(frozen=True)
-class Lost:
+class DeviceLost:
     now_s: float
     device: int
 
@@ -76,7 +77,7 @@ class Done:
     seconds: float | None  # None where the engine failed: nothing to learn from
 
 
-Event = Arrived | Decoded | Left | Closed | Offered | Lost | Timer | Done
+Event = Arrived | Decoded | ClientLeft | TierDisabled | TaskSubmitted | DeviceLost | Timer | Done
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Expire:
 
 
 @dataclass(frozen=True)
-class Errand:
+class StartTask:
     """Do what was offered on a device: nobody is kept waiting by it."""
 
     device: int
@@ -120,14 +121,14 @@ class Errand:
 
 
 @dataclass(frozen=True)
-class WakeAt:
-    """Send a Timer at this time; a later WakeAt replaces it."""
+class SetTimer:
+    """Send a Timer at this time; a later SetTimer replaces it."""
 
     at_s: float
 
 
 @dataclass(frozen=True)
-class Spent:
+class BatchAccounted:
     """A device's time went into a batch; some of it for answers that were late, or nobody's."""
 
     device: int
@@ -138,14 +139,14 @@ class Spent:
     cancelled: int  # of the batch: their clients left while it ran
 
 
-Action = Dispatch | Errand | Refuse | Expire | WakeAt | Spent
+Action = Dispatch | StartTask | Refuse | Expire | SetTimer | BatchAccounted
 
 log = logging.getLogger(__name__)
 
 #: A timer set for the very moment of a deadline may fire a rounding error before it.
 _PAST_S = 1e-4
 #: While an errand runs, so many requests may be expected that it would make late.
-MOST_KEPT = 0.05
+MAX_KEPT = 0.05
 #: An errand that found no such moment for so long takes the next one at which nobody waits.
 PATIENCE_S = 2.0
 #: Under steady load there is no such moment. Then errands take up to this share of a device where
@@ -181,9 +182,9 @@ class Scheduler:
         self._policy, self._latency = policy, latency
         self.policy_failed = False  # it could not choose at least once, and the log says why
         self._max_batch, self._queue_limit = max_batch, queue_limit
-        self._arrivals, self._strictness = Arrivals(), Strictness()
+        self._arrivals, self._overload_factor = Arrivals(), OverloadFactor()
         self._decoding, self._queue = Queue(), Queue()
-        self._errands: deque[Offered] = deque()
+        self._errands: deque[TaskSubmitted] = deque()
         self._errand_s, self._errand_took_s = 0.0, 0.0  # when one began last, and for how long
         self._running: list[_Running | None] = [None] * devices
         self._lost: set[int] = set()
@@ -203,13 +204,13 @@ class Scheduler:
             case Decoded(id=id_):
                 if (decoded := self._decoding.remove(id_)) is not None:
                     self._queue.add(decoded)
-            case Left(id=id_):
+            case ClientLeft(id=id_):
                 self._leave(id_)
-            case Closed(tier=tier):
+            case TierDisabled(tier=tier):
                 actions += self._close(tier)
-            case Offered():
+            case TaskSubmitted():
                 self._errands.append(event)
-            case Lost(device=device):
+            case DeviceLost(device=device):
                 self._lost.add(device)
                 self._running[device] = _Running(None, inf)
             case Timer():
@@ -222,7 +223,7 @@ class Scheduler:
         actions += self._expire(now_s, forecast, event.id if isinstance(event, Decoded) else None)
         actions += self._dispatch(now_s, forecast)
         if not self._busy and not self._queue and not self._decoding:
-            self._strictness.caught_up()
+            self._overload_factor.caught_up()
         return actions
 
     @property
@@ -251,14 +252,14 @@ class Scheduler:
         needed_s = self._latency.idle(request.tiers[0])
         waiting = self._queue, self._decoding
         why: Literal["budget", "load", "full"] | None
-        why = judge(request, needed_s, machine, waiting)
+        why = check_admission(request, needed_s, machine, waiting)
         if why != "budget" and self.waiting >= self._queue_limit:
             why = "full"
         if why is None:
             return None
         return Refuse(request.id, why, needed_s, machine.seconds(waiting, inf))
 
-    def _machine(self, now_s: float, forecast: Forecast) -> Machine:
+    def _machine(self, now_s: float, forecast: Forecast) -> DeviceCapacity:
         """What there is to serve with."""
         overdue = self._overdue(now_s)
         frees_in_s = [
@@ -266,13 +267,13 @@ class Scheduler:
             for device, running in enumerate(self._running)
             if device not in self._lost
         ]
-        return Machine(
+        return DeviceCapacity(
             now_s,
             forecast,
             self._max_batch,
             max(1, len(frees_in_s)),
             min(frees_in_s, default=0.0) + (self._errands[0].seconds if overdue else 0.0),
-            self._strictness.times,
+            self._overload_factor.times,
         )
 
     def _run_errands(self, now_s: float, forecast: Forecast) -> Iterator[Action]:
@@ -282,7 +283,7 @@ class Scheduler:
                 continue
             errand = self._errands[0]
             patient = now_s < errand.now_s + PATIENCE_S and not self._overdue(now_s)
-            kept = self._missed(errand.seconds, now_s, forecast) > MOST_KEPT
+            kept = self._missed(errand.seconds, now_s, forecast) > MAX_KEPT
             if patient and (self._decoding or kept):
                 return
             yield self._begin_errand(device, now_s)
@@ -305,17 +306,17 @@ class Scheduler:
         """Of those who wait, by their fastest tier: when the most urgent one has to begin."""
         for tier, requests in self._queue.by_cheapest.items():
             if requests:
-                yield requests[0].deadline_s - forecast.typical(tier, 1)
+                yield requests[0].deadline_s - forecast.p50(tier, 1)
 
-    def _begin_errand(self, device: int, now_s: float) -> Errand:
+    def _begin_errand(self, device: int, now_s: float) -> StartTask:
         errand = self._errands.popleft()
         self._running[device] = _Running(None, now_s + errand.seconds)
         self._errand_s, self._errand_took_s = now_s, errand.seconds
-        return Errand(device, errand.id)
+        return StartTask(device, errand.id)
 
     def _missed(self, seconds: float, now_s: float, forecast: Forecast) -> float:
         """Requests expected within that time that cannot wait for the end of it."""
-        after_s = seconds + forecast.promised(0, 1)
+        after_s = seconds + forecast.p99(0, 1)
         tight = sum(each.share for each in self._arrivals.classes if each.budget_s < after_s)
         return tight * seconds * self._arrivals.rate(now_s)
 
@@ -350,15 +351,17 @@ class Scheduler:
         if seconds is not None:
             self._latency.observe(run.tier, len(run.requests), seconds, now_s)
             self._policy.observe(run, seconds, late)
-            self._strictness.in_time(len(run.requests) - late - len(left))
-            self._strictness.in_vain(late)
-        return [Spent(device, run.tier, len(run.requests), seconds or 0.0, late, len(left))]
+            self._overload_factor.in_time(len(run.requests) - late - len(left))
+            self._overload_factor.in_vain(late)
+        return [
+            BatchAccounted(device, run.tier, len(run.requests), seconds or 0.0, late, len(left))
+        ]
 
     def _expire(self, now_s: float, forecast: Forecast, decoded: int | None) -> list[Action]:
         """Those whom even their fastest tier, started now, would answer too late."""
         late = list[int]()
         for tier, requests in self._queue.by_cheapest.items():
-            doomed_s = now_s + forecast.typical(tier, 1)  # deadlines before this cannot be met
+            doomed_s = now_s + forecast.p50(tier, 1)  # deadlines before this cannot be met
             for request in requests:
                 if request.deadline_s >= doomed_s:
                     break
@@ -366,13 +369,13 @@ class Scheduler:
         for id_ in sorted(late):
             self._queue.remove(id_)
         # who was decoded too late was not kept waiting
-        self._strictness.in_vain(sum(id_ != decoded for id_ in late))
+        self._overload_factor.in_vain(sum(id_ != decoded for id_ in late))
         return [Expire(id_, "late") for id_ in sorted(late)]
 
-    def _choose(self, situation: Situation) -> Run | Wait:
+    def _choose(self, view: SchedulerView) -> Run | Wait:
         """The policy's choice. A fault of it must cost nobody an answer, nor stop the machine."""
         try:
-            return self._policy.choose(situation)
+            return self._policy.choose(view)
         except Exception:
             if not self.policy_failed:  # it may well fail each time: the log is to stay readable
                 log.exception(
@@ -381,7 +384,7 @@ class Scheduler:
                     self._policy.name,
                 )
             self.policy_failed = True
-            head = situation.queue.by_deadline[0]
+            head = view.queue.by_deadline[0]
             return Run(head.tiers[0], (head,))
 
     def _dispatch(self, now_s: float, forecast: Forecast) -> list[Action]:
@@ -393,7 +396,7 @@ class Scheduler:
                 actions.append(self._begin_errand(device, now_s))
                 continue
             choice = self._choose(
-                Situation(
+                SchedulerView(
                     now_s,
                     self._queue,
                     forecast,
@@ -405,13 +408,13 @@ class Scheduler:
             if isinstance(choice, Wait):
                 wake_s.append(choice.until_s)
                 break  # the devices are equal: what one waits for, all do
-            self._strictness.in_vain(len(choice.let_go))  # as those who expire: alike for all
-            for request in choice.let_go:
+            self._overload_factor.in_vain(len(choice.dropped))  # as those who expire: alike for all
+            for request in choice.dropped:
                 self._queue.remove(request.id)
                 actions.append(Expire(request.id, "load"))
             for request in choice.requests:
                 self._queue.remove(request.id)
-            end_s = now_s + forecast.typical(choice.tier, len(choice.requests))
+            end_s = now_s + forecast.p50(choice.tier, len(choice.requests))
             self._running[device] = _Running(choice, end_s)
             ids = tuple(request.id for request in choice.requests)
             actions.append(Dispatch(device, choice.tier, ids))
@@ -422,5 +425,5 @@ class Scheduler:
         wake_s += self._last_calls(forecast)
         if wake_s and (at_s := max(now_s, min(wake_s)) + _PAST_S) != self._wake_at_s:
             self._wake_at_s = at_s
-            actions.append(WakeAt(at_s))
+            actions.append(SetTimer(at_s))
         return actions

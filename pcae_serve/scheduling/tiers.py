@@ -9,7 +9,7 @@ from pcae_serve.errors import StartError
 
 
 @dataclass(frozen=True)
-class Ladder:
+class TierTable:
     """Tiers are counted as the bundle orders them."""
 
     names: tuple[str, ...]

@@ -8,13 +8,13 @@ import pytest
 
 from pcae_export import card
 from pcae_export.measure import Quality
-from pcae_export.pack import Part, Wanted, plan, rank
+from pcae_export.pack import Part, TierSpec, plan, rank
 from pcae_export.verify import Compared, Parity
 from pcae_serve.bundle.reader import Accuracy, Agreement, Fidelity, Tier
 from pcae_training.checkpoint import Checkpoint
 
 Tiny = Callable[..., Checkpoint]
-TIERS = {"low": Wanted(0.5), "full": Wanted(1.0)}
+TIERS = {"low": TierSpec(0.5), "full": TierSpec(1.0)}
 TOP1 = Accuracy(top1=0.75, n=8, interval=(0.4, 0.95), data_set="toys/test")
 SAME = Agreement(share=0.625, n=8, data_set="toys/test")
 NEAR = Fidelity(cosine=0.98765, n=1200, data_set="toys/test")
@@ -85,8 +85,8 @@ def test_tiers_are_worth_what_was_measured(
 def test_tiers_of_several_models_are_told_apart(rendered: Callable[..., str], tiny: Tiny) -> None:
     large, small = tiny(), replace(tiny(width=16, depth=3), training={})
     models = {
-        "large": Part(large, {"full": Wanted(1.0)}),
-        "small": Part(small, {"half": Wanted(0.5), "quick": Wanted(0.5, "int8")}),
+        "large": Part(large, {"full": TierSpec(1.0)}),
+        "small": Part(small, {"half": TierSpec(0.5), "quick": TierSpec(0.5, "int8")}),
     }
     text = rendered(models, TOP1)
     table = rows(text)
@@ -110,7 +110,7 @@ def test_tokens_of_the_last_block_count_what_was_appended(
     table = rows(rendered(one(tiny())))
     assert table["low"][2:4] == ["32, 16, 8", str(8 + 1 + 3)]
     assert table["full"][2:4] == ["64, 64, 64", "65"]
-    plain = {"vit": Part(tiny(reduction_points=()), {"full": Wanted(1.0)})}
+    plain = {"vit": Part(tiny(reduction_points=()), {"full": TierSpec(1.0)})}
     assert rows(rendered(plain))["full"][2] == "all"
     assert "It keeps all of them." in rendered(plain)
 

@@ -14,7 +14,7 @@ import pytest
 from pcae_export import cli, graph, pack, weights
 from pcae_export.choice import Choice
 from pcae_export.cli import Export, TierFlag, parse_tiers, shuffled
-from pcae_export.pack import Wanted
+from pcae_export.pack import TierSpec
 from pcae_serve.bundle import reader as bundles
 from pcae_serve.command import run
 from pcae_serve.errors import PcaeError
@@ -216,10 +216,10 @@ def test_a_tier_without_a_checkpoint(tmp_path: Path, capsys: Capture) -> None:
 
 def test_tiers_as_they_are_written() -> None:
     assert parse_tiers(["full=1.0", "a=0.8:int8", "b=x/y@z.pth@0.5", "c=d@.25:float32"]) == {
-        "full": TierFlag(Wanted("1.0")),
-        "a": TierFlag(Wanted("0.8", "int8")),
-        "b": TierFlag(Wanted("0.5"), Path("x/y@z.pth")),
-        "c": TierFlag(Wanted(".25"), Path("d")),
+        "full": TierFlag(TierSpec("1.0")),
+        "a": TierFlag(TierSpec("0.8", "int8")),
+        "b": TierFlag(TierSpec("0.5"), Path("x/y@z.pth")),
+        "c": TierFlag(TierSpec(".25"), Path("d")),
     }
     with pytest.raises(ValueError, match="at least one tier is needed"):
         parse_tiers([])
@@ -341,7 +341,7 @@ def test_verify_makes_images_up_where_there_are_none(made: Any, capsys: Capture)
 def test_verify_proves_every_model(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
     quick = tiny(depth=1, reduction_points=())
     parts = {
-        model: pack.Part(quick, {tier: Wanted(1.0)})
+        model: pack.Part(quick, {tier: TierSpec(1.0)})
         for model, tier in (("one", "full"), ("two", "also"))
     }
     bundle = pack.write(parts, tmp_path / "out")

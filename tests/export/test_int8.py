@@ -12,7 +12,7 @@ import pytest
 
 from pcae_export import graph, int8, pack
 from pcae_export.images import generated
-from pcae_export.pack import Part, Wanted
+from pcae_export.pack import Part, TierSpec
 from pcae_export.verify import reference
 from pcae_serve.bundle.reader import INT8_GRAPH
 from pcae_training.checkpoint import Checkpoint
@@ -67,7 +67,7 @@ def test_it_answers_nearly_as_torch(
 
 
 def test_a_bundle_lists_it_beside_the_float32_graphs(tiny: Any, tmp_path: Path) -> None:
-    tiers = {"quick": Wanted(1.0, "int8"), "full": Wanted(1.0)}
+    tiers = {"quick": TierSpec(1.0, "int8"), "full": TierSpec(1.0)}
     checkpoint = tiny(depth=1, reduction_points=())
     bundle = pack.write({"vit": Part(checkpoint, tiers)}, tmp_path / "out")
     quick, full = bundle.tiers

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pcae_export import graph, pack, weights
-from pcae_export.pack import Evidence, Half, Part, Wanted
+from pcae_export.pack import Evidence, Half, Part, TierSpec
 from pcae_serve.bundle import reader as bundles
 from pcae_serve.bundle.reader import Accuracy, Agreement, Fidelity
 from pcae_serve.errors import BundleError, PcaeError
@@ -23,7 +23,7 @@ from pcae_training.checkpoint import Checkpoint
 Tiny = Callable[..., Checkpoint]
 
 REFUSAL = "the judge says no"
-FULL = {"full": Wanted(1.0)}
+FULL = {"full": TierSpec(1.0)}
 QUICK = {"depth": 1, "reduction_points": ()}  # to trace
 
 
@@ -32,7 +32,7 @@ def refuse(*_: object) -> Evidence:
 
 
 def one(checkpoint: Checkpoint, **tiers: float) -> dict[str, Part]:
-    return {"vit": Part(checkpoint, {name: Wanted(ratio) for name, ratio in tiers.items()})}
+    return {"vit": Part(checkpoint, {name: TierSpec(ratio) for name, ratio in tiers.items()})}
 
 
 # What stands in it
@@ -109,7 +109,7 @@ def test_a_graph_says_of_itself_what_it_takes_and_gives(made: Any) -> None:
 
 def test_models_that_share_a_bundle(tiny: Tiny, tmp_path: Path) -> None:
     large, small = tiny(), tiny(**QUICK)
-    parts = {"large": Part(large, FULL), "small": Part(small, {"fast": Wanted(1.0)})}
+    parts = {"large": Part(large, FULL), "small": Part(small, {"fast": TierSpec(1.0)})}
     bundle = pack.write(parts, tmp_path / "out", name="both")
     assert bundle.manifest.name == "both"
     assert [(tier.name, tier.model) for tier in bundle.tiers] == [
@@ -252,8 +252,8 @@ def test_weights_beyond_float16_are_refused_before_anything_is_written(
 
 def test_tiers_go_by_what_they_cost(tiny: Tiny) -> None:
     wanted = {
-        "d": Wanted(1.0), "b": Wanted(0.5), "a": Wanted(0.4), "e": Wanted(0.5, "int8"),
-        "c": Wanted("0.8"),
+        "d": TierSpec(1.0), "b": TierSpec(0.5), "a": TierSpec(0.4), "e": TierSpec(0.5, "int8"),
+        "c": TierSpec("0.8"),
     }  # fmt: skip
     tiers = pack.plan({"vit": Part(tiny(), wanted)})
     assert [tier.name for tier in tiers] == ["a", "e", "b", "c", "d"]  # int8 before its equal
@@ -290,7 +290,7 @@ def unlike(checkpoint: Checkpoint, change: str) -> Checkpoint:
     ],
 )
 def test_models_share_labels_and_pixels(tiny: Tiny, change: str, message: str | None) -> None:
-    parts = {"a": Part(tiny(), FULL), "b": Part(unlike(tiny(), change), {"fast": Wanted(0.5)})}
+    parts = {"a": Part(tiny(), FULL), "b": Part(unlike(tiny(), change), {"fast": TierSpec(0.5)})}
     if message is None:
         assert [tier.model for tier in pack.plan(parts)] == ["b", "a"]
         return
@@ -300,7 +300,7 @@ def test_models_share_labels_and_pixels(tiny: Tiny, change: str, message: str | 
 
 def test_features_share_their_width(tiny: Tiny) -> None:
     wide, narrow = (replace(tiny(classes=0, width=w), labels=[]) for w in (32, 16))
-    parts = {"a": Part(wide, FULL), "b": Part(narrow, {"fast": Wanted(0.5)})}
+    parts = {"a": Part(wide, FULL), "b": Part(narrow, {"fast": TierSpec(0.5)})}
     with pytest.raises(pack.PackError, match="their features have different widths"):
         pack.plan(parts)
 

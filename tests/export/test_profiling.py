@@ -9,7 +9,7 @@ import pytest
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
 from pcae_export import ladder, profiling
-from pcae_export.ladder import Ladder, Rung
+from pcae_export.ladder import KeepRatioLadder, Rung
 from pcae_export.profiling import Profile, Row
 from pcae_serve.bundle import reader as bundles
 from pcae_serve.bundle.reader import Bundle
@@ -46,7 +46,7 @@ def test_the_server_starts_from_what_the_command_measured(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(profile, "MOST_OFF", float("inf"))  # however this machine's pace changes
+    monkeypatch.setattr(profile, "MAX_OFF", float("inf"))  # however this machine's pace changes
     argv = ["profile", str(demo.root), "--seconds", "0.6", "--batches", "2,1"]
     report = tmp_path / "report.json"
     flags = ["--backend", "onnxruntime", "--threads", "1", "--json", str(report)]
@@ -175,7 +175,9 @@ def test_a_ladder_says_what_it_rests_on(changes: dict[str, Any], swept: bool, fi
         "rounds": 2, "noise": 0.01, "keep_ratios": (0.3, 0.6, 1.0), "seconds": (0.01, 0.02, 0.03),
         "edges": (), "rungs": (Rung("k30", 0.3, 0.01, True), Rung("full", 1.0, 0.03, False)),
     }  # fmt: skip
-    lines = list(profiling.propose(Ladder(**(values | changes)), 3, "tensorrt", swept, 60.0))
+    lines = list(
+        profiling.propose(KeepRatioLadder(**(values | changes)), 3, "tensorrt", swept, 60.0)
+    )
     assert first in lines[0]
     assert lines[1] == "  --tier k30=0.3     10.00 ms  just below a step"
     assert lines[2] == "  --tier full=1      30.00 ms"

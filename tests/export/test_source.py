@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pcae_export.source import NORMALISE, Source, SourceError, Told, read, read_labels
+from pcae_export.source import NORMALISE, Source, SourceError, SourceOverrides, read, read_labels
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
@@ -18,7 +18,7 @@ from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import ViTConfig
 from tests.support.foreign_checkpoints import TINY, dino_teacher, mae_pretrained, saved, vit
 
-HALF = Told(heads=2, normalise="half")
+HALF = SourceOverrides(heads=2, normalise="half")
 SQUASHED = {
     "size": {"height": 24, "width": 24}, "image_mean": [0.1] * 3, "image_std": [0.2] * 3,
     "resample": 2,
@@ -50,7 +50,7 @@ def ours(folder: Path, config: ViTConfig = TINY) -> Path:
     return folder / "run"
 
 
-def refused(path: Path, told: Told, message: str) -> None:
+def refused(path: Path, told: SourceOverrides, message: str) -> None:
     with pytest.raises(PcaeError, match=message) as caught:
         read(path, told)
     assert "\n" not in str(caught.value)
@@ -69,7 +69,7 @@ def test_weights_come_as_they_are(file: Path) -> None:
 
 def test_a_checkpoint_of_our_own_needs_no_telling(tmp_path: Path) -> None:
     reduced = replace(TINY, reduction_points=(1,), reduction="weighted")
-    found = read(ours(tmp_path, reduced), Told())
+    found = read(ours(tmp_path, reduced), SourceOverrides())
     assert found.checkpoint.model.config == reduced
     assert found.checkpoint.labels == list("abcde")
     assert found.checkpoint.preprocess.mean == (0.1,) * 3
@@ -100,7 +100,10 @@ def test_which_reduction_suits_foreign_weights_is_open_unless_told(file: Path) -
 
 def test_none_is_told_by_naming_no_points(tmp_path: Path) -> None:
     path = ours(tmp_path, replace(TINY, reduction_points=(1,)))
-    assert read(path, Told(reduction_points=())).checkpoint.model.config.reduction_points == ()
+    assert (
+        read(path, SourceOverrides(reduction_points=())).checkpoint.model.config.reduction_points
+        == ()
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,9 @@ def test_points_that_cannot_be(file: Path, points: tuple[int, ...], message: str
 
 def test_normalisation_that_nobody_tells_is_asked_for(file: Path) -> None:
     refused(
-        file, Told(heads=2), r"x\.pth does not say how its images were normalised: give --normalise"
+        file,
+        SourceOverrides(heads=2),
+        r"x\.pth does not say how its images were normalised: give --normalise"
         r" imagenet or --normalise half$",
     )  # fmt: skip
 
@@ -128,7 +133,7 @@ def test_what_is_told_goes_before_what_lies_beside(file: Path, name: Any) -> Non
         24, 27, mean, std  # 24 / 0.875, rounded
     )  # fmt: skip
     beside(file, CROPPED)
-    found = read(file, Told(heads=2)).checkpoint.preprocess
+    found = read(file, SourceOverrides(heads=2)).checkpoint.preprocess
     assert found == Preprocess(24, 32, (0.1,) * 3, (0.2,) * 3, Image.Resampling.BILINEAR)
     told = read(file, replace(HALF, normalise=name)).checkpoint.preprocess
     assert told == replace(found, mean=mean, std=std)
@@ -136,28 +141,28 @@ def test_what_is_told_goes_before_what_lies_beside(file: Path, name: Any) -> Non
 
 def test_another_size_scales_the_crop_and_interpolates_positions(file: Path) -> None:
     beside(file, CROPPED)
-    source = read(file, Told(heads=2, image_size=48))
+    source = read(file, SourceOverrides(heads=2, image_size=48))
     assert f"{file} was trained at 24 pixels, not 48: positions are interpolated" in source.notes
     found = source.checkpoint
     assert (found.preprocess.image_size, found.preprocess.resize) == (48, 64)
     assert found.model.config == replace(TINY, image_size=48)
     assert found.model.pos_embed.shape == (1, 1 + 144, 16)
-    told = read(file, Told(heads=2, image_size=48, resize=50)).checkpoint.preprocess
+    told = read(file, SourceOverrides(heads=2, image_size=48, resize=50)).checkpoint.preprocess
     assert (told.image_size, told.resize) == (48, 50)
 
 
 def test_the_preprocessor_goes_before_the_positions(file: Path) -> None:
     """As with DINOv2: trained at 518, used at 224."""
     beside(file, CROPPED | {"crop_size": {"height": 16, "width": 16}})
-    found = read(file, Told(heads=2)).checkpoint
+    found = read(file, SourceOverrides(heads=2)).checkpoint
     assert (found.model.config.image_size, found.preprocess.image_size) == (16, 16)
 
 
 def test_squashed_images_stay_so_unless_told_to_be_cropped(file: Path) -> None:
     beside(file, SQUASHED)
-    small = read(file, Told(heads=2, image_size=16)).checkpoint.preprocess
+    small = read(file, SourceOverrides(heads=2, image_size=16)).checkpoint.preprocess
     assert (small.image_size, small.resize, small.squash) == (16, 16, True)
-    told = read(file, Told(heads=2, resize=30)).checkpoint.preprocess
+    told = read(file, SourceOverrides(heads=2, resize=30)).checkpoint.preprocess
     assert (told.image_size, told.resize, told.squash) == (24, 30, False)
 
 
@@ -260,7 +265,7 @@ def test_a_head_may_be_left_out(tmp_path: Path, distilled: bool) -> None:
 
 def test_features_of_a_checkpoint_of_our_own_keep_its_reduction(tmp_path: Path) -> None:
     path = ours(tmp_path, replace(TINY, reduction_points=(0,), reduction="merged"))
-    found = read(path, Told(features=True))
+    found = read(path, SourceOverrides(features=True))
     assert headless(found)
     assert found.reduced
     assert found.checkpoint.model.config.reduction == "merged"

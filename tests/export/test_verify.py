@@ -14,7 +14,7 @@ import torch
 
 from pcae_export import graph, int8, pack, verify, weights
 from pcae_export.images import generated
-from pcae_export.pack import Part, Wanted
+from pcae_export.pack import Part, TierSpec
 from pcae_export.verify import (
     BATCHES,
     MARGIN,
@@ -210,7 +210,7 @@ def test_few_images_are_refused(made: Any, stored: Checkpoint) -> None:
 
 
 def test_graphs_in_bfloat16_are_said_not_to_have_run(tiny: Tiny, tmp_path: Path) -> None:
-    parts = {"vit": Part(tiny(depth=1, reduction_points=()), {"full": Wanted(1.0)})}
+    parts = {"vit": Part(tiny(depth=1, reduction_points=()), {"full": TierSpec(1.0)})}
     bundle = pack.write(parts, tmp_path / "out", half="bfloat16")
     stored = checkpoints.load(bundle.root / "models" / "vit")
     parity = prove(bundle, stored, PIXELS, "vit")

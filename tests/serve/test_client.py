@@ -27,7 +27,7 @@ from pcae_serve.bundle.preprocess import decode
 from pcae_serve.client import (
     GRACE_S,
     LEAST_S,
-    MOST_WAIT_S,
+    MAX_WAIT_S,
     WAIT_S,
     AsyncClient,
     BudgetExceeded,
@@ -362,7 +362,7 @@ def test_a_server_that_does_not_listen_yet_is_asked_again_ever_more_rarely(conne
     assert isinstance(error, NotReachable)
     waits_s = np.diff([when for when, _ in world.sent])
     assert waits_s[0] == pytest.approx(WAIT_S)
-    assert waits_s.max() == pytest.approx(MOST_WAIT_S)
+    assert waits_s.max() == pytest.approx(MAX_WAIT_S)
     assert (np.diff(waits_s) >= -1e-9).all()
     assert world.now_s <= 103
     assert World(deaf, deaf, Step(200)).classify(connect, budget_ms=3000).tier == "fast"

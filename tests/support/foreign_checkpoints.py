@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcae_training.foreign import Found
+from pcae_training.foreign import LoadedCheckpoint
 from pcae_training.model import VisionTransformer, ViTConfig
 
 TINY = ViTConfig(
@@ -54,7 +54,7 @@ def randomised(model: Any, seed: int = 0) -> Any:
     return model.eval()
 
 
-def rebuilt(found: Found) -> VisionTransformer:
+def rebuilt(found: LoadedCheckpoint) -> VisionTransformer:
     model = VisionTransformer(found.config)
     model.load_state_dict(found.weights)
     return model.eval()

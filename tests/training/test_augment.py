@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pcae_training.augment import Augmentation, Mixing, move, rectangles, resized_crop
-from pcae_training.draws import Draws
+from pcae_training.draws import SampleRng
 
 SIDE = 28
 ALL_ON = {"crop": 0.3, "shift": 3, "flip": True, "randaugment": 9.0, "erase": 0.5}
@@ -17,8 +17,8 @@ def pictures(batch: int) -> Tensor:
     return torch.rand(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
 
 
-def draws(batch: int, start: int = 0, stop: int | None = None) -> Draws:
-    return Draws(seed=1, step=2, batch_size=batch, start=start, stop=stop)
+def draws(batch: int, start: int = 0, stop: int | None = None) -> SampleRng:
+    return SampleRng(seed=1, step=2, batch_size=batch, start=start, stop=stop)
 
 
 def coordinates(batch: int, side: int = 64) -> Tensor:
@@ -62,7 +62,7 @@ def test_two_halves_are_the_whole(options: dict[str, Any]) -> None:
 
 def test_another_step_is_another_augmentation() -> None:
     images, augment = pictures(8), Augmentation(SIDE, **ALL_ON)
-    assert not torch.equal(augment(images, Draws(1, 2, 8)), augment(images, Draws(1, 3, 8)))
+    assert not torch.equal(augment(images, SampleRng(1, 2, 8)), augment(images, SampleRng(1, 3, 8)))
 
 
 @pytest.mark.parametrize("side", [28, 33, 224])

@@ -15,7 +15,7 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.draws import Draws
+from pcae_training.draws import SampleRng
 from pcae_training.finetune import FinetuneSettings, Finetuning, finetune, prepare
 from pcae_training.model import VisionTransformer, ViTConfig
 
@@ -100,12 +100,12 @@ def test_the_large_budget_learns_labels_and_the_small_ones_learn_from_it() -> No
     full, small = (objective.model(images, geometry.counts(k)) for k in (1.0, 0.4))
     taught = -(full.softmax(1) * small.log_softmax(1)).sum(1).mean()
     expected = (F.cross_entropy(full, labels) + taught) / 2
-    loss = objective(pixels, labels, Draws(0, 0, 4), 1.0)
+    loss = objective(pixels, labels, SampleRng(0, 0, 4), 1.0)
     torch.testing.assert_close(loss, expected)
 
     half = learner(budgets=(1.0, 0.4), distil=0.5)
     expected = (F.cross_entropy(full, labels) + (taught + F.cross_entropy(small, labels)) / 2) / 2
-    torch.testing.assert_close(half(pixels, labels, Draws(0, 0, 4), 1.0), expected)
+    torch.testing.assert_close(half(pixels, labels, SampleRng(0, 0, 4), 1.0), expected)
 
     loss.backward()  # the teacher's side of the distillation gives no gradient
     from_both = objective.model.head.weight.grad.clone()
@@ -122,11 +122,11 @@ def test_one_ratio_is_plain_cross_entropy() -> None:
     images = (pixels.float() / 255 - 0.5) / 0.5
     logits = objective.model(images, objective.model.config.geometry.counts(0.7))
     expected = F.cross_entropy(logits, labels, label_smoothing=0.2)
-    torch.testing.assert_close(objective(pixels, labels, Draws(0, 0, 4), 1.0), expected)
+    torch.testing.assert_close(objective(pixels, labels, SampleRng(0, 0, 4), 1.0), expected)
 
 
 def visits(objective: Finetuning, progress: float) -> list[list[float]]:
-    return [objective.visited(Draws(0, step, 4), progress) for step in range(200)]
+    return [objective.visited(SampleRng(0, step, 4), progress) for step in range(200)]
 
 
 def test_both_ends_are_always_visited_and_all_between_sometimes() -> None:
@@ -160,7 +160,7 @@ def test_the_ramp_holds_small_budgets_back(sampling: Any) -> None:
 
 def test_the_ramp_of_one_ratio_takes_few_steps() -> None:
     objective = learner(keep=0.6)
-    ratios = [objective.visited(Draws(0, 0, 4), i / 100) for i in range(101)]
+    ratios = [objective.visited(SampleRng(0, 0, 4), i / 100) for i in range(101)]
     assert ratios == sorted(ratios, reverse=True)
     assert {ratio for step in ratios for ratio in step} == {1.0, 0.9, 0.8, 0.7, 0.6}
 
@@ -168,13 +168,13 @@ def test_the_ramp_of_one_ratio_takes_few_steps() -> None:
 def test_random_dropping_is_drawn_by_sample() -> None:
     objective = learner(keep=0.5, reduction="random", ramp_start=0, ramp_length=0)
     pixels, labels = batch()
-    whole = objective(pixels, labels, Draws(0, 3, 4), 1.0)
+    whole = objective(pixels, labels, SampleRng(0, 3, 4), 1.0)
     halves = [
-        objective(pixels[i : i + 2], labels[i : i + 2], Draws(0, 3, 4, i, i + 2), 1.0)
+        objective(pixels[i : i + 2], labels[i : i + 2], SampleRng(0, 3, 4, i, i + 2), 1.0)
         for i in (0, 2)
     ]
     torch.testing.assert_close(torch.stack(halves).mean(), whole)
-    assert not torch.isclose(whole, objective(pixels, labels, Draws(0, 4, 4), 1.0))
+    assert not torch.isclose(whole, objective(pixels, labels, SampleRng(0, 4, 4), 1.0))
 
 
 def test_from_a_checkpoint_with_another_patch_size(settings: Any) -> None:

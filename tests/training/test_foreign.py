@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training import checkpoint
 from pcae_training.checkpoint import Checkpoint, CheckpointError
-from pcae_training.foreign import Found, adapt, initialise, read, resize_kernel
+from pcae_training.foreign import LoadedCheckpoint, adapt, initialise, read, resize_kernel
 from pcae_training.model import VisionTransformer, ViTConfig
 from tests.support.foreign_checkpoints import (
     SCALED,
@@ -289,8 +289,8 @@ def write_json(folder: Path, content: Any, name: str = "config.json") -> None:
 # A model that is not the checkpoint's own
 
 
-def found_from(model: VisionTransformer) -> Found:
-    return Found(model.config, dict(model.state_dict()))
+def found_from(model: VisionTransformer) -> LoadedCheckpoint:
+    return LoadedCheckpoint(model.config, dict(model.state_dict()))
 
 
 HEAD = ["head.weight", "head.bias"]

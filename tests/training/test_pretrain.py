@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
-from pcae_training.draws import Draws
+from pcae_training.draws import SampleRng
 from pcae_training.finetune import FinetuneSettings, finetune
 from pcae_training.masking import Mask, mask, patchify
 from pcae_training.pretrain import Pretraining, PretrainSettings, build, embed, pretrain
@@ -43,7 +43,7 @@ def batch(size: int = 4) -> Tensor:
 
 
 def loss(learner: Pretraining, pixels: Tensor, step: int = 0) -> Tensor:
-    result: Tensor = learner(pixels, torch.zeros(len(pixels)), Draws(0, step, len(pixels)), 0.5)
+    result: Tensor = learner(pixels, torch.zeros(len(pixels)), SampleRng(0, step, len(pixels)), 0.5)
     return result
 
 
@@ -51,7 +51,7 @@ def split(learner: Pretraining, pixels: Tensor) -> tuple[Tensor, Mask]:
     """Patch values and mask as the objective makes them at step 0."""
     images = (pixels.float() / 255 - 0.5) / 0.5
     ratio = learner.settings.hidden_share
-    return patchify(images, 4), mask(Draws(0, 0, len(pixels)).uniform("mask", 36), ratio)
+    return patchify(images, 4), mask(SampleRng(0, 0, len(pixels)).uniform("mask", 36), ratio)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_pcae_is_the_cosine_to_what_the_teacher_retains() -> None:
 def test_patches_nobody_asks_for_take_no_part() -> None:
     learner, pixels = objective(method="pcae"), batch(1)
     values, parts = split(learner, pixels)
-    targets = learner.targets(values, parts.hidden, Draws(0, 0, 1))
+    targets = learner.targets(values, parts.hidden, SampleRng(0, 0, 1))
     dropped = sorted(set(parts.hidden[0].tolist()) - set(targets.position[0].tolist()))
     assert len(dropped) == 27 - 3
     latent = learner.encode(values, parts.visible, None)
@@ -192,7 +192,7 @@ def test_simmim_carries_mask_tokens_to_the_pixels() -> None:
 def test_mae_with_dropped_targets(setting: str) -> None:
     learner, pixels = objective(method="mae", drop_targets=setting), batch(2)
     values, parts = split(learner, pixels)
-    retained = learner.targets(values, parts.hidden, Draws(0, 0, 2)).position
+    retained = learner.targets(values, parts.hidden, SampleRng(0, 0, 2)).position
     assert retained.shape == (2, 3)
     latent = learner.encode(values, parts.visible, None)
     decoded = parts.hidden if setting == "loss" else retained
@@ -252,7 +252,8 @@ def test_other_rules_retain_other_patches(rule: Any) -> None:
     paper, other = objective(), objective(reduction=rule)
     values, parts = split(paper, pixels)
     positions = [
-        learner.targets(values, parts.hidden, Draws(0, 0, 4)).position for learner in (paper, other)
+        learner.targets(values, parts.hidden, SampleRng(0, 0, 4)).position
+        for learner in (paper, other)
     ]
     assert positions[0].shape == positions[1].shape
     assert not torch.equal(*(p.sort(dim=1).values for p in positions))
@@ -264,7 +265,7 @@ def test_random_dropping_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = torch.arange(9, 36).expand(64, -1)
     kept = torch.zeros(36)
     for step in range(30):
-        position = learner.targets(values, hidden, Draws(0, step, 64)).position
+        position = learner.targets(values, hidden, SampleRng(0, step, 64)).position
         kept += torch.bincount(position.flatten(), minlength=36)
     assert kept[:9].sum() == 0
     share = kept[9:] / (64 * 30)

@@ -21,7 +21,7 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.draws import Draws
+from pcae_training.draws import SampleRng
 from pcae_training.finetune import FinetuneSettings, Finetuning, finetune
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.pretrain import PretrainSettings, build, pretrain
@@ -318,7 +318,7 @@ def test_a_step_asks_the_device_for_nothing(
     batch = 64  # so that every RandAugment operation is drawn
     pixels = torch.zeros(batch, 3, 28, 28, dtype=torch.uint8, device="meta")
     labels = torch.zeros(batch, dtype=torch.int64, device="meta")
-    learner(pixels, labels, Draws(0, 0, batch), 1.0).backward()
+    learner(pixels, labels, SampleRng(0, 0, batch), 1.0).backward()
     learner.stepped()
 
 

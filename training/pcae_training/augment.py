@@ -1,9 +1,9 @@
 """Augmentation of a whole batch on its device: crops, RandAugment, erasing, mixup and CutMix.
 
-Every random number comes from `Draws`, on the CPU, so it is known without waiting for the device
-which images get which operation, and processes that share a batch do what one would do. (kornia's
-own random modules draw from global state, and one operation for a whole batch.) It knows square
-RGB images and class numbers, nothing of models or data sets.
+Every random number comes from `SampleRng`, on the CPU, so it is known without waiting for the
+device which images get which operation, and processes that share a batch do what one would do.
+(kornia's own random modules draw from global state, and one operation for a whole batch.) Takes
+square RGB images and class numbers.
 """
 
 import math
@@ -15,7 +15,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional as F
 
-from pcae_training.draws import Draws, generator
+from pcae_training.draws import SampleRng, generator
 from pcae_training.operations import OPERATIONS, operate_, sampling_grid
 
 #: Width over height of a random crop.
@@ -52,7 +52,7 @@ class Augmentation:
         _check("erase", self.erase, 0, 1)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+    def __call__(self, images: Tensor, draws: SampleRng) -> Tensor:
         """Float [B, 3, S, S] in [0, 1] to [B, 3, size, size] in [0, 1], on the same device.
 
         Without a crop the centre is taken, and S must not be below `size` (ValueError). Nothing is
@@ -74,7 +74,7 @@ class Augmentation:
         return images
 
     @torch.no_grad()
-    def erased(self, normalised: Tensor, draws: Draws) -> Tensor:
+    def erased(self, normalised: Tensor, draws: SampleRng) -> Tensor:
         """Normalised [B, 3, size, size] with noise of N(0, 1) in a rectangle of some images.
 
         The noise is a window of a fixed tile, at an offset drawn for each image.
@@ -94,7 +94,7 @@ class Augmentation:
         part = torch.where(inside[:, None], noise, normalised.index_select(0, index))
         return normalised.index_copy(0, index, part)
 
-    def _randaugmented(self, images: Tensor, draws: Draws) -> Tensor:
+    def _randaugmented(self, images: Tensor, draws: SampleRng) -> Tensor:
         images = images.clone()  # what comes in is the caller's
         for numbers in draws.uniform("randaugment", ROUNDS, 3).unbind(1):
             pick, noise, sign = numbers.unbind(1)  # [B] each
@@ -128,7 +128,7 @@ class Mixing:
 
     @torch.no_grad()
     def __call__(
-        self, images: Tensor, labels: Tensor, classes: int, draws: Draws
+        self, images: Tensor, labels: Tensor, classes: int, draws: SampleRng
     ) -> tuple[Tensor, Tensor]:
         """Float images [B, 3, S, S] and labels int64 [B], to images and float32 [B, classes].
 

@@ -20,7 +20,7 @@ LABEL_NAMES = ("label", "labels", "cls", "json.label")
 UNLABELLED = -1
 
 
-class Wanted(TypedDict, total=False):
+class ColumnChoice(TypedDict, total=False):
     """What a person may say about the columns; all that is left out is found or given up."""
 
     labelled: bool  # False: images alone, for pretraining
@@ -58,12 +58,17 @@ class Columns:
 
 
 def choose(features: datasets.Features | None, name: str, **wanted: Any) -> Columns:
-    """The columns among `features`, as far as `wanted` (fields of `Wanted`) leaves them open.
+    """The columns among `features`, as far as `wanted` (fields of `ColumnChoice`) leaves them open.
 
     Raises DataError where there is none, or more than one and no word which.
     """
-    asked: Wanted = {"labelled": True, "image_column": None, "label_column": None, "classes": None}
-    asked.update(cast(Wanted, wanted))
+    asked: ColumnChoice = {
+        "labelled": True,
+        "image_column": None,
+        "label_column": None,
+        "classes": None,
+    }
+    asked.update(cast(ColumnChoice, wanted))
     features = features or {}
     image = _image(features, name, asked["image_column"])
     if not asked["labelled"]:

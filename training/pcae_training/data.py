@@ -23,7 +23,14 @@ from tqdm import tqdm
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import RequestError
-from pcae_training.columns import UNLABELLED, Columns, Wanted, check_classes, check_value, choose
+from pcae_training.columns import (
+    UNLABELLED,
+    ColumnChoice,
+    Columns,
+    check_classes,
+    check_value,
+    choose,
+)
 from pcae_training.draws import generator
 from pcae_training.skipped import MAX_UNREADABLE, PATIENCE, Skipped, none_readable
 from pcae_training.source import DataError as DataError
@@ -331,14 +338,14 @@ def load(
     preprocess: Preprocess,
     *,
     max_unreadable: float = MAX_UNREADABLE,
-    **wanted: Unpack[Wanted],
+    **wanted: Unpack[ColumnChoice],
 ) -> LabelledImages:
     """Open `source` (as `source.open_source` takes it) at `split`.
 
     preprocess: its image_size is the side of the pixels that come out; a trainer that crops asks
     for more than its model takes. wanted: `labelled`, `image_column`, `label_column`, `classes`,
-    as in `columns.Wanted`. Raises DataError where there is no such data, split, image column or
-    label column.
+    as in `columns.ColumnChoice`. Raises DataError if there is no such data, split, image column
+    or label column.
     """
     name = title(source, split)
     rows = open_source(source, split)

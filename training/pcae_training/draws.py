@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Draws:
+class SampleRng:
     """The draws for samples `start` to `stop` of a global batch of `batch_size` samples.
 
     They are made on the CPU: the same there as for a GPU, and known without waiting for it.
@@ -45,7 +45,9 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def drop_path_factors(draws: Draws, depth: int, rate: float, device: torch.device) -> Tensor | None:
+def drop_path_factors(
+    draws: SampleRng, depth: int, rate: float, device: torch.device
+) -> Tensor | None:
     """What each sample's branches are multiplied by: [depth, 2, B]; None at rate 0.
 
     A branch of block i is dropped at a rate that rises linearly from 0 to `rate` in the last block,

@@ -25,7 +25,7 @@ from pcae_training import foreign
 from pcae_training.augment import Augmentation, Mixing
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, TrainingData, hold_out, load
-from pcae_training.draws import Draws, drop_path_factors, sent
+from pcae_training.draws import SampleRng, drop_path_factors, sent
 from pcae_training.evaluate import evaluate, normalise, read_ratios, together
 from pcae_training.model import VisionTransformer
 from pcae_training.plan import describe
@@ -143,7 +143,7 @@ class Finetuning(nn.Module):
             mixup=settings.mixup, cutmix=settings.cutmix, smoothing=settings.label_smoothing
         )
 
-    def forward(self, pixels: Tensor, labels: Tensor, draws: Draws, progress: float) -> Tensor:
+    def forward(self, pixels: Tensor, labels: Tensor, draws: SampleRng, progress: float) -> Tensor:
         """Mean loss of uint8 pixels [b, 3, S, S] and labels [b], over the budgets of the step."""
         config, device = self.model.config, pixels.device
         with torch.no_grad():
@@ -167,7 +167,7 @@ class Finetuning(nn.Module):
             losses.append(loss)
         return torch.stack(losses).mean()
 
-    def visited(self, draws: Draws, progress: float) -> list[float]:
+    def visited(self, draws: SampleRng, progress: float) -> list[float]:
         """The keep ratios of a step, from the largest: the same in every process."""
         settings = self.settings
         ramp = settings.ramp
@@ -279,7 +279,7 @@ def load_labelled(settings: FinetuneSettings, preprocess: Preprocess) -> Labelle
     return images
 
 
-def _preprocess(found: foreign.Found, settings: FinetuneSettings) -> Preprocess:
+def _preprocess(found: foreign.LoadedCheckpoint, settings: FinetuneSettings) -> Preprocess:
     """The source's own, at the size asked for; ImageNet's statistics where it has none."""
     size = settings.image_size or found.config.image_size
     own = found.preprocess
@@ -291,7 +291,10 @@ def _preprocess(found: foreign.Found, settings: FinetuneSettings) -> Preprocess:
 
 
 def _model(
-    settings: FinetuneSettings, found: foreign.Found | None, labels: list[str], report: bool
+    settings: FinetuneSettings,
+    found: foreign.LoadedCheckpoint | None,
+    labels: list[str],
+    report: bool,
 ) -> VisionTransformer:
     """A new model, with what the source has for it."""
     classes = len(labels)

@@ -95,7 +95,7 @@ _UNSUPPORTED = (
 
 
 @dataclass
-class Found:
+class LoadedCheckpoint:
     """What a checkpoint holds, whoever wrote it."""
 
     config: ViTConfig  # as the file has it; 0 classes where it has no head that fits
@@ -107,7 +107,7 @@ class Found:
     training: dict[str, Any] = field(default_factory=dict)  # how it came about, where it says so
     ours: bool = False  # so its config says how it is reduced
 
-    def headless(self) -> "Found":
+    def headless(self) -> "LoadedCheckpoint":
         """The same without its head, which has learnt other classes."""
         weights = {name: t for name, t in self.weights.items() if not name.startswith("head")}
         return replace(self, config=replace(self.config, classes=0), weights=weights, labels=None)
@@ -122,7 +122,7 @@ class Adapted:
     dropped: list[str]  # of the checkpoint, with no place in the model
 
 
-def read(source: Path, *, heads: int | None = None) -> Found:
+def read(source: Path, *, heads: int | None = None) -> LoadedCheckpoint:
     """Read a state dict, a Hugging Face or timm folder, or a checkpoint of our own.
 
     heads: of the attention, where only a state dict is there to tell; without it, the one
@@ -145,7 +145,7 @@ def read(source: Path, *, heads: int | None = None) -> Found:
     return _foreign(source, _weights_file(source), settings, heads)
 
 
-def adapt(found: Found, config: ViTConfig) -> Adapted:
+def adapt(found: LoadedCheckpoint, config: ViTConfig) -> Adapted:
     """Weights of `found` for a model of `config`.
 
     Positions go to another grid by bicubic interpolation, patch kernels to another size by
@@ -173,17 +173,17 @@ def adapt(found: Found, config: ViTConfig) -> Adapted:
     return Adapted(weights, fresh, dropped)
 
 
-def initialise(model: VisionTransformer, found: Found) -> Adapted:
+def initialise(model: VisionTransformer, found: LoadedCheckpoint) -> Adapted:
     """Load what `adapt` gives into `model`, in place; its fresh parameters stay as they are."""
     adapted = adapt(found, model.config)
     model.load_state_dict(adapted.weights, strict=False)  # `adapt` has checked every name
     return adapted
 
 
-def _own(folder: Path) -> Found:
+def _own(folder: Path) -> LoadedCheckpoint:
     loaded = checkpoint.load(folder)
     config = loaded.model.config
-    return Found(
+    return LoadedCheckpoint(
         config,
         loaded.model.state_dict(),
         loaded.labels if config.classes else None,
@@ -194,7 +194,9 @@ def _own(folder: Path) -> Found:
     )
 
 
-def _foreign(source: Path, file: Path, settings: Mapping[str, Any], heads: int | None) -> Found:
+def _foreign(
+    source: Path, file: Path, settings: Mapping[str, Any], heads: int | None
+) -> LoadedCheckpoint:
     """The tensors of `file` under our names; `settings` is the config.json, {} without one."""
     try:
         _check_kind(settings)
@@ -207,7 +209,7 @@ def _foreign(source: Path, file: Path, settings: Mapping[str, Any], heads: int |
         raise CheckpointError(f"{source}: {one_line(error)}") from None
     except TypeError as error:  # of a field that is no number
         raise CheckpointError(f"{source}: its config.json is damaged: {one_line(error)}") from None
-    return Found(config, weights, labels, preprocess, ignored, antialias)
+    return LoadedCheckpoint(config, weights, labels, preprocess, ignored, antialias)
 
 
 def _check_kind(settings: Mapping[str, Any]) -> None:
@@ -464,7 +466,7 @@ def _preprocess_of_timm(settings: Mapping[str, Any]) -> Preprocess:
     )
 
 
-def _resized(found: Found, config: ViTConfig) -> dict[str, Tensor]:
+def _resized(found: LoadedCheckpoint, config: ViTConfig) -> dict[str, Tensor]:
     """All weights of `found`, with patch kernels and positions for the sizes in `config`."""
     weights, old = dict(found.weights), found.config
     if old.patch_size != config.patch_size:

@@ -26,7 +26,7 @@ from pcae_serve.errors import PcaeError, one_line
 from pcae_training.augment import Augmentation
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.decoder import Decoder, default_width
-from pcae_training.draws import Draws, drop_path_factors, sent
+from pcae_training.draws import SampleRng, drop_path_factors, sent
 from pcae_training.evaluate import normalise
 from pcae_training.masking import Mask, gather, mask, patchify, visible_patches
 from pcae_training.model import VisionTransformer, ViTConfig
@@ -194,7 +194,7 @@ class Pretraining(nn.Module):
             flip=settings.flip,
         )
 
-    def forward(self, pixels: Tensor, labels: Tensor, draws: Draws, progress: float) -> Tensor:
+    def forward(self, pixels: Tensor, labels: Tensor, draws: SampleRng, progress: float) -> Tensor:
         """Mean loss of uint8 pixels [b, 3, S, S]; labels are not looked at."""
         settings, config = self.settings, self.model.config
         device = pixels.device
@@ -207,7 +207,9 @@ class Pretraining(nn.Module):
         drop_path = drop_path_factors(draws, config.depth, settings.drop_path, device)
         return self.loss(values, parts, draws, drop_path)
 
-    def loss(self, values: Tensor, mask: Mask, draws: Draws, drop_path: Tensor | None) -> Tensor:
+    def loss(
+        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
+    ) -> Tensor:
         """values [b, n, C p p]: the patches of normalised images, as plain numbers."""
         raise NotImplementedError
 
@@ -236,7 +238,7 @@ class Pretraining(nn.Module):
         carried: Tensor = self.model.norm(last.x[:, -wanted.shape[1] :])
         return carried
 
-    def targets(self, values: Tensor, hidden: Tensor, draws: Draws) -> Targets:
+    def targets(self, values: Tensor, hidden: Tensor, draws: SampleRng) -> Targets:
         """What the teacher retains of the patches `hidden` [b, h]."""
         assert self.teacher is not None  # `has_teacher` says which methods have one
         noise = sent(draws.uniform("teacher", values.shape[1]), values.device)
@@ -304,7 +306,9 @@ class Pcae(Pretraining):
         config = start.model.config
         self.decoder = decoder(config, start.settings, outputs=config.width)
 
-    def loss(self, values: Tensor, mask: Mask, draws: Draws, drop_path: Tensor | None) -> Tensor:
+    def loss(
+        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
+    ) -> Tensor:
         targets = self.targets(values, mask.hidden, draws)
         latent = self.encode(values, mask.visible, drop_path)
         prediction = self.decoder(latent, mask.visible, targets.position)
@@ -323,7 +327,9 @@ class PcaeSimMim(Pretraining):
         width = start.model.config.width
         self.mask_token, self.predict = mask_token(width), linear(width, width)
 
-    def loss(self, values: Tensor, mask: Mask, draws: Draws, drop_path: Tensor | None) -> Tensor:
+    def loss(
+        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
+    ) -> Tensor:
         targets = self.targets(values, mask.hidden, draws)
         carried = self.carry(values, mask.visible, targets.position, self.mask_token, drop_path)
         return cosine_loss(self.predict(carried), targets.tokens)
@@ -342,7 +348,9 @@ class Mae(Pretraining):
         config = start.model.config
         self.decoder = decoder(config, start.settings, outputs=config.geometry.patch_values)
 
-    def loss(self, values: Tensor, mask: Mask, draws: Draws, drop_path: Tensor | None) -> Tensor:
+    def loss(
+        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
+    ) -> Tensor:
         latent = self.encode(values, mask.visible, drop_path)
         if self.teacher is None:
             return self.errors(latent, values, mask.visible, mask.hidden).mean()
@@ -371,7 +379,9 @@ class SimMim(Pretraining):
         width, values = start.model.config.width, start.model.config.geometry.patch_values
         self.mask_token, self.predict = mask_token(width), linear(width, values)
 
-    def loss(self, values: Tensor, mask: Mask, draws: Draws, drop_path: Tensor | None) -> Tensor:
+    def loss(
+        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
+    ) -> Tensor:
         carried = self.carry(values, mask.visible, mask.hidden, self.mask_token, drop_path)
         prediction: Tensor = self.predict(carried).float()
         return (prediction - gather(values, mask.hidden)).abs().mean()

@@ -13,7 +13,7 @@ from pydantic_settings import NoDecode
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training.checkpoint import place
-from pcae_training.columns import Wanted
+from pcae_training.columns import ColumnChoice
 from pcae_training.model import ViTConfig
 
 #: Settings that say where or how a run is computed, not what comes of it: free when it is resumed.
@@ -140,9 +140,9 @@ class RunSettings(BaseModel):
         return replace(preprocess, image_size=preprocess.resize)
 
     @property
-    def columns(self) -> Wanted:
+    def columns(self) -> ColumnChoice:
         """What is said about the columns of the data."""
-        return Wanted(
+        return ColumnChoice(
             image_column=self.image_column, label_column=self.label_column, classes=self.classes
         )
 

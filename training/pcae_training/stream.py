@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import RequestError, one_line
-from pcae_training.columns import Columns, Wanted, check_value, choose
+from pcae_training.columns import ColumnChoice, Columns, check_value, choose
 from pcae_training.data import to_pixels
 from pcae_training.draws import generator
 from pcae_training.skipped import MAX_UNREADABLE, PATIENCE, Skipped, none_readable
@@ -181,7 +181,7 @@ def load_stream(
     epoch_size: int,
     buffer_size: int = BUFFER_SIZE,
     max_unreadable: float = MAX_UNREADABLE,
-    **wanted: Unpack[Wanted],
+    **wanted: Unpack[ColumnChoice],
 ) -> ImageStream:
     """Open `source` (as `source.open_source` takes it) to be read as it comes.
 

@@ -26,9 +26,9 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError, one_line
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.columns import Wanted
+from pcae_training.columns import ColumnChoice
 from pcae_training.data import LabelledImages, TrainingData, load
-from pcae_training.draws import Draws
+from pcae_training.draws import SampleRng
 from pcae_training.journal import Journal
 from pcae_training.model import Block, VisionTransformer
 from pcae_training.plan import Plan
@@ -48,7 +48,7 @@ class Objective(Protocol):
     @property
     def model(self) -> VisionTransformer: ...
 
-    def __call__(self, pixels: Tensor, labels: Tensor, draws: Draws, progress: float) -> Tensor:
+    def __call__(self, pixels: Tensor, labels: Tensor, draws: SampleRng, progress: float) -> Tensor:
         """Mean loss of a micro-batch: pixels uint8 [b, 3, S, S], labels int64 [b]."""
         ...
 
@@ -179,7 +179,7 @@ class Trainer:
         parts = plan.micro_batches
         for part in parts:
             pixels, labels = next(batches)
-            draws = Draws(settings.seed, self.step, settings.batch_size, part.start, part.stop)
+            draws = SampleRng(settings.seed, self.step, settings.batch_size, part.start, part.stop)
             last = part is parts[-1]
             alone = self.world.size > 1 and not last  # gradients are shared once, with the last
             with learner.no_sync() if alone else nullcontext():
@@ -370,13 +370,13 @@ def check_out(settings: RunSettings) -> None:
 
 
 def training_data(
-    settings: RunSettings, preprocess: Preprocess, **wanted: Unpack[Wanted]
+    settings: RunSettings, preprocess: Preprocess, **wanted: Unpack[ColumnChoice]
 ) -> LabelledImages | ImageStream:
     """The images that a run is told to train on. Raises DataError where they cannot be read.
 
     wanted: about the columns, where the caller knows better than the settings.
     """
-    columns: Wanted = {**settings.columns, **wanted}
+    columns: ColumnChoice = {**settings.columns, **wanted}
     source, split, limit = settings.data, settings.split, settings.max_unreadable
     if settings.epoch_size is not None and settings.stream:
         size = settings.epoch_size

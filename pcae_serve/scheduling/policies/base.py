@@ -13,7 +13,7 @@ from pcae_serve.scheduling.request_queue import Queue, Request
 
 
 @dataclass(frozen=True, slots=True)
-class Situation:
+class SchedulerView:
     """What a policy sees when a device is free."""
 
     now_s: float
@@ -30,7 +30,7 @@ class Run:
 
     tier: int
     requests: tuple[Request, ...]
-    let_go: tuple[Request, ...] = ()
+    dropped: tuple[Request, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Policy(Protocol):
     @property
     def name(self) -> str: ...
 
-    def choose(self, situation: Situation) -> Run | Wait:
+    def choose(self, view: SchedulerView) -> Run | Wait:
         """The next batch for a free device; `situation.queue` is not empty."""
         ...
 

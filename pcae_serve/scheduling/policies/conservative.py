@@ -4,7 +4,7 @@ The baseline of that name of RAMSIS (Mendoza et al., EuroSys 2024). It knows the
 not the one to come, and counts as throughput that of the batch at hand, however small it is.
 """
 
-from pcae_serve.scheduling.policies.base import Run, Situation
+from pcae_serve.scheduling.policies.base import Run, SchedulerView
 from pcae_serve.scheduling.policies.greedy import run_highest
 
 
@@ -13,16 +13,16 @@ class Conservative:
 
     name = "conservative"
 
-    def choose(self, situation: Situation) -> Run:
-        forecast = situation.forecast
-        half_s = situation.queue.by_deadline[0].budget_s / 2
-        load = situation.arrivals.rate(situation.now_s) / situation.devices
+    def choose(self, view: SchedulerView) -> Run:
+        forecast = view.forecast
+        half_s = view.queue.by_deadline[0].budget_s / 2
+        load = view.arrivals.rate(view.now_s) / view.devices
 
         def suits(tier: int, batch: int) -> bool:
-            keeps_up = batch >= load * forecast.typical(tier, batch)
-            return keeps_up and forecast.promised(tier, batch) <= half_s
+            keeps_up = batch >= load * forecast.p50(tier, batch)
+            return keeps_up and forecast.p99(tier, batch) <= half_s
 
-        return run_highest(situation, suits)
+        return run_highest(view, suits)
 
     def observe(self, run: Run, seconds: float, late: int) -> None:
         """Conservative learns nothing."""

@@ -5,7 +5,7 @@ this one makes the batch. It knows nothing of the other tiers on which a head mi
 it: who is let go is lost, which is the known price of it.
 """
 
-from pcae_serve.scheduling.policies.base import Policy, Run, Situation, Wait
+from pcae_serve.scheduling.policies.base import Policy, Run, SchedulerView, Wait
 from pcae_serve.scheduling.policies.fixed import Fixed
 
 
@@ -17,18 +17,18 @@ class EarlyDrop:
         fixed = isinstance(policy, Fixed)  # that pair is what Nexus itself does
         self.name = policy.name.replace("fixed", "nexus", 1) if fixed else f"{policy.name}+drop"
 
-    def choose(self, situation: Situation) -> Run | Wait:
-        inner = self._inner.choose(situation)
+    def choose(self, view: SchedulerView) -> Run | Wait:
+        inner = self._inner.choose(view)
         if isinstance(inner, Wait):
             return inner
-        now_s, forecast, tier = situation.now_s, situation.forecast, inner.tier
-        waiting = situation.queue.allowing(tier)
-        most = min(situation.max_batch, forecast.useful_batch(tier))
+        now_s, forecast, tier = view.now_s, view.forecast, inner.tier
+        waiting = view.queue.allowing(tier)
+        most = min(view.max_batch, forecast.useful_batch(tier))
         for first, head in enumerate(waiting):
             target = min(len(waiting) - first, most)  # fewer are left, and they take less
-            if now_s + forecast.promised(tier, target) <= head.deadline_s:
+            if now_s + forecast.p99(tier, target) <= head.deadline_s:
                 batch = tuple(waiting[first : first + target])
-                return Run(tier, batch, let_go=tuple(waiting[:first]))
+                return Run(tier, batch, dropped=tuple(waiting[:first]))
         return inner  # nobody can make it for sure: the inner policy's attempt is the best there is
 
     def observe(self, run: Run, seconds: float, late: int) -> None:

@@ -7,8 +7,8 @@ knows nothing of load and accuracy, and gives nobody up.
 
 from itertools import islice
 
-from pcae_serve.scheduling.policies.base import Run, Situation
-from pcae_serve.scheduling.tiers import Ladder
+from pcae_serve.scheduling.policies.base import Run, SchedulerView
+from pcae_serve.scheduling.tiers import TierTable
 
 #: Requests looked at for company where the head had to go to another tier than the fixed one.
 LOOK = 128
@@ -17,23 +17,23 @@ LOOK = 128
 class Fixed:
     """Always this tier; where a request does not allow it, the nearest that it does."""
 
-    def __init__(self, ladder: Ladder, tier_name: str) -> None:
-        self._tier = ladder.index(tier_name)
+    def __init__(self, tier_table: TierTable, tier_name: str) -> None:
+        self._tier = tier_table.index(tier_name)
         self.name = f"fixed:{tier_name}"
 
-    def choose(self, situation: Situation) -> Run:
-        return run_at(self._tier, situation)
+    def choose(self, view: SchedulerView) -> Run:
+        return run_at(self._tier, view)
 
     def observe(self, run: Run, seconds: float, late: int) -> None:
         """Fixed learns nothing."""
 
 
-def run_at(tier: int, situation: Situation) -> Run:
+def run_at(tier: int, view: SchedulerView) -> Run:
     """The head on its nearest to `tier`, and with it the next of those who would go there too."""
-    actual = nearest(tier, situation.queue.by_deadline[0].tiers)
-    near = islice(situation.queue.allowing(actual), LOOK)
+    actual = nearest(tier, view.queue.by_deadline[0].tiers)
+    near = islice(view.queue.allowing(actual), LOOK)
     alike = (request for request in near if nearest(tier, request.tiers) == actual)
-    size = batch_in_time(situation, actual, situation.forecast.useful_batch(actual))
+    size = batch_in_time(view, actual, view.forecast.useful_batch(actual))
     return Run(actual, tuple(islice(alike, size)))
 
 
@@ -42,9 +42,9 @@ def nearest(tier: int, allowed: tuple[int, ...]) -> int:
     return next((other for other in allowed if other >= tier), allowed[-1])
 
 
-def batch_in_time(situation: Situation, tier: int, limit: int) -> int:
+def batch_in_time(view: SchedulerView, tier: int, limit: int) -> int:
     """The largest batch up to `limit` that the head still meets; at least the head alone."""
-    queue, forecast = situation.queue, situation.forecast
-    slack_s = queue.by_deadline[0].deadline_s - situation.now_s
-    most = min(limit, situation.max_batch, len(queue.allowing(tier)))
+    queue, forecast = view.queue, view.forecast
+    slack_s = queue.by_deadline[0].deadline_s - view.now_s
+    most = min(limit, view.max_batch, len(queue.allowing(tier)))
     return max(1, forecast.largest(tier, slack_s, most))

@@ -5,7 +5,7 @@ et al., ASPLOS 2024) models it for machines that cannot be added: a larger batch
 no accuracy, then a cheaper variant. It knows one head at a time, and nothing of who waits behind.
 """
 
-from pcae_serve.scheduling.policies.base import Run, Situation
+from pcae_serve.scheduling.policies.base import Run, SchedulerView
 from pcae_serve.scheduling.policies.fixed import batch_in_time
 from pcae_serve.scheduling.policies.greedy import full_batch
 
@@ -18,34 +18,32 @@ class Infaas:
 
     name = "infaas"
 
-    def choose(self, situation: Situation) -> Run:
-        tier, limit = self._scaled(situation, self._closest(situation))
-        batch = batch_in_time(situation, tier, limit)
-        return Run(tier, tuple(situation.queue.allowing(tier)[:batch]))
+    def choose(self, view: SchedulerView) -> Run:
+        tier, limit = self._scaled(view, self._closest(view))
+        batch = batch_in_time(view, tier, limit)
+        return Run(tier, tuple(view.queue.allowing(tier)[:batch]))
 
     def observe(self, run: Run, seconds: float, late: int) -> None:
         """Infaas learns nothing but what the forecast has learnt."""
 
     @staticmethod
-    def _closest(situation: Situation) -> int:
+    def _closest(view: SchedulerView) -> int:
         """Of the tiers that serve all who wait within the head's slack, the slowest."""
-        forecast, head = situation.forecast, situation.queue.by_deadline[0]
-        slack_s = head.deadline_s - situation.now_s
-        seconds = {
-            tier: forecast.promised(tier, full_batch(situation, tier)) for tier in head.tiers
-        }
+        forecast, head = view.forecast, view.queue.by_deadline[0]
+        slack_s = head.deadline_s - view.now_s
+        seconds = {tier: forecast.p99(tier, full_batch(view, tier)) for tier in head.tiers}
         fitting = [tier for tier in head.tiers if seconds[tier] <= slack_s]
         return max(fitting, key=seconds.__getitem__, default=head.tiers[0])
 
     @staticmethod
-    def _scaled(situation: Situation, tier: int) -> tuple[int, int]:
+    def _scaled(view: SchedulerView, tier: int) -> tuple[int, int]:
         """The tier, or the next cheaper one with the capacity; and its batch limit."""
-        forecast, head = situation.forecast, situation.queue.by_deadline[0]
-        load = situation.arrivals.rate(situation.now_s) / situation.devices
+        forecast, head = view.forecast, view.queue.by_deadline[0]
+        load = view.arrivals.rate(view.now_s) / view.devices
         for other in reversed(head.tiers[: head.tiers.index(tier) + 1]):
-            for limit in (forecast.useful_batch(other), situation.max_batch):
-                most = min(limit, situation.max_batch)
+            for limit in (forecast.useful_batch(other), view.max_batch):
+                most = min(limit, view.max_batch)
                 batch = forecast.largest(other, head.budget_s, most)  # more would never be in time
-                if batch and load * forecast.typical(other, batch) <= LOAD * batch:
+                if batch and load * forecast.p50(other, batch) <= LOAD * batch:
                     return other, limit
-        return head.tiers[0], situation.max_batch
+        return head.tiers[0], view.max_batch

@@ -3,16 +3,16 @@
 Zhang et al., "Model-Switching", HotCloud 2020. Theirs measures offline, for every load, each
 model's effective accuracy: the accuracy of the answers in time. Here the forecast computes it:
 
-    batch     at a load, a device settles on the least batch b that keeps up: load * typical(b) <= b
+    batch     at a load, a device settles on the least batch b that keeps up: load * p50(b) <= b
     in time   who comes right after a batch began waits for it and then for his own, so those whose
-              budgets hold 2 * typical(b); nobody where no batch keeps up
+              budgets hold 2 * p50(b); nobody where no batch keeps up
 
 It knows loads and budgets as they were, and not what is in the queue.
 """
 
-from pcae_serve.scheduling.policies.base import Run, Situation
+from pcae_serve.scheduling.policies.base import Run, SchedulerView
 from pcae_serve.scheduling.policies.fixed import run_at
-from pcae_serve.scheduling.tiers import Ladder
+from pcae_serve.scheduling.tiers import TierTable
 
 #: Up again only when the better tier would still be best with the load at this share of it.
 HEADROOM = 0.9
@@ -25,41 +25,41 @@ class ModelSwitching:
 
     name = "model-switching"
 
-    def __init__(self, ladder: Ladder) -> None:
-        self._accuracy = ladder.accuracy
+    def __init__(self, tier_table: TierTable) -> None:
+        self._accuracy = tier_table.accuracy
         self._tier: int | None = None
         self._calm = 0  # decisions in a row in which a better tier would have done
 
-    def choose(self, situation: Situation) -> Run:
-        load = situation.arrivals.rate(situation.now_s) / situation.devices
-        best = self._best(situation, load)
+    def choose(self, view: SchedulerView) -> Run:
+        load = view.arrivals.rate(view.now_s) / view.devices
+        best = self._best(view, load)
         if self._tier is not None and best > self._tier:
-            best = max(self._tier, self._best(situation, load / HEADROOM))
+            best = max(self._tier, self._best(view, load / HEADROOM))
         self._calm = self._calm + 1 if self._tier is not None and best > self._tier else 0
         if self._tier is None or best < self._tier or self._calm >= PATIENCE:
             self._tier, self._calm = best, 0
-        return run_at(self._tier, situation)
+        return run_at(self._tier, view)
 
     def observe(self, run: Run, seconds: float, late: int) -> None:
         """Model-Switching learns nothing but what the forecast has learnt."""
 
-    def _best(self, situation: Situation, load: float) -> int:
+    def _best(self, view: SchedulerView, load: float) -> int:
         """The tier of best effective accuracy at a load; the fastest where nothing keeps up."""
         best, most = 0, (0.0, 0.0)
         for tier, accuracy in enumerate(self._accuracy):
-            effective = accuracy * _in_time(situation, tier, load)
+            effective = accuracy * _in_time(view, tier, load)
             if effective > 0 and (effective, accuracy) > most:
                 best, most = tier, (effective, accuracy)
         return best
 
 
-def _in_time(situation: Situation, tier: int, load: float) -> float:
+def _in_time(view: SchedulerView, tier: int, load: float) -> float:
     """The share of requests that a tier answers in time at a load on one device."""
-    forecast = situation.forecast
-    for batch in range(1, min(situation.max_batch, forecast.useful_batch(tier)) + 1):
-        batch_s = forecast.typical(tier, batch)
+    forecast = view.forecast
+    for batch in range(1, min(view.max_batch, forecast.useful_batch(tier)) + 1):
+        batch_s = forecast.p50(tier, batch)
         if load * batch_s <= batch:
-            classes = situation.arrivals.classes
+            classes = view.arrivals.classes
             late = sum(c.share for c in classes if c.budget_s < 2 * batch_s)
             return 1.0 - min(1.0, late)
     return 0.0

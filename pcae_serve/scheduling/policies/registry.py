@@ -17,22 +17,22 @@ from pcae_serve.scheduling.policies.infaas import Infaas
 from pcae_serve.scheduling.policies.model_switching import ModelSwitching
 from pcae_serve.scheduling.policies.pace import Pace
 from pcae_serve.scheduling.policies.slackfit import SlackFit
-from pcae_serve.scheduling.tiers import Ladder
+from pcae_serve.scheduling.tiers import TierTable
 
-OURS: dict[str, Callable[[Ladder], Policy]] = {"pace": Pace}
+OURS: dict[str, Callable[[TierTable], Policy]] = {"pace": Pace}
 
-PUBLISHED: dict[str, Callable[[Ladder], Policy]] = {
-    "greedy": lambda ladder: Greedy(),
-    "conservative": lambda ladder: Conservative(),
-    "slackfit": lambda ladder: SlackFit(),
-    "infaas": lambda ladder: Infaas(),
+PUBLISHED: dict[str, Callable[[TierTable], Policy]] = {
+    "greedy": lambda tier_table: Greedy(),
+    "conservative": lambda tier_table: Conservative(),
+    "slackfit": lambda tier_table: SlackFit(),
+    "infaas": lambda tier_table: Infaas(),
     "model-switching": ModelSwitching,
 }
 
 #: Written with a tier's name behind a colon.
-WITH_TIER: dict[str, Callable[[Ladder, str], Policy]] = {
+WITH_TIER: dict[str, Callable[[TierTable, str], Policy]] = {
     "fixed": Fixed,
-    "nexus": lambda ladder, tier_name: EarlyDrop(Fixed(ladder, tier_name)),
+    "nexus": lambda tier_table, tier_name: EarlyDrop(Fixed(tier_table, tier_name)),
 }
 
 #: Words for tiers that every ladder has.
@@ -41,18 +41,20 @@ FIRST, LAST = "fastest", "best"
 NAMES = (*OURS, *PUBLISHED, *WITH_TIER)
 
 
-def create(spec: str, ladder: Ladder) -> Policy:
+def create(spec: str, tier_table: TierTable) -> Policy:
     """A fresh policy: a name, a tier behind a colon where one is due, `+drop` for early drop."""
     base = spec.removesuffix("+drop")
     name, colon, tier_name = base.partition(":")
     if not colon and (make := {**OURS, **PUBLISHED}.get(name)) is not None:
-        policy = make(ladder)
+        policy = make(tier_table)
     elif tier_name and name in WITH_TIER:
-        tier_name = {FIRST: ladder.names[0], LAST: ladder.names[-1]}.get(tier_name, tier_name)
-        policy = WITH_TIER[name](ladder, tier_name)
+        tier_name = {FIRST: tier_table.names[0], LAST: tier_table.names[-1]}.get(
+            tier_name, tier_name
+        )
+        policy = WITH_TIER[name](tier_table, tier_name)
     else:
         known = [*OURS, *PUBLISHED, *(f"{name}:TIER" for name in WITH_TIER)]
-        tiers = ", ".join((*ladder.names, FIRST, LAST))
+        tiers = ", ".join((*tier_table.names, FIRST, LAST))
         raise StartError(
             f"no policy is called {spec!r}; there are {', '.join(known)} (TIER: {tiers}), "
             "each also with +drop"

@@ -8,7 +8,7 @@ load only in the slack that a queue has eaten; it does not know how many are wai
 from math import ceil
 
 from pcae_serve.scheduling.latency import Forecast
-from pcae_serve.scheduling.policies.base import Run, Situation
+from pcae_serve.scheduling.policies.base import Run, SchedulerView
 from pcae_serve.scheduling.policies.fixed import batch_in_time
 
 BUCKETS = 32
@@ -24,17 +24,17 @@ class SlackFit:
     def __init__(self) -> None:
         self._drawn: dict[tuple[int, ...], _Buckets] = {}  # by the tiers that a head allows
 
-    def choose(self, situation: Situation) -> Run:
-        queue, forecast = situation.queue, situation.forecast
+    def choose(self, view: SchedulerView) -> Run:
+        queue, forecast = view.queue, view.forecast
         head = queue.by_deadline[0]
         buckets = self._drawn.get(head.tiers)
-        if buckets is None or buckets.outdated(forecast, situation.max_batch):
-            buckets = _Buckets(forecast, head.tiers, situation.max_batch)
+        if buckets is None or buckets.outdated(forecast, view.max_batch):
+            buckets = _Buckets(forecast, head.tiers, view.max_batch)
             self._drawn[head.tiers] = buckets
-        found = buckets.below(head.deadline_s - situation.now_s)
+        found = buckets.below(head.deadline_s - view.now_s)
         if found is None:  # no bucket is that quick
             tier = head.tiers[0]
-            found = tier, batch_in_time(situation, tier, forecast.useful_batch(tier))
+            found = tier, batch_in_time(view, tier, forecast.useful_batch(tier))
         tier, batch = found
         return Run(tier, tuple(queue.allowing(tier)[:batch]))
 
@@ -47,16 +47,16 @@ class _Buckets:
 
     def __init__(self, forecast: Forecast, tiers: tuple[int, ...], max_batch: int) -> None:
         self._tiers, self._max_batch = tiers, max_batch
-        self._figures_s = [forecast.promised(tier, 1) for tier in tiers]
+        self._figures_s = [forecast.p99(tier, 1) for tier in tiers]
         most = {tier: min(max_batch, forecast.useful_batch(tier)) for tier in tiers}
-        self._low_s = forecast.promised(tiers[0], 1)
-        high_s = forecast.promised(tiers[-1], most[tiers[-1]])
+        self._low_s = forecast.p99(tiers[0], 1)
+        high_s = forecast.p99(tiers[-1], most[tiers[-1]])
         self._width_s = max((high_s - self._low_s) / (BUCKETS - 1), 1e-9)
         self._best: list[tuple[int, int]] = [(tiers[0], 1)] * BUCKETS
         best: dict[int, tuple[int, int]] = {}  # bucket -> (batch, tier)
         for tier in tiers:
             for batch in range(1, most[tier] + 1):
-                above_s = forecast.promised(tier, batch) - self._low_s
+                above_s = forecast.p99(tier, batch) - self._low_s
                 bucket = max(0, ceil(above_s / self._width_s - 1e-9))
                 best[bucket] = max(best.get(bucket, (0, 0)), (batch, tier))
         batch, tier = 1, tiers[0]
@@ -66,7 +66,7 @@ class _Buckets:
 
     def outdated(self, forecast: Forecast, max_batch: int) -> bool:
         return max_batch != self._max_batch or any(
-            abs(forecast.promised(tier, 1) - drawn_s) > CHANGE * drawn_s
+            abs(forecast.p99(tier, 1) - drawn_s) > CHANGE * drawn_s
             for tier, drawn_s in zip(self._tiers, self._figures_s, strict=True)
         )
 

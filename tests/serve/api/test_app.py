@@ -20,7 +20,7 @@ from pcae_serve.bundle.reader import Bundle, Tier
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.runtime.service import Service
 from pcae_serve.scheduling.policies import registry
-from pcae_serve.scheduling.policies.base import Run, Situation
+from pcae_serve.scheduling.policies.base import Run, SchedulerView
 from pcae_serve.scheduling.policies.greedy import Greedy
 from pcae_serve.settings import Settings
 from tests.serve.conftest import image_bytes, manifest, write_bundle
@@ -460,9 +460,9 @@ class Hard(Greedy):
 
     name = "hard"
 
-    def choose(self, situation: Situation) -> Run:
-        head, *others = situation.queue.by_deadline
-        return Run(0, tuple(others), let_go=(head,)) if others else super().choose(situation)
+    def choose(self, view: SchedulerView) -> Run:
+        head, *others = view.queue.by_deadline
+        return Run(0, tuple(others), dropped=(head,)) if others else super().choose(view)
 
 
 def decoded(service: Service) -> int:
@@ -474,7 +474,7 @@ def decoded(service: Service) -> int:
 def test_a_request_that_the_policy_lets_go_gets_503_and_a_time_to_come_back(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(registry.PUBLISHED, "greedy", lambda ladder: Hard())
+    monkeypatch.setitem(registry.PUBLISHED, "greedy", lambda tier_table: Hard())
     responses: list[Any] = []
 
     def ask(client: TestClient, budget_ms: int) -> threading.Thread:

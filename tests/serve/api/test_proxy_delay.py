@@ -27,9 +27,9 @@ def seen(headers: list[tuple[bytes, bytes]], *, stamped: bool = False) -> Scope:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         scopes.append(scope)
 
-    chain: Any = proxy_delay.Subtract(app)
+    chain: Any = proxy_delay.SubtractDelay(app)
     if stamped:
-        chain = proxy_delay.Stamp(chain)
+        chain = proxy_delay.StampArrival(chain)
 
     async def call() -> None:
         await chain({"type": "http", "headers": headers}, None, None)
@@ -61,7 +61,7 @@ def test_a_stamp_from_the_future_and_one_from_long_ago_are_bounded() -> None:
     long_ago = f"{BOOT} -1e9".encode()
     assert (
         seen([(proxy_delay.HEADER, long_ago)])["state"][proxy_delay.UNDER_WAY_S]
-        == proxy_delay.MOST_S
+        == proxy_delay.MAX_S
     )
 
 
@@ -82,7 +82,7 @@ def test_it_counts_against_the_budget_however_that_was_told(
 ) -> None:
     service = Service(settings(budget_ms=900), small_bundle, [SimulatedEngine(small_bundle)])
     failures = list[BaseException]()
-    app = proxy_delay.Subtract(create_app(service, failures.append, Keys()))
+    app = proxy_delay.SubtractDelay(create_app(service, failures.append, Keys()))
     stamp = {proxy_delay.HEADER.decode(): f"{BOOT} {time.monotonic() - 1}"}
     with TestClient(app) as client:
         for _ in range(200):

@@ -21,7 +21,7 @@ from pcae_serve.loadtest.replay import Answer, Record, in_hand
 from pcae_serve.loadtest.report import FAILED
 from pcae_serve.loadtest.simulator import End
 from pcae_serve.loadtest.workload import Workload
-from pcae_serve.scheduling.tiers import Ladder
+from pcae_serve.scheduling.tiers import TierTable
 from tests.serve.conftest import image_bytes
 from tests.serve.test_cli import server
 
@@ -135,7 +135,7 @@ def stand_in() -> Iterator[StandIn]:
 @pytest.fixture(autouse=True)
 def _unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine that tests run on may be busy: whether a run is void has a test of its own."""
-    monkeypatch.setattr(replay, "MOST_LAG_S", 60.0)
+    monkeypatch.setattr(replay, "MAX_LAG_S", 60.0)
     monkeypatch.setattr(replay, "PAUSE_S", 0.0)
     monkeypatch.setattr(replay, "PATIENCE_S", 0.5)
 
@@ -230,7 +230,7 @@ def test_a_late_sender_cannot_make_a_server_look_quick() -> None:
         np.array([0.9, np.nan]), np.array([1.0, np.nan]), np.array([200, 0], np.int16), [b""] * 2
     )
     run = Record("poisson", 1.0, 0, load, sent, [Answer("full", True, 0), None], None, {})
-    outcome = run.outcome(Ladder(("fast", "full"), (0.6, 0.8)))
+    outcome = run.outcome(TierTable(("fast", "full"), (0.6, 0.8)))
     assert outcome.end.tolist() == [End.LATE, FAILED]  # 0.1 s on the wire, 1.0 s since it was due
     assert outcome.end_s[0] - outcome.arrival_s[0] == 1.0
     assert run.lag_s[0] == 0.9
@@ -281,7 +281,7 @@ def test_a_sender_that_lags_voids_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(replay, "MOST_LAG_S", 0.0)
+    monkeypatch.setattr(replay, "MAX_LAG_S", 0.0)
     folder = images(tmp_path / "images", "answer 0")
     report = tmp_path / "report.json"
     flags = ("--trace", "poisson", "--rate", "100", "--requests", "20", "--images", str(folder))

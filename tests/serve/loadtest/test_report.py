@@ -13,9 +13,9 @@ from pcae_serve.errors import PcaeError
 from pcae_serve.loadtest import report
 from pcae_serve.loadtest.report import FAILED, Figures, Row, figures, summarise, wilson
 from pcae_serve.loadtest.simulator import End, Outcome
-from pcae_serve.scheduling.tiers import Ladder
+from pcae_serve.scheduling.tiers import TierTable
 
-LADDER = Ladder(("fast", "balanced", "full"), (0.6, 0.7, 0.8))
+TIER_TABLE = TierTable(("fast", "balanced", "full"), (0.6, 0.7, 0.8))
 
 
 def outcome(*ends: tuple[int, int, float], **changes: Any) -> Outcome:
@@ -42,12 +42,12 @@ FIVE = (
 
 
 def row(policy: str = "greedy", load: float = 1.0, *runs: Figures, **changes: Any) -> Row:
-    told = runs or (figures(outcome(*FIVE), LADDER, (0, 1, 2)),)
+    told = runs or (figures(outcome(*FIVE), TIER_TABLE, (0, 1, 2)),)
     return Row(policy, "poisson", "mixed", load, 100 * load, 5, told, **changes)
 
 
 def test_every_offered_request_counts() -> None:
-    found = figures(outcome(*FIVE, span_s=4.0), LADDER, (0, 1, 2))
+    found = figures(outcome(*FIVE, span_s=4.0), TIER_TABLE, (0, 1, 2))
     assert found.attainment == pytest.approx(2 / 5)
     assert found.mean_accuracy == pytest.approx(0.7)
     assert found.accuracy_recovered == pytest.approx(0.5)
@@ -59,35 +59,35 @@ def test_every_offered_request_counts() -> None:
 
 
 def test_what_is_recovered_lies_between_the_tiers_allowed() -> None:
-    found = figures(outcome((End.IN_TIME, 1, 0.1)), LADDER, (1, 2))
+    found = figures(outcome((End.IN_TIME, 1, 0.1)), TIER_TABLE, (1, 2))
     assert found.accuracy_recovered == pytest.approx(0)
-    assert figures(outcome((End.IN_TIME, 1, 0.1)), LADDER, (1,)).accuracy_recovered is None
+    assert figures(outcome((End.IN_TIME, 1, 0.1)), TIER_TABLE, (1,)).accuracy_recovered is None
 
 
 def test_a_failure_is_a_miss() -> None:
-    found = figures(outcome((FAILED, -1, 0.1), (End.IN_TIME, 2, 0.1)), LADDER, (0, 1, 2))
+    found = figures(outcome((FAILED, -1, 0.1), (End.IN_TIME, 2, 0.1)), TIER_TABLE, (0, 1, 2))
     assert (found.attainment, found.failed) == (0.5, 0.5)
 
 
 def test_with_labels_only_right_answers_in_time_are_worth_something() -> None:
     right = np.array([True, False, True, True, True])
-    found = figures(outcome(*FIVE), LADDER, (0, 1, 2), right)
+    found = figures(outcome(*FIVE), TIER_TABLE, (0, 1, 2), right)
     assert found.effective_accuracy == pytest.approx(1 / 5)  # late and refused ones are not
 
 
 def test_nothing_in_time_has_no_accuracy() -> None:
-    found = figures(outcome((End.REFUSED, -1, 0.0)), LADDER, (0, 1, 2))
+    found = figures(outcome((End.REFUSED, -1, 0.0)), TIER_TABLE, (0, 1, 2))
     assert (found.attainment, found.effective_accuracy) == (0, 0)
     assert (found.accuracy_recovered, found.mean_accuracy, found.p99_ms) == (None, None, None)
 
 
 def test_waste_is_a_share_of_the_busy_time() -> None:
     busy = outcome(*FIVE, busy_s=2.0, late_s=0.5, padding_s=0.1, batches=[1, 3])
-    found = figures(busy, LADDER, (0, 1, 2))
+    found = figures(busy, TIER_TABLE, (0, 1, 2))
     assert (found.wasted_late, found.wasted_cancelled) == (0.25, 0)
     assert found.wasted_padding == pytest.approx(0.05)
     assert found.mean_batch == 2
-    assert figures(outcome(*FIVE), LADDER, (0, 1, 2)).wasted_late is None
+    assert figures(outcome(*FIVE), TIER_TABLE, (0, 1, 2)).wasted_late is None
 
 
 def test_wilson() -> None:
@@ -163,7 +163,7 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 
 def test_the_front_is_drawn(tmp_path: Path) -> None:
-    nothing = figures(outcome((End.REFUSED, -1, 0.0)), LADDER, (0, 1, 2))
+    nothing = figures(outcome((End.REFUSED, -1, 0.0)), TIER_TABLE, (0, 1, 2))
     rows = [row(), row("slackfit"), row(load=2.0), row("slackfit", 2.0, nothing)]
     report.write_png(tmp_path / "r.png", rows, "a toy")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")

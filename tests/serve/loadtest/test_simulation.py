@@ -156,7 +156,7 @@ def test_what_cannot_be_is_told_in_one_line(
 
 
 def test_all_is_every_name_of_the_catalogue() -> None:
-    found = simulation.resolve(["all", "greedy"], profiles.read("gpu").ladder)
+    found = simulation.resolve(["all", "greedy"], profiles.read("gpu").tier_table)
     assert {spec.partition(":")[0] for spec in found} == set(registry.NAMES)
     assert len(found) == len(set(found))
     assert "nexus:fastest" in found
@@ -184,7 +184,7 @@ def test_ctrl_c_ends_it_without_a_word() -> None:
 @pytest.mark.parametrize("name", profiles.NAMES)
 def test_the_ready_made_platforms_span_five_points(name: str) -> None:
     platform = profiles.read(name)
-    accuracy = platform.ladder.accuracy
+    accuracy = platform.tier_table.accuracy
     assert list(accuracy) == sorted(accuracy)
     assert accuracy[-1] - accuracy[0] >= 0.05
     ones = [tier[1].p50 for tier in platform.seconds(4)]
@@ -211,7 +211,7 @@ def test_a_measured_profile_takes_its_accuracies_from_the_bundle(
     file = tmp_path / "profile.json"
     file.write_text(json.dumps({"profile": measured.model_dump(mode="json"), "rows": []}))
     platform = profiles.read(str(file), bundle_dir)
-    assert platform.ladder.accuracy == (0.80, 0.85, 0.90)
+    assert platform.tier_table.accuracy == (0.80, 0.85, 0.90)
     assert platform.full_s == pytest.approx(0.01)
     with pytest.raises(StartError, match="--bundle"):
         profiles.read(str(file))  # the demo has other tiers

@@ -7,15 +7,15 @@ from pcae_serve.scheduling.policies.registry import create
 from pcae_serve.scheduling.scheduler import (
     Action,
     Arrived,
+    BatchAccounted,
     Dispatch,
     Done,
     Event,
     Expire,
     Refuse,
     Scheduler,
-    Spent,
 )
-from tests.support.situations import ALL, LADDER, LINES, linear
+from tests.support.scheduler_views import ALL, LINES, TIER_TABLE, linear
 
 POINTS = [{b: Seconds(o + b * i, 1.2 * (o + b * i)) for b in (1, 32)} for o, i in LINES]
 
@@ -35,7 +35,7 @@ class Heard:
 
 
 def machine(spec: str = "greedy", devices: int = 1) -> Scheduler:
-    return Scheduler(create(spec, LADDER), linear(*LINES, tail=1.2), devices=devices)
+    return Scheduler(create(spec, TIER_TABLE), linear(*LINES, tail=1.2), devices=devices)
 
 
 def run(
@@ -106,7 +106,7 @@ def test_a_seed_gives_the_same_outcome_again() -> None:
 @pytest.mark.parametrize("devices", [1, 3])
 def test_what_was_spent_adds_up_to_the_busy_time(devices: int) -> None:
     outcome = run(7, devices=devices, heard=(heard := Heard()))
-    spent = [action for action in heard.actions if isinstance(action, Spent)]
+    spent = [action for action in heard.actions if isinstance(action, BatchAccounted)]
     assert outcome.busy_s == pytest.approx(sum(s.seconds for s in spent))
     assert [s.batch for s in spent if devices == 1] == (outcome.batches if devices == 1 else [])
     assert sum(s.batch for s in spent) == sum(outcome.batches)
@@ -146,7 +146,7 @@ def test_a_machine_that_slows_to_half_is_followed_within_20_batches() -> None:
 
     # one at a time, 0.6 s each: enough for the full tier, and later for the one below it
     simulate(np.arange(150.0), np.full(150, 0.6), machine(), halves, ALL, listen=heard)
-    batches = [action for action in heard.actions if isinstance(action, Spent)]
+    batches = [action for action in heard.actions if isinstance(action, BatchAccounted)]
     before, change, after = batches[:50], batches[50:70], batches[70:]
     assert [(b.tier, b.late) for b in before] == [(2, 0)] * 50
     assert 0 < sum(b.late for b in change) < 10

@@ -16,9 +16,9 @@ from starlette.types import Message, Scope
 
 from pcae_serve.observability import logs
 from pcae_serve.observability.logs import (
-    MOST_EXCEPTION,
-    MOST_FIELD,
-    MOST_MESSAGE,
+    MAX_EXCEPTION,
+    MAX_FIELD,
+    MAX_MESSAGE,
     RequestId,
     clean,
     configure,
@@ -171,16 +171,16 @@ def test_every_field_has_an_end(stderr: Callable[[], str], format: logs.Format) 
     log.info("%s|%s|end", "a" * 10_000_000, ValueError("e" * 10_000_000))
     text = stderr()
     assert text.count("|") == 2  # neither hides what follows it
-    assert len(text) < 2 * MOST_FIELD + 300
+    assert len(text) < 2 * MAX_FIELD + 300
     log.info("b" * 10_000_000, extra={"fields": {"path": "c" * 10_000_000}})
-    assert len(stderr()) < MOST_MESSAGE + MOST_FIELD + 300
+    assert len(stderr()) < MAX_MESSAGE + MAX_FIELD + 300
     try:
         raise ValueError("\n".join(["d" * 2000] * 5000) + "end")
     except ValueError:
         log.exception("failed")
     text = stderr()
-    assert len(text) < 1.1 * MOST_EXCEPTION + 300
-    assert text.count("d" * (MOST_FIELD + 1)) == 0
+    assert len(text) < 1.1 * MAX_EXCEPTION + 300
+    assert text.count("d" * (MAX_FIELD + 1)) == 0
 
 
 def test_half_a_character_is_written_somehow(stderr: Callable[[], str]) -> None:

@@ -26,7 +26,7 @@ from pcae_serve.observability.metrics import (
     Outcome,
     Reload,
 )
-from pcae_serve.runtime.service import Ask, Service
+from pcae_serve.runtime.service import InferenceRequest, Service
 from pcae_serve.settings import Settings
 from tests.serve.conftest import image_bytes
 
@@ -276,7 +276,9 @@ def test_every_end_of_a_request_is_counted_once(
             return body
 
         with contextlib.suppress(RequestError):
-            await service.answer(Ask(asyncio.get_running_loop().time(), budget_ms), read)
+            await service.answer(
+                InferenceRequest(asyncio.get_running_loop().time(), budget_ms), read
+            )
 
     async def scenario() -> None:
         await ask(1000)  # before the start

@@ -63,7 +63,7 @@ def test_what_is_measured_is_what_the_engine_takes(small_bundle: Bundle) -> None
             latency_profile.BATCHES
         )
         for batch in (1, 3, 16):
-            assert forecast.typical(i, batch) == pytest.approx(seconds(tier, batch))
+            assert forecast.p50(i, batch) == pytest.approx(seconds(tier, batch))
 
 
 @pytest.mark.parametrize("limit_s", [0.001, 0.1, 1.0])
@@ -73,7 +73,7 @@ def test_measuring_ends_in_time_and_has_every_tier(small_bundle: Bundle, limit_s
     once_s = sum(seconds(tier, 1) for tier in small_bundle.tiers)
     assert clock.now_s <= 2 * once_s + limit_s  # warm-up and a first batch of one always run
     assert all(points for points in measured.points.values())
-    assert measured.latency().forecast(0.0).typical(0, 1) == pytest.approx(0.002, rel=0.3)
+    assert measured.latency().forecast(0.0).p50(0, 1) == pytest.approx(0.002, rel=0.3)
 
 
 def test_tiers_take_turns_in_an_order_that_changes(small_bundle: Bundle) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from pcae_serve.bundle.reader import Accuracy, Agreement, Bundle, Tier
-from pcae_serve.runtime.servable import ladder
+from pcae_serve.runtime.servable import tier_table
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,6 @@ def test_what_policies_are_told_of_accuracy(
         return tier.model_copy(update=known)
 
     tiers = list(map(measured, small_bundle.tiers, accuracy, agreement))
-    found = ladder(tiers)
+    found = tier_table(tiers)
     assert found.names == ("fast", "balanced", "full")
     assert found.accuracy == pytest.approx(wanted)

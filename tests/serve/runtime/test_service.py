@@ -14,7 +14,7 @@ from pcae_serve.engines.base import Engine, Output, Pixels, check
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import Draining
 from pcae_serve.runtime import service as services
-from pcae_serve.runtime.servable import Ask
+from pcae_serve.runtime.servable import InferenceRequest
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 from tests.serve.api.test_app import quick
@@ -114,7 +114,7 @@ async def classify(service: Service, level: int, budget_ms: float) -> Any:
     async def read() -> bytes:
         return image_bytes(level)
 
-    ask = Ask(asyncio.get_running_loop().time(), budget_ms)
+    ask = InferenceRequest(asyncio.get_running_loop().time(), budget_ms)
     return await service.answer(ask, read)
 
 

@@ -5,10 +5,10 @@ from typing import Literal
 
 import pytest
 
-from pcae_serve.scheduling.admission import Machine, judge
+from pcae_serve.scheduling.admission import DeviceCapacity, check_admission
 from pcae_serve.scheduling.latency import Latency
 from pcae_serve.scheduling.request_queue import Queue, Request
-from tests.support.situations import ALL, LATENCY, LINES, MOST, linear
+from tests.support.scheduler_views import ALL, LATENCY, LINES, MOST, linear
 
 Why = Literal["budget", "load"] | None
 
@@ -30,9 +30,9 @@ def why_refused(
     free_in_s: float = 0.0,
     latency: Latency = LATENCY,
 ) -> Why:
-    machine = Machine(0.0, latency.forecast(0.0), MOST, 1, free_in_s)
+    machine = DeviceCapacity(0.0, latency.forecast(0.0), MOST, 1, free_in_s)
     request = Request(99, 0.0, budget_s, tiers)
-    return judge(
+    return check_admission(
         request, latency.idle(tiers[0]), machine, (waiting or Queue(), decoding or Queue())
     )
 
@@ -91,7 +91,7 @@ def test_work_is_counted_in_batches_and_told_as_the_time_to_come_back() -> None:
     full = queue(*[(90.0 + i, ALL) for i in range(50)])
 
     def drain_s(most: int, devices: int = 1) -> float:
-        machine = Machine(0.0, LATENCY.forecast(0.0), most, devices, 0.0)
+        machine = DeviceCapacity(0.0, LATENCY.forecast(0.0), most, devices, 0.0)
         return machine.seconds((full, Queue()), inf)
 
     assert drain_s(most=1) == pytest.approx(50 * 0.1)

@@ -13,18 +13,18 @@ import pytest
 from pcae_serve.bundle.reader import Bundle, Tier
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import PcaeError, RequestError, StartError
-from pcae_serve.runtime.service import Ask, Service
+from pcae_serve.runtime.service import InferenceRequest, Service
 from pcae_serve.scheduling.event_log import Recorder, Setup, replay
 from pcae_serve.scheduling.latency import Seconds
-from pcae_serve.scheduling.scheduler import Arrived, Decoded, Dispatch, Event, Timer, WakeAt
+from pcae_serve.scheduling.scheduler import Arrived, Decoded, Dispatch, Event, SetTimer, Timer
 from pcae_serve.settings import Settings
 from tests.serve.conftest import image_bytes
-from tests.support.situations import ALL, LADDER, LINES, waiting
+from tests.support.scheduler_views import ALL, LINES, TIER_TABLE, waiting
 
 MakeSettings = Callable[..., Settings]
 SETUP = Setup(
     policy="greedy",
-    ladder=LADDER,
+    tier_table=TIER_TABLE,
     seconds=[{b: Seconds(o + b * i, o + b * i) for b in (1, 32)} for o, i in LINES],
     max_batch=32,
     queue_limit=256,
@@ -47,7 +47,7 @@ async def crowd(service: Service, count: int) -> None:
     async def client(delay_s: float, budget_ms: float, leaves: bool) -> None:
         await asyncio.sleep(delay_s)
         min_tier = draw.choice((None, None, "balanced"))
-        answer = service.answer(Ask(loop.time(), budget_ms, min_tier=min_tier), read)
+        answer = service.answer(InferenceRequest(loop.time(), budget_ms, min_tier=min_tier), read)
         with contextlib.suppress(TimeoutError, RequestError):
             await asyncio.wait_for(answer, 0.02 if leaves else 20)
 
@@ -80,7 +80,15 @@ def test_a_live_run_replayed_gives_the_same_actions(
     assert replayed.events == len(log.read_text().splitlines()) - 1
     assert (replayed.setup.policy, replayed.setup.devices) == (policy, devices)
     told = log.read_text()
-    for name in ("Arrived", "Decoded", "Left", "Done", "Dispatch", "Refuse", "Spent"):
+    for name in (
+        "Arrived",
+        "Decoded",
+        "ClientLeft",
+        "Done",
+        "Dispatch",
+        "Refuse",
+        "BatchAccounted",
+    ):
         assert f'["{name}",' in told
 
 
@@ -184,7 +192,7 @@ def full_disk() -> Path:
 def test_a_full_disk_ends_the_log_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     recorder = Recorder(full_disk())
     recorder.begin(SETUP)
-    actions: list[Any] = [Dispatch(0, 0, tuple(range(32))), WakeAt(1.0)]
+    actions: list[Any] = [Dispatch(0, 0, tuple(range(32))), SetTimer(1.0)]
     for i in range(2000):
         recorder.record(Timer(float(i)), actions)
     recorder.close()

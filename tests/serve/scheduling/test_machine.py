@@ -17,22 +17,22 @@ from pcae_serve.scheduling.scheduler import (
     SPARE_SHARE,
     Action,
     Arrived,
-    Closed,
+    BatchAccounted,
+    ClientLeft,
     Decoded,
     Dispatch,
     Done,
-    Errand,
     Event,
     Expire,
-    Left,
-    Offered,
     Refuse,
     Scheduler,
-    Spent,
+    SetTimer,
+    StartTask,
+    TaskSubmitted,
+    TierDisabled,
     Timer,
-    WakeAt,
 )
-from tests.support.situations import ALL, LADDER, LINES, linear
+from tests.support.scheduler_views import ALL, LINES, TIER_TABLE, linear
 
 BASES = [f"{n}:{t}" for n in WITH_TIER for t in ("fastest", "best")]
 BASES += [name for name in NAMES if name not in WITH_TIER]
@@ -111,9 +111,9 @@ class World:
     def play(self) -> None:
         now_s = 0.0
         for tier, at_s in self.case.closed.items():
-            self.plan(Closed(at_s, tier))
+            self.plan(TierDisabled(at_s, tier))
         for id_, (at_s, seconds) in enumerate(self.case.errands):
-            self.plan(Offered(at_s, id_, seconds))
+            self.plan(TaskSubmitted(at_s, id_, seconds))
         for id_, life in enumerate(self.case.lives):
             now_s += life.gap_s
             request = Request(id_, now_s, now_s + life.budget_s, life.tiers)
@@ -121,7 +121,7 @@ class World:
             self.plan(Arrived(now_s, request))
             self.plan(Decoded(now_s + life.decode_s, id_))
             if life.leaves_s is not None:
-                self.plan(Left(now_s + life.leaves_s, id_))
+                self.plan(ClientLeft(now_s + life.leaves_s, id_))
         while self.agenda or self.wake_s < float("inf"):
             if not self.agenda or self.wake_s <= self.agenda[0][0]:
                 event: Event = Timer(self.wake_s)
@@ -141,15 +141,15 @@ class World:
                     return
                 self.requests[request.id] = request = replace(request, tiers=tiers)
                 event = Arrived(now_s, request)
-            case Closed(tier=tier):
+            case TierDisabled(tier=tier):
                 self.closed.add(tier)
-            case Offered(id=id_):
+            case TaskSubmitted(id=id_):
                 self.errands.append(id_)
             case Decoded(id=id_) if id_ in self.left or self.ends[id_]:
                 return  # nobody decodes for one who left or was refused
             case Decoded(id=id_, now_s=now_s):
                 self.waiting[id_] = now_s
-            case Left(id=id_):
+            case ClientLeft(id=id_):
                 self.left.add(id_)
                 self.waiting.pop(id_, None)
                 for device, dispatch in self.running.items():
@@ -167,22 +167,22 @@ class World:
                     assert event.request.id == id_
                     self.ends[id_] += 1
                 case Expire(id=id_, why="tier"):
-                    assert isinstance(event, Closed)
+                    assert isinstance(event, TierDisabled)
                     assert self.closed >= {*self.requests[id_].tiers}
                     self.waiting.pop(id_, None)  # it may still have been decoded
                     self.ends[id_] += 1
                 case Expire(id=id_):
                     self.expired(id_, event.now_s)
-                case Errand(device=device, id=id_):
+                case StartTask(device=device, id=id_):
                     self.begun(id_, event.now_s)
                     assert device not in self.running.keys() | self.on_errands
                     assert id_ == self.errands.pop(0)
                     self.on_errands.add(device)
                     self.plan(Done(event.now_s + self.case.errands[id_][1], device, None))
-                case WakeAt(at_s=at_s):
+                case SetTimer(at_s=at_s):
                     assert at_s >= event.now_s
                     self.wake_s = at_s
-                case Spent() as spent:
+                case BatchAccounted() as spent:
                     assert isinstance(event, Done)
                     self.done(event, spent)
 
@@ -206,12 +206,12 @@ class World:
             self.ends[id_] += 1
             request = self.requests[id_]
             assert dispatch.tier in request.tiers
-            soonest_s = now_s + forecast.typical(request.tiers[0], 1)
+            soonest_s = now_s + forecast.p50(request.tiers[0], 1)
             assert soonest_s <= request.deadline_s + 1e-9, "it cannot be in time any more"
         self.running[dispatch.device] = dispatch
         times = self.case.times[self.batches % len(self.case.times)]
         self.batches += 1
-        seconds = forecast.typical(dispatch.tier, len(dispatch.ids)) * (times or 1.0)
+        seconds = forecast.p50(dispatch.tier, len(dispatch.ids)) * (times or 1.0)
         self.plan(Done(now_s + seconds, dispatch.device, seconds if times else None))
 
     def expired(self, id_: int, now_s: float) -> None:
@@ -219,7 +219,7 @@ class World:
         self.ends[id_] += 1
         assert now_s <= max(since_s, self.requests[id_].deadline_s) + TIMER_S, "it starved"
 
-    def done(self, event: Done, spent: Spent) -> None:
+    def done(self, event: Done, spent: BatchAccounted) -> None:
         dispatch = self.running.pop(event.device)
         assert spent.batch == len(dispatch.ids)
         assert spent.tier == dispatch.tier
@@ -232,7 +232,7 @@ class World:
 def world(spec: str, case: Case) -> World:
     latency = linear(*LINES, tail=1.2)
     machine = Scheduler(
-        create(spec, LADDER),
+        create(spec, TIER_TABLE),
         latency,
         devices=case.devices,
         max_batch=case.max_batch,

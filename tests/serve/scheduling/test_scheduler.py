@@ -2,28 +2,28 @@
 
 import pytest
 
-from pcae_serve.scheduling.policies.base import Run, Situation, Wait
+from pcae_serve.scheduling.policies.base import Run, SchedulerView, Wait
 from pcae_serve.scheduling.policies.greedy import Greedy
 from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.scheduling.scheduler import (
     LOOK_S,
     Action,
     Arrived,
-    Closed,
+    BatchAccounted,
+    ClientLeft,
     Decoded,
     Dispatch,
     Done,
-    Errand,
     Expire,
-    Left,
-    Offered,
     Refuse,
     Scheduler,
-    Spent,
+    SetTimer,
+    StartTask,
+    TaskSubmitted,
+    TierDisabled,
     Timer,
-    WakeAt,
 )
-from tests.support.situations import ALL, LINES, linear
+from tests.support.scheduler_views import ALL, LINES, linear
 
 
 def scheduler(**options: int) -> Scheduler:
@@ -47,8 +47,8 @@ def dispatched(actions: list[Action]) -> list[Dispatch]:
     return [action for action in actions if isinstance(action, Dispatch)]
 
 
-def spent(actions: list[Action]) -> Spent:
-    [only] = [action for action in actions if isinstance(action, Spent)]
+def spent(actions: list[Action]) -> BatchAccounted:
+    [only] = [action for action in actions if isinstance(action, BatchAccounted)]
     return only
 
 
@@ -157,7 +157,7 @@ def test_more_requests_than_the_limit_are_refused() -> None:
 def test_what_can_no_longer_be_met_expires_by_timer_and_never_runs() -> None:
     machine = scheduler()
     arrive(machine, 1, 0.0, 9.0, (0,))  # expected to end at 0.1, and does not
-    [wake] = [a for a in arrive(machine, 2, 0.0, 0.3) if isinstance(a, WakeAt)]
+    [wake] = [a for a in arrive(machine, 2, 0.0, 0.3) if isinstance(a, SetTimer)]
     assert wake.at_s == pytest.approx(0.2, abs=0.01)  # 0.3 less the fastest tier's 0.1
     assert machine.handle(Timer(wake.at_s)) == [Expire(2, "late")]
     assert not dispatched(machine.handle(Done(5.0, 0, None)))
@@ -165,9 +165,9 @@ def test_what_can_no_longer_be_met_expires_by_timer_and_never_runs() -> None:
 
 def test_whom_the_policy_lets_go_is_told_that_it_was_the_load() -> None:
     class Hard(Greedy):
-        def choose(self, situation: Situation) -> Run:
-            head, *others = situation.queue.by_deadline
-            return Run(0, tuple(others), let_go=(head,)) if others else super().choose(situation)
+        def choose(self, view: SchedulerView) -> Run:
+            head, *others = view.queue.by_deadline
+            return Run(0, tuple(others), dropped=(head,)) if others else super().choose(view)
 
     machine = Scheduler(Hard(), linear(*LINES))
     for id_ in (1, 2, 3):
@@ -184,17 +184,17 @@ def test_a_client_may_leave_at_any_point_of_its_requests_life() -> None:
         arrive(machine, id_, 0.0, 9.0 + id_)
     machine.handle(Arrived(0.0, Request(6, 0.0, 9.0, ALL)))
     assert machine.waiting == 5
-    machine.handle(Left(0.1, 6))  # before it is decoded
-    machine.handle(Left(0.1, 3))  # in the queue
-    machine.handle(Left(0.1, 1))  # while it runs
+    machine.handle(ClientLeft(0.1, 6))  # before it is decoded
+    machine.handle(ClientLeft(0.1, 3))  # in the queue
+    machine.handle(ClientLeft(0.1, 1))  # while it runs
     assert machine.waiting == 3
     assert not dispatched(machine.handle(Decoded(0.2, 6)))
     actions = machine.handle(Done(0.4, 0, 0.4))
-    assert spent(actions) == Spent(0, 2, 1, 0.4, late=0, cancelled=1)
+    assert spent(actions) == BatchAccounted(0, 2, 1, 0.4, late=0, cancelled=1)
     assert dispatched(actions) == [Dispatch(0, 2, (2, 4))]
-    assert machine.handle(Left(0.5, 1)) == []  # long gone
-    machine.handle(Left(0.5, 4))
-    machine.handle(Left(0.6, 4))  # twice
+    assert machine.handle(ClientLeft(0.5, 1)) == []  # long gone
+    machine.handle(ClientLeft(0.5, 4))
+    machine.handle(ClientLeft(0.6, 4))  # twice
     actions = machine.handle(Done(0.9, 0, 0.44))
     assert spent(actions).cancelled == 1
     assert dispatched(actions) == [Dispatch(0, 2, (5,))]
@@ -206,8 +206,10 @@ def test_late_answers_are_counted_and_not_those_that_nobody_waits_for() -> None:
     for id_, budget_s in ((1, 9.0), (2, 1.0), (3, 1.0), (4, 9.0)):
         arrive(machine, id_, 0.0, budget_s, (0,))
     assert dispatched(machine.handle(Done(0.1, 0, 0.1)))[0].ids == (2, 3, 4)
-    machine.handle(Left(1.1, 3))
-    assert spent(machine.handle(Done(2.1, 0, 2.0))) == Spent(0, 0, 3, 2.0, late=1, cancelled=1)
+    machine.handle(ClientLeft(1.1, 3))
+    assert spent(machine.handle(Done(2.1, 0, 2.0))) == BatchAccounted(
+        0, 0, 3, 2.0, late=1, cancelled=1
+    )
 
 
 def test_a_failed_batch_frees_its_device_and_teaches_nothing() -> None:
@@ -234,12 +236,12 @@ def test_a_batch_that_no_device_was_given_is_told() -> None:
 
 def test_a_policy_may_wait() -> None:
     class Patient(Greedy):
-        def choose(self, situation: Situation) -> Run | Wait:  # type: ignore[override]
-            return Wait(0.5) if situation.now_s < 0.5 else super().choose(situation)
+        def choose(self, view: SchedulerView) -> Run | Wait:  # type: ignore[override]
+            return Wait(0.5) if view.now_s < 0.5 else super().choose(view)
 
     machine = Scheduler(Patient(), linear(*LINES))
     [wake] = arrive(machine, 1, 0.0, 9.0)
-    assert isinstance(wake, WakeAt)
+    assert isinstance(wake, SetTimer)
     assert wake.at_s == pytest.approx(0.5, abs=0.01)
     assert dispatched(machine.handle(Timer(wake.at_s))) == [Dispatch(0, 2, (1,))]
 
@@ -252,10 +254,10 @@ class Moody:
     def __init__(self) -> None:
         self.bad = True
 
-    def choose(self, situation: Situation) -> Run:
+    def choose(self, view: SchedulerView) -> Run:
         if self.bad:
             raise ZeroDivisionError
-        head = situation.queue.by_deadline[0]
+        head = view.queue.by_deadline[0]
         return Run(head.tiers[-1], (head,))
 
     def observe(self, run: Run, seconds: float, late: int) -> None:
@@ -283,7 +285,7 @@ def test_a_closed_tier_is_left_to_others_and_who_has_none_is_told() -> None:
     arrive(machine, 1, 0.0, 5.0)
     arrive(machine, 2, 0.0, 5.0, (2,))
     arrive(machine, 3, 0.0, 5.0, (1, 2))
-    assert machine.handle(Closed(0.1, 2))[0] == Expire(2, "tier")
+    assert machine.handle(TierDisabled(0.1, 2))[0] == Expire(2, "tier")
     actions = machine.handle(Done(0.4, 0, 0.4))
     assert dispatched(actions) == [Dispatch(0, 1, (3,))]
 
@@ -292,9 +294,9 @@ def test_an_errand_waits_until_nobody_else_does() -> None:
     machine = scheduler()
     arrive(machine, 1, 0.0, 5.0)
     arrive(machine, 2, 0.0, 5.0)
-    assert Errand(0, 7) not in machine.handle(Offered(0.3, 7, 0.01))
+    assert StartTask(0, 7) not in machine.handle(TaskSubmitted(0.3, 7, 0.01))
     assert dispatched(machine.handle(Done(0.4, 0, 0.4))) == [Dispatch(0, 2, (2,))]
-    assert machine.handle(Done(0.8, 0, 0.4))[-1] == Errand(0, 7)
+    assert machine.handle(Done(0.8, 0, 0.4))[-1] == StartTask(0, 7)
     assert not dispatched(arrive(machine, 3, 0.805, 5.0))  # the device is not free
     assert dispatched(machine.handle(Done(0.81, 0, None))) == [Dispatch(0, 2, (3,))]
 
@@ -302,11 +304,11 @@ def test_an_errand_waits_until_nobody_else_does() -> None:
 def test_an_errand_waits_for_who_is_still_at_the_decoder() -> None:
     machine = scheduler()
     machine.handle(Arrived(0.0, Request(1, 0.0, 5.0, ALL)))
-    [wake] = machine.handle(Offered(0.01, 7, 0.01))
-    assert isinstance(wake, WakeAt)  # a better moment may come without an event
+    [wake] = machine.handle(TaskSubmitted(0.01, 7, 0.01))
+    assert isinstance(wake, SetTimer)  # a better moment may come without an event
     assert wake.at_s == pytest.approx(0.01 + LOOK_S, abs=0.001)
     assert dispatched(machine.handle(Decoded(0.05, 1))) == [Dispatch(0, 2, (1,))]
-    assert Errand(0, 7) in machine.handle(Done(0.45, 0, 0.4))
+    assert StartTask(0, 7) in machine.handle(Done(0.45, 0, 0.4))
 
 
 def test_a_long_errand_waits_where_it_would_make_expected_requests_late() -> None:
@@ -316,14 +318,14 @@ def test_a_long_errand_waits_where_it_would_make_expected_requests_late() -> Non
         machine, begun_s = scheduler(), list[float]()
         for id_ in range(100):
             now_s = 0.2 * id_
-            for action in machine.handle(Offered(now_s, 0, seconds)) if id_ == 40 else []:
-                begun_s += [now_s] * isinstance(action, Errand)
+            for action in machine.handle(TaskSubmitted(now_s, 0, seconds)) if id_ == 40 else []:
+                begun_s += [now_s] * isinstance(action, StartTask)
             if begun_s:
                 return begun_s
             [dispatch] = dispatched(arrive(machine, id_, now_s, budget_s))
             done_s = now_s + 0.1 * (1 + dispatch.tier)
             for action in machine.handle(Done(done_s, 0, 0.1 * (1 + dispatch.tier))):
-                begun_s += [done_s] * isinstance(action, Errand)
+                begun_s += [done_s] * isinstance(action, StartTask)
         return begun_s
 
     assert begun(0.01, 0.3) == [8.0]
@@ -347,40 +349,40 @@ def test_errands_have_a_share_of_a_device_that_is_never_free(
 ) -> None:
     machine = scheduler(max_batch=1)
     arrive(machine, 1, 0.0, 9.0)
-    machine.handle(Offered(6.0 - waited_s, 7, 0.05))
+    machine.handle(TaskSubmitted(6.0 - waited_s, 7, 0.05))
     arrive(machine, 2, 5.9, 0.1 + 0.1 + spare_s)
     actions = machine.handle(Done(6.0, 0, 0.4))
-    assert isinstance(actions[1], Errand if first == "errand" else Dispatch)
+    assert isinstance(actions[1], StartTask if first == "errand" else Dispatch)
 
 
 def test_errands_are_done_in_turn_with_a_rest_between() -> None:
     machine = scheduler(max_batch=1)
     arrive(machine, 1, 0.0, 9.0)
     for id_ in (7, 8):
-        machine.handle(Offered(0.01, id_, 0.05))
+        machine.handle(TaskSubmitted(0.01, id_, 0.05))
     arrive(machine, 2, 5.9, 9.0)
     arrive(machine, 3, 5.9, 9.0)
-    assert Errand(0, 7) in machine.handle(Done(6.0, 0, 0.4))
+    assert StartTask(0, 7) in machine.handle(Done(6.0, 0, 0.4))
     assert dispatched(machine.handle(Done(6.05, 0, None))) == [Dispatch(0, 2, (2,))]
-    assert Errand(0, 8) in machine.handle(Done(7.1, 0, 0.4))  # 5 % of the time since
+    assert StartTask(0, 8) in machine.handle(Done(7.1, 0, 0.4))  # 5 % of the time since
 
 
 @pytest.mark.parametrize(("now_s", "refused"), [(4.9, False), (5.1, True)])
 def test_admission_reckons_with_an_errand_that_is_due(now_s: float, refused: bool) -> None:
     machine = scheduler(max_batch=1)
     arrive(machine, 1, 0.0, 9.0)
-    machine.handle(Offered(0.0, 7, 3.0))
+    machine.handle(TaskSubmitted(0.0, 7, 3.0))
     told = machine.handle(Arrived(now_s, Request(2, now_s, now_s + 2.0, ALL)))
     assert [isinstance(action, Refuse) and action.why for action in told] == ["load"] * refused
 
 
 def test_a_long_errand_is_followed_by_as_long_a_rest() -> None:
     machine = scheduler(max_batch=1)
-    machine.handle(Offered(0.0, 0, 0.05))
+    machine.handle(TaskSubmitted(0.0, 0, 0.05))
     arrive(machine, 1, 0.01, 9.0)
-    machine.handle(Offered(0.02, 1, 0.001))
+    machine.handle(TaskSubmitted(0.02, 1, 0.001))
     arrive(machine, 2, 0.03, 9.0)
     assert dispatched(machine.handle(Done(0.05, 0, None))) == [Dispatch(0, 2, (1,))]
     assert dispatched(machine.handle(Done(0.9, 0, 0.4))) == [Dispatch(0, 2, (2,))]
     arrive(machine, 3, 0.95, 9.0)
-    assert Errand(0, 1) in machine.handle(Done(1.3, 0, 0.4))
+    assert StartTask(0, 1) in machine.handle(Done(1.3, 0, 0.4))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pcae_serve.scheduling.admission import STRICTEST, Strictness
+from pcae_serve.scheduling.admission import STRICTEST, OverloadFactor
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.policies.greedy import Greedy
 from pcae_serve.scheduling.request_queue import Request
@@ -10,20 +10,20 @@ from pcae_serve.scheduling.scheduler import Arrived, Decoded, Done, Expire, Refu
 
 
 def test_it_rises_with_requests_taken_in_vain_and_falls_with_answers_in_time() -> None:
-    strictness = Strictness()
-    strictness.in_vain(5)
-    high = strictness.times
+    overload_factor = OverloadFactor()
+    overload_factor.in_vain(5)
+    high = overload_factor.times
     assert high > 1.05
-    strictness.in_time(50)
-    assert 1.0 <= strictness.times < high
+    overload_factor.in_time(50)
+    assert 1.0 <= overload_factor.times < high
 
 
 def test_it_stays_within_bounds() -> None:
-    strictness = Strictness()
-    strictness.in_vain(10_000)
-    assert strictness.times == pytest.approx(STRICTEST)
-    strictness.in_time(100_000)
-    assert strictness.times == 1.0
+    overload_factor = OverloadFactor()
+    overload_factor.in_vain(10_000)
+    assert overload_factor.times == pytest.approx(STRICTEST)
+    overload_factor.in_time(100_000)
+    assert overload_factor.times == 1.0
 
 
 def offer(machine: Scheduler, ids: range, now_s: float, budget_s: float) -> list[int]:

@@ -1,20 +1,20 @@
 import pytest
 
-from pcae_serve.scheduling.policies.base import Situation
+from pcae_serve.scheduling.policies.base import SchedulerView
 from pcae_serve.scheduling.policies.model_switching import PATIENCE, ModelSwitching
 from pcae_serve.scheduling.request_queue import Request
-from tests.support.situations import LADDER, ids, load, situation, waiting
+from tests.support.scheduler_views import TIER_TABLE, ids, load, view, waiting
 
 CALM, NEARLY, BUSY = 5.0, 6.0, 7.0  # the best tier keeps up with 6.25 a second
 
 
-def at(rate: float, *budgets_s: float, devices: int = 1) -> Situation:
+def at(rate: float, *budgets_s: float, devices: int = 1) -> SchedulerView:
     arrivals = load(rate, budgets_s=budgets_s or (1.0,))
-    return situation(waiting(1.0), arrivals=arrivals, devices=devices)
+    return view(waiting(1.0), arrivals=arrivals, devices=devices)
 
 
-def tier_at(now: Situation) -> int:
-    return ModelSwitching(LADDER).choose(now).tier
+def tier_at(now: SchedulerView) -> int:
+    return ModelSwitching(TIER_TABLE).choose(now).tier
 
 
 @pytest.mark.parametrize(
@@ -39,33 +39,33 @@ def test_few_tight_budgets_do_not_outweigh_the_accuracy_of_all_others() -> None:
 
 
 def test_down_at_once() -> None:
-    policy = ModelSwitching(LADDER)
+    policy = ModelSwitching(TIER_TABLE)
     assert [policy.choose(at(rate)).tier for rate in (CALM, BUSY, 33.0)] == [2, 1, 0]
 
 
 def test_up_only_after_some_calm_decisions() -> None:
-    policy = ModelSwitching(LADDER)
+    policy = ModelSwitching(TIER_TABLE)
     tiers = [policy.choose(at(rate)).tier for rate in [BUSY] + [CALM] * PATIENCE]
     assert tiers == [1] * PATIENCE + [2]
 
 
 def test_a_burst_in_between_starts_the_patience_anew() -> None:
-    policy = ModelSwitching(LADDER)
+    policy = ModelSwitching(TIER_TABLE)
     rates = [BUSY] + [CALM] * (PATIENCE - 1) + [BUSY] + [CALM] * (PATIENCE - 1)
     assert {policy.choose(at(rate)).tier for rate in rates} == {1}
 
 
 def test_not_up_where_the_load_is_just_below_the_threshold() -> None:
-    policy = ModelSwitching(LADDER)
+    policy = ModelSwitching(TIER_TABLE)
     assert {policy.choose(at(rate)).tier for rate in [BUSY] + [NEARLY] * 3 * PATIENCE} == {1}
 
 
 def test_a_request_that_does_not_allow_the_tier_gets_the_nearest() -> None:
-    now = situation([Request(0, 0.0, 1.0, (1, 2))], arrivals=load(33.0))
+    now = view([Request(0, 0.0, 1.0, (1, 2))], arrivals=load(33.0))
     assert tier_at(now) == 1
 
 
 def test_the_batch_stops_where_its_head_would_be_late() -> None:
-    run = ModelSwitching(LADDER).choose(situation(waiting(0.45, *[9.0] * 9)))
+    run = ModelSwitching(TIER_TABLE).choose(view(waiting(0.45, *[9.0] * 9)))
     assert run.tier == 2
     assert ids(run) == [0, 1]  # 0.44 s

@@ -12,11 +12,21 @@ from pcae_serve.scheduling.latency import Seconds
 from pcae_serve.scheduling.policies.pace import Pace
 from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.scheduling.scheduler import Scheduler
-from pcae_serve.scheduling.tiers import Ladder
-from tests.support.situations import ALL, LADDER, LINES, MOST, ids, linear, load, situation, waiting
+from pcae_serve.scheduling.tiers import TierTable
+from tests.support.scheduler_views import (
+    ALL,
+    LINES,
+    MOST,
+    TIER_TABLE,
+    ids,
+    linear,
+    load,
+    view,
+    waiting,
+)
 
 #: The same tiers, with more to be gained by the better ones.
-STEEP = Ladder(LADDER.names, (0.20, 0.50, 0.90))
+STEEP = TierTable(TIER_TABLE.names, (0.20, 0.50, 0.90))
 
 
 def bursts(size: int, every_s: float, budget_s: float) -> Arrivals:
@@ -32,11 +42,11 @@ def choice(
     requests: list[Request],
     arrivals: Arrivals | None = None,
     *,
-    ladder: Ladder = LADDER,
+    tier_table: TierTable = TIER_TABLE,
     devices: int = 1,
 ) -> tuple[int, list[int]]:
     """The tier, and who runs."""
-    run = Pace(ladder).choose(situation(requests, arrivals=arrivals, devices=devices))
+    run = Pace(tier_table).choose(view(requests, arrivals=arrivals, devices=devices))
     return run.tier, ids(run)
 
 
@@ -72,7 +82,7 @@ def play(rate: float, devices: int = 1) -> Outcome:
     generator = np.random.default_rng(1)
     times_s = np.cumsum(generator.exponential(1 / rate, 600))
     points = [{b: Seconds(o + b * i, 1.1 * (o + b * i)) for b in (1, MOST)} for o, i in LINES]
-    machine = Scheduler(Pace(LADDER), linear(*LINES, tail=1.1), devices=devices)
+    machine = Scheduler(Pace(TIER_TABLE), linear(*LINES, tail=1.1), devices=devices)
     return simulate(times_s, np.full(600, 1.0), machine, draw(points, MOST, 2), ALL)
 
 
@@ -113,18 +123,20 @@ def test_no_more_can_miss_than_there_are() -> None:
     assert choice(waiting(0.5, 0.5), load(2.0, budgets_s=(0.5,))) == (2, [0, 1])
 
 
-@pytest.mark.parametrize(("ladder", "tier"), [(LADDER, 0), (STEEP, 1)])
-def test_accuracy_must_pay_for_what_may_be_missed_at_worst(ladder: Ladder, tier: int) -> None:
+@pytest.mark.parametrize(("tier_table", "tier"), [(TIER_TABLE, 0), (STEEP, 1)])
+def test_accuracy_must_pay_for_what_may_be_missed_at_worst(
+    tier_table: TierTable, tier: int
+) -> None:
     # bursts of four: 0.2 s on the middle tier may come in the way of the next
-    assert choice(waiting(0.5), bursts(4, 1.0, 0.5), ladder=ladder) == (tier, [0])
+    assert choice(waiting(0.5), bursts(4, 1.0, 0.5), tier_table=tier_table) == (tier, [0])
 
 
-@pytest.mark.parametrize(("ladder", "tier"), [(LADDER, 1), (STEEP, 2)])
+@pytest.mark.parametrize(("tier_table", "tier"), [(TIER_TABLE, 1), (STEEP, 2)])
 def test_accuracy_must_pay_for_those_who_are_expected_to_come_too_late(
-    ladder: Ladder, tier: int
+    tier_table: TierTable, tier: int
 ) -> None:
     # twenty a second with 0.5 s each: 0.4 s on the best tier leave the first of them no time
-    assert choice(waiting(2.0), load(20.0, budgets_s=(0.5,)), ladder=ladder) == (tier, [0])
+    assert choice(waiting(2.0), load(20.0, budgets_s=(0.5,)), tier_table=tier_table) == (tier, [0])
 
 
 @pytest.mark.parametrize(("devices", "tier"), [(1, 0), (2, 1), (4, 2)])

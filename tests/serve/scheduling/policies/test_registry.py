@@ -3,7 +3,7 @@ import pytest
 from pcae_serve.errors import StartError
 from pcae_serve.scheduling.policies.early_drop import EarlyDrop
 from pcae_serve.scheduling.policies.registry import NAMES, create
-from tests.support.situations import LADDER, situation, waiting
+from tests.support.scheduler_views import TIER_TABLE, view, waiting
 
 PLAIN = ("greedy", "conservative", "slackfit", "infaas", "model-switching")
 
@@ -12,7 +12,7 @@ PLAIN = ("greedy", "conservative", "slackfit", "infaas", "model-switching")
     "spec", [*PLAIN, "greedy+drop", "slackfit+drop", "fixed:full", "nexus:full"]
 )
 def test_a_policy_is_called_what_it_was_created_by(spec: str) -> None:
-    assert create(spec, LADDER).name == spec
+    assert create(spec, TIER_TABLE).name == spec
 
 
 @pytest.mark.parametrize(
@@ -25,15 +25,15 @@ def test_a_policy_is_called_what_it_was_created_by(spec: str) -> None:
     ],
 )
 def test_fastest_and_best_stand_for_tiers(spec: str, name: str, tier: int) -> None:
-    policy = create(spec, LADDER)
+    policy = create(spec, TIER_TABLE)
     assert policy.name == name
-    choice = policy.choose(situation(waiting(9.0)))
+    choice = policy.choose(view(waiting(9.0)))
     assert getattr(choice, "tier", None) == tier
 
 
 @pytest.mark.parametrize("spec", ["nexus:fast", "nexus:fast+drop", "fixed:fast+drop"])
 def test_nexus_is_fixed_with_early_drop_and_drops_once(spec: str) -> None:
-    policy = create(spec, LADDER)
+    policy = create(spec, TIER_TABLE)
     assert isinstance(policy, EarlyDrop)
     assert policy.name == "nexus:fast"
 
@@ -43,17 +43,17 @@ def test_nexus_is_fixed_with_early_drop_and_drops_once(spec: str) -> None:
 )
 def test_what_does_not_exist_is_refused_with_one_line_of_what_does(spec: str) -> None:
     with pytest.raises(StartError) as error:
-        create(spec, LADDER)
+        create(spec, TIER_TABLE)
     message = str(error.value)
     assert repr(spec) in message
     assert "\n" not in message
-    assert all(name in message for name in (*NAMES, *LADDER.names, "fastest", "best", "+drop"))
+    assert all(name in message for name in (*NAMES, *TIER_TABLE.names, "fastest", "best", "+drop"))
 
 
 def test_an_unknown_tier_is_refused() -> None:
     with pytest.raises(StartError, match="no tier is named 'slow'; there are fast, balanced, full"):
-        create("nexus:slow", LADDER)
+        create("nexus:slow", TIER_TABLE)
 
 
 def test_every_call_makes_a_fresh_policy() -> None:
-    assert create("model-switching", LADDER) is not create("model-switching", LADDER)
+    assert create("model-switching", TIER_TABLE) is not create("model-switching", TIER_TABLE)

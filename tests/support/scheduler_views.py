@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 
 from pcae_serve.scheduling.arrivals import Arrivals
 from pcae_serve.scheduling.latency import Latency, Seconds
-from pcae_serve.scheduling.policies.base import Run, Situation
+from pcae_serve.scheduling.policies.base import Run, SchedulerView
 from pcae_serve.scheduling.request_queue import Queue, Request
-from pcae_serve.scheduling.tiers import Ladder
+from pcae_serve.scheduling.tiers import TierTable
 
-LADDER = Ladder(("fast", "balanced", "full"), (0.80, 0.85, 0.90))
+TIER_TABLE = TierTable(("fast", "balanced", "full"), (0.80, 0.85, 0.90))
 ALL = (0, 1, 2)
 MOST = 32
 
@@ -39,7 +39,7 @@ def load(rate: float, now_s: float = 0.0, budgets_s: Sequence[float] = (1.0,)) -
     return arrivals
 
 
-def situation(
+def view(
     requests: Iterable[Request],
     *,
     latency: Latency = LATENCY,
@@ -47,11 +47,13 @@ def situation(
     most: int = MOST,
     arrivals: Arrivals | None = None,
     devices: int = 1,
-) -> Situation:
+) -> SchedulerView:
     queue = Queue()
     for request in requests:
         queue.add(request)
-    return Situation(now_s, queue, latency.forecast(now_s), arrivals or Arrivals(), most, devices)
+    return SchedulerView(
+        now_s, queue, latency.forecast(now_s), arrivals or Arrivals(), most, devices
+    )
 
 
 def ids(run: object) -> list[int]:
