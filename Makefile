@@ -65,10 +65,11 @@ test-all: .venv-test/ray  ## all tests but those that need a GPU
 	$(TEST_PYTHON) -m pytest -m "not gpu" $(ARGS)
 
 .PHONY: lint
-lint: .venv-test/installed  ## ruff's rules, its format, and types
+lint: .venv-test/installed  ## ruff's rules, its format, types, and the direction of imports
 	$(TEST_PYTHON) -m ruff check
 	$(TEST_PYTHON) -m ruff format --check
 	$(TEST_PYTHON) -m mypy
+	.venv-test/bin/lint-imports
 
 .PHONY: format
 format: .venv-test/installed  ## rewrite the code in ruff's format

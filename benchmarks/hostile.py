@@ -19,7 +19,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.serve import odd_images as odd  # noqa: E402
+from tests.support import odd_images as odd  # noqa: E402
 from tests.support.odd_images import END, MB, PIXELS, bmp, chunk, exif, photo, save, tiff  # noqa: E402
 
 SIDE = 7_071  # squared, just under 50 million

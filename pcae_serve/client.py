@@ -29,9 +29,9 @@ from urllib.parse import urlsplit
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ValidationError
 
-from pcae_serve import __version__
 from pcae_serve.errors import PcaeError, one_line
 from pcae_serve.schemas import Classification, Embedding, Health, Tiers
+from pcae_serve.version import __version__
 
 try:
     import anyio  # httpx needs it

@@ -21,7 +21,7 @@ import yaml
 from pcae_serve.runtime.service import BATCH_S, TERMINATE_S
 from pcae_serve.settings import Settings
 from pcae_training.pretrain import PretrainSettings
-from tests.serve.observability.test_dashboard import SERVED
+from tests.support.exposition import SERVED
 
 ROOT = Path(__file__).parents[1]
 KUBERNETES, RAY = ROOT / "docker" / "kubernetes", ROOT / "docker" / "ray"

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.serve.test_cli import free_port, ready
+from tests.support.server_process import free_port, ready
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ("sh", "make", "which", "awk", "rm", "touch", "mkdir", "cat", "chmod")

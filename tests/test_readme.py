@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pcae_serve.bundle import reader
-from tests.serve.test_cli import server
+from tests.support.server_process import server
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -17,8 +17,8 @@ from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 from pcae_training.data import LabelledImages, load
-from tests.serve.api.test_app import serving
-from tests.serve.conftest import write_bundle
+from tests.support.apps import serving
+from tests.support.bundles import write_bundle
 from tests.support.odd_images import CASES, exif, noise, photo, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")

@@ -22,7 +22,6 @@ import onnxscript
 import torch
 from tqdm import tqdm
 
-import pcae_serve
 from pcae_export import card, graph, int8, weights
 from pcae_export.measure import Quality
 from pcae_export.verify import Parity
@@ -40,6 +39,7 @@ from pcae_serve.bundle.reader import (
 )
 from pcae_serve.bundle.tokens import KeepRatio, exact
 from pcae_serve.errors import PcaeError
+from pcae_serve.version import __version__
 from pcae_training.checkpoint import Checkpoint, to_config
 
 CARD = "README.md"
@@ -273,7 +273,7 @@ def metadata(
     config, preprocess = checkpoint.model.config, checkpoint.preprocess
     said: dict[str, object] = {
         "name": bundle,
-        "producer": f"pcae-serve {pcae_serve.__version__}",
+        "producer": f"pcae-serve {__version__}",
         "precision": precision,
         "pixels": "uint8 RGB [batch, height, width, 3], not yet scaled or normalised",
         "image_size": config.image_size,
@@ -310,7 +310,7 @@ def _seal(
         name=name,
         created=datetime.now(UTC).replace(microsecond=0),
         producer={
-            "pcae-serve": pcae_serve.__version__,
+            "pcae-serve": __version__,
             "torch": torch.__version__,
             "onnx": onnx.__version__,
             "onnxscript": onnxscript.__version__,

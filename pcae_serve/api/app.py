@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from pcae_serve import __version__, schemas
+from pcae_serve import schemas
 from pcae_serve.api import inference_routes, openapi, proxy_delay, server_timing
 from pcae_serve.api.auth import Keys
 from pcae_serve.api.body import limited, unless_left
@@ -37,6 +37,7 @@ from pcae_serve.errors import (
 from pcae_serve.observability import tracing
 from pcae_serve.runtime.servable import InferenceRequest, InferenceResult
 from pcae_serve.runtime.service import Service
+from pcae_serve.version import __version__
 
 PROBLEM = "application/problem+json"
 LATENCY_BATCHES = (1, 8)  # what /tiers quotes

@@ -23,7 +23,6 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json, to_json
 
-from pcae_serve import __version__
 from pcae_serve.api import proxy_delay, server_timing
 from pcae_serve.api.body import limited, unless_left
 from pcae_serve.bundle.reader import Bundle
@@ -38,6 +37,7 @@ from pcae_serve.errors import (
 )
 from pcae_serve.runtime.servable import InferenceRequest, InferenceResult
 from pcae_serve.runtime.service import Service
+from pcae_serve.version import __version__
 
 INPUT = "image"
 VERSION = "1"  # a bundle has no versions, and the protocol no request without

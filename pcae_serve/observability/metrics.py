@@ -24,7 +24,7 @@ from prometheus_client import (
 )
 from prometheus_client.metrics_core import Metric
 
-from pcae_serve import __version__
+from pcae_serve.version import __version__
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-import pcae_serve
 from pcae_serve.bundle.reader import Bundle, Tier
 from pcae_serve.engines import cpus as cores
 from pcae_serve.engines import nvidia
@@ -31,6 +30,7 @@ from pcae_serve.engines.base import Engine
 from pcae_serve.errors import StartError
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.settings import MAX_BATCH
+from pcae_serve.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ def origin(engine: Engine) -> Origin:
         memory_gb=round(memory / 1e9, 1),
         threads=engine.threads,
         versions={
-            "pcae-serve": pcae_serve.__version__,
+            "pcae-serve": __version__,
             engine.name: engine.version,
             "python": platform.python_version(),
         },

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-import pcae_serve
 from pcae_serve.errors import PcaeError, StartError, one_line
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.policies.registry import create
@@ -35,6 +34,7 @@ from pcae_serve.scheduling.scheduler import (
     Timer,
 )
 from pcae_serve.scheduling.tiers import TierTable
+from pcae_serve.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Setup(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     event_log: Literal[1] = 1  # version of the format
-    pcae_serve: str = pcae_serve.__version__  # another version may decide otherwise
+    pcae_serve: str = __version__  # another version may decide otherwise
     policy: str
     tier_table: TierTable
     seconds: list[dict[int, Seconds]]  # by tier and batch size, as measured

@@ -16,7 +16,6 @@ from PIL import Image
 
 from pcae_export import graph
 from pcae_export.cli import Export
-from pcae_export.verify import MIN_IMAGES
 from pcae_serve.bundle import reader as bundles
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.reader import Bundle
@@ -24,9 +23,9 @@ from pcae_serve.command import run
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import VisionTransformer, ViTConfig
+from tests.support.exporting import PREPROCESS
 
 LABELS = ["bag", "coat", "shoe"]
-PREPROCESS = Preprocess(16, 16, mean=(0.5, 0.4, 0.3), std=(0.5, 0.3, 0.4))
 TIERS = {"low": 0.4, "mid": 0.6, "full": 1.0}
 
 
@@ -122,20 +121,3 @@ def make_images(root: Path, labels: list[str], each: int = 24) -> Path:
             pixels = draw.integers(0, 256, (16, 18, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "test" / label / f"{number}.png")
     return root
-
-
-def bundled(source: Path | None, out: Path, *flags: object) -> Bundle:
-    """What the command makes of a checkpoint, proven on few images."""
-    words = ["bundle", *([source] if source else []), out, "--parity-images", MIN_IMAGES, *flags]
-    assert run(Export, [str(word) for word in words]) == 0
-    return bundles.load(out)
-
-
-def fails(capsys: pytest.CaptureFixture[str], code: int, *argv: object) -> str:
-    """Run, expect one line on stderr and that exit code; the line."""
-    assert run(Export, [str(word) for word in argv]) == code
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if "pcae-export:" in line]  # beside progress bars
-    assert len(lines) == 1
-    return lines[0]

@@ -20,7 +20,7 @@ from pcae_serve.command import run
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
-from tests.export.conftest import bundled, fails
+from tests.support.exporting import bundled, fails
 from tests.support.foreign_checkpoints import saved, vit
 
 Tiny = Callable[..., Checkpoint]

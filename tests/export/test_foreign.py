@@ -19,7 +19,7 @@ from pcae_serve.bundle.reader import Agreement, Bundle, Fidelity
 from pcae_serve.engines.base import Pixels
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_training.model import ViTConfig
-from tests.export.conftest import bundled, fails
+from tests.support.exporting import bundled, fails
 from tests.support.foreign_checkpoints import (
     SCALED,
     SIZES,

@@ -7,7 +7,7 @@ import numpy as np
 from pcae_export.images import decode, generated
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training.data import load
-from tests.export.conftest import PREPROCESS
+from tests.support.exporting import PREPROCESS
 
 
 def test_files_are_decoded_as_requests_are(data: Path) -> None:

@@ -12,7 +12,7 @@ from pcae_serve.bundle.reader import Accuracy, Agreement, Bundle, Fidelity, Tier
 from pcae_serve.engines.base import Output, Pixels
 from pcae_training.data import LabelledImages, load
 from pcae_training.score import Top1
-from tests.export.conftest import PREPROCESS
+from tests.support.exporting import PREPROCESS
 
 ROWS = [71, 0, 30, 5, 40, 12, 60, 33, 25, 2, 9]  # a whole batch, and a short one
 

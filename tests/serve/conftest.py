@@ -1,76 +1,15 @@
 """A small bundle without graphs (the simulated engine needs none), and images to send."""
 
-import hashlib
-import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from pcae_serve.bundle import reader
-from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.settings import Settings
+from tests.support.bundles import write_bundle
 from tests.support.gate import Gate
-
-TIERS = {"fast": (0.6, 1000, 0.80), "balanced": (0.8, 2000, 0.85), "full": (1.0, 4000, 0.90)}
-
-
-def manifest(files: dict[str, str], **changes: Any) -> dict[str, Any]:
-    """A valid bundle.json: 16 patches, three tiers of 1000, 2000 and 4000 MACs."""
-    counts = {0.6: (9, 5, 3), 0.8: (12, 9, 7), 1.0: (16, 16, 16)}
-    return {
-        "schema_version": 1,
-        "name": "test",
-        "created": "2026-11-23T00:00:00Z",
-        "producer": {"test": "1"},
-        "labels": ["dark", "dim", "light", "bright"],
-        "models": {
-            "vit": {
-                "image_size": 8,
-                "patches": 16,
-                "patch_size": 2,
-                "width": 8,
-                "depth": 12,
-                "parameters": 100,
-                "reduction_points": [0, 7, 10],
-                "pooling": "mean",
-            }
-        },
-        "tiers": [
-            {
-                "name": name,
-                "model": "vit",
-                "keep_ratio": ratio,
-                "token_counts": counts[ratio],
-                "macs": macs,
-                "accuracy": {"top1": top1, "n": 100, "interval": [0.7, 0.95], "data_set": "toy"},
-            }
-            for name, (ratio, macs, top1) in TIERS.items()
-        ],
-        "files": files,
-    } | changes
-
-
-def write_bundle(root: Path, **changes: Any) -> Path:
-    """A bundle whose graphs are only bytes; `changes` replace parts of its manifest."""
-    model = root / "models" / "vit"
-    model.mkdir(parents=True)
-    preprocess = Preprocess(image_size=8, resize=8, mean=(0.5,) * 3, std=(0.5,) * 3)
-    contents = {
-        "preprocessor_config.json": json.dumps(preprocess.to_config()).encode(),
-        "model.safetensors": b"weights",
-        "elastic.onnx": b"graph",
-    }
-    for name, content in contents.items():
-        (model / name).write_bytes(content)
-    files = {f"models/vit/{n}": hashlib.sha256(c).hexdigest() for n, c in contents.items()}
-    (root / "bundle.json").write_text(json.dumps(manifest(files, **changes)))
-    return root
 
 
 @pytest.fixture
@@ -97,11 +36,3 @@ def gate() -> Iterator[Gate]:
     gate = Gate()
     yield gate
     gate.open.set()
-
-
-def image_bytes(level: int = 128, kind: str = "PNG", size: tuple[int, int] = (8, 8)) -> bytes:
-    """A grey image; its brightness is what the simulated engine classifies by."""
-    pixels = np.full((size[1], size[0], 3), level, np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()

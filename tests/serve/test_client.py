@@ -9,9 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,10 @@ from pcae_serve.client import (
     Refused,
     image_file,
 )
-from tests.serve.conftest import image_bytes, manifest, write_bundle
-from tests.serve.test_cli import free_port, server
-
-SIMULATED = ("--backend", "simulated", "--profile-s", "0.1")
+from tests.support.bundles import manifest, write_bundle
+from tests.support.images import image_bytes
+from tests.support.server_process import free_port, server
+from tests.support.stand_in import ANSWER, SIMULATED, stand_in
 
 
 class Blocking:
@@ -207,17 +206,6 @@ def test_a_missing_file_is_an_os_error(connect: Any, tmp_path: Path) -> None:
 
 
 # retries, on a clock that only waiting and the server move
-
-ANSWER: dict[str, Any] = {
-    "predictions": [{"label": "dim", "index": 1, "probability": 0.9}],
-    "tier": "fast",
-    "keep_ratio": 0.6,
-    "tokens": [9, 5, 3],
-    "reason": "asked for",
-    "budget_ms": 1,
-    "met_budget": True,
-    "timings_ms": {"decode": 1, "queue": 1, "compute": 1, "total": 3},
-}
 
 
 @dataclass(frozen=True)
@@ -441,42 +429,6 @@ def test_it_never_asks_past_the_budget_nor_gives_up_before(
 
 
 # what goes wrong on the way
-
-
-@contextmanager
-def stand_in(
-    talk: Callable[[BaseHTTPRequestHandler], None], port: int = 0
-) -> Iterator[tuple[str, list[int]]]:
-    """A server that answers POSTs as `talk` does; its address, and its connections' ports."""
-    connections = list[int]()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def setup(self) -> None:
-            connections.append(self.client_address[1])
-            super().setup()
-
-        def do_POST(self) -> None:
-            talk(self)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class Listener(ThreadingHTTPServer):
-        request_queue_size = 64
-
-        def handle_error(self, *_: object) -> None:
-            """Clients may leave."""
-
-    listener = Listener(("127.0.0.1", port), Handler)
-    listener.daemon_threads = True
-    threading.Thread(target=listener.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{listener.server_address[1]}", connections
-    finally:
-        listener.shutdown()
-        listener.socket.close()
 
 
 def answer(handler: BaseHTTPRequestHandler) -> None:

@@ -5,7 +5,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,41 +15,16 @@ from fastapi.testclient import TestClient
 from pcae_serve.api.app import create_app
 from pcae_serve.bundle import reader
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.runtime.service import Service
 from pcae_serve.scheduling.policies import registry
 from pcae_serve.scheduling.policies.base import Run, SchedulerView
 from pcae_serve.scheduling.policies.greedy import Greedy
-from pcae_serve.settings import Settings
-from tests.serve.conftest import image_bytes, manifest, write_bundle
+from tests.support.apps import MakeSettings, batch, busy, fail, problem, quick, serving, wait_until
+from tests.support.bundles import manifest, write_bundle
 from tests.support.gate import Gate
-
-MakeSettings = Callable[..., Settings]
-
-
-def quick(tier: Tier, batch: int) -> float:
-    """10, 20 and 40 ms for the three tiers."""
-    return tier.macs * 1e-5
-
-
-def fail(error: BaseException) -> None:
-    pytest.fail(f"the service does not start: {error!r}")
-
-
-@contextmanager
-def serving(service: Service, ready: bool = True) -> Iterator[TestClient]:
-    with TestClient(create_app(service, fail), raise_server_exceptions=False) as client:
-        if ready:
-            wait_until(lambda: service.ready)
-        yield client
-
-
-def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
-    give_up_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < give_up_s, "it did not come about"
-        time.sleep(0.005)
+from tests.support.images import image_bytes
 
 
 @pytest.fixture
@@ -58,16 +32,6 @@ def client(small_bundle: Bundle, settings: MakeSettings) -> Iterator[TestClient]
     engine = SimulatedEngine(small_bundle, seconds=quick)
     with serving(Service(settings(max_body_mb=0.1), small_bundle, [engine])) as client:
         yield client
-
-
-def problem(response: Any, status: int) -> dict[str, Any]:
-    """The problem document, which must be one: status, type, one line."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    document: dict[str, Any] = response.json()
-    assert document["status"] == status
-    assert "\n" not in document["detail"]
-    return document
 
 
 def test_an_image_as_the_raw_body_is_classified(client: TestClient) -> None:
@@ -204,11 +168,6 @@ def test_broken_multipart_is_refused(client: TestClient) -> None:
     problem(client.post("/classify", files={"photo": ("a.png", image_bytes())}), 400)
     headers = {"content-type": "multipart/form-data"}  # no boundary
     problem(client.post("/classify", content=b"nonsense", headers=headers), 400)
-
-
-def batch(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
-    """Multipart fields `image`, as a browser sends several files."""
-    return [("image", (f"{i}.png", image)) for i, image in enumerate(images)]
 
 
 def test_each_image_of_a_batch_is_answered_or_refused_by_itself(client: TestClient) -> None:
@@ -404,20 +363,6 @@ def test_a_failing_engine_costs_its_batch_and_not_the_server(
         problem(client.post("/classify", content=image_bytes()), 500)
         gate.fails = False
         assert client.post("/classify", content=image_bytes()).status_code == 200
-
-
-@contextmanager
-def busy(client: TestClient, gate: Gate) -> Iterator[threading.Thread]:
-    """A request on the device, which does not end before the gate opens."""
-    gate.shut()
-    first = threading.Thread(
-        target=lambda: client.post("/classify?budget_ms=60000", content=image_bytes())
-    )
-    first.start()
-    assert gate.entered.wait(20)
-    yield first
-    gate.open.set()
-    first.join()
 
 
 def test_a_request_whose_budget_passes_in_the_queue_gets_504(

@@ -13,8 +13,8 @@ from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import StartError
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
-from tests.serve.api.test_app import fail, problem, quick, wait_until
-from tests.serve.conftest import image_bytes
+from tests.support.apps import fail, problem, quick, wait_until
+from tests.support.images import image_bytes
 
 ALICE, BOB, ROOT = "alice-0123456789ab", "bob-0123456789abcd", "root-0123456789abc"
 

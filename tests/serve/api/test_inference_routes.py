@@ -24,10 +24,11 @@ from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
-from tests.serve.api.test_app import busy, fail, quick, serving, wait_until
-from tests.serve.conftest import image_bytes, manifest, write_bundle
-from tests.serve.test_cli import server
+from tests.support.apps import busy, fail, quick, serving, wait_until
+from tests.support.bundles import manifest, write_bundle
 from tests.support.gate import Gate
+from tests.support.images import image_bytes
+from tests.support.server_process import server
 
 MakeSettings = Callable[..., Settings]
 INFER = "/v2/models/test/infer"

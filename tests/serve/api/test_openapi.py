@@ -27,10 +27,10 @@ from pcae_serve.observability.logs import RequestId
 from pcae_serve.runtime.service import Service
 from pcae_serve.schemas import Classification, Problem
 from pcae_serve.settings import Settings
-from tests.serve.api.test_app import wait_until
-from tests.serve.conftest import image_bytes
-from tests.serve.runtime.test_faults import ADMIN, serving
+from tests.support.apps import wait_until
+from tests.support.faulty_server import ADMIN, serving
 from tests.support.gate import Gate
+from tests.support.images import image_bytes
 
 #: What cannot hold here, or is tested elsewhere.
 UNCHECKED = [

@@ -15,7 +15,7 @@ from pcae_serve.api.auth import Keys
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.runtime.service import Service
-from tests.serve.conftest import image_bytes
+from tests.support.images import image_bytes
 
 BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 

@@ -14,8 +14,8 @@ from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.observability.logs import RequestId
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
-from tests.serve.api.test_app import batch, fail, quick, wait_until
-from tests.serve.conftest import image_bytes
+from tests.support.apps import batch, fail, quick, wait_until
+from tests.support.images import image_bytes
 
 TIMES = r"decode;dur=[\d.]+, queue;dur=[\d.]+, compute;dur=[\d.]+, total;dur=([\d.]+)"
 

@@ -17,8 +17,8 @@ from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import RequestError
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
-from tests.serve.api.test_app import problem, serving
-from tests.serve.conftest import write_bundle
+from tests.support.apps import problem, serving
+from tests.support.bundles import write_bundle
 from tests.support.odd_images import CASES, Odd
 
 ROOT = Path(__file__).parents[3]

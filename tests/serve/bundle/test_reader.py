@@ -6,7 +6,7 @@ import pytest
 
 from pcae_serve.bundle import reader
 from pcae_serve.errors import BundleError
-from tests.serve.conftest import write_bundle
+from tests.support.bundles import write_bundle
 
 
 def edit(root: Path, **changes: Any) -> None:

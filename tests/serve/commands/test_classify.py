@@ -16,9 +16,10 @@ import pytest
 
 from pcae_serve.cli import start
 from pcae_serve.commands.classify import AT_ONCE
-from tests.serve.conftest import image_bytes, write_bundle
-from tests.serve.test_cli import COMMAND, free_port, server
-from tests.serve.test_client import ANSWER, SIMULATED, stand_in
+from tests.support.bundles import write_bundle
+from tests.support.images import image_bytes
+from tests.support.server_process import COMMAND, free_port, server
+from tests.support.stand_in import ANSWER, SIMULATED, stand_in
 
 Captured = pytest.CaptureFixture[str]
 

@@ -20,7 +20,7 @@ from pcae_serve.engines import nvidia, onnx_cuda
 from pcae_serve.engines.base import Output, check
 from pcae_serve.engines.onnx_cuda import CUDA, CudaEngine
 from pcae_serve.errors import StartError
-from tests.serve.conftest import write_bundle
+from tests.support.bundles import write_bundle
 
 WEIGHTS = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
 PIXELS = np.random.default_rng(1).integers(0, 256, (9, 8, 8, 3), np.uint8)

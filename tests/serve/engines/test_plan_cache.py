@@ -10,7 +10,7 @@ from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import plan_cache
 from pcae_serve.engines.plan_cache import Key, Machine, Parity, Plan, Recipe
 from pcae_serve.errors import BundleError, StartError
-from tests.serve.conftest import manifest, write_bundle
+from tests.support.bundles import manifest, write_bundle
 
 MACHINE = Machine(
     library="tensorrt", version="11.4.0", gpu="NVIDIA Stand-in", compute_capability="9.0"

@@ -24,8 +24,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.serve.conftest import image_bytes, manifest, write_bundle
-from tests.serve.test_cli import free_port
+from tests.support.bundles import manifest, write_bundle
+from tests.support.images import image_bytes
+from tests.support.server_process import free_port
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("ray", reason="pip install '.[ray]'")

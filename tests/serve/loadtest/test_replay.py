@@ -22,8 +22,8 @@ from pcae_serve.loadtest.report import FAILED
 from pcae_serve.loadtest.simulator import End
 from pcae_serve.loadtest.workload import Workload
 from pcae_serve.scheduling.tiers import TierTable
-from tests.serve.conftest import image_bytes
-from tests.serve.test_cli import server
+from tests.support.images import image_bytes
+from tests.support.server_process import server
 
 FULL_MS = 20.0
 

@@ -8,28 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from pcae_serve.observability.metrics import Metrics
+from tests.support.exposition import SERVED
 
 FILE = Path(__file__).parents[3] / "docker" / "grafana" / "pcae-serve.json"
 DASHBOARD = json.loads(FILE.read_text())
 PANELS = DASHBOARD["panels"]
 PLOTS = [panel for panel in PANELS if panel["type"] != "row"]
 EXPRESSIONS = [target["expr"] for panel in PLOTS for target in panel["targets"]]
-
-
-def served() -> dict[str, list[dict[str, str]]]:
-    """Labels of every sample, by its name."""
-    found: dict[str, list[dict[str, str]]] = {}
-    content, _ = Metrics(["fast", "full"]).exposition()
-    for family in text_string_to_metric_families(content.decode()):
-        for sample in family.samples:
-            found.setdefault(sample.name, []).append(sample.labels)
-    return found
-
-
-SERVED = served()
 
 
 @pytest.mark.parametrize("expression", sorted(set(EXPRESSIONS)))

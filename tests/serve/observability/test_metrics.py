@@ -13,7 +13,6 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pcae_serve import __version__
 from pcae_serve.bundle.reader import Bundle, Tier
 from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.errors import RequestError
@@ -28,7 +27,8 @@ from pcae_serve.observability.metrics import (
 )
 from pcae_serve.runtime.service import InferenceRequest, Service
 from pcae_serve.settings import Settings
-from tests.serve.conftest import image_bytes
+from pcae_serve.version import __version__
+from tests.support.images import image_bytes
 
 MakeSettings = Callable[..., Settings]
 

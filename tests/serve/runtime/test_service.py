@@ -17,9 +17,9 @@ from pcae_serve.runtime import service as services
 from pcae_serve.runtime.servable import InferenceRequest
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
-from tests.serve.api.test_app import quick
-from tests.serve.conftest import image_bytes
+from tests.support.apps import quick
 from tests.support.gate import Gate
+from tests.support.images import image_bytes
 
 MakeSettings = Callable[..., Settings]
 

@@ -18,7 +18,7 @@ from pcae_serve.scheduling.event_log import Recorder, Setup, replay
 from pcae_serve.scheduling.latency import Seconds
 from pcae_serve.scheduling.scheduler import Arrived, Decoded, Dispatch, Event, SetTimer, Timer
 from pcae_serve.settings import Settings
-from tests.serve.conftest import image_bytes
+from tests.support.images import image_bytes
 from tests.support.scheduler_views import ALL, LINES, TIER_TABLE, waiting
 
 MakeSettings = Callable[..., Settings]
