@@ -25,6 +25,7 @@ from tqdm import tqdm
 from pcae_export import card, graph, int8, weights
 from pcae_export.measure import Quality
 from pcae_export.verify import Parity
+from pcae_serve import atomic
 from pcae_serve.bundle import reader as bundles
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
 from pcae_serve.bundle.reader import (
@@ -126,7 +127,7 @@ def write(
         text = card.render(draft.manifest, final, stored, evidence.parity, note)
         (fresh / CARD).write_text(text)
         _seal(fresh, name or out.name, stored, half, final)
-        _place(fresh, out)
+        atomic.replace_folder(fresh, out)
     return bundles.load(out)
 
 
@@ -357,20 +358,6 @@ def _beside(out: Path) -> Iterator[Path]:
         raise PackError(f"cannot write {out}: {error}") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _place(fresh: Path, out: Path) -> None:
-    """Rename into place; what was there before goes last."""
-    old = fresh.with_name(f"{fresh.name}.old")
-    if os.path.lexists(out):
-        out.rename(old)
-    try:
-        fresh.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_json(file: Path, content: object) -> None:

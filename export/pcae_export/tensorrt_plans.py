@@ -27,6 +27,7 @@ from tqdm import tqdm
 from pcae_export import images
 from pcae_export.measure import cosine
 from pcae_export.verify import AGREEMENT, COSINE
+from pcae_serve import atomic
 from pcae_serve.bundle import reader as bundles
 from pcae_serve.bundle.reader import ELASTIC_GRAPH, Bundle, Tier
 from pcae_serve.engines import plan_cache
@@ -244,7 +245,7 @@ def build(
         raise PlanError(f"{where} cannot build {graph}: {library.why()}")
     seconds = time.perf_counter() - start
     if timings:
-        plan_cache.replace(timings, bytes(config.get_timing_cache().serialize()))
+        atomic.write_file(timings, bytes(config.get_timing_cache().serialize()))
     outputs = map(network.get_output, range(network.num_outputs))
     return Built(
         bytes(plan),

@@ -9,7 +9,6 @@ uvicorn speaks HTTP. This knows its life cycle, and of the service only what sig
 
 import asyncio
 import contextlib
-import resource
 import signal
 import socket
 import time
@@ -22,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pcae_serve.api.app import refusal
+from pcae_serve.descriptors import raise_descriptor_limit
 from pcae_serve.errors import Draining, RequestError
 from pcae_serve.observability.logs import RequestId
 from pcae_serve.runtime.service import Service
@@ -129,7 +129,7 @@ class Server(uvicorn.Server):
         self._reload_wanted = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        _raise_descriptor_limit()
+        raise_descriptor_limit()
         with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._begin_reload)
         await super().startup(sockets)
@@ -163,12 +163,3 @@ class Server(uvicorn.Server):
         self._reload_wanted = True
         if self._reload is None or self._reload.done():
             self._reload = asyncio.create_task(reload())
-
-
-def _raise_descriptor_limit() -> None:
-    """As many connections as the machine allows: the usual soft limit is 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

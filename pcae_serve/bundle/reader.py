@@ -17,12 +17,13 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
 from pcae_serve.bundle.tokens import Rule
 from pcae_serve.errors import BundleError, InvalidParameter, shown
+from pcae_serve.frozen_model import FrozenModel
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -39,11 +40,7 @@ RESERVED = {
 }
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Model(_Part):
+class Model(FrozenModel):
     """What the server needs to know of one network, and the exporter took from it."""
 
     image_size: Annotated[int, Field(ge=1)]
@@ -59,7 +56,7 @@ class Model(_Part):
     half: Literal["float16", "bfloat16"] | None = None  # of the graphs for GPUs; None: it has none
 
 
-class Tier(_Part):
+class Tier(FrozenModel):
     """One point of the speed/accuracy front: a model at a token budget."""
 
     name: Name
@@ -103,7 +100,7 @@ class Tier(_Part):
         return f"{self.name}.tensorrt.onnx"
 
 
-class Manifest(_Part):
+class Manifest(FrozenModel):
     """bundle.json."""
 
     schema_version: Literal[1] = 1

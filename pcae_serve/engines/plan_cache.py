@@ -13,21 +13,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from pcae_serve import atomic
 from pcae_serve.bundle.reader import Bundle, Tier
 from pcae_serve.errors import BundleError, StartError
+from pcae_serve.frozen_model import FrozenModel
 
 log = logging.getLogger(__name__)
 
 COMMAND = "pcae-export tensorrt"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Machine(_Part):
+class Machine(FrozenModel):
     """What must be the same where a plan is built and where it runs."""
 
     library: str  # tensorrt, or tensorrt_rtx
@@ -39,7 +37,7 @@ class Machine(_Part):
         return f"{self.gpu} with {self.library} {self.version}"
 
 
-class Recipe(_Part):
+class Recipe(FrozenModel):
     """How a plan is built: its one optimisation profile and the builder's flags."""
 
     opt_batch: Annotated[int, Field(ge=1)] = 8  # kernels are chosen for it
@@ -48,7 +46,7 @@ class Recipe(_Part):
     workspace_mb: Annotated[int, Field(ge=1)] = 4096
 
 
-class Key(_Part):
+class Key(FrozenModel):
     """What a plan is valid for; its hash names the files."""
 
     bundle: str  # digest
@@ -63,7 +61,7 @@ class Key(_Part):
         return sha256(self.model_dump_json().encode())[:24]
 
 
-class Parity(_Part):
+class Parity(FrozenModel):
     """A plan's answers beside those of the same tier's float32 graph on ONNX Runtime."""
 
     images: Annotated[int, Field(ge=1)]
@@ -80,7 +78,7 @@ class Parity(_Part):
         )
 
 
-class Plan(_Part):
+class Plan(FrozenModel):
     """The sidecar: all that is known of a plan."""
 
     key: Key
@@ -183,19 +181,8 @@ def write(cache_dir: Path, plan: Plan, data: bytes) -> None:
     """
     target = folder(cache_dir) / plan.key.name
     target.with_suffix(".json").unlink(missing_ok=True)  # it speaks of the plan being replaced
-    replace(target.with_suffix(".plan"), data)
-    replace(target.with_suffix(".json"), plan.model_dump_json(indent=1).encode())
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Write a file beside its place, then rename it. Raises OSError and leaves nothing."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    atomic.write_file(target.with_suffix(".plan"), data)
+    atomic.write_file(target.with_suffix(".json"), plan.model_dump_json(indent=1).encode())
 
 
 def _sidecar(path: Path) -> Plan | None:

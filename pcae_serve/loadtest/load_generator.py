@@ -9,7 +9,6 @@ only sending and taking times. It knows bytes and a clock, nothing of images, bu
 import asyncio
 import gc
 import re
-import resource
 import socket
 import sys
 from collections import Counter, deque
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from pcae_serve.descriptors import raise_descriptor_limit
 from pcae_serve.errors import StartError, one_line
 
 #: asyncio's timers come up to a millisecond late; for the rest, the loop turns without sleeping,
@@ -86,7 +86,7 @@ class _Sender:
 
     async def run(self, connections: int, patience_s: float) -> Sent:
         self._loop, self._done = asyncio.get_running_loop(), asyncio.Event()
-        self._most = max(1, allow_files() - OTHER_FILES)
+        self._most = max(1, raise_descriptor_limit() - OTHER_FILES)
         try:
             await self._find()
             wanted = min(connections, self._most)
@@ -273,15 +273,6 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         i, self._in_hand = self._in_hand, None
         self._sender.lost(self, i, self._used and not self._buffer)
-
-
-def allow_files() -> int:
-    """Raise the limit of open files as far as it goes without asking anybody; what it is now."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 @contextmanager

@@ -12,12 +12,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from pcae_serve.bundle import reader as bundles
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import base
 from pcae_serve.errors import StartError, one_line
+from pcae_serve.frozen_model import FrozenModel
 from pcae_serve.runtime import latency_profile as measured
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.tiers import TierTable
@@ -29,11 +30,7 @@ NAMES = ("gpu", "cpu")
 MACHINE = "machine"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BatchSeconds(_Part):
+class BatchSeconds(FrozenModel):
     """How long a batch of that size takes."""
 
     batch: int = Field(ge=1)
@@ -41,19 +38,19 @@ class BatchSeconds(_Part):
     p99_s: float = Field(gt=0, allow_inf_nan=False)
 
 
-class TimedTier(_Part):
+class TimedTier(FrozenModel):
     name: str
     accuracy: float = Field(ge=0, le=1)  # agreement with the full model where none was measured
     points: tuple[BatchSeconds, ...] = Field(min_length=1)
 
 
-class Platform(_Part):
+class Platform(FrozenModel):
     """A device with the tiers that it runs, the cheapest first."""
 
     source: str  # where the figures are from, for people
     tiers: tuple[TimedTier, ...] = Field(min_length=1)
     #: Requests a second that load 1.0 stands for, by mix, where it has been worked out before.
-    capacity_per_s: dict[str, float] = {}
+    capacity_per_s: dict[str, float] = Field(default_factory=dict)
 
     @property
     def tier_table(self) -> TierTable:

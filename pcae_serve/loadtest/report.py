@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pcae_serve.bundle.quality import wilson_interval
 from pcae_serve.errors import PcaeError
 from pcae_serve.loadtest.simulator import End, Outcome
 from pcae_serve.scheduling.policies.registry import OURS
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXTRA = "simulate"
-#: Standard deviations of a normal distribution that 95 % lie within.
-NORMAL_95 = 1.959964
 #: The end of a request that got no answer it could use: an error, or a broken connection. A
 #: simulation knows none such.
 FAILED = len(End)
@@ -152,7 +151,7 @@ class Row:
         """Of one figure; None where no run has it."""
         seen = [value for run in self.runs if (value := getattr(run, name)) is not None]
         if name == "attainment" and len(seen) == 1:
-            return Summary(seen[0], *wilson(seen[0], self.offered))
+            return Summary(seen[0], *wilson_interval(seen[0], self.offered))
         return summarise(seen, bounded=name in SHARES) if seen else None
 
     @property
@@ -161,14 +160,6 @@ class Row:
         words = [] if self.load is None else [f"load {self.load:.3g}"]
         words += [] if self.rate is None else [f"{self.rate:.4g}/s"]
         return ", ".join(words) or "as recorded"
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of n: as if requests met their fate independently."""
-    z2 = NORMAL_95**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = NORMAL_95 * sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def summarise(values: Sequence[float], *, bounded: bool = False) -> Summary:

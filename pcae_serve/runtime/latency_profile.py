@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import re
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pcae_serve import atomic
 from pcae_serve.bundle.reader import Bundle, Tier
 from pcae_serve.engines import cpus as cores
 from pcae_serve.engines import nvidia
@@ -246,11 +246,7 @@ def read(bundle: Bundle, engine: Engine, cache_dir: Path) -> Profile | None:
 def write(profile: Profile, cache_dir: Path) -> Path:
     """Put the profile into the cache, whole or not at all. Raises OSError."""
     place = path(profile.key, cache_dir)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        draft = Path(folder) / place.name
-        draft.write_text(profile.model_dump_json(indent=1))
-        draft.replace(place)
+    atomic.write_file(place, profile.model_dump_json(indent=1).encode())
     return place
 
 

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from pcae_serve.errors import PcaeError, StartError, one_line
+from pcae_serve.frozen_model import FrozenModel
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.policies.registry import create
 from pcae_serve.scheduling.request_queue import Request
@@ -47,10 +48,8 @@ _EVENTS: dict[str, type[Event]] = {
 }
 
 
-class Setup(BaseModel):
+class Setup(FrozenModel):
     """All that decides what a scheduler does with its events. The server builds its own from it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     event_log: Literal[1] = 1  # version of the format
     pcae_serve: str = __version__  # another version may decide otherwise

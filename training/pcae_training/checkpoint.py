@@ -12,7 +12,6 @@ inside it. It knows nothing of data or schedules.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pcae_serve import atomic
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training.model import VisionTransformer, ViTConfig
@@ -102,7 +102,7 @@ def save(checkpoint: Checkpoint, folder: Path, state: dict[str, Tensor] | None =
     """
     check_place(folder)
     folder = folder.absolute()
-    fresh, old = _beside(folder, "new"), _beside(folder, "old")
+    fresh = folder.with_name(f".{folder.name}.new")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(fresh, ignore_errors=True)  # of a writer that was killed
@@ -114,14 +114,7 @@ def save(checkpoint: Checkpoint, folder: Path, state: dict[str, Tensor] | None =
         _write_tensors(fresh / "model.safetensors", checkpoint.model.state_dict())
         if state is not None:
             _write_tensors(fresh / "training_state.safetensors", state)
-        for file in (*fresh.iterdir(), fresh):
-            _sync(file)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        fresh.rename(folder)
-        _sync(folder.parent)  # the renames, before the old one goes
-        shutil.rmtree(old, ignore_errors=True)
+        atomic.replace_folder(fresh, folder)
     except (OSError, SafetensorError) as error:  # of a full disk, say
         raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from None
     finally:
@@ -187,25 +180,12 @@ def place(folder: Path) -> Path:
     Or inside it, where `folder` is that of a training run.
     """
     for candidate in (folder, folder / LAST):
-        old = _beside(candidate.absolute(), "old")
+        old = atomic.previous(candidate.absolute())
         if (candidate / "config.json").exists():
             return candidate
         if old.exists() and not candidate.exists():
             return old
     return folder
-
-
-def _beside(folder: Path, role: str) -> Path:
-    return folder.with_name(f".{folder.name}.{role}")
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk now."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ It knows paths and bytes, nothing of what is in them.
 import os
 from pathlib import Path
 
+from pcae_serve import atomic
 from pcae_serve.errors import PcaeError
 
 
@@ -20,13 +21,7 @@ def check_place(file: Path) -> None:
 
 def write_whole(file: Path, content: bytes) -> None:
     """Write `file` beside its place, then put it there: never half. Raises PcaeError."""
-    fresh = file.with_name(f".{file.name}.new")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            fresh.write_bytes(content)
-            fresh.replace(file)
-        finally:
-            fresh.unlink(missing_ok=True)
+        atomic.write_file(file, content)
     except OSError as error:
         raise PcaeError(f"cannot write {file}: {error.strerror or error}") from None

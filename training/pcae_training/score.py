@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
+
+from pcae_serve.bundle.quality import wilson_interval
 
 #: Confidence bins of the calibration error, of equal width (Guo et al. 2017).
 BINS = 15
@@ -33,8 +34,7 @@ class Top1:
 
     @property
     def interval(self) -> tuple[float, float]:
-        bounds = binomtest(self.correct, self.n).proportion_ci(0.95, method="wilson")
-        return float(bounds.low), float(bounds.high)
+        return wilson_interval(self.value, self.n)
 
     def __str__(self) -> str:
         low, high = (100 * bound for bound in self.interval)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pcae_serve.bundle.quality import wilson_interval
 from pcae_serve.errors import PcaeError
 from pcae_serve.loadtest import report
-from pcae_serve.loadtest.report import FAILED, Figures, Row, figures, summarise, wilson
+from pcae_serve.loadtest.report import FAILED, Figures, Row, figures, summarise
 from pcae_serve.loadtest.simulator import End, Outcome
 from pcae_serve.scheduling.tiers import TierTable
 
@@ -90,11 +91,6 @@ def test_waste_is_a_share_of_the_busy_time() -> None:
     assert figures(outcome(*FIVE), TIER_TABLE, (0, 1, 2)).wasted_late is None
 
 
-def test_wilson() -> None:
-    assert wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # the textbook's
-    assert wilson(1.0, 10) == pytest.approx((0.7225, 1), abs=1e-4)
-
-
 def test_seeds_give_a_t_interval() -> None:
     found = summarise([0.7, 0.8, 0.9])
     half = 4.3027 * 0.1 / 3**0.5
@@ -106,7 +102,7 @@ def test_seeds_give_a_t_interval() -> None:
 def test_one_seed_has_wilsons_interval_and_several_the_other() -> None:
     attained = row().summary("attainment")
     assert attained is not None
-    assert (attained.low, attained.high) == wilson(0.4, 5)
+    assert (attained.low, attained.high) == wilson_interval(0.4, 5)
     run = row().runs[0]
     again = row("greedy", 1.0, run, dataclasses.replace(run, attainment=0.4)).summary("attainment")
     assert again is not None

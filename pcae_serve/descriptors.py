@@ -1,0 +1,19 @@
+"""The limit of open file descriptors, of which every connection takes one."""
+
+import contextlib
+import resource
+import sys
+
+#: Descriptors that one process ever needs; a soft limit is usually 1,024.
+MAX_DESCRIPTORS = 65_536
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit to the hard limit, at most MAX_DESCRIPTORS. Returns the soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
