@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pcae_serve.bundle import preprocess, reader
-from pcae_serve.bundle.preprocess import MAX_PIXELS, Picture, Preprocess, decode, read
+from pcae_serve.bundle import preprocess
+from pcae_serve.bundle.preprocess import MAX_PIXELS, Picture, Preprocess, decode_image, read_picture
+from pcae_serve.bundle.reader import load_bundle
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 
 DEMO = Path(preprocess.__file__).parent / "demo"
@@ -80,15 +81,15 @@ def main() -> None:
 def compare(kind: str, size: tuple[int, int], body: bytes, times: int, rounds: int) -> Row | None:
     """None where so many times `resize` leave nothing to reduce."""
     short = times * LARGE.resize
-    picture = read(body, MAX_PIXELS, short)
+    picture = read_picture(body, MAX_PIXELS, short)
     scale = round(picture.size[0] / picture.image.width)
     if scale == 1:
         return None
-    whole = LARGE.crop(decode(body)).astype(int)
+    whole = LARGE.crop(decode_image(body)).astype(int)
     difference = np.abs(LARGE.crop(picture).astype(int) - whole)
     ways: tuple[Callable[[], Image.Image | Picture], ...] = (
-        lambda: decode(body),
-        lambda: read(body, MAX_PIXELS, short),
+        lambda: decode_image(body),
+        lambda: read_picture(body, MAX_PIXELS, short),
     )
     took: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
@@ -164,7 +165,7 @@ def agreement(data: str, count: int) -> dict[str, float]:
     """The demo bundle's classes of test images of 1400 pixels with grain, whole and reduced."""
     from pcae_training.data import load
 
-    served = reader.load(DEMO)
+    served = load_bundle(DEMO)
     engine, images = OnnxRuntimeEngine(served), load(data, "test", served.preprocess)
     tiers = {tier.name: tier for tier in (served.tiers[0], served.tiers[-1])}
     same = dict.fromkeys(tiers, 0)
@@ -174,7 +175,7 @@ def agreement(data: str, count: int) -> dict[str, float]:
         with Image.open(io.BytesIO(images.body(row))) as small:
             large = small.convert("RGB").resize((1400, 1400), Image.Resampling.BICUBIC)
         body = jpeg(grain(large, 8))
-        both = np.stack([served.preprocess.crop(decode(body)), served.preprocess(body)])
+        both = np.stack([served.preprocess.crop(decode_image(body)), served.preprocess(body)])
         differences.append(np.abs(np.subtract(*both.astype(int))))
         for name, tier in tiers.items():
             classes = engine.run(tier, both).vectors.argmax(1)

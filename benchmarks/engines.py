@@ -29,10 +29,9 @@ import torch
 from tqdm import tqdm
 
 from pcae_export.profiling import PEAKS
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.reader import Bundle
-from pcae_serve.engines import base
+from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.base import Engine, Pixels
+from pcae_serve.engines.loader import load_engine
 from pcae_serve.errors import PcaeError, one_line
 from pcae_training.checkpoint import from_config, read_json
 from pcae_training.journal import surroundings
@@ -60,7 +59,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--json", type=Path, help="also write all figures there")
     options = parser.parse_args()
-    served = bundles.load(options.bundle) if options.bundle else None
+    served = load_bundle(options.bundle) if options.bundle else None
     config = MODELS[options.model] if served is None else of_bundle(served)
     if served is None:
         counts = {ratio: config.geometry.counts(ratio) for ratio in options.keep.split(",")}
@@ -119,7 +118,7 @@ def contenders(
             missing[backend] = "no --bundle"
             continue
         try:
-            engine = base.load(backend, served, options.device, max_batch=max_batch)
+            engine = load_engine(backend, served, options.device, max_batch=max_batch)
         except PcaeError as error:
             missing[backend] = one_line(error)
             continue

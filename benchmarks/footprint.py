@@ -27,12 +27,11 @@ import onnxruntime as ort
 import torch
 from tqdm import tqdm
 
-from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.manifest import ELASTIC_GRAPH
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.bundle.reader import ELASTIC_GRAPH, Bundle
+from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
-from pcae_training import checkpoint as checkpoints
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import Checkpoint, save_checkpoint
 from pcae_training.journal import surroundings
 from pcae_training.model import VisionTransformer, ViTConfig
 
@@ -75,7 +74,7 @@ def main() -> None:
         found: dict[str, Any] = {"model": options.model}
         out, found["export"] = export(options.model, options.parity_images, Path(scratch))
         print(f"export: {found['export']}", flush=True)
-        served = bundles.load(out)
+        served = load_bundle(out)
         found["load"] = load(served, max(3, options.rounds // 5))
         print(*load_table(found["load"]), sep="\n", flush=True)
         found["speed"] = speed(served, options.rounds)
@@ -91,7 +90,7 @@ def export(name: str, parity_images: int, scratch: Path) -> tuple[Path, dict[str
     size = config.image_size
     preprocess = Preprocess(size, round(size / 0.875), mean=(0.5,) * 3, std=(0.5,) * 3)
     labels = [f"class {i}" for i in range(config.classes)]
-    checkpoints.save(Checkpoint(VisionTransformer(config), preprocess, labels), scratch / "model")
+    save_checkpoint(Checkpoint(VisionTransformer(config), preprocess, labels), scratch / "model")
     command = [sys.executable, "-m", "pcae_export.cli", "bundle", scratch / "model"]
     command += [scratch / "bundle", f"--parity-images={parity_images}"]
     begin = time.perf_counter()

@@ -19,7 +19,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.support import odd_images as odd  # noqa: E402
+from tests.support import odd_images  # noqa: E402
 from tests.support.odd_images import END, MB, PIXELS, bmp, chunk, exif, photo, save, tiff  # noqa: E402
 
 SIDE = 7_071  # squared, just under 50 million
@@ -29,15 +29,15 @@ LIMIT_S = 300
 def png_profiles() -> bytes:
     """20 MB of colour profiles that inflate to 1 MB each."""
     profile = chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(MB)))
-    return odd.png(*[profile] * (20 * MB // len(profile)), PIXELS, END)
+    return odd_images.png(*[profile] * (20 * MB // len(profile)), PIXELS, END)
 
 
 def png_chunks() -> bytes:
-    return odd.png(chunk(b"abCd") * (20 * MB // 12), PIXELS, END)
+    return odd_images.png(chunk(b"abCd") * (20 * MB // 12), PIXELS, END)
 
 
 def png_empty_pixels() -> bytes:
-    return odd.png(chunk(b"IDAT") * (20 * MB // 12), PIXELS, END)
+    return odd_images.png(chunk(b"IDAT") * (20 * MB // 12), PIXELS, END)
 
 
 def png_one_pixel_wide() -> bytes:
@@ -45,11 +45,11 @@ def png_one_pixel_wide() -> bytes:
 
 
 def jpeg_junk() -> bytes:
-    return odd.after_start(save(photo(), "JPEG"), b"\xff\0" + bytes(20 * MB))
+    return odd_images.after_start(save(photo(), "JPEG"), b"\xff\0" + bytes(20 * MB))
 
 
 def jpeg_segments() -> bytes:
-    return odd.after_start(save(photo(), "JPEG"), b"\xff\xee\0\2" * (5 * MB))
+    return odd_images.after_start(save(photo(), "JPEG"), b"\xff\xee\0\2" * (5 * MB))
 
 
 def jpeg_scans() -> bytes:
@@ -65,7 +65,7 @@ def jpeg_scans_allowed() -> bytes:
 
 def gif_blocks() -> bytes:
     frame = b"," + struct.pack("<HHHHB", 0, 0, 8, 8, 0) + b"\2\2\x4c\1\0;"
-    return odd.gif_many_blocks()[:15] + b"\1a" * (10 * MB) + b"\0" + frame
+    return odd_images.gif_many_blocks()[:15] + b"\1a" * (10 * MB) + b"\0" + frame
 
 
 def gif_disposal() -> bytes:
@@ -81,7 +81,7 @@ def bmp_run_length() -> bytes:
 
 
 def tiff_strips() -> bytes:
-    return odd.tiff_many_strips()
+    return odd_images.tiff_many_strips()
 
 
 def tiff_tile() -> bytes:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.engines import base
+from pcae_serve.bundle.reader import demo_path, load_bundle
+from pcae_serve.engines.loader import load_configured_engine
 from pcae_serve.runtime.servable import InferenceRequest
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
@@ -24,10 +24,10 @@ SAMPLES = Path(__file__).parents[1] / "docs" / "samples"
 
 async def measure(requests: int) -> None:
     body = min(SAMPLES.glob("*.png")).read_bytes()
-    bundle = bundles.load(bundles.demo())
+    bundle = load_bundle(demo_path())
     with tempfile.TemporaryDirectory() as cache:
         settings = Settings(cache_dir=Path(cache))
-        engine = base.configured(settings, bundle)
+        engine = load_configured_engine(settings, bundle)
         service = Service(settings, bundle, [engine])
         await service.start()
         loop, rows = asyncio.get_running_loop(), []

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from pcae_export import pack
 from pcae_export.images import decode
 from pcae_export.pack import Part, TierSpec
-from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
-from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import load_checkpoint
 from pcae_training.data import load
 from pcae_training.journal import surroundings
 
@@ -36,22 +36,22 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10_000, help="test images")
     parser.add_argument("--json", type=Path, help="also write all figures there")
     options = parser.parse_args()
-    demo = bundles.load(bundles.demo())
+    demo = load_bundle(demo_path())
     model = demo.tiers[0].model
-    checkpoint = checkpoints.load(demo.root / "models" / model)
+    checkpoint = load_checkpoint(demo.root / "models" / model)
     wanted = {}
     for tier in demo.tiers:
         wanted[tier.name] = TierSpec(tier.keep_ratio)
         wanted[f"{tier.name}-int8"] = TierSpec(tier.keep_ratio, "int8")
     with tempfile.TemporaryDirectory() as scratch:
-        served = pack.write({model: Part(checkpoint, wanted)}, Path(scratch) / "both")
+        served = pack.write_bundle({model: Part(checkpoint, wanted)}, Path(scratch) / "both")
         rows = measure(served, options.data, options.limit)
     print(*table(rows), sep="\n")
     if options.json:
         options.json.write_text(json.dumps({"rows": rows} | surroundings(), indent=1) + "\n")
 
 
-def measure(served: bundles.Bundle, data: str, limit: int) -> list[dict[str, Any]]:
+def measure(served: Bundle, data: str, limit: int) -> list[dict[str, Any]]:
     """A row for each keep ratio."""
     engine, images = OnnxRuntimeEngine(served), load(data, "test", served.preprocess)
     tiers = {tier.name: tier for tier in served.tiers}

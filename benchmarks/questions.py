@@ -27,7 +27,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import place
 from pcae_training.journal import surroundings
 from pcae_training.model import ViTConfig
 
@@ -224,7 +224,7 @@ def start(args: argparse.Namespace, job: Job) -> None:
         command.append(f"--init={args.work / job.after}")
     if job.timed_by:
         command.append(f"--epochs={equal_time(args.work, job)}")
-    if (checkpoints.place(folder) / "config.json").exists():
+    if (place(folder) / "config.json").exists():
         command.append("--resume")
     say(f"{job.name}: pcae-train {' '.join(command)}")
     launch(job, command, folder)

@@ -26,8 +26,8 @@ import numpy as np
 import onnxruntime as ort
 from PIL import Image
 
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.engines import cpus
 
 BATCH = 8
@@ -96,11 +96,11 @@ def main() -> None:
     parser.add_argument("--tier", default="balanced")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    bundle = bundles.load(bundles.demo())
+    bundle = load_bundle(demo_path())
     [tier] = [tier for tier in bundle.tiers if tier.name == arguments.tier]
     small = next(iter((Path(__file__).parents[1] / "docs" / "samples").glob("*.png"))).read_bytes()
     bodies = {"28 x 28": small, "1200 x 900": photo()}
-    usable = cpus.usable()
+    usable = cpus.count_usable()
     found = dict(plans(bundle, tier, usable))
     told: dict[str, dict[str, list[float]]] = {}
     order = np.random.default_rng(0)

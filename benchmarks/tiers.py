@@ -25,9 +25,8 @@ from tqdm import tqdm
 
 from pcae_export import pack
 from pcae_export.pack import Part
-from pcae_serve.bundle import reader
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_serve.runtime.latency_profile import processor
 from pcae_training.checkpoint import Checkpoint, from_config
@@ -92,12 +91,12 @@ def main() -> None:
 def opened(name: str, scratch: Path) -> Bundle:
     """The demo bundle, or one of random weights made for the occasion."""
     if name == "demo":
-        return reader.load(reader.demo())
+        return load_bundle(demo_path())
     torch.manual_seed(0)
     preprocess = Preprocess(image_size=224, resize=256, mean=(0.5,) * 3, std=(0.5,) * 3)
     labels = [f"class {i}" for i in range(1000)]
     checkpoint = Checkpoint(VisionTransformer(RANDOM[name]), preprocess, labels)
-    return pack.write({"vit": Part(checkpoint)}, scratch / name)
+    return pack.write_bundle({"vit": Part(checkpoint)}, scratch / name)
 
 
 def with_tiers(served: Bundle, keep_ratios: list[str]) -> Bundle:

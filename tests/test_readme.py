@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pcae_serve.bundle import reader
+from pcae_serve.bundle.reader import demo_path, load_bundle
 from tests.support.server_process import server
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +117,7 @@ def test_the_answer_shown_is_the_answer_given(demo: str) -> None:
 
 def test_every_tier_knows_every_sample(demo: str) -> None:
     for sample in sorted((ROOT / "docs" / "samples").glob("*.png")):
-        for tier in reader.load(reader.demo()).tiers:
+        for tier in load_bundle(demo_path()).tiers:
             line = f"curl --data-binary @{sample} 'localhost:8000/classify?tier={tier.name}'"
             answer = curl(line, demo)
             assert answer["tier"] == tier.name
@@ -133,7 +133,7 @@ def test_the_table_says_what_the_bundle_says() -> None:
             if line.startswith("| `")
         )
     }
-    for tier in reader.load(reader.demo()).tiers:
+    for tier in load_bundle(demo_path()).tiers:
         assert tier.accuracy is not None
         row = rows[tier.name]
         assert float(row[1]) == tier.keep_ratio
@@ -187,7 +187,7 @@ def test_every_parameter_and_setting_is_documented() -> None:
     from pcae_serve.runtime.service import Service
     from pcae_serve.settings import Settings
 
-    served = reader.load(reader.demo())
+    served = load_bundle(demo_path())
     api = create_app(Service(Settings(), served, engines=[]), print).openapi()
     for parameter in api["paths"]["/classify"]["post"]["parameters"]:
         assert f"`{parameter['name']}`".lower() in README.lower(), parameter["name"]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from pcae_export import images as export
-from pcae_serve.bundle import reader as bundle
-from pcae_serve.bundle.preprocess import Preprocess, decode
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_export import images
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.preprocess import Preprocess, decode_image
+from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.runtime.service import Service
@@ -55,7 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return bundle.load(write_bundle(tmp_path_factory.mktemp("served") / "bundle"))
+    return load_bundle(write_bundle(tmp_path_factory.mktemp("served") / "bundle"))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_evaluation_export_and_serving_see_the_same(
     rows = range(len(evaluated))
     batches = [pixels for pixels, _ in evaluated.batches(rows, 16)]  # as evaluate.scores reads
     ours = np.concatenate([batch.permute(0, 2, 3, 1).numpy() for batch in batches])
-    np.testing.assert_array_equal(ours, export.decode(evaluated, rows))
+    np.testing.assert_array_equal(ours, images.decode(evaluated, rows))
     for row in rows:
         engine.seen.clear()
         response = client.post("/classify?budget_ms=20000", content=evaluated.body(row))
@@ -96,7 +96,7 @@ def test_some_were_decoded_at_a_reduced_scale(evaluated: LabelledImages) -> None
     """Else the test above would say nothing of it."""
     preprocess = evaluated.preprocess
     bodies = [evaluated.body(row) for row in range(len(evaluated))]
-    changed = [not np.array_equal(preprocess(b), preprocess.crop(decode(b))) for b in bodies]
+    changed = [not np.array_equal(preprocess(b), preprocess.crop(decode_image(b))) for b in bodies]
     assert sum(changed) > 5
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pcae_export.verify import AGREEMENT, COSINE, MARGIN, TOLERANCE, Parity
-from pcae_serve.bundle.reader import Manifest, Tier
+from pcae_serve.bundle.manifest import Manifest, Tier
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import ViTConfig
 
@@ -94,7 +94,7 @@ def _tiers(tiers: Sequence[Tier], checkpoints: Mapping[str, Checkpoint]) -> Iter
     yield "|" + " --- |" * len(header)
     for tier in tiers:
         geometry = checkpoints[tier.model].model.config.geometry
-        worth = quality(tier)
+        worth = format_quality(tier)
         cells = [tier.name] + [tier.model] * several
         cells += [f"{tier.keep_ratio:g}", ", ".join(map(str, tier.token_counts)) or "all"]
         cells += [str(geometry.tokens_per_block(tier.token_counts)[-1])] + [tier.precision] * int8
@@ -136,7 +136,7 @@ def _explained(tiers: Sequence[Tier]) -> str:
     return ""
 
 
-def quality(tier: Tier) -> str:
+def format_quality(tier: Tier) -> str:
     """What a tier is worth, in words: 93.10 % [92.59, 93.58] of 10,000."""
     if tier.accuracy is not None:
         low, high = (100 * bound for bound in tier.accuracy.interval)

@@ -28,7 +28,7 @@ CANDIDATES: tuple[Rule, ...] = ("ptr", "weighted", "merged", "random")
 FLOOR: Rule = "random"
 #: Without any images to measure on: the best of the above on DINOv2 and photographs
 #: (benchmarks/records/2026-11-24_export).
-UNMEASURED: Rule = "merged"
+DEFAULT_REDUCTION: Rule = "merged"
 BATCH = 8
 
 
@@ -78,7 +78,7 @@ class Choice:
 
 
 @torch.inference_mode()
-def choose(
+def choose_reduction(
     checkpoint: Checkpoint,
     pixels: Pixels,
     ratios: Sequence[KeepRatio],

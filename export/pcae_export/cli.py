@@ -12,21 +12,20 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, NoDecode
 
 from pcae_export import card, measure, pack, source, verify
-from pcae_export.choice import UNMEASURED, choose
-from pcae_export.images import decode, generated
+from pcae_export.choice import DEFAULT_REDUCTION, choose_reduction
+from pcae_export.images import decode, generate
 from pcae_export.pack import Half, Part, TierSpec
 from pcae_export.profiling import Profile
 from pcae_export.source import Source, SourceOverrides
 from pcae_export.tensorrt_plans import TensorRt
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.reader import Bundle
-from pcae_serve.bundle.tokens import Rule, exact
+from pcae_serve.bundle.manifest import NAME_PATTERN, RESERVED_NAMES
+from pcae_serve.bundle.reader import Bundle, load_bundle
+from pcae_serve.bundle.tokens import Rule, parse_keep_ratio
 from pcae_serve.command import config, run
 from pcae_serve.engines.base import Pixels
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_serve.errors import PcaeError
-from pcae_training import checkpoint as checkpoints
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import Checkpoint, load_checkpoint
 from pcae_training.data import LabelledImages, load
 
 IMAGES_HELP = "class folders, plain images, parquet or a hub name"
@@ -80,7 +79,7 @@ class Write(BaseModel):
     )
     features: bool = Field(False, description="leave the head out: the bundle answers /embed")
     name: str | None = Field(None, min_length=1, description="of the bundle; default: OUT's name")
-    model_id: str = Field("vit", pattern=bundles.NAME, description="folder of SOURCE's model")
+    model_id: str = Field("vit", pattern=NAME_PATTERN, description="folder of SOURCE's model")
     card_note: str = Field("", description="a paragraph more for the card, such as licences")
     force: bool = Field(False, description="replace a bundle that stands at OUT")
 
@@ -114,18 +113,18 @@ class Write(BaseModel):
         return self.paths[-1]
 
     def cli_cmd(self) -> None:
-        pack.refuse(self.out, self.force)  # before the slow part
+        pack.check_output(self.out, self.force)  # before the slow part
         parts: dict[str, Part] = {}
         notes: list[str] = []
         unsettled: set[str] = set()  # models of which nobody says how to reduce them
         for model_id, (path, tiers) in self._models().items():
-            read = source.read(path, self._told())
+            read = source.read_source(path, self._told())
             notes += read.notes
             unsettled |= set() if read.reduced else {model_id}
             parts[model_id] = self._reduced(read, Part(read.checkpoint, tiers))
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
-        pack.plan(parts)
+        pack.plan_tiers(parts)
         first = next(iter(parts.values())).checkpoint
         images = self._images(first)
         order = shuffled(len(images)) if images else []
@@ -134,16 +133,16 @@ class Write(BaseModel):
         def judge(draft: Bundle, stored: Mapping[str, Checkpoint]) -> pack.Evidence:
             size = first.preprocess.image_size
             count = self.parity_images
-            pixels = decode(images, order[:count]) if images else generated(count, size)
-            parity = {m: verify.prove(draft, c, pixels, m) for m, c in stored.items()}
+            pixels = decode(images, order[:count]) if images else generate(count, size)
+            parity = {m: verify.verify_model(draft, c, pixels, m) for m, c in stored.items()}
             if images is None:
                 return pack.Evidence(parity=parity)
             engine = OnnxRuntimeEngine(draft)
             rows = order[: self.limit]
-            found = measure.quality(draft, engine, images, rows, bool(images.classes))
+            found = measure.measure_quality(draft, engine, images, rows, bool(images.classes))
             return pack.Evidence(found, parity)
 
-        bundle = pack.write(
+        bundle = pack.write_bundle(
             parts,
             self.out,
             name=self.name,
@@ -185,7 +184,7 @@ class Write(BaseModel):
         """With the rule for weights that nothing can be tried for."""
         if read.reduced or self.eval_data is not None:
             return part
-        return _with_rule(part, UNMEASURED)
+        return _with_rule(part, DEFAULT_REDUCTION)
 
     def _choose(
         self,
@@ -199,11 +198,11 @@ class Write(BaseModel):
         for model_id, part in parts.items():
             if images is None or not (model_id in unsettled or self.reduction == "auto"):
                 continue
-            if not any(exact(wanted.keep_ratio) < 1 for wanted in part.tiers.values()):
+            if not any(parse_keep_ratio(wanted.keep_ratio) < 1 for wanted in part.tiers.values()):
                 continue
             ratios = list(dict.fromkeys(wanted.keep_ratio for wanted in part.tiers.values()))
             pixels = decode(images, order[: self.choice_images])
-            found = choose(part.checkpoint, pixels, ratios)
+            found = choose_reduction(part.checkpoint, pixels, ratios)
             parts[model_id] = _with_rule(part, found.rule)
             title = f"Reductions tried on these weights ({model_id}):"
             tables.append("\n\n".join([title, "\n".join(found.lines())]))
@@ -240,16 +239,16 @@ class Verify(BaseModel):
     images: int = Field(64, ge=verify.MIN_IMAGES, description="how many of them")
 
     def cli_cmd(self) -> None:
-        bundle = bundles.load(self.bundle)
+        bundle = load_bundle(self.bundle)
         for model in bundle.manifest.models:
-            stored = checkpoints.load(bundle.root / "models" / model)
-            parity = verify.prove(bundle, stored, self._pixels(stored), model)
+            stored = load_checkpoint(bundle.root / "models" / model)
+            parity = verify.verify_model(bundle, stored, self._pixels(stored), model)
             print(f"{self.bundle}, model {model}: parity holds: {parity}\n")
             print(*parity.table(), sep="\n")
 
     def _pixels(self, stored: Checkpoint) -> Pixels:
         if self.data is None:
-            return generated(self.images, stored.preprocess.image_size)
+            return generate(self.images, stored.preprocess.image_size)
         found = load(self.data, self.split, stored.preprocess, labelled=False)
         return decode(found, shuffled(len(found))[: self.images])
 
@@ -281,12 +280,12 @@ def parse_tiers(given: list[str]) -> dict[str, TierFlag]:
     tiers: dict[str, TierFlag] = {}
     for text in given:
         name, equals, rest = text.partition("=")
-        if not equals or not re.match(bundles.NAME, name):
+        if not equals or not re.match(NAME_PATTERN, name):
             raise ValueError(
                 f"{text!r} is no NAME=RATIO, such as fast=0.6 (names: a-z, 0-9, '-' and '_')"
             )
-        if name in bundles.RESERVED:
-            raise ValueError(f"no tier may be named {name!r}: {bundles.RESERVED[name]}")
+        if name in RESERVED_NAMES:
+            raise ValueError(f"no tier may be named {name!r}: {RESERVED_NAMES[name]}")
         if name in tiers:
             raise ValueError(f"tier {name!r} is given twice")
         path, at, ratio = rest.rpartition("@")
@@ -295,7 +294,7 @@ def parse_tiers(given: list[str]) -> dict[str, TierFlag]:
             raise ValueError(f"{text!r}: precision {precision!r} is neither int8 nor float32")
         if at and not path:
             raise ValueError(f"{text!r} names no checkpoint before '@'")
-        exact(ratio)
+        parse_keep_ratio(ratio)
         wanted = TierSpec(ratio, "int8" if precision == "int8" else "float32")
         tiers[name] = TierFlag(wanted, Path(path) if at else None)
     if not tiers:
@@ -333,7 +332,7 @@ def _print_tiers(bundle: Bundle) -> None:
         counts = ", ".join(map(str, tier.token_counts))
         print(
             f"{tier.name:<12} {tier.keep_ratio:<5g} {counts:<16} {tier.macs / 1e9:>7.3f}"
-            f"  {card.quality(tier)}"
+            f"  {card.format_quality(tier)}"
             + (f"  {tier.precision}" if tier.precision != "float32" else "")
             + (f"  model {tier.model}" if several else "")
             + ("  dominated" if tier.dominated else "")

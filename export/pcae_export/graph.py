@@ -27,8 +27,8 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from pcae_export.weights import Place
+from pcae_serve.bundle.manifest import WEIGHTS
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.bundle.reader import WEIGHTS
 from pcae_training.evaluate import normalise
 from pcae_training.model import Attention, Block, VisionTransformer
 from pcae_training.reduction import fixed_order, reduce_tokens
@@ -58,7 +58,7 @@ class Elastic(nn.Module):
     def __init__(self, model: VisionTransformer, preprocess: Preprocess) -> None:
         """Only `torch.onnx.export` can run it: its attention is a name until it is expanded."""
         super().__init__()
-        self.model, self.preprocess = halved(model), preprocess
+        self.model, self.preprocess = to_half_products(model), preprocess
         if model.config.reduction == "random":
             patches = model.config.geometry.patches
             self.register_buffer("order", fixed_order(patches), persistent=False)
@@ -98,7 +98,7 @@ def _number(value: Tensor, low: int, high: int) -> int:
     return number
 
 
-def halved(model: VisionTransformer) -> VisionTransformer:
+def to_half_products(model: VisionTransformer) -> VisionTransformer:
     """A copy whose products are in float16; norms, softmax, ranking and head stay in float32."""
     model = deepcopy(model)
     tops = [getattr(model, name, None) for name in ("norm", "fc_norm", "head", "head_dist")]
@@ -176,7 +176,9 @@ def trace(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
     return traced
 
 
-def elastic(traced: ir.Model, precision: Precision = "float32", fused: bool = False) -> ir.Model:
+def make_elastic(
+    traced: ir.Model, precision: Precision = "float32", fused: bool = False
+) -> ir.Model:
     """A traced graph in a precision, its attention in plain operators or as ONNX Runtime's own."""
     model, dtype = traced.clone(), _TYPES[precision]
     _retype(model.graph, dtype)
@@ -262,7 +264,7 @@ def _scalar(value: float, dtype: ir.DataType) -> ir.TensorProtocol:
     return ir.tensor(np.array(value, dtype=dtype.numpy()), dtype=dtype)
 
 
-def static(elastic: ir.Model, token_counts: Sequence[int]) -> ir.Model:
+def make_static(elastic: ir.Model, token_counts: Sequence[int]) -> ir.Model:
     """A copy of an elastic graph (not yet bound) with its token counts constant."""
     model = elastic.clone()
     counts = next(value for value in model.graph.inputs if value.name == "token_counts")
@@ -274,7 +276,7 @@ def static(elastic: ir.Model, token_counts: Sequence[int]) -> ir.Model:
     return _tidy(model)
 
 
-def bind(model: ir.Model, places: Mapping[str, Place]) -> ir.Model:
+def bind_weights(model: ir.Model, places: Mapping[str, Place]) -> ir.Model:
     """A copy whose weights are float16 tensors inside WEIGHTS, cast to the type the graph takes."""
     model = model.clone()
     graph, casts = model.graph, []

@@ -17,7 +17,7 @@ def decode(images: LabelledImages, rows: Sequence[int]) -> Pixels:
     return np.stack([images[row][0].permute(1, 2, 0).numpy() for row in rows])
 
 
-def generated(count: int, size: int) -> Pixels:
+def generate(count: int, size: int) -> Pixels:
     """Cloudy colour images [count, size, size, 3] uint8, always the same ones.
 
     Noise at every scale from the whole image to a pixel, as photographs have it: no two patches

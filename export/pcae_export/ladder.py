@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from pcae_export.pack import DEFAULT_TIERS
-from pcae_serve.bundle.reader import Bundle, Tier
-from pcae_serve.bundle.tokens import KeepRatio, exact
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.tokens import KeepRatio, parse_keep_ratio
 from pcae_serve.errors import BundleError
 from pcae_training.checkpoint import from_config
 
@@ -82,7 +83,7 @@ def sweep(bundle: Bundle, lowest: KeepRatio) -> tuple[Tier, ...]:
         raise BundleError(f"{path} does not tell the model's sizes: {error!r}") from None
     tiers: dict[tuple[int, ...], Tier] = {}
     ratio = Decimal(1)
-    while exact(ratio) >= exact(lowest):
+    while parse_keep_ratio(ratio) >= parse_keep_ratio(lowest):
         try:
             counts = geometry.counts(ratio)
         except ValueError:  # a stage is left without patches, and so it is at all lower ratios

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pcae_export.images import decode
+from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Engine
 from pcae_training.data import LabelledImages
 from pcae_training.score import Top1
@@ -25,7 +26,7 @@ BATCH = 8
 Quality = Accuracy | Agreement | Fidelity
 
 
-def quality(
+def measure_quality(
     bundle: Bundle, engine: Engine, images: LabelledImages, rows: Sequence[int], labelled: bool
 ) -> dict[str, Quality]:
     """Tier name to what it is worth on the given rows of `images`.

@@ -26,19 +26,18 @@ from pcae_export import card, graph, int8, weights
 from pcae_export.measure import Quality
 from pcae_export.verify import Parity
 from pcae_serve import atomic
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
-from pcae_serve.bundle.reader import (
+from pcae_serve.bundle.manifest import (
     ELASTIC_GRAPH,
     INT8_GRAPH,
     MANIFEST,
     WEIGHTS,
-    Bundle,
     Manifest,
     Model,
     Tier,
 )
-from pcae_serve.bundle.tokens import KeepRatio, exact
+from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
+from pcae_serve.bundle.reader import Bundle, file_sha256, load_bundle
+from pcae_serve.bundle.tokens import KeepRatio, parse_keep_ratio
 from pcae_serve.errors import PcaeError
 from pcae_serve.version import __version__
 from pcae_training.checkpoint import Checkpoint, to_config
@@ -89,7 +88,7 @@ class Evidence:
 Judge = Callable[[Bundle, Mapping[str, Checkpoint]], Evidence]
 
 
-def write(
+def write_bundle(
     parts: Mapping[str, Part],
     out: Path,
     *,
@@ -107,8 +106,8 @@ def write(
     judge raises. Then nothing is left behind.
     """
     out = out.absolute()
-    refuse(out, force)
-    planned = plan(parts)
+    check_output(out, force)
+    planned = plan_tiers(parts)
     stored = {model_id: _stored(part.checkpoint) for model_id, part in parts.items()}
     with _beside(out) as fresh:
         for model_id, checkpoint in stored.items():
@@ -123,15 +122,15 @@ def write(
         (fresh / CARD).write_text("")
         draft = _seal(fresh, name or out.name, stored, half, planned)
         evidence = judge(draft, stored)
-        final = rank(planned, evidence.quality)
+        final = rank_tiers(planned, evidence.quality)
         text = card.render(draft.manifest, final, stored, evidence.parity, note)
         (fresh / CARD).write_text(text)
         _seal(fresh, name or out.name, stored, half, final)
         atomic.replace_folder(fresh, out)
-    return bundles.load(out)
+    return load_bundle(out)
 
 
-def refuse(out: Path, force: bool) -> None:
+def check_output(out: Path, force: bool) -> None:
     """Raise PackError unless a bundle may be put at `out`."""
     if not os.path.lexists(out):
         return
@@ -141,7 +140,7 @@ def refuse(out: Path, force: bool) -> None:
         raise PackError(f"{out} exists and is no bundle: --force replaces only bundles")
 
 
-def plan(parts: Mapping[str, Part]) -> list[Tier]:
+def plan_tiers(parts: Mapping[str, Part]) -> list[Tier]:
     """Tiers without quality yet, by MACs from the cheapest.
 
     Raises PackError where a tier cannot be, or the models cannot share a bundle.
@@ -156,7 +155,7 @@ def plan(parts: Mapping[str, Part]) -> list[Tier]:
                 counts = config.geometry.counts(wanted.keep_ratio)
             except ValueError as error:
                 raise PackError(f"tier {name!r}: {error}") from None
-            if not counts and exact(wanted.keep_ratio) < 1:
+            if not counts and parse_keep_ratio(wanted.keep_ratio) < 1:
                 raise PackError(
                     f"tier {name!r}: model {model_id!r} has {config.depth} blocks and no reduction"
                     " points to drop patches at: give --reduction-points"
@@ -165,7 +164,7 @@ def plan(parts: Mapping[str, Part]) -> list[Tier]:
                 Tier(
                     name=name,
                     model=model_id,
-                    keep_ratio=float(exact(wanted.keep_ratio)),
+                    keep_ratio=float(parse_keep_ratio(wanted.keep_ratio)),
                     token_counts=counts,
                     macs=config.geometry.macs(counts),
                     precision=wanted.precision,
@@ -197,7 +196,7 @@ def _check_together(checkpoints: Mapping[str, Checkpoint]) -> None:
             raise PackError(f"{both}: their features have different widths")
 
 
-def rank(tiers: list[Tier], quality: Mapping[str, Quality]) -> list[Tier]:
+def rank_tiers(tiers: list[Tier], quality: Mapping[str, Quality]) -> list[Tier]:
     """The same tiers, in their order, with their quality; dominated where a cheaper one is as good.
 
     What a tier agrees with is its own model: without labels, models are not compared.
@@ -232,7 +231,7 @@ def _graphs(
 ) -> None:
     """Every graph of one model: elastic, static, and for GPUs fused and plain ones in half."""
     model, preprocess = checkpoint.model, checkpoint.preprocess
-    places = weights.places(folder / WEIGHTS)
+    places = weights.read_places(folder / WEIGHTS)
     exact_tiers = [tier for tier in tiers if tier.precision == "float32"]
     kinds = 3 if half else 1
     bar = tqdm(
@@ -243,31 +242,31 @@ def _graphs(
     )
 
     def save(found: ir.Model, file: str, precision: str, tier: Tier | None = None) -> None:
-        about = metadata(bundle, checkpoint, precision, tier)
-        graph.save(graph.bind(found, places), folder / file, about)
+        about = describe_graph(bundle, checkpoint, precision, tier)
+        graph.save(graph.bind_weights(found, places), folder / file, about)
         bar.update()
 
     with bar:
         traced = graph.trace(model, preprocess)
         bar.update()
-        elastic = graph.elastic(traced)
+        elastic = graph.make_elastic(traced)
         save(elastic, ELASTIC_GRAPH, "float32")
         for tier in exact_tiers:
-            save(graph.static(elastic, tier.token_counts), tier.graph, "float32", tier)
+            save(graph.make_static(elastic, tier.token_counts), tier.graph, "float32", tier)
         if len(tiers) > len(exact_tiers):
-            about = metadata(bundle, checkpoint, "int8", None)
+            about = describe_graph(bundle, checkpoint, "int8", None)
             int8.save(elastic, model.state_dict(), folder / INT8_GRAPH, about)
             bar.update()
         if half is None:
             return
         for fused in (True, False):
-            elastic = graph.elastic(traced, half, fused)
+            elastic = graph.make_elastic(traced, half, fused)
             for tier in exact_tiers:
                 file = tier.cuda_graph if fused else tier.tensorrt_graph
-                save(graph.static(elastic, tier.token_counts), file, half, tier)
+                save(graph.make_static(elastic, tier.token_counts), file, half, tier)
 
 
-def metadata(
+def describe_graph(
     bundle: str, checkpoint: Checkpoint, precision: str, tier: Tier | None
 ) -> dict[str, str]:
     """What a graph says of itself, so that a file found alone can be used. `tier`: if static."""
@@ -320,10 +319,10 @@ def _seal(
         labels=tuple(first.labels),
         models={model_id: _described(c, half) for model_id, c in stored.items()},
         tiers=tuple(tiers),
-        files={file.relative_to(root).as_posix(): bundles.sha256(file) for file in files},
+        files={file.relative_to(root).as_posix(): file_sha256(file) for file in files},
     )
     (root / MANIFEST).write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n")
-    return bundles.load(root)
+    return load_bundle(root)
 
 
 def _described(checkpoint: Checkpoint, half: Half | None) -> Model:

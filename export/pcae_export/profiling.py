@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from pcae_export import ladder
 from pcae_export.ladder import KeepRatioLadder
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.reader import Bundle, Tier
-from pcae_serve.engines import base
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.base import Engine
+from pcae_serve.engines.loader import load_configured_engine
 from pcae_serve.errors import PcaeError
-from pcae_serve.runtime import latency_profile as profiles
+from pcae_serve.runtime import latency_profile
 from pcae_serve.runtime.latency_profile import Origin, Rounds
 from pcae_serve.settings import Settings
 
@@ -107,11 +107,11 @@ class Profile(BaseModel):
                 f"--batches goes to {self.batches[-1]}, but the server's batches end at"
                 f" {settings.max_batch}: see its --max-batch"
             )
-        bundle = bundles.load(self.bundle)
-        engine = base.configured(settings, bundle)
+        bundle = load_bundle(self.bundle)
+        engine = load_configured_engine(settings, bundle)
         sweep_s = self.seconds * SWEEP_SHARE if self.ladder else 0.0
         timed = take_turns(engine, bundle, bundle.tiers, self.batches, self.seconds - sweep_s)
-        profile = profiles.summarise(bundle, engine, timed)
+        profile = latency_profile.summarise(bundle, engine, timed)
         rows = compare(bundle.tiers, timed, PEAKS.get(profile.origin.gpu or ""))
         print(describe(profile.origin, engine))
         print(table(rows))
@@ -154,7 +154,7 @@ def take_turns(
         def progress(elapsed_s: float) -> None:
             bar.update(min(elapsed_s, limit_s) - bar.n)
 
-        return profiles.take_turns(
+        return latency_profile.take_turns(
             engine,
             tiers,
             batches,
@@ -195,7 +195,7 @@ def compare(tiers: Sequence[Tier], rounds: Rounds, peak: float | None) -> list[R
     for batch, seconds in rounds.items():
         ratios = seconds[:, -1:] / seconds  # [rounds, tiers]
         for i, tier in enumerate(tiers):
-            point = profiles.point(batch, seconds[:, i])
+            point = latency_profile.point(batch, seconds[:, i])
             low, middle, high = np.quantile(ratios[:, i], [0.25, 0.5, 0.75])
             flops_per_s = 2 * tier.macs * batch / point.p50_s
             rows.append(
@@ -302,9 +302,9 @@ def propose(
         yield f"  {len(found.rungs)} of {asked}: this machine tells no more apart"
 
 
-def _keep(profile: profiles.Profile, cache_dir: Path) -> Path:
+def _keep(profile: latency_profile.Profile, cache_dir: Path) -> Path:
     try:
-        return profiles.write(profile, cache_dir)
+        return latency_profile.write(profile, cache_dir)
     except OSError as error:
         raise PcaeError(
             f"the profile cannot be kept in {cache_dir} ({error.strerror}):"

@@ -54,7 +54,7 @@ class Source:
     notes: tuple[str, ...] = ()  # what a person should know of how it was read
 
 
-def read(path: Path, told: SourceOverrides) -> Source:
+def read_source(path: Path, told: SourceOverrides) -> Source:
     """Open a checkpoint (see `foreign.read`). Raises PcaeError with one line on what is missing."""
     found = foreign.read(path, heads=told.heads)
     ignored = [name for name in found.ignored if not name.endswith("mask_token")]

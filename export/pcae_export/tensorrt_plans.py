@@ -28,13 +28,13 @@ from pcae_export import images
 from pcae_export.measure import cosine
 from pcae_export.verify import AGREEMENT, COSINE
 from pcae_serve import atomic
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.reader import ELASTIC_GRAPH, Bundle, Tier
+from pcae_serve.bundle.manifest import ELASTIC_GRAPH, Tier
+from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines import plan_cache
 from pcae_serve.engines.base import Output, Pixels
-from pcae_serve.engines.cuda_runtime import CudaError, Gpu, find
+from pcae_serve.engines.cuda_runtime import CudaError, Gpu, find_gpu
 from pcae_serve.engines.plan_cache import Key, Parity, Plan, Recipe
-from pcae_serve.engines.tensorrt import Library, Runner, library, output
+from pcae_serve.engines.tensorrt import Library, Runner, load_library, to_output
 from pcae_serve.errors import PcaeError, StartError, one_line
 from pcae_serve.settings import MAX_BATCH, Settings
 from pcae_training.data import load
@@ -99,14 +99,14 @@ class TensorRt(BaseModel):
         )
 
     def cli_cmd(self) -> None:
-        bundle = bundles.load(self.bundle)
+        bundle = load_bundle(self.bundle)
         for tier in bundle.tiers:
-            plan_cache.graph(bundle, tier)  # what is missing is told before the slow part
-        found = library()
+            plan_cache.find_graph(bundle, tier)  # what is missing is told before the slow part
+        found = load_library()
         if self.dry_run:
             self._try(bundle, found)
             return
-        gpu = find(self.device)
+        gpu = find_gpu(self.device)
         if found.ahead_of_time:
             print(f"TensorRT is not installed: building for {found.name} {found.version}")
         pixels, data_set = self._pixels(bundle)
@@ -119,7 +119,7 @@ class TensorRt(BaseModel):
 
     def _try(self, bundle: Bundle, found: Library) -> None:
         if not found.ahead_of_time:
-            find(self.device)  # TensorRT's builder crashes where there is none
+            find_gpu(self.device)  # TensorRT's builder crashes where there is none
         for tier in bundle.tiers:
             built = build(found, bundle, tier, self.recipe, None)
             print(
@@ -129,7 +129,7 @@ class TensorRt(BaseModel):
 
     def _pixels(self, bundle: Bundle) -> tuple[Pixels, str]:
         if self.eval_data is None:
-            return images.generated(self.parity_images, bundle.image_size), "generated clouds"
+            return images.generate(self.parity_images, bundle.image_size), "generated clouds"
         data = load(self.eval_data, self.eval_split, bundle.preprocess)
         if len(data) < self.parity_images:
             raise PlanError(
@@ -159,8 +159,8 @@ class Maker:
         build or answer right; nothing is kept then. Raises PcaeError where the cache cannot be
         written.
         """
-        key = plan_cache.key(self.bundle, tier, self.library.machine(self.gpu), self.recipe)
-        folder = plan_cache.folder(self.cache_dir)
+        key = plan_cache.make_key(self.bundle, tier, self.library.target(self.gpu), self.recipe)
+        folder = plan_cache.plans_folder(self.cache_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder / f"{key.name}.lock", tier):
@@ -174,11 +174,11 @@ class Maker:
 
     def _present(self, key: Key) -> Plan | None:
         """The plan that lies there, if it is whole and loads."""
-        plan = plan_cache.load(self.cache_dir, key)
+        plan = plan_cache.load_plan(self.cache_dir, key)
         if plan is None:
             return None
         try:
-            data = plan_cache.read(self.cache_dir, plan)
+            data = plan_cache.read_plan(self.cache_dir, plan)
             Runner(self.library, self.gpu, {key.tier: data}, (1,)).close()
         except StartError as error:
             tqdm.write(f"{error}: it is built anew")
@@ -186,13 +186,13 @@ class Maker:
         return plan
 
     def _make(self, key: Key, tier: Tier) -> Plan:
-        machine = plan_cache.sha256(key.machine.model_dump_json().encode())[:24]
-        timings = plan_cache.folder(self.cache_dir) / f"{machine}.timings"
+        target = plan_cache.digest(key.target.model_dump_json().encode())[:24]
+        timings = plan_cache.plans_folder(self.cache_dir) / f"{target}.timings"
         built = build(self.library, self.bundle, tier, self.recipe, timings)
         parity = prove(self.library, self.gpu, self.bundle, tier, built, self.pixels, self.data_set)
         plan = Plan(
             key=key,
-            sha256=plan_cache.sha256(built.data),
+            sha256=plan_cache.digest(built.data),
             built=datetime.now(UTC),
             build_s=round(built.seconds, 3),
             driver=self.gpu.driver,
@@ -200,7 +200,7 @@ class Maker:
             fused_attention=built.fused_attention,
             parity=parity,
         )
-        plan_cache.write(self.cache_dir, plan, built.data)
+        plan_cache.write_plan(self.cache_dir, plan, built.data)
         return plan
 
 
@@ -211,7 +211,7 @@ def build(
 
     Raises PlanError with what the parser or the builder says.
     """
-    trt, graph = library.trt, plan_cache.graph(bundle, tier)
+    trt, graph = library.trt, plan_cache.find_graph(bundle, tier)
     where = f"tier {tier.name!r}: {library.name} {library.version}"
     library.messages.layers.clear()
     builder = trt.Builder(library.messages)
@@ -270,12 +270,12 @@ def prove(
     Every bucket runs, and every image of pixels [N, H, W, 3]. Raises PlanError where the answers
     differ by more than half precision may.
     """
-    sizes = plan_cache.buckets(built.shapes["max"][0])
+    sizes = plan_cache.batch_buckets(built.shapes["max"][0])
     try:
         runner = Runner(library, gpu, {tier.name: built.data}, sizes)
         try:
             batches = list(_batches(len(pixels), sizes))
-            answers = [output(bundle, tier, runner.run(tier.name, pixels[b])) for b in batches]
+            answers = [to_output(bundle, tier, runner.run(tier.name, pixels[b])) for b in batches]
         finally:
             runner.close()
     except (StartError, CudaError) as error:

@@ -30,7 +30,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pcae_export.measure import cosine
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.bundle.tokens import Rule
 from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.errors import PcaeError, one_line
@@ -133,7 +134,7 @@ class Parity:
             )
 
 
-def prove(bundle: Bundle, checkpoint: Checkpoint, pixels: Pixels, model: str) -> Parity:
+def verify_model(bundle: Bundle, checkpoint: Checkpoint, pixels: Pixels, model: str) -> Parity:
     """Hold every graph of every tier of `model` against torch with its stored weights.
 
     pixels uint8 [N, H, W, 3], N >= MIN_IMAGES, in batches of all the sizes in BATCHES.
@@ -151,7 +152,7 @@ def prove(bundle: Bundle, checkpoint: Checkpoint, pixels: Pixels, model: str) ->
             not_run["bfloat16 graphs: ONNX Runtime has no kernels for them on a CPU"] = None
             continue
         if counts not in references:
-            references[counts] = reference(checkpoint, pixels, counts)
+            references[counts] = run_torch(checkpoint, pixels, counts)
         expected = references[counts]
         near = int((expected.margin <= MARGIN).sum())
         if precision == "float32" and near > MAX_NEAR_TIES * len(pixels):
@@ -162,7 +163,7 @@ def prove(bundle: Bundle, checkpoint: Checkpoint, pixels: Pixels, model: str) ->
         where = f"tier {tier.name!r}, {graph} graph"
         found = _run(file, counts if graph == "elastic" else None, pixels, where)
         row = compare(found, expected, checkpoint, pixels, tier.name, graph, precision)
-        check(row, found, expected, checkpoint.model.config.reduction, where)
+        check_row(row, found, expected, checkpoint.model.config.reduction, where)
         rows.append(row)
     return Parity(len(pixels), tuple(rows), tuple(not_run))
 
@@ -179,7 +180,7 @@ def _graphs(bundle: Bundle, tier: Tier) -> Iterator[tuple[str, Precision, Path]]
 
 
 @torch.inference_mode()
-def reference(
+def run_torch(
     checkpoint: Checkpoint,
     pixels: Pixels,
     counts: Sequence[int],
@@ -270,7 +271,10 @@ def _run(file: Path, counts: Sequence[int] | None, pixels: Pixels, where: str) -
         feeds["token_counts"] = np.array(counts, dtype=np.int64)
     try:
         session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        parts = [session.run(None, feeds | {"pixels": pixels[rows]}) for rows in mixed(len(pixels))]
+        parts = [
+            session.run(None, feeds | {"pixels": pixels[rows]})
+            for rows in mixed_batches(len(pixels))
+        ]
     except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
         raise ParityError(f"{where}: it does not run: {one_line(error)}") from None
     vectors, *kept = (np.concatenate(outputs) for outputs in zip(*parts, strict=True))
@@ -304,7 +308,7 @@ def compare(
     difference = np.abs(found.vectors - vectors)  # [N, classes or D]
     equal = difference.max(axis=1)
     if other.any():
-        forced = reference(
+        forced = run_torch(
             checkpoint, pixels[other], [stage.shape[1] for stage in found.kept],
             [stage[other] for stage in found.kept],
         )  # fmt: skip
@@ -327,7 +331,7 @@ def compare(
     )
 
 
-def check(row: Compared, found: Output, expected: Reference, rule: Rule, where: str) -> None:
+def check_row(row: Compared, found: Output, expected: Reference, rule: Rule, where: str) -> None:
     """Raise ParityError unless a graph is alike enough for its precision."""
     largest = float(expected.vectors.abs().max())
     logits = row.agreement is not None
@@ -375,7 +379,7 @@ def _largest(values: NDArray[np.float32]) -> float:
     return float(values.max()) if values.size else 0.0
 
 
-def mixed(count: int) -> Iterator[slice]:
+def mixed_batches(count: int) -> Iterator[slice]:
     """All of `count` rows, in batches of every size in BATCHES in turn."""
     start, turn = 0, 0
     while start < count:

@@ -44,7 +44,7 @@ def write(stored: dict[str, Tensor], file: Path) -> None:
     file.write_bytes(save(stored, metadata={"format": "pt"}))
 
 
-def places(file: Path) -> dict[str, Place]:
+def read_places(file: Path) -> dict[str, Place]:
     """Where each tensor of a safetensors file begins: 8 bytes of header length, header, tensors."""
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")

@@ -22,7 +22,7 @@ from pcae_serve import schemas
 from pcae_serve.api import inference_routes, openapi, proxy_delay, server_timing
 from pcae_serve.api.auth import Keys
 from pcae_serve.api.body import limited, unless_left
-from pcae_serve.engines.base import GPU_BACKENDS, NOTES
+from pcae_serve.engines.base import BACKEND_NOTES, GPU_BACKENDS
 from pcae_serve.errors import (
     InvalidParameter,
     NoKey,
@@ -243,7 +243,7 @@ def create_app(
         and why, stands with it, in the order of the fields.
         """
         logits = replace(ask, answers="logits")
-        service.bundle.allowed(ask.tier, ask.min_tier)  # before anything is uploaded
+        service.bundle.allowed_tiers(ask.tier, ask.min_tier)  # before anything is uploaded
 
         answers: list[InferenceResult] = []
 
@@ -404,7 +404,7 @@ def _tiers(service: Service) -> schemas.Tiers:
         digest=bundle.digest,
         backend=engine.name,
         backend_version=engine.version,
-        backend_note=NOTES.get(engine.name),
+        backend_note=BACKEND_NOTES.get(engine.name),
         device=service.device,
         policy=service.settings.policy,
         budget_ms=service.settings.budget_ms,

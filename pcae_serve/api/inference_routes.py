@@ -341,7 +341,7 @@ def router(service: Service, caller: Callable[..., Any]) -> APIRouter:
                 raise TooLarge(f"{len(files)} images are too many: send at most {most}")
             _require_outputs(asked, service.bundle)
             said = asked.parameters or RequestParameters()
-            service.bundle.allowed(said.tier, said.min_tier)
+            service.bundle.allowed_tiers(said.tier, said.min_tier)
             budget_ms = said.budget_ms or service.settings.budget_ms
             ask = InferenceRequest(
                 arrival_s, budget_ms, said.tier, said.min_tier, service.bundle.answers

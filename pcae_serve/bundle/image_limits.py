@@ -41,7 +41,7 @@ _TILE_WIDTH, _TILE_LENGTH, _STRIP_OFFSETS, _TILE_OFFSETS = 322, 323, 273, 324
 _SHORT, _LONG = 3, 4
 
 
-class Reader(io.BytesIO):
+class BoundedReader(io.BytesIO):
     """A file in memory that ends the loops of Pillow's parsers, which run in Python.
 
     A parser reads some bytes at a time: a header of millions of empty parts would keep it, and
@@ -60,7 +60,7 @@ class Reader(io.BytesIO):
         return super().read(size)
 
 
-def inspect(body: bytes, max_pixels: int) -> str:
+def check_header(body: bytes, max_pixels: int) -> str:
     """The type of an image file, by its first bytes and as Pillow names it.
 
     Raises UnsupportedType where it is none in MAGIC; UnreadableImage or TooLarge where its layout

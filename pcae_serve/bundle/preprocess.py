@@ -153,7 +153,7 @@ class Preprocess:
         to by more than 11, and the mean is 0.7 at most; lines two pixels apart, the worst there
         is, differ by up to 32 (benchmarks/records/2026-11-24_input).
         """
-        return self.crop(read(body, max_pixels, REDUCED * self.resize))
+        return self.crop(read_picture(body, max_pixels, REDUCED * self.resize))
 
     def crop(self, image: "Image.Image | Picture") -> NDArray[np.uint8]:
         """An RGB image to pixels [H, W, 3]: shorter side to `resize`, then the centre.
@@ -182,12 +182,12 @@ class Preprocess:
         return np.asarray(image.resize(sides, self.resample, box), dtype=np.uint8)
 
 
-def decode(body: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(body: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image file's bytes to an upright RGB image, as large as the file. Raises as `read`."""
-    return read(body, max_pixels).image
+    return read_picture(body, max_pixels).image
 
 
-def read(body: bytes, max_pixels: int = MAX_PIXELS, short: int | None = None) -> Picture:
+def read_picture(body: bytes, max_pixels: int = MAX_PIXELS, short: int | None = None) -> Picture:
     """An image file's bytes to an upright RGB image, of which `short` pixels a side may do.
 
     Raises UnreadableImage (empty, truncated, damaged), UnsupportedType (no type in
@@ -198,9 +198,9 @@ def read(body: bytes, max_pixels: int = MAX_PIXELS, short: int | None = None) ->
     """
     if not body:
         raise UnreadableImage("the request body is empty: send the image file's bytes")
-    kind = image_limits.inspect(body, max_pixels)
+    kind = image_limits.check_header(body, max_pixels)
     try:
-        image = Image.open(image_limits.Reader(body), formats=[kind])
+        image = Image.open(image_limits.BoundedReader(body), formats=[kind])
     except UnidentifiedImageError:
         raise UnreadableImage("the image's header is truncated or damaged") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # -W error raises both

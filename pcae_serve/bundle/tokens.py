@@ -20,7 +20,7 @@ Rule = Literal["ptr", "ptr-normalised", "weighted", "merged", "random", "attenti
 REDUCTION_POINTS = (0, 7, 10)
 
 
-def exact(keep_ratio: KeepRatio) -> Fraction:
+def parse_keep_ratio(keep_ratio: KeepRatio) -> Fraction:
     """The keep ratio as the decimal a person wrote: 0.7 is 7/10, not 0.69999…
 
     Raises ValueError unless 0 < keep_ratio <= 1.
@@ -42,7 +42,7 @@ def patches_kept(patches: int, keep_ratio: KeepRatio, stages: int = 3) -> tuple[
 
     Raises ValueError where a stage would be left without any patch.
     """
-    ratio, counts = exact(keep_ratio), []
+    ratio, counts = parse_keep_ratio(keep_ratio), []
     for stage in range(stages):
         patches = floor(patches * ratio)
         if patches < 1:

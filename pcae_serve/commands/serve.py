@@ -13,10 +13,9 @@ from collections.abc import Callable
 from pcae_serve.api.app import create_app
 from pcae_serve.api.auth import Keys
 from pcae_serve.api.server import Server
-from pcae_serve.bundle import reader
-from pcae_serve.bundle.reader import Bundle
-from pcae_serve.engines import base
-from pcae_serve.engines.base import Engine, at_once
+from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
+from pcae_serve.engines.base import Engine, run_directly
+from pcae_serve.engines.loader import load_configured_engine
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.observability import logs
 from pcae_serve.runtime.service import Service
@@ -40,15 +39,15 @@ class Serve(Settings):
         logs.configure(self.log_format, self.log_level)
         with listen(self.host, self.port) as listener:
             keys, admin_keys = Keys.read(self.api_keys_file), Keys.read(self.admin_keys_file)
-            served = reader.load(self.bundle or reader.demo())
+            served = load_bundle(self.bundle or demo_path())
             loaded = [self._engine(served, i) for i in range(len(self.devices))]
             serve(Service(self, served, loaded, self._engine), listener, keys, admin_keys)
 
     def _engine(
-        self, served: Bundle, device: int, through: Callable[[Engine], Engine] = at_once
+        self, served: Bundle, device: int, through: Callable[[Engine], Engine] = run_directly
     ) -> Engine:
         """An engine for a bundle on one of the devices."""
-        return base.configured(self, served, self.devices[device], through)
+        return load_configured_engine(self, served, self.devices[device], through)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -11,14 +11,14 @@ from pathlib import Path
 MOUNT, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def usable() -> int:
+def count_usable() -> int:
     """Cores to plan threads for, at least one."""
     cores = len(os.sched_getaffinity(0))
-    limit = quota()
+    limit = read_quota()
     return cores if limit is None else max(1, min(cores, ceil(limit)))
 
 
-def quota(mount: Path = MOUNT, membership: Path = MEMBERSHIP) -> float | None:
+def read_quota(mount: Path = MOUNT, membership: Path = MEMBERSHIP) -> float | None:
     """CPUs that the control group, or one above it, allows; None where nothing limits them."""
     limits = []
     for line in _lines(membership):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pcae_serve.engines import nvidia as driver
+from pcae_serve.engines import nvidia
 from pcae_serve.errors import StartError
 
 
@@ -28,7 +28,7 @@ class Gpu(NamedTuple):
     driver: str  # the newest CUDA that its driver runs: "13.1"
 
 
-def find(device: str) -> Gpu:
+def find_gpu(device: str) -> Gpu:
     """The GPU that `device` names: "cuda:0".
 
     TensorRT crashes the process where there is no driver, so this comes before it.
@@ -37,7 +37,7 @@ def find(device: str) -> Gpu:
     kind, _, number = device.partition(":")
     if kind != "cuda" or not number.isdecimal():
         raise StartError(f"TensorRT needs an NVIDIA GPU, and {device!r} names none: use cuda:0")
-    names, n = driver.gpus(), int(number)
+    names, n = nvidia.list_gpus(), int(number)
     if n >= len(names):
         raise StartError(f"there is no {device}: of {', '.join(names)} the first is cuda:0")
     cuda = Cuda(n)

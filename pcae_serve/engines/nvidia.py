@@ -15,7 +15,7 @@ class NoGpu(StartError):
     """This machine, or this container, has no NVIDIA GPU."""
 
 
-def gpus() -> list[str]:
+def list_gpus() -> list[str]:
     """Names of the GPUs, by their number in cuda:N.
 
     Raises NoGpu where there is none, StartError where there is one that does not answer.

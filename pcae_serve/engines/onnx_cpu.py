@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import cpus
 from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.errors import StartError, one_line
@@ -28,7 +29,7 @@ class OnnxRuntimeEngine:
         self.threads = threads
         options = ort.SessionOptions()
         # ONNX Runtime would count the host's cores, whatever we may use of them
-        options.intra_op_num_threads = threads or cpus.usable()
+        options.intra_op_num_threads = threads or cpus.count_usable()
         # spinning threads take the cores from decoding and neighbours: benchmarks/threads.py
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors only
@@ -59,6 +60,6 @@ class OnnxRuntimeEngine:
         self._sessions.clear()
 
 
-def for_gpus() -> bool:
+def is_gpu_build() -> bool:
     """Whether the package that is installed is the one for GPUs, as in the gpu image."""
     return "CUDAExecutionProvider" in ort.get_available_providers()

@@ -21,10 +21,11 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime as ort
 
-from pcae_serve.bundle.reader import Bundle, Tier
-from pcae_serve.engines import nvidia as driver
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.engines import nvidia
 from pcae_serve.engines.base import Output, Pixels
-from pcae_serve.engines.plan_cache import buckets
+from pcae_serve.engines.plan_cache import batch_buckets
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.settings import MAX_BATCH
 
@@ -55,11 +56,13 @@ class CudaEngine:
         self._kind, _, number = device.partition(":")
         self._number = int(number or 0)
         provider, missing = self._provider()
-        self.device = device if self._kind == "cpu" else f"{device} ({driver.gpus()[self._number]})"
+        self.device = (
+            device if self._kind == "cpu" else f"{device} ({nvidia.list_gpus()[self._number]})"
+        )
         self._sessions = {
             tier.name: _session(_graph(bundle, tier), provider, missing) for tier in bundle.tiers
         }
-        self.sizes: Sequence[int] = buckets(max_batch)
+        self.sizes: Sequence[int] = batch_buckets(max_batch)
         side = bundle.image_size
         self._padded = {n: np.zeros((n, side, side, 3), np.uint8) for n in self.sizes}
         try:

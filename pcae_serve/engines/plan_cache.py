@@ -16,16 +16,17 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from pcae_serve import atomic
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.errors import BundleError, StartError
 from pcae_serve.frozen_model import FrozenModel
 
 log = logging.getLogger(__name__)
 
-COMMAND = "pcae-export tensorrt"
+BUILD_COMMAND = "pcae-export tensorrt"
 
 
-class Machine(FrozenModel):
+class GpuTarget(FrozenModel):
     """What must be the same where a plan is built and where it runs."""
 
     library: str  # tensorrt, or tensorrt_rtx
@@ -52,13 +53,13 @@ class Key(FrozenModel):
     bundle: str  # digest
     tier: str
     graph: str  # sha256
-    machine: Machine
+    target: GpuTarget
     recipe: Recipe
 
     @property
     def name(self) -> str:
         """Of the files, without their endings."""
-        return sha256(self.model_dump_json().encode())[:24]
+        return digest(self.model_dump_json().encode())[:24]
 
 
 class Parity(FrozenModel):
@@ -91,7 +92,7 @@ class Plan(FrozenModel):
     parity: Parity
 
 
-def graph(bundle: Bundle, tier: Tier) -> Path:
+def find_graph(bundle: Bundle, tier: Tier) -> Path:
     """The graph that TensorRT builds from. Raises BundleError where the bundle lacks it."""
     path = bundle.file(tier.model, tier.tensorrt_graph)
     if f"models/{tier.model}/{tier.tensorrt_graph}" not in bundle.manifest.files:
@@ -102,84 +103,86 @@ def graph(bundle: Bundle, tier: Tier) -> Path:
     return path
 
 
-def key(bundle: Bundle, tier: Tier, machine: Machine, recipe: Recipe) -> Key:
+def make_key(bundle: Bundle, tier: Tier, target: GpuTarget, recipe: Recipe) -> Key:
     """What a plan of the tier is valid for. Raises BundleError where the bundle has no graph."""
-    graph(bundle, tier)
+    find_graph(bundle, tier)
     source = bundle.manifest.files[f"models/{tier.model}/{tier.tensorrt_graph}"]
-    return Key(bundle=bundle.digest, tier=tier.name, graph=source, machine=machine, recipe=recipe)
+    return Key(bundle=bundle.digest, tier=tier.name, graph=source, target=target, recipe=recipe)
 
 
-def buckets(max_batch: int) -> tuple[int, ...]:
+def batch_buckets(max_batch: int) -> tuple[int, ...]:
     """The batch sizes that run: powers of two, then max_batch; others are padded to the next."""
     powers = [1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch]
     return (*powers, max_batch)
 
 
-def folder(cache_dir: Path) -> Path:
+def plans_folder(cache_dir: Path) -> Path:
     """Where plans lie in a cache."""
     return cache_dir / "tensorrt"
 
 
-def load(cache_dir: Path, wanted: Key) -> Plan | None:
+def load_plan(cache_dir: Path, wanted: Key) -> Plan | None:
     """The sidecar of that key; None where there is none, or none that can be read."""
-    plan = _sidecar(folder(cache_dir) / f"{wanted.name}.json")
+    plan = _sidecar(plans_folder(cache_dir) / f"{wanted.name}.json")
     return plan if plan and plan.key == wanted else None
 
 
-def find(cache_dir: Path, bundle: Bundle, tier: Tier, machine: Machine, max_batch: int = 1) -> Plan:
+def find_plan(
+    cache_dir: Path, bundle: Bundle, tier: Tier, target: GpuTarget, max_batch: int = 1
+) -> Plan:
     """The newest plan of a tier that was built for this machine and takes such batches.
 
     Raises StartError that says what to build; BundleError where the bundle has no graph for it.
     """
-    graph(bundle, tier)
-    sidecars = sorted(folder(cache_dir).glob("*.json"))
+    find_graph(bundle, tier)
+    sidecars = sorted(plans_folder(cache_dir).glob("*.json"))
     fitting = [
         plan
         for plan in map(_sidecar, sidecars)
-        if plan and plan.key == key(bundle, tier, machine, plan.key.recipe)
+        if plan and plan.key == make_key(bundle, tier, target, plan.key.recipe)
     ]
     if not fitting:
         raise StartError(
-            f"no TensorRT plan of tier {tier.name!r} for {machine} in {folder(cache_dir)}: run"
-            f" '{COMMAND} {bundle.root}'"
+            f"no TensorRT plan of tier {tier.name!r} for {target} in {plans_folder(cache_dir)}:"
+            f" run '{BUILD_COMMAND} {bundle.root}'"
         )
     taking = [plan for plan in fitting if plan.key.recipe.max_batch >= max_batch]
     if not taking:
         most = max(plan.key.recipe.max_batch for plan in fitting)
         raise StartError(
             f"the TensorRT plan of tier {tier.name!r} takes {most} images at most, not"
-            f" {max_batch}: serve with --max-batch {most}, or run '{COMMAND} {bundle.root}"
+            f" {max_batch}: serve with --max-batch {most}, or run '{BUILD_COMMAND} {bundle.root}"
             f" --max-batch {max_batch}'"
         )
     return max(taking, key=lambda plan: plan.built)
 
 
-def read(cache_dir: Path, plan: Plan) -> bytes:
+def read_plan(cache_dir: Path, plan: Plan) -> bytes:
     """The plan as it was written. Raises StartError where it is gone or damaged."""
-    path = folder(cache_dir) / f"{plan.key.name}.plan"
+    path = plans_folder(cache_dir) / f"{plan.key.name}.plan"
     try:
         data = path.read_bytes()
     except OSError as error:
         raise StartError(
-            f"{path} cannot be read ({error.strerror}): run '{COMMAND}' again"
+            f"{path} cannot be read ({error.strerror}): run '{BUILD_COMMAND}' again"
         ) from None
-    if sha256(data) != plan.sha256:
-        raise StartError(f"{path} is not what was written there: run '{COMMAND}' again")
+    if digest(data) != plan.sha256:
+        raise StartError(f"{path} is not what was written there: run '{BUILD_COMMAND}' again")
     return data
 
 
-def sha256(data: bytes) -> str:
+def digest(data: bytes) -> str:
     """Hex digest of a plan, as its sidecar has it."""
     return hashlib.sha256(data).hexdigest()
 
 
-def write(cache_dir: Path, plan: Plan, data: bytes) -> None:
+def write_plan(cache_dir: Path, plan: Plan, data: bytes) -> None:
     """Put a plan and its sidecar into the cache, each whole or not at all. Raises OSError.
 
     The caller holds the key's lock: names of files being written are fixed, so that those an
     interrupted build left behind are replaced and do not pile up.
     """
-    target = folder(cache_dir) / plan.key.name
+    target = plans_folder(cache_dir) / plan.key.name
     target.with_suffix(".json").unlink(missing_ok=True)  # it speaks of the plan being replaced
     atomic.write_file(target.with_suffix(".plan"), data)
     atomic.write_file(target.with_suffix(".json"), plan.model_dump_json(indent=1).encode())

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Output, Pixels
 
 #: A device that batches well: seconds of one batch, and of one ViT-B/16 image's 17.56 GMACs.

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import plan_cache
 from pcae_serve.engines.base import Output, Pixels
-from pcae_serve.engines.cuda_runtime import Buffer, Cuda, CudaError, Gpu, find
-from pcae_serve.engines.plan_cache import Machine
+from pcae_serve.engines.cuda_runtime import Buffer, Cuda, CudaError, Gpu, find_gpu
+from pcae_serve.engines.plan_cache import GpuTarget
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.settings import CACHE_DIR, MAX_BATCH
 
@@ -49,9 +50,9 @@ class Library:
         """Whether it builds where there is neither GPU nor driver."""
         return self.name == "tensorrt_rtx"
 
-    def machine(self, gpu: Gpu) -> Machine:
+    def target(self, gpu: Gpu) -> GpuTarget:
         """What plans built here are valid on."""
-        return Machine(
+        return GpuTarget(
             library=self.name,
             version=self.version,
             gpu=gpu.name,
@@ -64,7 +65,7 @@ class Library:
         return errors[-1].strip().splitlines()[0] if errors else "TensorRT does not say why"
 
 
-def library() -> Library:
+def load_library() -> Library:
     """TensorRT where it is installed, else TensorRT-RTX. Raises StartError."""
     for package in PACKAGES:
         try:
@@ -101,21 +102,21 @@ class TensorRtEngine:
 
         Raises StartError where library, driver, GPU or a plan is missing, or a plan does not fit.
         """
-        gpu = find(device)  # before TensorRT
-        found = library()
-        machine, data = found.machine(gpu), {}
+        gpu = find_gpu(device)  # before TensorRT
+        found = load_library()
+        target, data = found.target(gpu), {}
         for tier in bundle.tiers:
-            plan = plan_cache.find(cache_dir, bundle, tier, machine, max_batch)
-            data[tier.name] = plan_cache.read(cache_dir, plan)
+            plan = plan_cache.find_plan(cache_dir, bundle, tier, target, max_batch)
+            data[tier.name] = plan_cache.read_plan(cache_dir, plan)
         self._bundle = bundle
-        self._runner = Runner(found, gpu, data, plan_cache.buckets(max_batch))
+        self._runner = Runner(found, gpu, data, plan_cache.batch_buckets(max_batch))
         self.version = f"{found.name} {found.version}"
         self.device = f"{device} ({gpu.name})"
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         answers = self._runner.run(tier.name, pixels)
         padding = self._runner.bucket(len(pixels)) - len(pixels)
-        return output(self._bundle, tier, answers)._replace(padding=padding)
+        return to_output(self._bundle, tier, answers)._replace(padding=padding)
 
     def terminate(self) -> None:
         """Nothing: a graph that the GPU has begun runs to its end."""
@@ -125,7 +126,7 @@ class TensorRtEngine:
         self._runner.close()
 
 
-def output(bundle: Bundle, tier: Tier, answers: Mapping[str, NDArray[Any]]) -> Output:
+def to_output(bundle: Bundle, tier: Tier, answers: Mapping[str, NDArray[Any]]) -> Output:
     """A plan's outputs by name, in the order that engines answer in."""
     stages = range(len(tier.token_counts))
     return Output(answers[bundle.answers], tuple(answers[f"kept_{stage}"] for stage in stages))
@@ -284,7 +285,7 @@ class Runner:
     def _refused(self, name: str, reason: str) -> StartError:
         return StartError(
             f"the TensorRT plan of tier {name!r} cannot be used: {reason};"
-            f" run '{plan_cache.COMMAND}' again"
+            f" run '{plan_cache.BUILD_COMMAND}' again"
         )
 
 

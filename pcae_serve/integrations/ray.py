@@ -21,10 +21,9 @@ from starlette.types import ASGIApp
 from pcae_serve.api import proxy_delay
 from pcae_serve.api.app import create_app
 from pcae_serve.api.auth import Keys
-from pcae_serve.bundle import reader
-from pcae_serve.bundle.reader import Bundle
-from pcae_serve.engines import base
-from pcae_serve.engines.base import Engine, at_once
+from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
+from pcae_serve.engines.base import Engine, run_directly
+from pcae_serve.engines.loader import load_configured_engine
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.observability import logs
 from pcae_serve.observability.logs import RequestId
@@ -61,7 +60,7 @@ class Replica:
         self._settings = settings = settings.model_copy(update=mine)
         logs.configure(settings.log_format, settings.log_level)
         keys, admin_keys = Keys.read(settings.api_keys_file), Keys.read(settings.admin_keys_file)
-        served = reader.load(settings.bundle or reader.demo())
+        served = load_bundle(settings.bundle or demo_path())
         loaded = [self._engine(served, i) for i in range(len(settings.devices))]
         self._failures = list[BaseException]()
         self._service = Service(settings, served, loaded, self._engine)
@@ -84,9 +83,11 @@ class Replica:
         return self._signals.read()
 
     def _engine(
-        self, served: Bundle, device: int, through: Callable[[Engine], Engine] = at_once
+        self, served: Bundle, device: int, through: Callable[[Engine], Engine] = run_directly
     ) -> Engine:
-        return base.configured(self._settings, served, self._settings.devices[device], through)
+        return load_configured_engine(
+            self._settings, served, self._settings.devices[device], through
+        )
 
 
 class Signals:

@@ -14,12 +14,11 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.reader import Bundle
-from pcae_serve.engines import base
+from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
+from pcae_serve.engines.loader import load_configured_engine
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.frozen_model import FrozenModel
-from pcae_serve.runtime import latency_profile as measured
+from pcae_serve.runtime import latency_profile
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.tiers import TierTable
 from pcae_serve.settings import Settings
@@ -93,7 +92,7 @@ def read(name: str, bundle: Path | None = None) -> Platform:
         )
         return Platform.model_validate_json(text)
     if name == MACHINE:
-        return _of_machine(bundles.load(bundle or bundles.demo()))
+        return _of_machine(load_bundle(bundle or demo_path()))
     try:
         content = json.loads(Path(name).read_bytes())
     except (OSError, ValueError) as error:
@@ -104,15 +103,15 @@ def read(name: str, bundle: Path | None = None) -> Platform:
     try:
         if isinstance(content, dict) and "tiers" in content:
             return Platform.model_validate(content)
-        profile = measured.Profile.model_validate(_profile(content))
+        profile = latency_profile.Profile.model_validate(_profile(content))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise StartError(f"{name} is no profile: {place}: {first['msg']}") from None
-    return of_profile(profile, bundles.load(bundle or bundles.demo()), name)
+    return of_profile(profile, load_bundle(bundle or demo_path()), name)
 
 
-def of_profile(profile: measured.Profile, bundle: Bundle, name: str) -> Platform:
+def of_profile(profile: latency_profile.Profile, bundle: Bundle, name: str) -> Platform:
     """The tiers of a bundle that `auto` would take, with the seconds that were measured."""
     names = [tier.name for tier in bundle.tiers]
     if list(profile.points) != names:
@@ -138,8 +137,8 @@ def of_profile(profile: measured.Profile, bundle: Bundle, name: str) -> Platform
 def _of_machine(bundle: Bundle) -> Platform:
     """As the server here would start with that bundle: its settings name backend and cache."""
     settings = Settings()
-    engine = base.configured(settings, bundle)
-    profile = measured.read(bundle, engine, settings.cache_dir)
+    engine = load_configured_engine(settings, bundle)
+    profile = latency_profile.read(bundle, engine, settings.cache_dir)
     if profile is None:
         raise StartError(
             f"no profile of {bundle.root} is cached on this machine: start the server once, run"

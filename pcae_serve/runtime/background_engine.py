@@ -7,7 +7,7 @@ servable's errands and a clock that counts compute only.
 import asyncio
 import time
 
-from pcae_serve.bundle.reader import Tier
+from pcae_serve.bundle.manifest import Tier
 from pcae_serve.engines.base import Engine, Output, Pixels
 from pcae_serve.runtime.servable import Servable
 

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pcae_serve import atomic
-from pcae_serve.bundle.reader import Bundle, Tier
-from pcae_serve.engines import cpus as cores
-from pcae_serve.engines import nvidia
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.engines import cpus, nvidia
 from pcae_serve.engines.base import Engine
 from pcae_serve.errors import StartError
 from pcae_serve.scheduling.latency import Latency, Seconds
@@ -263,7 +263,7 @@ def key(bundle: Bundle, engine: Engine) -> dict[str, str]:
         "engine": f"{engine.name} {engine.version}",
         "device": " ".join(filter(None, (engine.device.partition(" ")[0], gpu(engine)))),
         "machine": f"{platform.machine()} {processor()}",
-        "cores": str(cores.usable()),
+        "cores": str(cpus.count_usable()),
         "threads": str(engine.threads),
     }
 
@@ -275,7 +275,7 @@ def origin(engine: Engine) -> Origin:
         date=datetime.now(UTC),
         processor=processor(),
         gpu=gpu(engine),
-        cores=cores.usable(),
+        cores=cpus.count_usable(),
         memory_gb=round(memory / 1e9, 1),
         threads=engine.threads,
         versions={
@@ -290,7 +290,7 @@ def gpu(engine: Engine) -> str | None:
     """Name of the GPU that the engine runs on; None on a CPU, or where no driver tells."""
     found = re.match(r"cuda:(\d+)", engine.device)
     try:
-        return nvidia.gpus()[int(found[1])] if found else None
+        return nvidia.list_gpus()[int(found[1])] if found else None
     except (StartError, IndexError):  # the simulated engine needs no GPU to be there
         return None
 

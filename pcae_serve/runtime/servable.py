@@ -20,9 +20,9 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.reader import Bundle, Tier
-from pcae_serve.engines.base import Engine, Output, at_once
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle, load_bundle
+from pcae_serve.engines.base import Engine, Output, run_directly
 from pcae_serve.errors import (
     BudgetPassed,
     BudgetTooSmall,
@@ -308,7 +308,7 @@ class Servable:
                 if ask.answers == "logits"
                 else "this bundle's models answer with classes: POST to /classify instead"
             )
-        tiers = self.bundle.allowed(ask.tier, ask.min_tier)
+        tiers = self.bundle.allowed_tiers(ask.tier, ask.min_tier)
         if not self._out_of_service:
             return tiers
         if rest := tuple(tier for tier in tiers if tier not in self._out_of_service):
@@ -562,9 +562,9 @@ class Servable:
     def _remake(self, device: int) -> Engine:
         """An engine from the same files. Raises BundleError where they are others by now."""
         assert self._make is not None
-        if bundles.load(self.bundle.root).digest != self.bundle.digest:
+        if load_bundle(self.bundle.root).digest != self.bundle.digest:
             raise BundleError(f"{self.bundle.root} holds another bundle by now: reload")
-        return self._make(self.bundle, device, at_once)
+        return self._make(self.bundle, device, run_directly)
 
     async def _reopen(self, tier: int) -> None:
         """Try a tier that is out of routing until it answers."""

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines import cpus
-from pcae_serve.engines.base import NOTES, Engine, at_once
+from pcae_serve.engines.base import BACKEND_NOTES, Engine, run_directly
 from pcae_serve.errors import (
     BadBundle,
     Draining,
@@ -91,7 +90,7 @@ class Service:
         self._recorder = Recorder(settings.event_log) if settings.event_log is not None else None
         self._servable: Servable | None = None  # once latencies are known
         self._retired: set[Servable] = set()  # until what they took is answered
-        self._decode_threads = settings.decode_threads or cpus.usable()
+        self._decode_threads = settings.decode_threads or cpus.count_usable()
         self._decoders = Threads("decode", self._decode_threads)
         self._loader = Device("reload")
         self.metrics.limits(max_batch=settings.max_batch, queue_limit=settings.queue_limit)
@@ -188,9 +187,10 @@ class Service:
         self._tell_build()
         log.info(
             "threads: %d cores may be used; %d decode images, %s run a batch",
-            cpus.usable(),
+            cpus.count_usable(),
             self._decode_threads,
-            engine.threads or (cpus.usable() if engine.device == "cpu" else "the backend's own"),
+            engine.threads
+            or (cpus.count_usable() if engine.device == "cpu" else "the backend's own"),
         )
         log.info("ready: %s", self._words())
 
@@ -376,12 +376,14 @@ class Service:
             raise BadBundle("this server cannot make engines")
         settings, engines = self.settings, list[Engine]()
         try:
-            new = bundles.load(old.bundle.root)
+            new = load_bundle(old.bundle.root)
             create(settings.policy, tier_table(new.tiers))
             for i in range(len(self._devices)):
                 # where nothing works any more, there is no traffic to stay behind
                 through = (
-                    partial(BackgroundEngine, servable=old, loop=loop) if old.works else at_once
+                    partial(BackgroundEngine, servable=old, loop=loop)
+                    if old.works
+                    else run_directly
                 )
                 engines.append(self._make(new, i, through))
             limit_s = min(settings.profile_s, MEASURE_BESIDE_S)
@@ -429,7 +431,7 @@ class Service:
             bundle.manifest.name,
             self.device,
             engine.name,
-            "; ".join(filter(None, (engine.version, NOTES.get(engine.name)))),
+            "; ".join(filter(None, (engine.version, BACKEND_NOTES.get(engine.name)))),
             self._servable.policy,
             ", ".join(
                 f"{forecast.p50(i, 1) * 1e3:.1f} ms ({tier.name})"

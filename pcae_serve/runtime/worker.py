@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pcae_serve.bundle.reader import Tier
+from pcae_serve.bundle.manifest import Tier
 from pcae_serve.engines.base import Engine, Output, Pixels
 from pcae_serve.errors import BundleError, one_line
 from pcae_serve.runtime.threads import Device

@@ -16,12 +16,10 @@ from PIL import Image
 
 from pcae_export import graph
 from pcae_export.cli import Export
-from pcae_serve.bundle import reader as bundles
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.command import run
-from pcae_training import checkpoint as checkpoints
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import Checkpoint, save_checkpoint
 from pcae_training.model import VisionTransformer, ViTConfig
 from tests.support.exporting import PREPROCESS
 
@@ -106,11 +104,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Made:
     folder = tmp_path_factory.mktemp("made")
-    checkpoints.save(make_tiny(), folder / "checkpoint")
+    save_checkpoint(make_tiny(), folder / "checkpoint")
     flags = [flag for name, ratio in TIERS.items() for flag in ("--tier", f"{name}={ratio}")]
     argv = ["bundle", str(folder / "checkpoint"), str(folder / "toys"), "--eval-data", str(data)]
     assert run(Export, [*argv, *flags, "--card-note", "Toys, not for use."]) == 0
-    return Made(folder / "checkpoint", data, bundles.load(folder / "toys"))
+    return Made(folder / "checkpoint", data, load_bundle(folder / "toys"))
 
 
 def make_images(root: Path, labels: list[str], each: int = 24) -> Path:

@@ -8,9 +8,10 @@ import pytest
 
 from pcae_export import card
 from pcae_export.measure import Quality
-from pcae_export.pack import Part, TierSpec, plan, rank
+from pcae_export.pack import Part, TierSpec, plan_tiers, rank_tiers
 from pcae_export.verify import Compared, Parity
-from pcae_serve.bundle.reader import Accuracy, Agreement, Fidelity, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
 from pcae_training.checkpoint import Checkpoint
 
 Tiny = Callable[..., Checkpoint]
@@ -27,11 +28,13 @@ def rendered(made: Any) -> Callable[..., str]:
     """The card of models by id, every tier worth the same."""
 
     def render(models: Mapping[str, Part], worth: Quality | None = None, **fields: Any) -> str:
-        tiers = plan(models)
+        tiers = plan_tiers(models)
         found = {tier.name: worth for tier in tiers} if worth else {}
         checkpoints = {model: part.checkpoint for model, part in models.items()}
         parity = fields.pop("parity", {})
-        return card.render(made.bundle.manifest, rank(tiers, found), checkpoints, parity, **fields)
+        return card.render(
+            made.bundle.manifest, rank_tiers(tiers, found), checkpoints, parity, **fields
+        )
 
     return render
 
@@ -172,5 +175,5 @@ def test_a_note_stands_above_the_tiers(rendered: Callable[..., str], tiny: Tiny)
 
 def test_quality_in_words() -> None:
     tier = Tier(name="low", model="vit", keep_ratio=0.5, token_counts=(1,), macs=1)
-    assert card.quality(tier) == "not measured"
-    assert card.quality(tier.model_copy(update={"agreement": SAME})) == "62.5 % of 8"
+    assert card.format_quality(tier) == "not measured"
+    assert card.format_quality(tier.model_copy(update={"agreement": SAME})) == "62.5 % of 8"

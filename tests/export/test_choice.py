@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from pcae_export.choice import CANDIDATES, FLOOR, Choice, choose
-from pcae_export.images import generated
-from pcae_export.verify import reference
+from pcae_export.choice import CANDIDATES, FLOOR, Choice, choose_reduction
+from pcae_export.images import generate
+from pcae_export.verify import run_torch
 from pcae_serve.bundle.tokens import Rule
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import VisionTransformer
 
 Tiny = Callable[..., Checkpoint]
-PIXELS = generated(11, 16)  # a whole batch, and a short one
+PIXELS = generate(11, 16)  # a whole batch, and a short one
 
 
 def under(checkpoint: Checkpoint, rule: Rule) -> Checkpoint:
@@ -28,15 +28,15 @@ def under(checkpoint: Checkpoint, rule: Rule) -> Checkpoint:
 @pytest.mark.parametrize("classes", [3, 0], ids=["logits", "features"])
 def test_cosines_and_shares_are_those_of_torch(tiny: Tiny, classes: int) -> None:
     checkpoint = tiny(classes=classes)
-    found = choose(checkpoint, PIXELS, [1.0, 0.5, "0.7"])
+    found = choose_reduction(checkpoint, PIXELS, [1.0, 0.5, "0.7"])
     assert found.ratios == (0.5, "0.7")  # at 1 there is nothing to choose
     assert set(found.cosines) == set(CANDIDATES)
     assert set(found.agreement) == (set(CANDIDATES) if classes else set())
-    whole = reference(checkpoint, PIXELS, (64, 64, 64)).vectors
+    whole = run_torch(checkpoint, PIXELS, (64, 64, 64)).vectors
     for rule in CANDIDATES:
         for row, ratio in enumerate(found.ratios):
             counts = checkpoint.model.config.geometry.counts(ratio)
-            answers = reference(under(checkpoint, rule), PIXELS, counts).vectors
+            answers = run_torch(under(checkpoint, rule), PIXELS, counts).vectors
             one, other = (
                 v - v.mean(dim=1, keepdim=True) if classes else v for v in (answers, whole)
             )
@@ -50,7 +50,7 @@ def test_cosines_and_shares_are_those_of_torch(tiny: Tiny, classes: int) -> None
 def test_the_checkpoint_stays_as_it_was(tiny: Tiny) -> None:
     checkpoint = tiny()
     before = checkpoint.model.config
-    again = [choose(checkpoint, PIXELS, [0.5], ["random", "merged"]) for _ in range(2)]
+    again = [choose_reduction(checkpoint, PIXELS, [0.5], ["random", "merged"]) for _ in range(2)]
     assert checkpoint.model.config == before
     for rule in ("random", "merged"):
         np.testing.assert_array_equal(again[0].cosines[rule], again[1].cosines[rule])

@@ -15,11 +15,10 @@ from pcae_export import cli, graph, pack, weights
 from pcae_export.choice import Choice
 from pcae_export.cli import Export, TierFlag, parse_tiers, shuffled
 from pcae_export.pack import TierSpec
-from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.reader import file_sha256, load_bundle
 from pcae_serve.command import run
 from pcae_serve.errors import PcaeError
-from pcae_training import checkpoint as checkpoints
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import Checkpoint, save_checkpoint
 from tests.support.exporting import bundled, fails
 from tests.support.foreign_checkpoints import saved, vit
 
@@ -32,7 +31,7 @@ FULL = ("--tier", "full=1.0", "--half", "none")
 @pytest.fixture
 def quick(tiny: Tiny, tmp_path: Path) -> Path:
     """A checkpoint of our own that is quick to export."""
-    checkpoints.save(tiny(depth=1, reduction_points=()), tmp_path / "quick")
+    save_checkpoint(tiny(depth=1, reduction_points=()), tmp_path / "quick")
     return tmp_path / "quick"
 
 
@@ -109,8 +108,8 @@ def planned(
         assert len(pixels) == 32
         return Choice({best: np.ones((len(ratios), 32), np.float32)}, {}, tuple(ratios))  # type: ignore[dict-item]
 
-    monkeypatch.setattr(pack, "write", write)
-    monkeypatch.setattr(cli, "choose", choose)
+    monkeypatch.setattr(pack, "write_bundle", write)
+    monkeypatch.setattr(cli, "choose_reduction", choose)
     assert run(Export, [str(word) for word in argv]) == 1
     return seen
 
@@ -139,7 +138,7 @@ def test_which_reduction_it_is(
 ) -> None:  # fmt: skip
     source = tmp_path / "x.pth"
     if ours:
-        checkpoints.save(tiny(reduction="weighted"), source)
+        save_checkpoint(tiny(reduction="weighted"), source)
     else:
         saved(vit().state_dict(), tmp_path)
     given = (data if flag == "DATA" else flag for flag in flags)
@@ -162,7 +161,7 @@ def test_a_model_out_of_a_bundle_keeps_the_reduction_it_says(
 ) -> None:
     """It has no record of its training, and yet it is our own."""
     weighted = replace(tiny(reduction="weighted"), training={})
-    checkpoints.save(weighted, tmp_path / "model")
+    save_checkpoint(weighted, tmp_path / "model")
     (tmp_path / "model" / "training.json").unlink()
     argv = (tmp_path / "model", tmp_path / "out", "--tier", "low=0.5", "--eval-data", data)
     parts = planned(monkeypatch, "bundle", *argv)
@@ -273,7 +272,7 @@ def test_what_stands_at_out_is_kept(
     assert [path.name for path in tmp_path.rglob("*")] == ["precious", "photo.png"]
     line = fails(capsys, 1, "bundle", made.checkpoint, made.bundle.root)
     assert "exists: choose another place, or replace it with --force" in line
-    assert bundles.load(made.bundle.root).digest == made.bundle.digest
+    assert load_bundle(made.bundle.root).digest == made.bundle.digest
 
 
 def test_force_replaces_a_bundle(made: Any, quick: Path, tmp_path: Path) -> None:
@@ -344,7 +343,7 @@ def test_verify_proves_every_model(tiny: Tiny, tmp_path: Path, capsys: Capture) 
         model: pack.Part(quick, {tier: TierSpec(1.0)})
         for model, tier in (("one", "full"), ("two", "also"))
     }
-    bundle = pack.write(parts, tmp_path / "out")
+    bundle = pack.write_bundle(parts, tmp_path / "out")
     argv = ("verify", str(bundle.root), "--images", "16")
     assert run(Export, argv) == 0
     out = capsys.readouterr().out
@@ -353,9 +352,7 @@ def test_verify_proves_every_model(tiny: Tiny, tmp_path: Path, capsys: Capture) 
     name = "models/two/preprocessor_config.json"  # torch's word against the graphs'
     file, manifest = bundle.root / name, bundle.root / "bundle.json"
     file.write_text(file.read_text().replace("0.4", "0.6"))
-    before, after = (
-        f'"{name}": "{x}"' for x in (bundle.manifest.files[name], bundles.sha256(file))
-    )
+    before, after = (f'"{name}": "{x}"' for x in (bundle.manifest.files[name], file_sha256(file)))
     manifest.write_text(manifest.read_text().replace(before, after))
     line = fails(capsys, 1, *argv)
     assert "tier 'also', elastic graph: a logit differs from torch by" in line

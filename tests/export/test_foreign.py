@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pcae_export.images import generated
-from pcae_serve.bundle.reader import Agreement, Bundle, Fidelity
+from pcae_export.images import generate
+from pcae_serve.bundle.quality import Agreement, Fidelity
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Pixels
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_training.model import ViTConfig
@@ -37,7 +38,7 @@ from tests.support.foreign_checkpoints import (
     vit,
 )
 
-PIXELS = generated(6, 24)
+PIXELS = generate(6, 24)
 LABELS = {i: f"class {i}" for i in range(5)}
 FULL = ("--tier", "full=1.0", "--half", "none")
 TOLD = ("--heads", 2, "--normalise", "half")
@@ -134,7 +135,7 @@ def test_another_image_size_interpolates_positions(timm: Path, tmp_path: Path) -
     bundle = bundled(timm, tmp_path / "out", *TOLD, *FULL, "--image-size", 32)
     assert (bundle.image_size, bundle.preprocess.resize) == (32, 37)
     assert bundle.manifest.models["vit"].patches == 64
-    assert answers(bundle, generated(6, 32)).shape == (6, 5)
+    assert answers(bundle, generate(6, 32)).shape == (6, 5)
 
 
 # Hugging Face folders, against transformers itself
@@ -180,7 +181,7 @@ def test_a_folder_of_hugging_face_answers_as_transformers_do(
     bundle = bundled(tmp_path / "theirs", tmp_path / "out", *FULL)
     classes = not kind.startswith("dinov2")
     assert bundle.labels == (tuple(LABELS.values()) if classes else ())
-    pictures = [Image.fromarray(picture[:40]) for picture in generated(6, 60)]  # 60 x 40
+    pictures = [Image.fromarray(picture[:40]) for picture in generate(6, 60)]  # 60 x 40
     pixels = np.stack([bundle.preprocess(png(picture)) for picture in pictures])
     found = rounded(theirs)(processor(pictures, return_tensors="pt")["pixel_values"])
     same(answers(bundle, pixels), found.logits if classes else found.pooler_output)

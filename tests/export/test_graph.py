@@ -15,10 +15,10 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from pcae_export import graph, weights
-from pcae_export.verify import MARGIN, reference
-from pcae_serve.bundle.reader import ELASTIC_GRAPH, WEIGHTS, Bundle
-from pcae_training import checkpoint as checkpoints
-from pcae_training.checkpoint import Checkpoint
+from pcae_export.verify import MARGIN, run_torch
+from pcae_serve.bundle.manifest import ELASTIC_GRAPH, WEIGHTS
+from pcae_serve.bundle.reader import Bundle
+from pcae_training.checkpoint import Checkpoint, load_checkpoint
 
 Tiny = Callable[..., Checkpoint]
 
@@ -76,7 +76,7 @@ def run(
 
 def agree(checkpoint: Checkpoint, found: list[np.ndarray], counts: Sequence[int], n: int) -> None:
     """Logits within 1e-5 and the same patches, wherever no cut is a near tie."""
-    expected = reference(checkpoint, PIXELS[:n], counts)
+    expected = run_torch(checkpoint, PIXELS[:n], counts)
     clear = (expected.margin > MARGIN).numpy()
     assert clear.any()
     vectors, *kept = found
@@ -95,7 +95,7 @@ def nearly_agree(
     vectors, *kept = found
     assert [stage.shape for stage in kept] == [(len(PIXELS), m) for m in counts]
     assert {stage.dtype for stage in kept} == {np.dtype(np.int32)}
-    expected = reference(checkpoint, PIXELS, counts, kept).vectors.numpy()
+    expected = run_torch(checkpoint, PIXELS, counts, kept).vectors.numpy()
     assert vectors.dtype == np.float32
     largest = np.abs(vectors - expected).max()
     assert 0 < largest < tolerance * np.abs(expected).max()
@@ -111,7 +111,9 @@ def written(
     file, stored = folder / f"{precision}-{fused}.onnx", folder / WEIGHTS
     weights.write(weights.to_half(checkpoint.model.state_dict()), stored)
     traced = graph.trace(checkpoint.model, checkpoint.preprocess)
-    found = graph.bind(graph.elastic(traced, precision, fused), weights.places(stored))
+    found = graph.bind_weights(
+        graph.make_elastic(traced, precision, fused), weights.read_places(stored)
+    )
     graph.save(found, file, {"pcae.name": "toys"})
     return file
 
@@ -126,7 +128,7 @@ def rounded(checkpoint: Checkpoint) -> Checkpoint:
 @pytest.fixture(scope="module")
 def stored(made: Any) -> Checkpoint:
     """The model with the bundle's own weights."""
-    return checkpoints.load(made.bundle.root / "models" / "vit")
+    return load_checkpoint(made.bundle.root / "models" / "vit")
 
 
 # Elastic and static, float32
@@ -171,7 +173,7 @@ def test_static_has_constant_counts(made: Any, kind: str) -> None:
 
 def test_weights_are_stored_once_as_float16(made: Any) -> None:
     folder = made.bundle.root / "models" / "vit"
-    places = weights.places(folder / WEIGHTS)
+    places = weights.read_places(folder / WEIGHTS)
     for file in folder.glob("*.onnx"):
         model = onnx.load(file, load_external_data=False)
         outside = [c for c in model.graph.initializer if c.data_location == c.EXTERNAL]
@@ -275,11 +277,11 @@ def test_norms_softmax_ranking_and_head_stay_in_float32(
 def test_making_a_form_leaves_the_traced_graph_as_it_was(tiny: Tiny, tmp_path: Path) -> None:
     checkpoint = tiny(depth=1, reduction_points=())
     traced = graph.trace(checkpoint.model, checkpoint.preprocess)
-    before = ir.to_proto(graph.elastic(traced)).SerializeToString(deterministic=True)
+    before = ir.to_proto(graph.make_elastic(traced)).SerializeToString(deterministic=True)
     weights.write(weights.to_half(checkpoint.model.state_dict()), tmp_path / WEIGHTS)
-    elastic = graph.elastic(traced, "bfloat16", fused=True)
-    graph.bind(graph.static(elastic, ()), weights.places(tmp_path / WEIGHTS))
-    after = ir.to_proto(graph.elastic(traced)).SerializeToString(deterministic=True)
+    elastic = graph.make_elastic(traced, "bfloat16", fused=True)
+    graph.bind_weights(graph.make_static(elastic, ()), weights.read_places(tmp_path / WEIGHTS))
+    after = ir.to_proto(graph.make_elastic(traced)).SerializeToString(deterministic=True)
     assert after == before
 
 

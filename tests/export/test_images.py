@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pcae_export.images import decode, generated
+from pcae_export.images import decode, generate
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training.data import load
 from tests.support.exporting import PREPROCESS
@@ -26,9 +26,9 @@ def test_files_are_squashed_where_the_model_wants_it(data: Path) -> None:
 
 
 def test_generated_images_are_always_the_same_and_each_its_own() -> None:
-    pixels = generated(3, 30)
+    pixels = generate(3, 30)
     assert (pixels.shape, pixels.dtype) == ((3, 30, 30, 3), np.uint8)
-    np.testing.assert_array_equal(pixels, generated(3, 30))
+    np.testing.assert_array_equal(pixels, generate(3, 30))
     assert (pixels[0] != pixels[1]).any()
     for channel in np.moveaxis(pixels, 3, 0).reshape(9, -1):
         assert channel.std() > 20
@@ -36,13 +36,13 @@ def test_generated_images_are_always_the_same_and_each_its_own() -> None:
 
 
 def test_no_two_patches_of_a_generated_image_are_equal() -> None:
-    for image in generated(4, 56):
+    for image in generate(4, 56):
         patches = image.reshape(14, 4, 14, 4, 3).swapaxes(1, 2).reshape(196, -1)
         assert len(np.unique(patches, axis=0)) == 196
 
 
 def test_the_further_apart_the_less_alike_as_in_photographs() -> None:
-    pixels = generated(2, 64).astype(float)
+    pixels = generate(2, 64).astype(float)
     apart = [np.abs(pixels[:, by:] - pixels[:, :-by]).mean() for by in (1, 2, 4, 8, 16, 32)]
     assert apart == sorted(apart)
     assert apart[0] < 0.6 * apart[-1]  # of noise they are all equal

@@ -11,13 +11,13 @@ import onnxruntime as ort
 import pytest
 
 from pcae_export import graph, int8, pack
-from pcae_export.images import generated
+from pcae_export.images import generate
 from pcae_export.pack import Part, TierSpec
-from pcae_export.verify import reference
-from pcae_serve.bundle.reader import INT8_GRAPH
+from pcae_export.verify import run_torch
+from pcae_serve.bundle.manifest import INT8_GRAPH
 from pcae_training.checkpoint import Checkpoint
 
-PIXELS = generated(24, 16)
+PIXELS = generate(24, 16)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def checkpoint(tiny: Any) -> Checkpoint:
 @pytest.fixture(scope="module")
 def file(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("int8") / INT8_GRAPH
-    elastic = graph.elastic(graph.trace(checkpoint.model, checkpoint.preprocess))
+    elastic = graph.make_elastic(graph.trace(checkpoint.model, checkpoint.preprocess))
     before = len(elastic.graph.inputs)
     int8.save(elastic, checkpoint.model.state_dict(), file, {"pcae.name": "toys"})
     assert len(elastic.graph.inputs) == before  # the caller's graph is left as it was
@@ -61,7 +61,7 @@ def test_it_answers_nearly_as_torch(
     logits, *kept = ort.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, feeds)
     assert logits.dtype == np.float32
     assert [stage.shape for stage in kept] == [(24, m) for m in counts]
-    expected = reference(checkpoint, PIXELS, counts, kept).vectors.numpy()
+    expected = run_torch(checkpoint, PIXELS, counts, kept).vectors.numpy()
     assert np.abs(logits - expected).max() < 0.05 * np.abs(expected).max()
     assert np.abs(logits - expected).max() > 0  # it is rounded
 
@@ -69,7 +69,7 @@ def test_it_answers_nearly_as_torch(
 def test_a_bundle_lists_it_beside_the_float32_graphs(tiny: Any, tmp_path: Path) -> None:
     tiers = {"quick": TierSpec(1.0, "int8"), "full": TierSpec(1.0)}
     checkpoint = tiny(depth=1, reduction_points=())
-    bundle = pack.write({"vit": Part(checkpoint, tiers)}, tmp_path / "out")
+    bundle = pack.write_bundle({"vit": Part(checkpoint, tiers)}, tmp_path / "out")
     quick, full = bundle.tiers
     assert (quick.precision, quick.elastic_graph) == ("int8", INT8_GRAPH)
     assert (full.precision, full.elastic_graph) == ("float32", "elastic.onnx")

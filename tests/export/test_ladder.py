@@ -8,8 +8,7 @@ import pytest
 
 from pcae_export import ladder
 from pcae_export.ladder import Floats
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.errors import BundleError
 
 MACS = np.linspace(5e9, 17.5e9, 36)
@@ -17,7 +16,7 @@ MACS = np.linspace(5e9, 17.5e9, 36)
 
 @pytest.fixture(scope="module")
 def demo() -> Bundle:
-    return bundles.load(bundles.demo())
+    return load_bundle(demo_path())
 
 
 def timed(curve: Floats, noise: float, rounds: int, seed: int, spikes: float = 0.0) -> Floats:

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pcae_export.measure import Quality, cosine, quality
-from pcae_serve.bundle.reader import Accuracy, Agreement, Bundle, Fidelity, Tier
+from pcae_export.measure import Quality, cosine, measure_quality
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Output, Pixels
 from pcae_training.data import LabelledImages, load
 from pcae_training.score import Top1
@@ -46,7 +48,7 @@ def images(data: Path) -> LabelledImages:
 
 
 def found(bundle: Bundle, images: LabelledImages, labelled: bool) -> dict[str, Quality]:
-    measured = quality(bundle, Known(), images, ROWS, labelled)
+    measured = measure_quality(bundle, Known(), images, ROWS, labelled)
     assert set(measured) == {"low", "mid", "full"}
     assert {(q.n, q.data_set) for q in measured.values()} == {(len(ROWS), images.name)}
     return measured
@@ -99,7 +101,7 @@ def test_k_1_is_the_models_own_in_float32_whether_or_not_it_is_a_tier(
     cheap = made.bundle.tiers[0].model_copy(update={"precision": "int8"})
     manifest = made.bundle.manifest.model_copy(update={"tiers": (cheap,)})
     engine = Known()
-    quality(replace(made.bundle, manifest=manifest), engine, images, ROWS[:2], False)
+    measure_quality(replace(made.bundle, manifest=manifest), engine, images, ROWS[:2], False)
     whole, tier = engine.ran
     assert (whole.token_counts, whole.precision) == ((64, 64, 64), "float32")
     assert (tier.token_counts, tier.precision) == (cheap.token_counts, "int8")

@@ -15,8 +15,8 @@ import torch
 
 from pcae_export import graph, pack, weights
 from pcae_export.pack import Evidence, Half, Part, TierSpec
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.reader import Accuracy, Agreement, Fidelity
+from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
+from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.errors import BundleError, PcaeError
 from pcae_training.checkpoint import Checkpoint
 
@@ -75,7 +75,7 @@ def test_graphs_of_a_tier_for_every_runtime(made: Any) -> None:
 def test_graphs_for_gpus_are_written_where_they_are_wanted(
     tiny: Tiny, tmp_path: Path, half: Half | None
 ) -> None:
-    bundle = pack.write(one(tiny(**QUICK), full=1.0), tmp_path / "out", half=half)
+    bundle = pack.write_bundle(one(tiny(**QUICK), full=1.0), tmp_path / "out", half=half)
     assert bundle.manifest.models["vit"].half == half
     folder = bundle.root / "models" / "vit"
     assert graphs(folder) == {"elastic.onnx", "full.onnx"} | (
@@ -110,7 +110,7 @@ def test_a_graph_says_of_itself_what_it_takes_and_gives(made: Any) -> None:
 def test_models_that_share_a_bundle(tiny: Tiny, tmp_path: Path) -> None:
     large, small = tiny(), tiny(**QUICK)
     parts = {"large": Part(large, FULL), "small": Part(small, {"fast": TierSpec(1.0)})}
-    bundle = pack.write(parts, tmp_path / "out", name="both")
+    bundle = pack.write_bundle(parts, tmp_path / "out", name="both")
     assert bundle.manifest.name == "both"
     assert [(tier.name, tier.model) for tier in bundle.tiers] == [
         ("fast", "small"), ("full", "large")
@@ -124,14 +124,14 @@ def test_the_judge_sees_the_weights_as_they_are_stored(tiny: Tiny, tmp_path: Pat
     checkpoint = tiny(**QUICK)
     seen = {}
 
-    def judge(draft: bundles.Bundle, stored: Any) -> Evidence:
+    def judge(draft: Bundle, stored: Any) -> Evidence:
         assert draft.root.parent == tmp_path  # beside its place, not yet in it
         assert not (tmp_path / "out").exists()
         seen.update(stored["vit"].model.state_dict())
         worth = Agreement(share=0.5, n=2, data_set="toys")
         return Evidence({"full": worth})
 
-    bundle = pack.write(one(checkpoint, full=1.0), tmp_path / "out", judge=judge)
+    bundle = pack.write_bundle(one(checkpoint, full=1.0), tmp_path / "out", judge=judge)
     for name, tensor in checkpoint.model.state_dict().items():
         assert torch.equal(seen[name], tensor.half().float()), name
     assert bundle.tiers[0].agreement is not None
@@ -159,7 +159,7 @@ def test_a_flipped_byte_in_the_weights_is_refused(made: Any, tmp_path: Path) -> 
     raw[-1] ^= 1
     file.write_bytes(raw)
     with pytest.raises(BundleError, match=r"model\.safetensors is not the file that was sealed"):
-        bundles.load(copy)
+        load_bundle(copy)
 
 
 # Whole or not at all
@@ -169,10 +169,10 @@ def test_failure_leaves_nothing_and_keeps_the_old(made: Any, tmp_path: Path, tin
     out, parts = tmp_path / "out", one(tiny(**QUICK), full=1.0)
     shutil.copytree(made.bundle.root, out)
     with pytest.raises(pack.PackError, match="exists: choose another place"):
-        pack.write(parts, out)
+        pack.write_bundle(parts, out)
     with pytest.raises(PcaeError, match=REFUSAL):
-        pack.write(parts, out, judge=refuse, force=True)
-    assert bundles.load(out).digest == made.bundle.digest
+        pack.write_bundle(parts, out, judge=refuse, force=True)
+    assert load_bundle(out).digest == made.bundle.digest
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -187,8 +187,8 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old(
 
     monkeypatch.setattr(graph, "save", full)
     with pytest.raises(pack.PackError, match=r"cannot write .*out: .*No space left on device"):
-        pack.write(parts, out, force=True)
-    assert bundles.load(out).digest == made.bundle.digest
+        pack.write_bundle(parts, out, force=True)
+    assert load_bundle(out).digest == made.bundle.digest
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -206,8 +206,8 @@ def test_what_cannot_be_put_into_its_place_leaves_the_old_there(
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(pack.PackError, match="Input/output error"):
-        pack.write(parts, out, force=True)
-    assert bundles.load(out).digest == made.bundle.digest
+        pack.write_bundle(parts, out, force=True)
+    assert load_bundle(out).digest == made.bundle.digest
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -216,7 +216,7 @@ def test_force_replaces_a_bundle_with_all_that_was_in_it(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(made.bundle.root, out)
-    bundle = pack.write(one(tiny(**QUICK), low=1.0), out, force=True)
+    bundle = pack.write_bundle(one(tiny(**QUICK), low=1.0), out, force=True)
     assert [(tier.name, tier.quality) for tier in bundle.tiers] == [("low", None)]
     assert graphs(out / "models" / "vit") == {"elastic.onnx", "low.onnx"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -227,13 +227,13 @@ def test_force_replaces_only_bundles(made: Any, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(made.bundle.root)
     for place in (tmp_path, tmp_path / "precious.txt", tmp_path / "link"):
         with pytest.raises(pack.PackError, match="is no bundle: --force replaces only bundles"):
-            pack.refuse(place, force=True)
+            pack.check_output(place, force=True)
 
 
 def test_a_place_that_cannot_be_written_to(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(pack.PackError, match=r"cannot write beside .*out"):
-        pack.write(one(tiny(**QUICK), full=1.0), tmp_path / "file" / "out")
+        pack.write_bundle(one(tiny(**QUICK), full=1.0), tmp_path / "file" / "out")
 
 
 def test_weights_beyond_float16_are_refused_before_anything_is_written(
@@ -243,7 +243,7 @@ def test_weights_beyond_float16_are_refused_before_anything_is_written(
     with torch.no_grad():
         checkpoint.model.head.bias[0] = 1e6
     with pytest.raises(weights.WeightsError, match=r"head\.bias has values that float16 cannot"):
-        pack.write(one(checkpoint, full=1.0), tmp_path / "out")
+        pack.write_bundle(one(checkpoint, full=1.0), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -255,21 +255,21 @@ def test_tiers_go_by_what_they_cost(tiny: Tiny) -> None:
         "d": TierSpec(1.0), "b": TierSpec(0.5), "a": TierSpec(0.4), "e": TierSpec(0.5, "int8"),
         "c": TierSpec("0.8"),
     }  # fmt: skip
-    tiers = pack.plan({"vit": Part(tiny(), wanted)})
+    tiers = pack.plan_tiers({"vit": Part(tiny(), wanted)})
     assert [tier.name for tier in tiers] == ["a", "e", "b", "c", "d"]  # int8 before its equal
     assert [tier.precision for tier in tiers] == ["float32", "int8", *["float32"] * 3]
 
 
 def test_a_tier_without_patches_is_refused(tiny: Tiny) -> None:
     with pytest.raises(pack.PackError, match=r"tier 'none': keep ratio 0\.01 leaves no patch"):
-        pack.plan(one(tiny(), none=0.01))
+        pack.plan_tiers(one(tiny(), none=0.01))
 
 
 def test_a_model_without_reduction_points_has_one_budget(tiny: Tiny) -> None:
     plain = tiny(**QUICK)
-    assert [tier.token_counts for tier in pack.plan(one(plain, full=1.0))] == [()]
+    assert [tier.token_counts for tier in pack.plan_tiers(one(plain, full=1.0))] == [()]
     with pytest.raises(pack.PackError, match=r"tier 'low': model 'vit' has 1 blocks and no"):
-        pack.plan(one(plain, full=1.0, low=0.5))
+        pack.plan_tiers(one(plain, full=1.0, low=0.5))
 
 
 def unlike(checkpoint: Checkpoint, change: str) -> Checkpoint:
@@ -292,49 +292,49 @@ def unlike(checkpoint: Checkpoint, change: str) -> Checkpoint:
 def test_models_share_labels_and_pixels(tiny: Tiny, change: str, message: str | None) -> None:
     parts = {"a": Part(tiny(), FULL), "b": Part(unlike(tiny(), change), {"fast": TierSpec(0.5)})}
     if message is None:
-        assert [tier.model for tier in pack.plan(parts)] == ["b", "a"]
+        assert [tier.model for tier in pack.plan_tiers(parts)] == ["b", "a"]
         return
     with pytest.raises(pack.PackError, match=message):
-        pack.plan(parts)
+        pack.plan_tiers(parts)
 
 
 def test_features_share_their_width(tiny: Tiny) -> None:
     wide, narrow = (replace(tiny(classes=0, width=w), labels=[]) for w in (32, 16))
     parts = {"a": Part(wide, FULL), "b": Part(narrow, {"fast": TierSpec(0.5)})}
     with pytest.raises(pack.PackError, match="their features have different widths"):
-        pack.plan(parts)
+        pack.plan_tiers(parts)
 
 
 def test_a_preprocessor_of_another_size(tiny: Tiny) -> None:
     checkpoint = tiny()
     larger = replace(checkpoint.preprocess, image_size=32, resize=32)
     with pytest.raises(pack.PackError, match="makes images of 32 pixels, but its model takes 16"):
-        pack.plan(one(replace(checkpoint, preprocess=larger), full=1.0))
+        pack.plan_tiers(one(replace(checkpoint, preprocess=larger), full=1.0))
 
 
 # Which tiers are worth their cost
 
 
 def test_tiers_not_better_than_a_cheaper_one_are_dominated(tiny: Tiny) -> None:
-    tiers = pack.plan(one(tiny(), d=1.0, b=0.5, a=0.4, c=0.8))
+    tiers = pack.plan_tiers(one(tiny(), d=1.0, b=0.5, a=0.4, c=0.8))
     shares = {"a": 0.7, "b": 0.6, "c": 0.7, "d": 0.8}
     accuracy = {
         name: Accuracy(top1=share, n=10, interval=(0, 1), data_set="toys")
         for name, share in shares.items()
     }
-    ranked = pack.rank(tiers, accuracy)
+    ranked = pack.rank_tiers(tiers, accuracy)
     assert [tier.name for tier in ranked] == ["a", "b", "c", "d"]
     assert [tier.dominated for tier in ranked] == [False, True, True, False]
-    assert not any(tier.dominated for tier in pack.rank(tiers, {}))
+    assert not any(tier.dominated for tier in pack.rank_tiers(tiers, {}))
     cosines = {n: Fidelity(cosine=s, n=10, data_set="toys") for n, s in shares.items()}
-    assert [t.dominated for t in pack.rank(tiers, cosines)] == [False, True, True, False]
+    assert [t.dominated for t in pack.rank_tiers(tiers, cosines)] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_models_are_compared_by_labels_alone(tiny: Tiny, labelled: bool) -> None:
     """What a tier agrees with is its own model."""
     parts = one(tiny(width=16), small=1.0) | {"large": Part(tiny(), FULL)}
-    tiers = pack.plan(parts)
+    tiers = pack.plan_tiers(parts)
     assert [tier.name for tier in tiers] == ["small", "full"]
     worth = {
         name: Accuracy(top1=share, n=10, interval=(0, 1), data_set="toys")
@@ -342,4 +342,4 @@ def test_models_are_compared_by_labels_alone(tiny: Tiny, labelled: bool) -> None
         else Agreement(share=share, n=10, data_set="toys")
         for name, share in (("small", 0.9), ("full", 0.8))
     }
-    assert [tier.dominated for tier in pack.rank(tiers, worth)] == [False, labelled]
+    assert [tier.dominated for tier in pack.rank_tiers(tiers, worth)] == [False, labelled]

@@ -11,12 +11,11 @@ from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 from pcae_export import ladder, profiling
 from pcae_export.ladder import KeepRatioLadder, Rung
 from pcae_export.profiling import Profile, Row
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.command import config, run
-from pcae_serve.engines import base
+from pcae_serve.engines.loader import load_engine
 from pcae_serve.engines.simulated import SimulatedEngine
-from pcae_serve.runtime import latency_profile as profile
+from pcae_serve.runtime import latency_profile
 
 
 class Command(BaseSettings):
@@ -32,7 +31,7 @@ class Command(BaseSettings):
 
 @pytest.fixture(scope="module")
 def demo() -> Bundle:
-    return bundles.load(bundles.demo())
+    return load_bundle(demo_path())
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +45,9 @@ def test_the_server_starts_from_what_the_command_measured(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(profile, "MAX_OFF", float("inf"))  # however this machine's pace changes
+    monkeypatch.setattr(
+        latency_profile, "MAX_OFF", float("inf")
+    )  # however this machine's pace changes
     argv = ["profile", str(demo.root), "--seconds", "0.6", "--batches", "2,1"]
     report = tmp_path / "report.json"
     flags = ["--backend", "onnxruntime", "--threads", "1", "--json", str(report)]
@@ -55,10 +56,10 @@ def test_the_server_starts_from_what_the_command_measured(
     assert "onnxruntime on cpu, threads of one batch: 1" in out
     assert "--tier full=1" in out
 
-    engine = base.load("onnxruntime", demo, "cpu", 1)
-    kept = profile.load(demo, engine, tmp_path / "cache", limit_s=0.01)
+    engine = load_engine("onnxruntime", demo, "cpu", 1)
+    kept = latency_profile.load(demo, engine, tmp_path / "cache", limit_s=0.01)
     written = json.loads(report.read_text())
-    assert profile.Profile.model_validate(written["profile"]) == kept
+    assert latency_profile.Profile.model_validate(written["profile"]) == kept
     assert [row["tier"] for row in written["rows"][:5]] == [tier.name for tier in demo.tiers]
     assert written["rows"][0]["of_macs"] > 0
     assert written["ladder"]["rungs"][-1]["keep_ratio"] == 1
@@ -76,7 +77,7 @@ def test_settings_left_out_are_the_servers(
     out = capsys.readouterr().out
     assert "simulated on cpu" in out
     assert "--tier" not in out
-    assert profile.read(demo, SimulatedEngine(demo), tmp_path / "cache")
+    assert latency_profile.read(demo, SimulatedEngine(demo), tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pcae_export.source import NORMALISE, Source, SourceError, SourceOverrides, read, read_labels
+from pcae_export.source import (
+    NORMALISE,
+    Source,
+    SourceError,
+    SourceOverrides,
+    read_labels,
+    read_source,
+)
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
-from pcae_training import checkpoint as checkpoints
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import Checkpoint, save_checkpoint
 from pcae_training.model import ViTConfig
 from tests.support.foreign_checkpoints import TINY, dino_teacher, mae_pretrained, saved, vit
 
@@ -46,13 +52,13 @@ def text(folder: Path, content: str, name: str = "labels.txt") -> Path:
 def ours(folder: Path, config: ViTConfig = TINY) -> Path:
     preprocess = Preprocess(24, 24, (0.1,) * 3, (0.2,) * 3)
     found = Checkpoint(vit(config), preprocess, list("abcde")[: config.classes], {"epochs_done": 3})
-    checkpoints.save(found, folder / "run")
+    save_checkpoint(found, folder / "run")
     return folder / "run"
 
 
 def refused(path: Path, told: SourceOverrides, message: str) -> None:
     with pytest.raises(PcaeError, match=message) as caught:
-        read(path, told)
+        read_source(path, told)
     assert "\n" not in str(caught.value)
 
 
@@ -60,7 +66,7 @@ def refused(path: Path, told: SourceOverrides, message: str) -> None:
 
 
 def test_weights_come_as_they_are(file: Path) -> None:
-    model = read(file, HALF).checkpoint.model
+    model = read_source(file, HALF).checkpoint.model
     assert not model.training
     assert model.config == TINY
     for name, tensor in vit().state_dict().items():
@@ -69,7 +75,7 @@ def test_weights_come_as_they_are(file: Path) -> None:
 
 def test_a_checkpoint_of_our_own_needs_no_telling(tmp_path: Path) -> None:
     reduced = replace(TINY, reduction_points=(1,), reduction="weighted")
-    found = read(ours(tmp_path, reduced), SourceOverrides())
+    found = read_source(ours(tmp_path, reduced), SourceOverrides())
     assert found.checkpoint.model.config == reduced
     assert found.checkpoint.labels == list("abcde")
     assert found.checkpoint.preprocess.mean == (0.1,) * 3
@@ -79,7 +85,7 @@ def test_a_checkpoint_of_our_own_needs_no_telling(tmp_path: Path) -> None:
 
 def test_heads_that_no_tensor_tells_must_be_told(file: Path) -> None:
     refused(file, replace(HALF, heads=None), "no tensor tells how many heads width 16 has")
-    assert read(file, replace(HALF, heads=4)).checkpoint.model.config.heads == 4
+    assert read_source(file, replace(HALF, heads=4)).checkpoint.model.config.heads == 4
 
 
 def test_only_rgb_is_served(tmp_path: Path) -> None:
@@ -91,8 +97,8 @@ def test_only_rgb_is_served(tmp_path: Path) -> None:
 
 
 def test_which_reduction_suits_foreign_weights_is_open_unless_told(file: Path) -> None:
-    assert not read(file, HALF).reduced
-    found = read(file, replace(HALF, reduction="weighted", reduction_points=[0, 1]))
+    assert not read_source(file, HALF).reduced
+    found = read_source(file, replace(HALF, reduction="weighted", reduction_points=[0, 1]))
     assert found.reduced
     config = found.checkpoint.model.config
     assert (config.reduction, config.reduction_points) == ("weighted", (0, 1))
@@ -101,7 +107,9 @@ def test_which_reduction_suits_foreign_weights_is_open_unless_told(file: Path) -
 def test_none_is_told_by_naming_no_points(tmp_path: Path) -> None:
     path = ours(tmp_path, replace(TINY, reduction_points=(1,)))
     assert (
-        read(path, SourceOverrides(reduction_points=())).checkpoint.model.config.reduction_points
+        read_source(
+            path, SourceOverrides(reduction_points=())
+        ).checkpoint.model.config.reduction_points
         == ()
     )
 
@@ -129,40 +137,42 @@ def test_normalisation_that_nobody_tells_is_asked_for(file: Path) -> None:
 @pytest.mark.parametrize("name", ["imagenet", "half"])
 def test_what_is_told_goes_before_what_lies_beside(file: Path, name: Any) -> None:
     mean, std = NORMALISE[name]
-    assert read(file, replace(HALF, normalise=name)).checkpoint.preprocess == Preprocess(
+    assert read_source(file, replace(HALF, normalise=name)).checkpoint.preprocess == Preprocess(
         24, 27, mean, std  # 24 / 0.875, rounded
     )  # fmt: skip
     beside(file, CROPPED)
-    found = read(file, SourceOverrides(heads=2)).checkpoint.preprocess
+    found = read_source(file, SourceOverrides(heads=2)).checkpoint.preprocess
     assert found == Preprocess(24, 32, (0.1,) * 3, (0.2,) * 3, Image.Resampling.BILINEAR)
-    told = read(file, replace(HALF, normalise=name)).checkpoint.preprocess
+    told = read_source(file, replace(HALF, normalise=name)).checkpoint.preprocess
     assert told == replace(found, mean=mean, std=std)
 
 
 def test_another_size_scales_the_crop_and_interpolates_positions(file: Path) -> None:
     beside(file, CROPPED)
-    source = read(file, SourceOverrides(heads=2, image_size=48))
+    source = read_source(file, SourceOverrides(heads=2, image_size=48))
     assert f"{file} was trained at 24 pixels, not 48: positions are interpolated" in source.notes
     found = source.checkpoint
     assert (found.preprocess.image_size, found.preprocess.resize) == (48, 64)
     assert found.model.config == replace(TINY, image_size=48)
     assert found.model.pos_embed.shape == (1, 1 + 144, 16)
-    told = read(file, SourceOverrides(heads=2, image_size=48, resize=50)).checkpoint.preprocess
+    told = read_source(
+        file, SourceOverrides(heads=2, image_size=48, resize=50)
+    ).checkpoint.preprocess
     assert (told.image_size, told.resize) == (48, 50)
 
 
 def test_the_preprocessor_goes_before_the_positions(file: Path) -> None:
     """As with DINOv2: trained at 518, used at 224."""
     beside(file, CROPPED | {"crop_size": {"height": 16, "width": 16}})
-    found = read(file, SourceOverrides(heads=2)).checkpoint
+    found = read_source(file, SourceOverrides(heads=2)).checkpoint
     assert (found.model.config.image_size, found.preprocess.image_size) == (16, 16)
 
 
 def test_squashed_images_stay_so_unless_told_to_be_cropped(file: Path) -> None:
     beside(file, SQUASHED)
-    small = read(file, SourceOverrides(heads=2, image_size=16)).checkpoint.preprocess
+    small = read_source(file, SourceOverrides(heads=2, image_size=16)).checkpoint.preprocess
     assert (small.image_size, small.resize, small.squash) == (16, 16, True)
-    told = read(file, SourceOverrides(heads=2, resize=30)).checkpoint.preprocess
+    told = read_source(file, SourceOverrides(heads=2, resize=30)).checkpoint.preprocess
     assert (told.image_size, told.resize, told.squash) == (24, 30, False)
 
 
@@ -195,13 +205,13 @@ def test_sizes_that_cannot_be(
 def test_labels_are_read_from_text_and_json(
     file: Path, tmp_path: Path, name: str, content: str
 ) -> None:
-    found = read(file, replace(HALF, labels=text(tmp_path, content, name)))
+    found = read_source(file, replace(HALF, labels=text(tmp_path, content, name)))
     assert found.checkpoint.labels == ["kiwi", "fig", "lime", "plum", "pear"]
     assert found.notes == ()
 
 
 def test_classes_without_names_are_numbered_and_it_is_said(file: Path) -> None:
-    found = read(file, HALF)
+    found = read_source(file, HALF)
     assert found.checkpoint.labels == list("01234")
     assert found.notes == (f"{file} does not name its 5 classes: they are numbered (--labels)",)
 
@@ -240,7 +250,7 @@ def headless(found: Source) -> bool:
 
 def test_a_checkpoint_without_a_head_gives_features(tmp_path: Path) -> None:
     file = saved(dino_teacher(vit(replace(TINY, classes=0)).state_dict()), tmp_path)
-    found = read(file, HALF)
+    found = read_source(file, HALF)
     assert headless(found)
     assert found.notes == (f"left out of {file}: head.mlp.0.weight",)
     labels = text(tmp_path, "a\n")
@@ -249,13 +259,13 @@ def test_a_checkpoint_without_a_head_gives_features(tmp_path: Path) -> None:
 
 def test_a_mask_token_is_no_loss_worth_a_note(tmp_path: Path) -> None:
     file = saved(mae_pretrained(vit(replace(TINY, classes=0)).state_dict()), tmp_path)
-    assert read(file, HALF).notes == (f"left out of {file}: decoder_embed.weight",)
+    assert read_source(file, HALF).notes == (f"left out of {file}: decoder_embed.weight",)
 
 
 @pytest.mark.parametrize("distilled", [False, True])
 def test_a_head_may_be_left_out(tmp_path: Path, distilled: bool) -> None:
     config = replace(TINY, distilled=distilled)
-    found = read(saved(vit(config).state_dict(), tmp_path), replace(HALF, features=True))
+    found = read_source(saved(vit(config).state_dict(), tmp_path), replace(HALF, features=True))
     assert headless(found)
     assert found.notes == ()
     model = found.checkpoint.model
@@ -265,7 +275,7 @@ def test_a_head_may_be_left_out(tmp_path: Path, distilled: bool) -> None:
 
 def test_features_of_a_checkpoint_of_our_own_keep_its_reduction(tmp_path: Path) -> None:
     path = ours(tmp_path, replace(TINY, reduction_points=(0,), reduction="merged"))
-    found = read(path, SourceOverrides(features=True))
+    found = read_source(path, SourceOverrides(features=True))
     assert headless(found)
     assert found.reduced
     assert found.checkpoint.model.config.reduction == "merged"
@@ -273,5 +283,5 @@ def test_features_of_a_checkpoint_of_our_own_keep_its_reduction(tmp_path: Path) 
 
 def test_a_safetensors_file_is_read_as_a_pickle_is(tmp_path: Path) -> None:
     save_file(vit().state_dict(), tmp_path / "x.safetensors")
-    model = read(tmp_path / "x.safetensors", HALF).checkpoint.model
+    model = read_source(tmp_path / "x.safetensors", HALF).checkpoint.model
     assert torch.equal(model.head.weight, vit().head.weight)

@@ -17,16 +17,16 @@ from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
 from pcae_export import tensorrt_plans
 from pcae_export.tensorrt_plans import Maker, PlanError, TensorRt, build, judge, reference
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.reader import Bundle
+from pcae_serve import atomic
+from pcae_serve.bundle.reader import Bundle, demo_path, file_sha256, load_bundle
 from pcae_serve.command import config, run
 from pcae_serve.engines import nvidia, plan_cache, tensorrt
 from pcae_serve.engines.base import Output
-from pcae_serve.engines.cuda_runtime import find
+from pcae_serve.engines.cuda_runtime import find_gpu
 from pcae_serve.engines.plan_cache import Recipe
 from pcae_serve.engines.tensorrt import Library, TensorRtEngine
 from pcae_serve.errors import PcaeError
-from tests.support import tensorrt_standin as standin
+from tests.support import tensorrt_standin
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 3), np.uint8)
 RECIPE = Recipe(opt_batch=2, max_batch=4)
@@ -45,7 +45,7 @@ class Command(BaseSettings):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return standin.demo_with_graphs(
+    return tensorrt_standin.demo_with_graphs(
         tmp_path_factory.mktemp("demo") / "bundle", float32=True, tiers=3
     )
 
@@ -53,17 +53,21 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The demo bundle with the graphs that it ships for TensorRT."""
-    return standin.demo_with_graphs(tmp_path_factory.mktemp("demo") / "bundle", float32=False)
+    return tensorrt_standin.demo_with_graphs(
+        tmp_path_factory.mktemp("demo") / "bundle", float32=False
+    )
 
 
 @pytest.fixture
-def trt(monkeypatch: pytest.MonkeyPatch) -> standin.TensorRt:
-    return standin.install(monkeypatch)
+def trt(monkeypatch: pytest.MonkeyPatch) -> tensorrt_standin.TensorRt:
+    return tensorrt_standin.install(monkeypatch)
 
 
 @pytest.fixture
-def maker(bundle: Bundle, trt: standin.TensorRt, tmp_path: Path) -> Maker:
-    return Maker(bundle, tensorrt.library(), find("cuda:0"), RECIPE, tmp_path, PIXELS, "noise")
+def maker(bundle: Bundle, trt: tensorrt_standin.TensorRt, tmp_path: Path) -> Maker:
+    return Maker(
+        bundle, tensorrt.load_library(), find_gpu("cuda:0"), RECIPE, tmp_path, PIXELS, "noise"
+    )
 
 
 @pytest.fixture
@@ -71,7 +75,7 @@ def rtx(monkeypatch: pytest.MonkeyPatch) -> Library:
     """The real TensorRT-RTX, also where the real TensorRT is installed."""
     pytest.importorskip("tensorrt_rtx_bindings")
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    return tensorrt.library()
+    return tensorrt.load_library()
 
 
 # with TensorRT-RTX
@@ -91,7 +95,7 @@ def test_tensorrt_rtx_builds_every_tier(real: Bundle, rtx: Library, name: str) -
     assert built.shapes == {
         "min": (1, 28, 28, 3), "opt": (8, 28, 28, 3), "max": (32, 28, 28, 3)
     }  # fmt: skip
-    if f"models/{tier.model}/{tier.tensorrt_graph}" in bundles.load(bundles.demo()).manifest.files:
+    if f"models/{tier.model}/{tier.tensorrt_graph}" in load_bundle(demo_path()).manifest.files:
         assert built.fused_attention == real.manifest.models[tier.model].depth
 
 
@@ -100,7 +104,7 @@ def test_a_graph_that_tensorrt_cannot_read_is_one_line(
 ) -> None:
     tier = real.tiers[0]
     spoilt = replace(real, root=tmp_path)
-    graph = plan_cache.graph(spoilt, tier)
+    graph = plan_cache.find_graph(spoilt, tier)
     graph.parent.mkdir(parents=True)
     graph.write_bytes(b"no graph")
     with pytest.raises(PlanError, match=r"tensorrt_rtx 1.* cannot read .*onnx: ") as caught:
@@ -113,7 +117,7 @@ def test_a_graph_that_tensorrt_cannot_read_is_one_line(
 
 def test_what_the_command_built_the_server_runs(
     bundle: Bundle,
-    trt: standin.TensorRt,
+    trt: tensorrt_standin.TensorRt,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -137,14 +141,14 @@ def test_what_the_command_built_the_server_runs(
 
 def test_a_dry_run_needs_no_gpu_and_keeps_nothing(
     bundle: Bundle,
-    trt: standin.TensorRt,
+    trt: tensorrt_standin.TensorRt,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
-    monkeypatch.setattr(nvidia, "gpus", lambda: pytest.fail("asks for a GPU"))
+    monkeypatch.setattr(nvidia, "list_gpus", lambda: pytest.fail("asks for a GPU"))
     argv = ["tensorrt", str(bundle.root), "--dry-run", "--cache-dir", str(tmp_path / "cache")]
     assert run(Command, argv) == 0
     assert capsys.readouterr().out.count("with tensorrt_rtx 11.4.0: ") == 3
@@ -155,16 +159,16 @@ def test_the_sidecar_tells_all(maker: Maker, bundle: Bundle) -> None:
     tier = bundle.tiers[0]
     plan, new = maker.ensure(tier)
     assert new
-    file = plan_cache.folder(maker.cache_dir) / f"{plan.key.name}.json"
+    file = plan_cache.plans_folder(maker.cache_dir) / f"{plan.key.name}.json"
     told = json.loads(file.read_text())
     assert told["key"] == {
         "bundle": bundle.digest,
         "tier": "fast",
-        "graph": bundles.sha256(plan_cache.graph(bundle, tier)),
-        "machine": {
+        "graph": file_sha256(plan_cache.find_graph(bundle, tier)),
+        "target": {
             "library": "tensorrt",
-            "version": standin.VERSION,
-            "gpu": standin.GPU,
+            "version": tensorrt_standin.VERSION,
+            "gpu": tensorrt_standin.GPU,
             "compute_capability": "9.0",
         },
         "recipe": {
@@ -177,11 +181,11 @@ def test_the_sidecar_tells_all(maker: Maker, bundle: Bundle) -> None:
     assert told["driver"] == "13.1"
     assert told["shapes"]["max"] == [4, 28, 28, 3]
     assert told["parity"]["images"] == 8
-    assert told["sha256"] == bundles.sha256(file.with_suffix(".plan"))
+    assert told["sha256"] == file_sha256(file.with_suffix(".plan"))
 
 
 def test_a_plan_is_built_once_and_anew_where_its_key_changes(
-    maker: Maker, bundle: Bundle, trt: standin.TensorRt
+    maker: Maker, bundle: Bundle, trt: tensorrt_standin.TensorRt
 ) -> None:
     tier = bundle.tiers[0]
     first, _ = maker.ensure(tier)
@@ -198,14 +202,14 @@ def test_a_plan_is_built_once_and_anew_where_its_key_changes(
 def test_a_damaged_plan_is_built_anew(maker: Maker, bundle: Bundle, damage: str) -> None:
     tier = bundle.tiers[0]
     first, _ = maker.ensure(tier)
-    target = plan_cache.folder(maker.cache_dir) / first.key.name
+    target = plan_cache.plans_folder(maker.cache_dir) / first.key.name
     if damage == "bytes":
         target.with_suffix(".plan").write_bytes(b"plan{")
     elif damage == "sidecar":
         target.with_suffix(".json").write_text("{")
     else:  # whole, but TensorRT does not take it
-        rubbish = first.model_copy(update={"sha256": plan_cache.sha256(b"rubbish")})
-        plan_cache.write(maker.cache_dir, rubbish, b"rubbish")
+        rubbish = first.model_copy(update={"sha256": plan_cache.digest(b"rubbish")})
+        plan_cache.write_plan(maker.cache_dir, rubbish, b"rubbish")
     again, new = maker.ensure(tier)
     assert new
     assert again.sha256 == first.sha256
@@ -214,7 +218,7 @@ def test_a_damaged_plan_is_built_anew(maker: Maker, bundle: Bundle, damage: str)
 
 def test_a_plan_that_answers_wrong_is_not_kept(
     bundle: Bundle,
-    trt: standin.TensorRt,
+    trt: tensorrt_standin.TensorRt,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -224,14 +228,14 @@ def test_a_plan_that_answers_wrong_is_not_kept(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "tier 'fast': the plan's top-1 agreement with ONNX Runtime is" in error
     assert not [
-        *plan_cache.folder(tmp_path).glob("*.plan"),
-        *plan_cache.folder(tmp_path).glob("*.json"),
+        *plan_cache.plans_folder(tmp_path).glob("*.plan"),
+        *plan_cache.plans_folder(tmp_path).glob("*.json"),
     ]
     assert trt.cuda.left() == 0
 
 
 def test_a_build_that_fails_says_why_in_one_line(
-    maker: Maker, bundle: Bundle, trt: standin.TensorRt
+    maker: Maker, bundle: Bundle, trt: tensorrt_standin.TensorRt
 ) -> None:
     trt.cannot_build = True
     with pytest.raises(PlanError, match=r"cannot build .*: no kernel for node TopK_3$"):
@@ -242,7 +246,7 @@ def test_timings_go_from_one_build_to_the_next_and_foreign_ones_are_dropped(
     maker: Maker, bundle: Bundle
 ) -> None:
     maker.ensure(bundle.tiers[0])
-    (file,) = plan_cache.folder(maker.cache_dir).glob("*.timings")
+    (file,) = plan_cache.plans_folder(maker.cache_dir).glob("*.timings")
     assert file.read_bytes() == b"timings:"
     maker.ensure(bundle.tiers[1])
     assert file.read_bytes() == b"timings:timings:"
@@ -252,11 +256,11 @@ def test_timings_go_from_one_build_to_the_next_and_foreign_ones_are_dropped(
 
 
 def test_of_two_that_want_a_plan_one_builds_it(
-    maker: Maker, bundle: Bundle, trt: standin.TensorRt, capsys: pytest.CaptureFixture[str]
+    maker: Maker, bundle: Bundle, trt: tensorrt_standin.TensorRt, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tier = bundle.tiers[0]
-    key = plan_cache.key(bundle, tier, maker.library.machine(maker.gpu), RECIPE)
-    folder = plan_cache.folder(maker.cache_dir)
+    key = plan_cache.make_key(bundle, tier, maker.library.target(maker.gpu), RECIPE)
+    folder = plan_cache.plans_folder(maker.cache_dir)
     folder.mkdir()
     other = FileLock(folder / f"{key.name}.lock", thread_local=False)
     with ThreadPoolExecutor(1) as pool:
@@ -275,14 +279,14 @@ def test_a_cache_that_cannot_be_written_is_told(
     maker: Maker, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     if broken == "file":
-        plan_cache.folder(maker.cache_dir).write_text("no folder")
+        plan_cache.plans_folder(maker.cache_dir).write_text("no folder")
         reason = "File exists"
     else:
 
-        def full(path: Path, data: bytes) -> int:
+        def full(path: Path, content: bytes) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(Path, "write_bytes", full)
+        monkeypatch.setattr(atomic, "write_file", full)
         reason = "No space left on device"
     with pytest.raises(PcaeError, match=rf"cannot be kept in .* \({reason}\): make room"):
         maker.ensure(bundle.tiers[0])
@@ -294,8 +298,10 @@ def test_what_is_missing_is_one_line(
     def none() -> list[str]:
         raise nvidia.NoGpu("no NVIDIA driver here")
 
-    monkeypatch.setattr(nvidia, "gpus", none)
-    monkeypatch.setitem(sys.modules, "tensorrt", standin.TensorRt(standin.Runtime()))
+    monkeypatch.setattr(nvidia, "list_gpus", none)
+    monkeypatch.setitem(
+        sys.modules, "tensorrt", tensorrt_standin.TensorRt(tensorrt_standin.Runtime())
+    )
     for argv in ([], ["--dry-run"]):  # the real builder crashes without a GPU
         assert run(Command, ["tensorrt", str(bundle.root), *argv]) == 1
         assert capsys.readouterr().err == "pcae-export: no NVIDIA driver here\n"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pcae_export import graph, int8, pack, verify, weights
-from pcae_export.images import generated
+from pcae_export.images import generate
 from pcae_export.pack import Part, TierSpec
 from pcae_export.verify import (
     BATCHES,
@@ -22,16 +22,16 @@ from pcae_export.verify import (
     Parity,
     ParityError,
     Reference,
-    check,
+    check_row,
     compare,
-    mixed,
-    prove,
-    reference,
+    mixed_batches,
+    run_torch,
+    verify_model,
 )
-from pcae_serve.bundle.reader import INT8_GRAPH, WEIGHTS, Bundle
+from pcae_serve.bundle.manifest import INT8_GRAPH, WEIGHTS
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Output
-from pcae_training import checkpoint as checkpoints
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import Checkpoint, load_checkpoint
 from pcae_training.reduction import redundancy
 
 Tiny = Callable[..., Checkpoint]
@@ -42,7 +42,7 @@ COUNTS = (38, 22, 13)
 
 @pytest.fixture(scope="module")
 def stored(made: Any) -> Checkpoint:
-    return checkpoints.load(made.bundle.root / "models" / "vit")
+    return load_checkpoint(made.bundle.root / "models" / "vit")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def rewrite(bundle: Bundle, checkpoint: Checkpoint) -> None:
 
 
 def test_right_graphs_pass(made: Any, stored: Checkpoint) -> None:
-    parity = prove(made.bundle, stored, PIXELS, "vit")
+    parity = verify_model(made.bundle, stored, PIXELS, "vit")
     assert (parity.images, parity.not_run) == (32, ())
     kinds = ("elastic", "float32"), ("static", "float32"), ("cuda", "float16"), (
         "tensorrt", "float16",
@@ -99,13 +99,13 @@ def test_other_weights_are_caught(made: Any, stored: Checkpoint) -> None:
     with pytest.raises(
         ParityError, match=r"tier 'low', elastic graph: a logit differs from torch by 0\.002"
     ):
-        prove(made.bundle, other, PIXELS, "vit")
+        verify_model(made.bundle, other, PIXELS, "vit")
 
 
 def test_other_positions_are_caught(made: Any, stored: Checkpoint) -> None:
     other = changed(stored, lambda m: m.pos_embed[:, 1:].copy_(m.pos_embed[:, 1:].flip(1)))
     with pytest.raises(ParityError, match="a logit differs"):
-        prove(made.bundle, other, PIXELS, "vit")
+        verify_model(made.bundle, other, PIXELS, "vit")
 
 
 def test_features_are_held_to_a_share_of_the_largest(stored: Checkpoint) -> None:
@@ -118,10 +118,10 @@ def test_features_are_held_to_a_share_of_the_largest(stored: Checkpoint) -> None
         assert row.agreement is None
         assert row.largest == pytest.approx(difference, rel=1e-3)
         if fine:
-            check(row, found, expected, "ptr", "here")
+            check_row(row, found, expected, "ptr", "here")
         else:
             with pytest.raises(ParityError, match="here: a feature differs from torch by"):
-                check(row, found, expected, "ptr", "here")
+                check_row(row, found, expected, "ptr", "here")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_graph_of_other_counts_is_caught(
 ) -> None:
     shutil.copy(copied.file("vit", wrong), copied.file("vit", right))
     with pytest.raises(ParityError, match=f"tier 'mid', {kind} graph: answers are"):
-        prove(copied, stored, PIXELS, "vit")
+        verify_model(copied, stored, PIXELS, "vit")
 
 
 def scaled(model: onnx.ModelProto) -> None:
@@ -173,13 +173,13 @@ def test_a_graph_that_computes_something_else_is_caught(
     damage(model)
     onnx.save(model, copied.file("vit", file))
     with pytest.raises(ParityError, match=f"tier 'mid', {message}"):
-        prove(copied, stored, PIXELS, "vit")
+        verify_model(copied, stored, PIXELS, "vit")
 
 
 def test_a_graph_that_does_not_run_is_one_line(copied: Bundle, stored: Checkpoint) -> None:
     copied.file("vit", "mid.cuda.onnx").write_bytes(b"no graph")
     with pytest.raises(ParityError, match=r"tier 'mid', cuda graph: it does not run: ") as caught:
-        prove(copied, stored, PIXELS, "vit")
+        verify_model(copied, stored, PIXELS, "vit")
     assert "\n" not in str(caught.value)
 
 
@@ -188,7 +188,7 @@ def test_images_that_prove_nothing_are_refused(copied: Bundle, stored: Checkpoin
     flat = changed(stored, lambda model: model.pos_embed.zero_())
     rewrite(copied, flat)
     with pytest.raises(ParityError, match="tier 'low': 32 of 32 images are near ties"):
-        prove(copied, flat, np.full_like(PIXELS, 128), "vit")
+        verify_model(copied, flat, np.full_like(PIXELS, 128), "vit")
 
 
 def test_near_ties_are_counted_and_judged_with_equal_sets_alone(
@@ -198,7 +198,7 @@ def test_near_ties_are_counted_and_judged_with_equal_sets_alone(
     rewrite(copied, flat)
     pixels = PIXELS.copy()
     pixels[3:12] = 128
-    rows = {(row.tier, row.graph): row for row in prove(copied, flat, pixels, "vit").rows}
+    rows = {(row.tier, row.graph): row for row in verify_model(copied, flat, pixels, "vit").rows}
     assert [rows[tier, "static"].near_ties for tier in ("low", "mid", "full")] == [9, 9, 0]
     assert rows["low", "static"].other_sets <= 9
     assert rows["low", "static"].largest_equal < 1e-4
@@ -206,14 +206,14 @@ def test_near_ties_are_counted_and_judged_with_equal_sets_alone(
 
 def test_few_images_are_refused(made: Any, stored: Checkpoint) -> None:
     with pytest.raises(ParityError, match="needs 16 images, and there are 15"):
-        prove(made.bundle, stored, PIXELS[:15], "vit")
+        verify_model(made.bundle, stored, PIXELS[:15], "vit")
 
 
 def test_graphs_in_bfloat16_are_said_not_to_have_run(tiny: Tiny, tmp_path: Path) -> None:
     parts = {"vit": Part(tiny(depth=1, reduction_points=()), {"full": TierSpec(1.0)})}
-    bundle = pack.write(parts, tmp_path / "out", half="bfloat16")
-    stored = checkpoints.load(bundle.root / "models" / "vit")
-    parity = prove(bundle, stored, PIXELS, "vit")
+    bundle = pack.write_bundle(parts, tmp_path / "out", half="bfloat16")
+    stored = load_checkpoint(bundle.root / "models" / "vit")
+    parity = verify_model(bundle, stored, PIXELS, "vit")
     assert [row.graph for row in parity.rows] == ["elastic", "static"]
     assert len(parity.not_run) == 1
     assert str(parity).endswith(
@@ -222,26 +222,26 @@ def test_graphs_in_bfloat16_are_said_not_to_have_run(tiny: Tiny, tmp_path: Path)
 
 
 def test_int8_graphs_are_held_to_the_class(copied: Bundle, stored: Checkpoint) -> None:
-    elastic = graph.elastic(graph.trace(stored.model, stored.preprocess))
+    elastic = graph.make_elastic(graph.trace(stored.model, stored.preprocess))
     tier = copied.tiers[-1].model_copy(update={"precision": "int8"})
     bundle = replace(copied, manifest=copied.manifest.model_copy(update={"tiers": (tier,)}))
     file = copied.file("vit", INT8_GRAPH)
     int8.save(elastic, stored.model.state_dict(), file, {})
-    (row,) = prove(bundle, stored, PIXELS, "vit").rows
+    (row,) = verify_model(bundle, stored, PIXELS, "vit").rows
     assert (row.graph, row.precision) == ("elastic", "int8")
     assert row.largest > 1e-3  # more than float32 may differ
 
     other = changed(stored, lambda model: model.head.weight.copy_(model.head.weight.flip(0)))
     int8.save(elastic, other.model.state_dict(), file, {})
     with pytest.raises(ParityError, match="elastic graph: int8 names another class than torch"):
-        prove(bundle, stored, PIXELS, "vit")
+        verify_model(bundle, stored, PIXELS, "vit")
 
 
 # What is told apart
 
 
 def forced(stored: Checkpoint, kept: Reference) -> Reference:
-    return reference(stored, PIXELS, COUNTS, [stage.numpy() for stage in kept.kept])
+    return run_torch(stored, PIXELS, COUNTS, [stage.numpy() for stage in kept.kept])
 
 
 def output(found: Reference, kept: Reference | None = None) -> Output:
@@ -251,14 +251,14 @@ def output(found: Reference, kept: Reference | None = None) -> Output:
 
 @pytest.fixture(scope="module")
 def expected(stored: Checkpoint) -> Reference:
-    return reference(stored, PIXELS, COUNTS)
+    return run_torch(stored, PIXELS, COUNTS)
 
 
 @pytest.fixture(scope="module")
 def others(stored: Checkpoint) -> Reference:
     """What the same weights answer where they keep the patches that other positions choose."""
     other = changed(stored, lambda m: m.pos_embed[:, 1:].copy_(m.pos_embed[:, 1:].flip(1)))
-    return forced(stored, reference(other, PIXELS, COUNTS))
+    return forced(stored, run_torch(other, PIXELS, COUNTS))
 
 
 def judged(
@@ -298,8 +298,8 @@ def test_other_patches_are_a_fault_in_float32_alone(
     row = judged(mixture, expected, stored)
     assert row.other_sets == 1
     with pytest.raises(ParityError, match="here: a logit differs from torch"):
-        check(row, mixture, expected, "ptr", "here")
-    check(judged(mixture, expected, stored, "float16"), mixture, expected, "ptr", "here")
+        check_row(row, mixture, expected, "ptr", "here")
+    check_row(judged(mixture, expected, stored, "float16"), mixture, expected, "ptr", "here")
 
 
 def test_other_patches_with_the_same_answer_are_a_fault_in_float32(
@@ -309,7 +309,7 @@ def test_other_patches_with_the_same_answer_are_a_fault_in_float32(
     found.kept[1][5, 0] = next(i for i in range(64) if i not in found.kept[1][5])
     row = judged(found, expected, stored)
     with pytest.raises(ParityError, match="here: other patches are kept after stage 1 than in"):
-        check(row, found, expected, "ptr", "here")
+        check_row(row, found, expected, "ptr", "here")
 
 
 def test_where_torch_was_close_only_equal_sets_are_judged(
@@ -325,13 +325,13 @@ def test_where_torch_was_close_only_equal_sets_are_judged(
     row = judged(found, close, stored)
     assert (row.near_ties, row.other_sets) == (1, 1)
     assert row.largest == 0
-    check(row, found, close, "ptr", "here")
+    check_row(row, found, close, "ptr", "here")
 
     found.vectors[0, 0] += 0.01
     row = judged(found, close, stored)
     assert row.largest == 0
     with pytest.raises(ParityError, match="here: with equal sets a logit differs from torch by"):
-        check(row, found, close, "ptr", "here")
+        check_row(row, found, close, "ptr", "here")
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
@@ -375,7 +375,7 @@ def told(largest: float = 2.0, margin: float = 0.1) -> Reference:
 
 
 def judge(found: Compared, expected: Reference, rule: Any = "ptr") -> None:
-    check(found, Output(expected.vectors.numpy(), ()), expected, rule, "here")
+    check_row(found, Output(expected.vectors.numpy(), ()), expected, rule, "here")
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "int8"])
@@ -459,7 +459,7 @@ def test_the_margin_is_the_gap_between_the_last_kept_and_the_first_dropped(
     """Of one stage, counted by hand; where two stages drop, the smaller one's."""
 
     def margin(*counts: int) -> Any:
-        return reference(stored, PIXELS, counts).margin
+        return run_torch(stored, PIXELS, counts).margin
 
     model = stored.model
     images = verify.normalise(torch.from_numpy(PIXELS).permute(0, 3, 1, 2), stored.preprocess)
@@ -468,7 +468,7 @@ def test_the_margin_is_the_gap_between_the_last_kept_and_the_first_dropped(
         scores = redundancy(after[:, 1:]).sort(dim=1).values
     np.testing.assert_allclose(margin(38, 38, 38), scores[:, 38] - scores[:, 37], atol=1e-7)
     assert margin(64, 64, 64).isinf().all()
-    both = torch.minimum(margin(38, 38, 38), reference(stored, PIXELS, (38, 22, 22)).margin)
+    both = torch.minimum(margin(38, 38, 38), run_torch(stored, PIXELS, (38, 22, 22)).margin)
     np.testing.assert_array_equal(margin(38, 22, 22), both)
     assert (margin(38, 22, 22) < margin(38, 38, 38)).any()
 
@@ -477,18 +477,18 @@ def test_under_merged_the_margin_also_covers_what_is_merged_into_what(stored: Ch
     merged = changed(stored, lambda model: None)
     merged.model.config = replace(stored.model.config, reduction="merged")
     counts = (38, 38, 38)
-    cut, both = (reference(c, PIXELS, counts).margin for c in (stored, merged))
+    cut, both = (run_torch(c, PIXELS, counts).margin for c in (stored, merged))
     assert (both <= cut).all()
     assert (both < cut).any()
 
 
 def test_a_fixed_order_is_never_close(tiny: Tiny) -> None:
-    assert reference(tiny(reduction="random"), PIXELS, COUNTS).margin.isinf().all()
+    assert run_torch(tiny(reduction="random"), PIXELS, COUNTS).margin.isinf().all()
 
 
 @pytest.mark.parametrize("count", [1, 16, 33, 64])
 def test_every_image_is_run_once_in_batches_of_all_sizes(count: int) -> None:
-    rows = [range(count)[part] for part in mixed(count)]
+    rows = [range(count)[part] for part in mixed_batches(count)]
     assert [i for part in rows for i in part] == list(range(count))
     if count >= sum(BATCHES):
         assert {len(part) for part in rows} >= set(BATCHES)
@@ -518,5 +518,5 @@ def test_parity_in_words() -> None:
 
 
 def test_generated_images_prove_as_well(made: Any, stored: Checkpoint) -> None:
-    parity = prove(made.bundle, stored, generated(16, 16), "vit")
+    parity = verify_model(made.bundle, stored, generate(16, 16), "vit")
     assert max(row.near_ties for row in parity.rows) < 8

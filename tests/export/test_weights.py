@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pcae_export.weights import WeightsError, places, to_half, write
+from pcae_export.weights import WeightsError, read_places, to_half, write
 
 
 def test_each_lies_where_it_is_said_to(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_each_lies_where_it_is_said_to(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     stored = to_half(weights)
     write(stored, file)
-    found, raw = places(file), file.read_bytes()
+    found, raw = read_places(file), file.read_bytes()
     assert set(found) == set(weights)
     for name, place in found.items():
         assert place.shape == weights[name].shape

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pcae_serve.bundle import reader
-from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.settings import Settings
 from tests.support.bundles import write_bundle
 from tests.support.gate import Gate
@@ -19,7 +18,7 @@ def bundle_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_bundle(bundle_dir: Path) -> Bundle:
-    return reader.load(bundle_dir)
+    return load_bundle(bundle_dir)
 
 
 @pytest.fixture

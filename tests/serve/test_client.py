@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pcae_serve.bundle.preprocess import decode
+from pcae_serve.bundle.preprocess import decode_image
 from pcae_serve.client import (
     GRACE_S,
     LEAST_S,
@@ -186,7 +186,7 @@ def test_an_image_loses_nothing_on_its_way(mode: str) -> None:
         image = Image.fromarray(pixels).convert(mode)
         expected = np.asarray(image.convert("RGB"))
     assert image.mode == mode
-    np.testing.assert_array_equal(np.asarray(decode(image_file(image))), expected)
+    np.testing.assert_array_equal(np.asarray(decode_image(image_file(image))), expected)
 
 
 def test_an_opened_photograph_is_turned_as_its_file_would_be() -> None:
@@ -195,9 +195,9 @@ def test_an_opened_photograph_is_turned_as_its_file_would_be() -> None:
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
     Image.fromarray(pixels).save(file, "JPEG", exif=exif)
-    sent = decode(image_file(Image.open(file)))
+    sent = decode_image(image_file(Image.open(file)))
     assert sent.size == (8, 16)
-    np.testing.assert_array_equal(np.asarray(sent), np.asarray(decode(file.getvalue())))
+    np.testing.assert_array_equal(np.asarray(sent), np.asarray(decode_image(file.getvalue())))
 
 
 def test_a_missing_file_is_an_os_error(connect: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pcae_serve.api.app import create_app
-from pcae_serve.bundle.reader import Tier
+from pcae_serve.bundle.manifest import Tier
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 from tests.support.gate import Gate

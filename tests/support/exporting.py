@@ -6,9 +6,8 @@ import pytest
 
 from pcae_export.cli import Export
 from pcae_export.verify import MIN_IMAGES
-from pcae_serve.bundle import reader as bundles
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.command import run
 
 PREPROCESS = Preprocess(16, 16, mean=(0.5, 0.4, 0.3), std=(0.5, 0.3, 0.4))
@@ -18,7 +17,7 @@ def bundled(source: Path | None, out: Path, *flags: object) -> Bundle:
     """What the command makes of a checkpoint, proven on few images."""
     words = ["bundle", *([source] if source else []), out, "--parity-images", MIN_IMAGES, *flags]
     assert run(Export, [str(word) for word in words]) == 0
-    return bundles.load(out)
+    return load_bundle(out)
 
 
 def fails(capsys: pytest.CaptureFixture[str], code: int, *argv: object) -> str:

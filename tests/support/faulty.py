@@ -16,11 +16,11 @@ import numpy as np
 
 from pcae_serve.api import server
 from pcae_serve.api.auth import Keys
-from pcae_serve.bundle import reader as bundle
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.command import run
 from pcae_serve.commands import serve
-from pcae_serve.engines.base import Engine, Output, Pixels, at_once
+from pcae_serve.engines.base import Engine, Output, Pixels, run_directly
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import StartError
 from pcae_serve.runtime import servable, service, worker
@@ -71,7 +71,7 @@ class Faulty(SimulatedEngine):
         self._ended.set()
 
 
-def make(served: Bundle, device: int, through: Callable[[Engine], Engine] = at_once) -> Engine:
+def make(served: Bundle, device: int, through: Callable[[Engine], Engine] = run_directly) -> Engine:
     global made
     if there("NOMAKE"):
         raise StartError("no memory")
@@ -83,7 +83,7 @@ def make(served: Bundle, device: int, through: Callable[[Engine], Engine] = at_o
 class Serve(serve.Serve):
     def cli_cmd(self) -> None:
         with serve.listen(self.host, self.port) as listener:
-            served = bundle.load(self.bundle or bundle.demo())
+            served = load_bundle(self.bundle or demo_path())
             faulty = Service(self, served, [make(served, 0)], make)
             serve.serve(faulty, listener, Keys.read(None), Keys.read(self.admin_keys_file))
 

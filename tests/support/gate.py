@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 
-from pcae_serve.bundle.reader import Tier
+from pcae_serve.bundle.manifest import Tier
 from pcae_serve.engines.base import Output, Pixels
 
 

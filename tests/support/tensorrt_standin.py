@@ -24,8 +24,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from pcae_serve.bundle import reader as bundles
-from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.manifest import Manifest
+from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.engines import nvidia
 
 GPU = "NVIDIA Stand-in"
@@ -479,7 +479,7 @@ def install(patch: pytest.MonkeyPatch) -> TensorRt:
     trt = TensorRt(Runtime())
     patch.setitem(sys.modules, "tensorrt", trt)
     patch.setitem(sys.modules, "cuda.bindings.runtime", trt.cuda)
-    patch.setattr(nvidia, "gpus", lambda: [GPU, GPU])
+    patch.setattr(nvidia, "list_gpus", lambda: [GPU, GPU])
     return trt
 
 
@@ -488,14 +488,14 @@ def demo_with_graphs(root: Path, *, float32: bool, tiers: int = 5) -> Bundle:
 
     float32: it is the static float32 graph, also where the demo has one in half precision.
     """
-    shutil.copytree(bundles.demo(), root)
+    shutil.copytree(demo_path(), root)
     document = json.loads((root / "bundle.json").read_text())
     document["tiers"] = document["tiers"][:tiers]
-    manifest = bundles.Manifest.model_validate(document)
+    manifest = Manifest.model_validate(document)
     for tier in manifest.tiers:
         name = f"models/{tier.model}/{tier.tensorrt_graph}"
         if float32 or name not in manifest.files:
             shutil.copy(root / "models" / tier.model / tier.graph, root / name)
             document["files"][name] = hashlib.sha256((root / name).read_bytes()).hexdigest()
     (root / "bundle.json").write_text(json.dumps(document))
-    return bundles.load(root)
+    return load_bundle(root)

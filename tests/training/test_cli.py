@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pcae_serve.command import run
-from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import load_checkpoint
 from pcae_training.cli import Train
 
 # fmt: off
@@ -33,7 +33,7 @@ def test_the_installed_command(class_folders: Any, tmp_path: Path) -> None:
     assert f"wrote {tmp_path / 'out'}; top-1 on images that were not trained on" in done.stdout
     assert "keep 1.0  " in done.stdout
     assert "keep 0.5  " in done.stdout
-    assert checkpoints.load(tmp_path / "out").training["settings"]["budgets"] == [1.0, 0.5]
+    assert load_checkpoint(tmp_path / "out").training["settings"]["budgets"] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.command import config, run
 from pcae_serve.errors import PcaeError
-from pcae_training import checkpoint as checkpoints
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import Checkpoint, save_checkpoint
 from pcae_training.data import DataError, LabelledImages, load
 from pcae_training.draws import generator
 from pcae_training.evaluate import (
@@ -65,7 +64,7 @@ def settings(class_folders: Any, tmp_path: Path) -> Any:
         **changes: Any,
     ) -> EvaluateSettings:
         folder = tmp_path / "checkpoint"
-        checkpoints.save(Checkpoint(vit(config), PREPROCESS, list(labels), training or {}), folder)
+        save_checkpoint(Checkpoint(vit(config), PREPROCESS, list(labels), training or {}), folder)
         return EvaluateSettings(checkpoint=folder, data=str(data), **changes)
 
     return make

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
-from pcae_training import checkpoint as checkpoints
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import Checkpoint, load_checkpoint
 from pcae_training.draws import SampleRng
 from pcae_training.finetune import FinetuneSettings, Finetuning, finetune, prepare
 from pcae_training.model import VisionTransformer, ViTConfig
@@ -66,7 +65,7 @@ def test_learns_what_can_be_told_apart(settings: Any, capsys: pytest.CaptureFixt
         1.0: (1.0, 10),
         0.6: (1.0, 10),
     }
-    saved = checkpoints.load(run.out)
+    saved = load_checkpoint(run.out)
     assert saved.labels == ["bright", "dark"]
     training = saved.training
     losses = [epoch["train_loss"] for epoch in training["history"]]
@@ -84,11 +83,11 @@ def test_a_run_can_be_had_in_two_parts(settings: Any) -> None:
     whole, parts = settings("whole", epochs=2), settings("parts", epochs=2)
     finetune(whole)
     finetune(parts.model_copy(update={"stop_after": 1}))
-    training = checkpoints.load(parts.out).training
+    training = load_checkpoint(parts.out).training
     assert training["epochs_done"] == 1
     assert training["final"]
     finetune(parts.model_copy(update={"resume": True}))
-    one, two = (checkpoints.load(run.out).model.state_dict() for run in (whole, parts))
+    one, two = (load_checkpoint(run.out).model.state_dict() for run in (whole, parts))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -182,7 +181,7 @@ def test_from_a_checkpoint_with_another_patch_size(settings: Any) -> None:
     finetune(first)
     second = settings("second", init=first.out, epochs=1)
     finetune(second)
-    saved = checkpoints.load(second.out)
+    saved = load_checkpoint(second.out)
     assert (saved.model.config.patch_size, saved.model.config.image_size) == (2, 8)
     assert saved.training["init"]["settings"]["patch_size"] == 4  # how it came about is kept
 
@@ -192,7 +191,7 @@ def test_other_labels_get_a_new_head(settings: Any, capsys: pytest.CaptureFixtur
     finetune(first)
     config = first.out / "checkpoint" / "config.json"
     config.write_text(config.read_text().replace('"dark"', '"dusky"'))
-    before = checkpoints.load(first.out).model
+    before = load_checkpoint(first.out).model
     start, _, _ = prepare(settings("second", init=first.out, patch_size=None))
     assert start.labels == ["bright", "dark"]
     assert not torch.equal(start.model.head.weight, before.head.weight)
@@ -239,7 +238,7 @@ def test_bf16_and_lazy_loading(settings: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("pcae_training.data.MEMORY_LIMIT_BYTES", 0)
     run = settings(epochs=1, precision="bf16")
     finetune(run)
-    saved = checkpoints.load(run.out)
+    saved = load_checkpoint(run.out)
     assert {tensor.dtype for tensor in saved.model.state_dict().values()} == {torch.float32}
     assert saved.training["epochs_done"] == 1
 

@@ -275,7 +275,7 @@ def test_preprocessing_that_lies_beside(tmp_path: Path) -> None:
 
 def test_checkpoints_of_our_own(tmp_path: Path) -> None:
     model, preprocess = vit(), Preprocess(24, 24, (0.5,) * 3, (0.5,) * 3)
-    checkpoint.save(Checkpoint(model, preprocess, list("abcde")), tmp_path / "run")
+    checkpoint.save_checkpoint(Checkpoint(model, preprocess, list("abcde")), tmp_path / "run")
     for source in (tmp_path / "run", tmp_path / "run" / "model.safetensors"):
         found = read(source)
         assert (found.config, found.labels, found.preprocess) == (TINY, list("abcde"), preprocess)

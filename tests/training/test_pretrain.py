@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
-from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import load_checkpoint
 from pcae_training.draws import SampleRng
 from pcae_training.finetune import FinetuneSettings, finetune
 from pcae_training.masking import Mask, mask, patchify
@@ -303,7 +303,7 @@ def test_a_run_learns_and_can_be_fine_tuned_from(
         data=data, out=tmp_path / method, method=method, epochs=6, batch_size=10, blr=0.05, depth=11
     )
     assert pretrain(run)
-    saved = checkpoints.load(run.out)
+    saved = load_checkpoint(run.out)
     assert saved.model.config.classes == 0
     assert saved.labels == []
     losses = [epoch["train_loss"] for epoch in saved.training["history"]]
@@ -314,7 +314,7 @@ def test_a_run_learns_and_can_be_fine_tuned_from(
         batch_size=10, holdout=10, randaugment=0, mixup=0, cutmix=0, crop=0, lr=1e-9, min_lr=0,
     )  # fmt: skip
     finetune(tuned)
-    classifier = checkpoints.load(tuned.out)
+    classifier = load_checkpoint(tuned.out)
     assert classifier.model.config == replace(
         saved.model.config, classes=2, pooling="mean", reduction_points=(0, 7, 10)
     )

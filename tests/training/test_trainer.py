@@ -19,8 +19,7 @@ from torch._dynamo.testing import CompileCounter
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
-from pcae_training import checkpoint as checkpoints
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import LAST, Checkpoint, load_checkpoint, load_state
 from pcae_training.draws import SampleRng
 from pcae_training.finetune import FinetuneSettings, Finetuning, finetune
 from pcae_training.model import VisionTransformer, ViTConfig
@@ -61,9 +60,9 @@ def learn(class_folders: Any, tmp_path: Path) -> Callable[..., PretrainSettings]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    state = checkpoints.load_state(folder)
+    state = load_state(folder)
     assert state is not None
-    return checkpoints.load(folder).model.state_dict() | state
+    return load_checkpoint(folder).model.state_dict() | state
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -110,7 +109,7 @@ def test_killed_anywhere_and_resumed_is_unbroken(
     accuracy = finetune(tune("broken", save_every_s=save_every_s, resume=True))
     broken = tune("broken")
     assert same(weights(whole.out), weights(broken.out))
-    one, other = (checkpoints.load(run.out).training for run in (whole, broken))
+    one, other = (load_checkpoint(run.out).training for run in (whole, broken))
     assert one["final"] == other["final"]
     assert [e["train_loss"] for e in one["history"]] == [e["train_loss"] for e in other["history"]]
     assert accuracy is not None
@@ -134,7 +133,7 @@ def test_killed_before_an_epoch_is_closed(tune: Any, monkeypatch: pytest.MonkeyP
         with pytest.raises(Killed):
             finetune(tune("broken", save_every_s=1e-9))
     finetune(tune("broken", resume=True))
-    one, other = (checkpoints.load(tune(out).out).training for out in ("whole", "broken"))
+    one, other = (load_checkpoint(tune(out).out).training for out in ("whole", "broken"))
     for epochs in (one["history"], other["history"]):
         for epoch in epochs:
             del epoch["train_s"]
@@ -169,7 +168,7 @@ def test_told_to_stop_it_saves_itself(
         kill_at(1, patch, lambda: os.kill(os.getpid(), number))
         assert finetune(stopped) is None
     assert signal.getsignal(number) is before
-    assert checkpoints.load(stopped.out).training["step"] == 2  # the step at hand is finished
+    assert load_checkpoint(stopped.out).training["step"] == 2  # the step at hand is finished
     assert finetune(stopped.model_copy(update={"resume": True})) is not None
     assert same(weights(whole.out), weights(stopped.out))
 
@@ -189,7 +188,7 @@ def test_the_command_says_so_and_exits_143(learn: Any) -> None:
         printed = process.stderr.read().decode()
         assert process.wait(30) == 143
     assert printed.splitlines()[-1] == f"pcae-train: stopped; go on with --resume --out {run.out}"
-    assert checkpoints.load(run.out).training["step"] >= 1
+    assert load_checkpoint(run.out).training["step"] >= 1
 
 
 def flags(run: FinetuneSettings | PretrainSettings) -> list[str]:
@@ -251,7 +250,7 @@ def test_two_processes_share_masks_and_stop_together(learn: Any) -> None:
         assert process.stderr is not None
         printed = process.stderr.read().decode()
         process.wait(60)
-    step = checkpoints.load(shared.out).training["step"]
+    step = load_checkpoint(shared.out).training["step"]
     assert step >= 3, printed[-2000:]
     assert printed.count("pcae-train: stopped; go on with --resume") == 1
     pretrain(alone.model_copy(update={"stop_after": 1}))
@@ -333,7 +332,7 @@ def test_a_loss_that_is_no_number(tune: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Finetuning, "forward", poisoned)
     with pytest.raises(PcaeError, match=r"not finite in step 5 \(epoch 2\): try a smaller --lr"):
         finetune(run)
-    saved = checkpoints.load(run.out)
+    saved = load_checkpoint(run.out)
     assert saved.training["step"] == 3
     assert all(tensor.isfinite().all() for tensor in saved.model.state_dict().values())
 
@@ -355,7 +354,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
     monkeypatch.setattr(Finetuning, "stepped", spoilt)
     with pytest.raises(PcaeError, match=r"head\.bias is not finite after step 6"):
         finetune(run)
-    assert checkpoints.load(run.out).training["step"] == 3
+    assert load_checkpoint(run.out).training["step"] == 3
 
 
 def test_one_run_at_a_time_writes_to_a_folder(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,9 +419,9 @@ def test_a_launcher_that_knows_no_state_begins_and_then_goes_on(tune: Any) -> No
     run = tune("again", stop_after=1)
     again = {"resume_or_begin": True}
     finetune(FinetuneSettings(**run.model_dump() | again))
-    assert checkpoints.load(run.out).training["step"] == 3
+    assert load_checkpoint(run.out).training["step"] == 3
     finetune(FinetuneSettings(**run.model_dump() | again | {"stop_after": None}))
-    assert checkpoints.load(run.out).training["step"] == 6
+    assert load_checkpoint(run.out).training["step"] == 6
 
 
 @pytest.mark.slow
@@ -444,7 +443,7 @@ def test_the_slurm_script_goes_on_after_a_process_is_killed(learn: Any, tmp_path
     environment = ONE_THREAD | slurm | {"SLURM_JOB_ID": str(os.getpid()), "PATH": path}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 90
-        while not (run.out / checkpoints.LAST / "config.json").exists():
+        while not (run.out / LAST / "config.json").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -457,4 +456,4 @@ def test_the_slurm_script_goes_on_after_a_process_is_killed(learn: Any, tmp_path
     begun = re.search(r"epoch \d+/30: +\d+%\|[^|]*\| ([\d.]+)", again)
     assert begun is not None, printed[-3000:]
     assert float(begun[1]) > 0  # it went on, not anew
-    assert checkpoints.load(run.out).training["step"] == 30 * 4
+    assert load_checkpoint(run.out).training["step"] == 30 * 4

@@ -15,8 +15,7 @@ from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.command import config, run
 from pcae_serve.errors import PcaeError
-from pcae_training import checkpoint as checkpoints
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import Checkpoint, save_checkpoint
 from pcae_training.diversity import diversity
 from pcae_training.evaluate import normalise, row_noise
 from pcae_training.model import VisionTransformer, ViTConfig
@@ -52,7 +51,7 @@ def settings(tmp_path: Path) -> Any:
     ) -> VisualizeSettings:
         folder = tmp_path / "checkpoint"
         checkpoint = Checkpoint(vit(config), PREPROCESS, ["bright", "dark"], training or {})
-        checkpoints.save(checkpoint, folder)
+        save_checkpoint(checkpoint, folder)
         return VisualizeSettings(checkpoint=folder, **changes)
 
     return make

@@ -95,7 +95,9 @@ def from_config(config: dict[str, Any]) -> tuple[ViTConfig, list[str]]:
     ), labels
 
 
-def save(checkpoint: Checkpoint, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+def save_checkpoint(
+    checkpoint: Checkpoint, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
     """Write the folder beside its place, then put it there: the last good one is never lost.
 
     Raises CheckpointError where it cannot be written, or would replace what is no checkpoint.
@@ -135,7 +137,7 @@ def check_place(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is no checkpoint: it is not replaced")
 
 
-def load(folder: Path) -> Checkpoint:
+def load_checkpoint(folder: Path) -> Checkpoint:
     """Rebuild the model (float32, evaluation mode).
 
     Raises CheckpointError with one line that names the file at fault.

@@ -19,10 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.bundle.tokens import Geometry, exact
+from pcae_serve.bundle.tokens import Geometry, parse_keep_ratio
 from pcae_serve.errors import PcaeError
-from pcae_training import checkpoint as checkpoints
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import Checkpoint, load_checkpoint
 from pcae_training.data import LabelledImages, load
 from pcae_training.draws import generator
 from pcae_training.model import VisionTransformer, ViTConfig
@@ -107,7 +106,7 @@ def read_ratios(value: object) -> tuple[float, ...]:
         value = value.strip("[]()").split(",")
     if not isinstance(value, Sequence) or not value:
         raise ValueError(f"keep ratios are numbers with commas between, not {value!r}")
-    return tuple(sorted({float(exact(ratio)) for ratio in value}, reverse=True))
+    return tuple(sorted({float(parse_keep_ratio(ratio)) for ratio in value}, reverse=True))
 
 
 #: Keep ratios as a flag takes them; None: what the checkpoint was trained for.
@@ -226,7 +225,7 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    checkpoint = checkpoints.load(settings.checkpoint)
+    checkpoint = load_checkpoint(settings.checkpoint)
     budgets = ratios_for(checkpoint, settings.budgets)
     if settings.json_file is not None:
         check_place(settings.json_file)

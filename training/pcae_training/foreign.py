@@ -181,7 +181,7 @@ def initialise(model: VisionTransformer, found: LoadedCheckpoint) -> Adapted:
 
 
 def _own(folder: Path) -> LoadedCheckpoint:
-    loaded = checkpoint.load(folder)
+    loaded = checkpoint.load_checkpoint(folder)
     config = loaded.model.config
     return LoadedCheckpoint(
         config,

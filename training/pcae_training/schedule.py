@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from pcae_serve.bundle.tokens import exact
+from pcae_serve.bundle.tokens import parse_keep_ratio
 
 
 def ladder(keep_ratio: float, rungs: int = 4) -> tuple[float, ...]:
@@ -16,7 +16,7 @@ def ladder(keep_ratio: float, rungs: int = 4) -> tuple[float, ...]:
     A ramp that goes down a short ladder meets few tensor shapes, each of which costs a compiled
     graph, or the kernels that a CPU library makes for it.
     """
-    lowest = exact(keep_ratio)
+    lowest = parse_keep_ratio(keep_ratio)
     between = [round(float(1 - (1 - lowest) * Fraction(i, rungs)), 2) for i in range(rungs)]
     return tuple(dict.fromkeys([*(k for k in between if k > keep_ratio), keep_ratio]))
 

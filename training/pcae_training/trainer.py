@@ -24,8 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError, one_line
-from pcae_training import checkpoint as checkpoints
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import (
+    LAST,
+    Checkpoint,
+    check_place,
+    load_checkpoint,
+    load_state,
+    place,
+    read_json,
+    save_checkpoint,
+)
 from pcae_training.columns import ColumnChoice
 from pcae_training.data import LabelledImages, TrainingData, load
 from pcae_training.draws import SampleRng
@@ -264,12 +272,12 @@ class Trainer:
         for name, parameter in self.objective.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer/{name}/{key}"] = value
-        checkpoints.save(checkpoint, self.settings.out / checkpoints.LAST, state)
+        save_checkpoint(checkpoint, self.settings.out / LAST, state)
 
     def _resume(self) -> None:
         """Take weights, optimiser and step from the checkpoint in --out."""
         out = self.settings.out
-        saved, state = checkpoints.load(out), checkpoints.load_state(out)
+        saved, state = load_checkpoint(out), load_state(out)
         training = saved.training
         if state is None:
             raise PcaeError(f"cannot resume {out}: it was saved without its optimiser's state")
@@ -359,10 +367,10 @@ class Trainer:
 
 def check_out(settings: RunSettings) -> None:
     """Raise PcaeError where --out holds what this run must not replace."""
-    checkpoints.check_place(settings.out / checkpoints.LAST)
-    saved = checkpoints.place(settings.out) / "config.json"
+    check_place(settings.out / LAST)
+    saved = place(settings.out) / "config.json"
     if settings.resume:
-        checkpoints.read_json(saved)  # says what is missing
+        read_json(saved)  # says what is missing
     elif saved.exists() and not settings.dry_run:
         raise PcaeError(
             f"{settings.out} holds a run already: go on with --resume, or choose another --out"

@@ -13,9 +13,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pcae_serve.api.app import create_app
-from pcae_serve.bundle import reader
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.runtime.service import Service
 from pcae_serve.scheduling.policies import registry
@@ -276,7 +275,7 @@ def test_health_and_documentation(client: TestClient) -> None:
 def headless(tmp_path: Path, settings: MakeSettings) -> Iterator[TestClient]:
     """A server whose model answers with 8 features."""
     models = {"vit": manifest({})["models"]["vit"] | {"answers": "features"}}
-    served = reader.load(write_bundle(tmp_path / "headless", labels=[], models=models))
+    served = load_bundle(write_bundle(tmp_path / "headless", labels=[], models=models))
     engine = SimulatedEngine(served, seconds=quick)
     with serving(Service(settings(max_body_mb=0.1), served, [engine])) as client:
         yield client

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from pcae_serve.api import inference_routes
 from pcae_serve.api.app import create_app
-from pcae_serve.bundle import reader
-from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.runtime.service import Service
@@ -38,7 +37,7 @@ LENGTH = "Inference-Header-Content-Length"
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     root = tmp_path_factory.mktemp("oip")
-    served = reader.load(write_bundle(root / "bundle"))
+    served = load_bundle(write_bundle(root / "bundle"))
     engine = SimulatedEngine(served, seconds=quick)
     known = Settings(cache_dir=root, profile_s=0.3, max_body_mb=1.0, max_pixels=10_000)
     with serving(Service(known, served, [engine])) as client:
@@ -342,7 +341,7 @@ def test_a_bundle_without_a_head_answers_with_features(
     tmp_path: Path, settings: MakeSettings
 ) -> None:
     models = {"vit": manifest({})["models"]["vit"] | {"answers": "features"}}
-    served = reader.load(write_bundle(tmp_path / "headless", labels=[], models=models))
+    served = load_bundle(write_bundle(tmp_path / "headless", labels=[], models=models))
     service = Service(settings(), served, [SimulatedEngine(served, seconds=quick)])
     with serving(service) as client:
         told = client.get("/v2/models/test").json()["outputs"]
@@ -490,7 +489,7 @@ def fuzzed(client: TestClient, content: bytes, headers: dict[str, str]) -> None:
 @pytest.fixture(scope="module")
 def instant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     root = tmp_path_factory.mktemp("instant")
-    served = reader.load(write_bundle(root / "bundle"))
+    served = load_bundle(write_bundle(root / "bundle"))
     engine = SimulatedEngine(served, seconds=lambda tier, _: tier.macs * 1e-7)
     # time enough on a slow machine: what is late is not what is looked for
     known = Settings(cache_dir=root, profile_s=0.1, budget_ms=20_000, policy="nexus:fast")

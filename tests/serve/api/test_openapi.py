@@ -21,8 +21,7 @@ from schemathesis.specs.openapi.checks import (
 
 from pcae_serve.api.app import create_app
 from pcae_serve.api.auth import Keys
-from pcae_serve.bundle import reader
-from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.observability.logs import RequestId
 from pcae_serve.runtime.service import Service
 from pcae_serve.schemas import Classification, Problem
@@ -67,7 +66,7 @@ def documented(response: dict[str, Any]) -> set[str]:
 OPERATIONS = [
     (method, path)
     for path, methods in create_app(
-        Service(Settings(), reader.load(reader.demo()), engines=[]), print
+        Service(Settings(), load_bundle(demo_path()), engines=[]), print
     )
     .openapi()["paths"]
     .items()

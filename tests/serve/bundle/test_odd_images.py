@@ -11,8 +11,8 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcae_serve.bundle import reader
 from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.reader import load_bundle
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import RequestError
 from pcae_serve.runtime.service import Service
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")  # as preprocess 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     folder = tmp_path_factory.mktemp("odd")
-    served = reader.load(write_bundle(folder / "bundle"))
+    served = load_bundle(write_bundle(folder / "bundle"))
     engine = SimulatedEngine(served, seconds=lambda tier, batch: tier.macs * 1e-7)
     with serving(Service(Settings(cache_dir=folder, profile_s=0.1), served, [engine])) as client:
         yield client

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pcae_serve.bundle.preprocess import REDUCED, Preprocess, decode, read
+from pcae_serve.bundle.preprocess import REDUCED, Preprocess, decode_image, read_picture
 from pcae_serve.errors import RequestError, TooLarge, UnreadableImage, UnsupportedType
 from tests.support.odd_images import END, chunk, png, tiff
 
@@ -82,7 +82,7 @@ GREY: dict[str, Callable[[], bytes]] = {
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow says so and goes on
 @pytest.mark.parametrize("kind", COLOUR)
 def test_every_kind_of_colour_image(kind: str) -> None:
-    pixels = np.asarray(decode(COLOUR[kind]()))
+    pixels = np.asarray(decode_image(COLOUR[kind]()))
     assert pixels.shape == (30, 40, 3)
     error = np.abs(pixels.astype(int) - np.asarray(photo()))
     assert error.mean() < (12 if "palette" in kind or "gif" in kind else 4)
@@ -90,7 +90,7 @@ def test_every_kind_of_colour_image(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", GREY)
 def test_every_kind_of_grey_image(kind: str) -> None:
-    pixels = np.asarray(decode(GREY[kind]()))
+    pixels = np.asarray(decode_image(GREY[kind]()))
     np.testing.assert_allclose(pixels[..., 0], np.asarray(photo().convert("L")), atol=3)
     assert (pixels == pixels[..., :1]).all()
 
@@ -105,29 +105,29 @@ def test_the_rule_is_pillows(mode: str) -> None:
     file = body(image, kind)
     with Image.open(io.BytesIO(file)) as opened:
         expected = opened.convert("RGB")
-    np.testing.assert_array_equal(np.asarray(decode(file)), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(decode_image(file)), np.asarray(expected))
 
 
 def test_what_is_transparent_has_the_colour_under_it() -> None:
     clear = Image.new("RGBA", (8, 8), (200, 30, 40, 0))
-    assert (np.asarray(decode(body(clear, "PNG"))) == (200, 30, 40)).all()
+    assert (np.asarray(decode_image(body(clear, "PNG"))) == (200, 30, 40)).all()
 
 
 def test_samples_of_more_than_eight_bits_keep_the_high_ones() -> None:
     colour = struct.pack(">3H", 0x12FF, 0x8000, 0xFE01) * 64
     rows = b"".join(b"\0" + colour[48 * row : 48 * (row + 1)] for row in range(8))
     wide = png(chunk(b"IDAT", zlib.compress(rows)), END, depth=16)
-    assert (np.asarray(decode(wide)) == (0x12, 0x80, 0xFE)).all()
+    assert (np.asarray(decode_image(wide)) == (0x12, 0x80, 0xFE)).all()
     twelve = tiff({258: (3, 1, 12)}, bytes([0xAB, 0xCA, 0xBC]) * 32)  # 0xabc, 0xabc
-    assert (np.asarray(decode(twelve)) == 0xAB).all()
+    assert (np.asarray(decode_image(twelve)) == 0xAB).all()
     white_is_zero = tiff({258: (3, 1, 16), 262: (3, 1, 0)}, struct.pack("<H", 0x0102) * 64)
-    assert (np.asarray(decode(white_is_zero)) == 255 - 0x01).all()
+    assert (np.asarray(decode_image(white_is_zero)) == 255 - 0x01).all()
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_samples_without_a_range_are_refused(mode: str) -> None:
     with pytest.raises(UnsupportedType, match=f"{mode}\\) have no agreed range: save it with 8"):
-        decode(body(photo().convert("L").convert(mode), "TIFF"))
+        decode_image(body(photo().convert("L").convert(mode), "TIFF"))
 
 
 def test_a_photograph_with_several_pictures_is_its_first() -> None:
@@ -135,7 +135,7 @@ def test_a_photograph_with_several_pictures_is_its_first() -> None:
     with Image.open(io.BytesIO(file)) as opened:
         assert opened.format == "MPO"  # as phones write them
     np.testing.assert_array_equal(
-        np.asarray(decode(file)), np.asarray(decode(body(photo(), "JPEG")))
+        np.asarray(decode_image(file)), np.asarray(decode_image(body(photo(), "JPEG")))
     )
 
 
@@ -146,7 +146,7 @@ def test_no_parser_sees_what_does_not_begin_right(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Image, "open", refuse)
     for text in (b"RIFF\x24\0\0\0WAVEfmt ", b"II+\0\x08\0\0\0", b"P6 1 1 255\nabc", b"8BPS\0\1"):
         with pytest.raises(UnsupportedType, match="told by its first bytes"):
-            decode(text)
+            decode_image(text)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "lzw"])
@@ -160,7 +160,7 @@ def test_every_orientation(kind: str, orientation: int) -> None:
     file = body(photo(), kind, exif=exif, **options)
     with Image.open(io.BytesIO(file)) as opened:
         expected = ImageOps.exif_transpose(opened).convert("RGB")
-    np.testing.assert_array_equal(np.asarray(decode(file)), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(decode_image(file)), np.asarray(expected))
 
 
 def cloudy(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
@@ -186,15 +186,17 @@ def test_a_reduced_scale_moves_nothing(
     crop = resize if squash else resize - 4
     preprocess = Preprocess(crop, resize, HALF, HALF, squash=squash)
     if min(size) >= 2 * REDUCED * resize:
-        assert min(read(file, short=REDUCED * resize).image.size) < min(size)
-    difference = np.abs(preprocess(file).astype(int) - preprocess.crop(decode(file)))
+        assert min(read_picture(file, short=REDUCED * resize).image.size) < min(size)
+    difference = np.abs(preprocess(file).astype(int) - preprocess.crop(decode_image(file)))
     assert difference.max() <= 8  # a pixel's shift makes 20 and more
     assert difference.mean() < 1
 
 
 def test_the_scale_keeps_twice_what_is_needed() -> None:
     file = body(cloudy((1030, 1200)), "JPEG")
-    scales = {short: read(file, short=short).image.size for short in (516, 515, 257, 128, 16)}
+    scales = {
+        short: read_picture(file, short=short).image.size for short in (516, 515, 257, 128, 16)
+    }
     assert scales == {
         516: (1030, 1200),
         515: (515, 600),
@@ -202,7 +204,7 @@ def test_the_scale_keeps_twice_what_is_needed() -> None:
         128: (129, 150),
         16: (129, 150),
     }
-    assert read(file, short=16).size == (1030, 1200)
+    assert read_picture(file, short=16).size == (1030, 1200)
 
 
 def test_the_limit_is_of_the_files_own_pixels() -> None:
@@ -213,13 +215,13 @@ def test_the_limit_is_of_the_files_own_pixels() -> None:
 
 
 def test_cmyk_jpeg() -> None:
-    image = decode(body(photo().convert("CMYK"), "JPEG", quality=100))
+    image = decode_image(body(photo().convert("CMYK"), "JPEG", quality=100))
     assert image.mode == "RGB"
     assert np.abs(np.asarray(image).astype(int) - np.asarray(photo())).mean() < 12
 
 
 def test_one_bit_png() -> None:
-    assert set(np.unique(np.asarray(decode(body(photo().convert("1"), "PNG"))))) == {0, 255}
+    assert set(np.unique(np.asarray(decode_image(body(photo().convert("1"), "PNG"))))) == {0, 255}
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
@@ -229,20 +231,20 @@ def test_a_truncated_image_is_unreadable(kind: str, share: float) -> None:
     noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     whole = body(noise, kind)
     with pytest.raises(UnreadableImage, match=r"truncated|damaged|cannot be read") as raised:
-        decode(whole[: max(12, int(share * len(whole)))])
+        decode_image(whole[: max(12, int(share * len(whole)))])
     assert raised.value.status == 400
     assert "\n" not in raised.value.detail
 
 
 def test_nothing_is_unreadable() -> None:
     with pytest.raises(UnreadableImage, match="empty"):
-        decode(b"")
+        decode_image(b"")
 
 
 @pytest.mark.parametrize("text", [b"I am named cat.jpg", b"\0" * 100, b"<svg></svg>", b"%PDF"])
 def test_what_is_no_image_is_an_unsupported_type(text: bytes) -> None:
     with pytest.raises(UnsupportedType) as raised:
-        decode(text)
+        decode_image(text)
     assert raised.value.status == 415
 
 
@@ -256,7 +258,7 @@ def test_damaged_bytes_only_ever_raise_request_errors() -> None:
             for at in rng.integers(0, len(whole), 8):
                 damaged[at] = rng.integers(0, 256)
             try:
-                decode(bytes(damaged), max_pixels=1_000_000)
+                decode_image(bytes(damaged), max_pixels=1_000_000)
             except RequestError as error:
                 multiline += "\n" in error.detail
 
@@ -264,9 +266,9 @@ def test_damaged_bytes_only_ever_raise_request_errors() -> None:
 def test_too_many_pixels_are_refused_before_decoding() -> None:
     header_only = body(photo(), "PNG")[:60]  # decoding this would fail as truncated
     with pytest.raises(TooLarge, match="40 x 30 pixels, over the limit of 1,199") as raised:
-        decode(header_only, max_pixels=1199)
+        decode_image(header_only, max_pixels=1199)
     assert raised.value.status == 413
-    decode(body(photo(), "PNG"), max_pixels=1200)
+    decode_image(body(photo(), "PNG"), max_pixels=1200)
 
 
 @pytest.mark.parametrize("action", ["error", "ignore"])
@@ -279,7 +281,7 @@ def test_pillows_own_guard_changes_no_answer(side: int, action: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter(action)  # type: ignore[arg-type]
         with pytest.raises(TooLarge):
-            decode(bytes(bitmap))
+            decode_image(bytes(bitmap))
 
 
 @pytest.mark.parametrize("width", [27, 28, 29, 280, 281])

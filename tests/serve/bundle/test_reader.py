@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pcae_serve.bundle import reader
+from pcae_serve.bundle.reader import load_bundle
 from pcae_serve.errors import BundleError
 from tests.support.bundles import write_bundle
 
@@ -17,14 +17,14 @@ def edit(root: Path, **changes: Any) -> None:
 
 def refused(root: Path) -> str:
     with pytest.raises(BundleError) as caught:
-        reader.load(root)
+        load_bundle(root)
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
 def test_a_sound_bundle_loads(bundle_dir: Path) -> None:
-    loaded = reader.load(bundle_dir)
+    loaded = load_bundle(bundle_dir)
     assert [tier.name for tier in loaded.tiers] == ["fast", "balanced", "full"]
     assert loaded.labels == ("dark", "dim", "light", "bright")
     assert loaded.image_size == 8
@@ -33,8 +33,8 @@ def test_a_sound_bundle_loads(bundle_dir: Path) -> None:
 
 
 def test_the_digest_changes_with_any_content(tmp_path: Path) -> None:
-    first = reader.load(write_bundle(tmp_path / "a"))
-    second = reader.load(write_bundle(tmp_path / "b", name="other"))
+    first = load_bundle(write_bundle(tmp_path / "a"))
+    second = load_bundle(write_bundle(tmp_path / "b", name="other"))
     assert first.digest != second.digest
 
 
@@ -127,7 +127,7 @@ def test_a_dominated_tier_is_left_to_those_who_ask_for_it(bundle_dir: Path) -> N
     document = json.loads((bundle_dir / "bundle.json").read_text())
     document["tiers"][1]["dominated"] = True
     (bundle_dir / "bundle.json").write_text(json.dumps(document))
-    served = reader.load(bundle_dir)
-    assert served.allowed("auto", None) == (0, 2)
-    assert served.allowed("balanced", None) == (1,)
-    assert served.allowed("auto", "balanced") == (1, 2)  # what dominates it is not allowed
+    served = load_bundle(bundle_dir)
+    assert served.allowed_tiers("auto", None) == (0, 2)
+    assert served.allowed_tiers("balanced", None) == (1,)
+    assert served.allowed_tiers("auto", "balanced") == (1, 2)  # what dominates it is not allowed

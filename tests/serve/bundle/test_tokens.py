@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from pcae_serve.bundle.tokens import Geometry, exact, patches_kept
+from pcae_serve.bundle.tokens import Geometry, parse_keep_ratio, patches_kept
 
 VIT_B = Geometry(patches=196, width=768, depth=12, patch_values=3 * 16**2, classes=1000)
 
@@ -51,13 +51,13 @@ def test_floor_agrees_with_decimal_everywhere() -> None:
 
 @pytest.mark.parametrize("same", [0.7, "0.7", Decimal("0.7"), Fraction(7, 10), np.float32(0.7)])
 def test_a_ratio_is_the_decimal_that_was_written(same: float) -> None:
-    assert exact(same) == Fraction(7, 10)
+    assert parse_keep_ratio(same) == Fraction(7, 10)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.1, math.nan, math.inf, "x", "", "1/0", None, True])
 def test_a_senseless_ratio_is_refused_in_one_line(bad: float) -> None:
     with pytest.raises(ValueError, match=r"^keep ratio must be .*\(0, 1\], not .*$"):
-        exact(bad)
+        parse_keep_ratio(bad)
 
 
 def test_tokens_per_block_counts_a_mean_per_stage_that_dropped_some() -> None:

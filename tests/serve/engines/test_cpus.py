@@ -41,15 +41,15 @@ def group(root: Path, membership: str, files: dict[str, str]) -> tuple[Path, Pat
 def test_the_quota_of_a_group(
     tmp_path: Path, membership: str, files: dict[str, str], limit: float | None
 ) -> None:
-    assert cpus.quota(*group(tmp_path, membership, files)) == limit
+    assert cpus.read_quota(*group(tmp_path, membership, files)) == limit
 
 
 def test_systems_without_control_groups(tmp_path: Path) -> None:
-    assert cpus.quota(tmp_path / "none", tmp_path / "nor") is None
+    assert cpus.read_quota(tmp_path / "none", tmp_path / "nor") is None
 
 
 def test_affinity_and_quota_both_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     for limit, usable in ((None, 8), (2.5, 3), (0.2, 1), (64.0, 8)):
-        monkeypatch.setattr(cpus, "quota", lambda limit=limit: limit)
-        assert cpus.usable() == usable
+        monkeypatch.setattr(cpus, "read_quota", lambda limit=limit: limit)
+        assert cpus.count_usable() == usable

@@ -40,14 +40,14 @@ def answers(monkeypatch: pytest.MonkeyPatch, library: Libcuda) -> None:
 
 def test_gpus_are_named_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, Libcuda())
-    assert nvidia.gpus() == ["GPU 40", "GPU 41"]
+    assert nvidia.list_gpus() == ["GPU 40", "GPU 41"]
 
 
 @pytest.mark.parametrize("library", [Libcuda(init=100), Libcuda(count=0)])
 def test_a_driver_without_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Libcuda) -> None:
     answers(monkeypatch, library)
     with pytest.raises(nvidia.NoGpu, match="finds no GPU"):
-        nvidia.gpus()
+        nvidia.list_gpus()
 
 
 def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,11 +56,11 @@ def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     with pytest.raises(nvidia.NoGpu, match="no NVIDIA driver"):
-        nvidia.gpus()
+        nvidia.list_gpus()
 
 
 def test_a_driver_that_fails_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, Libcuda(init=803))
     with pytest.raises(StartError, match="CUDA error 803") as raised:
-        nvidia.gpus()
+        nvidia.list_gpus()
     assert not isinstance(raised.value, nvidia.NoGpu)

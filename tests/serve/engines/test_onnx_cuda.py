@@ -14,10 +14,11 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from pcae_serve.bundle import reader as bundle
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines import nvidia, onnx_cuda
-from pcae_serve.engines.base import Output, check
+from pcae_serve.engines.base import Output
+from pcae_serve.engines.loader import check_engine
 from pcae_serve.engines.onnx_cuda import CUDA, CudaEngine
 from pcae_serve.errors import StartError
 from tests.support.bundles import write_bundle
@@ -84,12 +85,12 @@ def make(tmp_path: Path) -> Callable[[Callable[[Tier], bytes]], Bundle]:
     def make(graph_of: Callable[[Tier], bytes]) -> Bundle:
         root = write_bundle(tmp_path / "bundle")
         document = json.loads((root / "bundle.json").read_text())
-        for tier in bundle.load(root).tiers:
+        for tier in load_bundle(root).tiers:
             content = graph_of(tier)
             (root / "models" / "vit" / tier.cuda_graph).write_bytes(content)
             document["files"][f"models/vit/{tier.cuda_graph}"] = hashlib.sha256(content).hexdigest()
         (root / "bundle.json").write_text(json.dumps(document))
-        return bundle.load(root)
+        return load_bundle(root)
 
     return make
 
@@ -199,7 +200,7 @@ def test_a_graph_that_does_not_fit_is_told_at_start(
 ) -> None:
     def tried(bundle: Bundle) -> None:
         engine = CudaEngine(bundle, "cpu")
-        check(engine, bundle, engine.sizes)
+        check_engine(engine, bundle, engine.sizes)
 
     with pytest.raises(StartError, match=words) as raised:
         tried(make(graph_of))
@@ -222,7 +223,7 @@ def test_the_package_for_cpus_is_told_from_a_missing_gpu(
 ) -> None:
     if CUDA in ort.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
-    monkeypatch.setattr(nvidia, "gpus", lambda: ["NVIDIA"])
+    monkeypatch.setattr(nvidia, "list_gpus", lambda: ["NVIDIA"])
     with pytest.raises(StartError, match=r"pip uninstall onnxruntime.*pcae-serve\[gpu\]"):
         CudaEngine(served, "cuda:0")
 
@@ -230,7 +231,7 @@ def test_the_package_for_cpus_is_told_from_a_missing_gpu(
 @pytest.mark.gpu
 def test_captured_graphs_answer_as_the_cpu_does(served: Bundle) -> None:
     try:
-        nvidia.gpus()
+        nvidia.list_gpus()
     except StartError as error:
         pytest.skip(str(error))
     engine = CudaEngine(served, "cuda:0", max_batch=4)

@@ -17,7 +17,7 @@ from pcae_serve.engines.cuda_runtime import CudaError
 from pcae_serve.engines.plan_cache import Parity, Plan, Recipe
 from pcae_serve.engines.tensorrt import Runner, TensorRtEngine
 from pcae_serve.errors import StartError
-from tests.support import tensorrt_standin as standin
+from tests.support import tensorrt_standin
 from tests.support.tensorrt_standin import Misuse, TensorRt
 
 MAX_BATCH = 4
@@ -26,20 +26,22 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 3), np.uint8)
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return standin.demo_with_graphs(tmp_path_factory.mktemp("demo") / "bundle", float32=True)
+    return tensorrt_standin.demo_with_graphs(
+        tmp_path_factory.mktemp("demo") / "bundle", float32=True
+    )
 
 
 @pytest.fixture
 def trt(monkeypatch: pytest.MonkeyPatch) -> TensorRt:
-    return standin.install(monkeypatch)
+    return tensorrt_standin.install(monkeypatch)
 
 
 @pytest.fixture
 def cache(bundle: Bundle, trt: TensorRt, tmp_path: Path) -> Path:
     """A cache with a plan of every tier, for batches up to MAX_BATCH."""
-    library = tensorrt.library()
-    machine = library.machine(cuda_runtime.find("cuda:0"))
-    plan_cache.folder(tmp_path).mkdir()
+    library = tensorrt.load_library()
+    target = library.target(cuda_runtime.find_gpu("cuda:0"))
+    plan_cache.plans_folder(tmp_path).mkdir()
     for tier in bundle.tiers:
         data = plan_of(trt, bundle, tier.name)
         parity = Parity(
@@ -51,8 +53,8 @@ def cache(bundle: Bundle, trt: TensorRt, tmp_path: Path) -> Path:
             same_patches=1,
         )
         plan = Plan(
-            key=plan_cache.key(bundle, tier, machine, Recipe(max_batch=MAX_BATCH)),
-            sha256=plan_cache.sha256(data),
+            key=plan_cache.make_key(bundle, tier, target, Recipe(max_batch=MAX_BATCH)),
+            sha256=plan_cache.digest(data),
             built=datetime.now(UTC),
             build_s=1,
             driver="13.1",
@@ -60,7 +62,7 @@ def cache(bundle: Bundle, trt: TensorRt, tmp_path: Path) -> Path:
             fused_attention=12,
             parity=parity,
         )
-        plan_cache.write(tmp_path, plan, data)
+        plan_cache.write_plan(tmp_path, plan, data)
     return tmp_path
 
 
@@ -74,10 +76,10 @@ def engine(bundle: Bundle, cache: Path) -> Iterator[TensorRtEngine]:
 def plan_of(trt: TensorRt, bundle: Bundle, name: str, most: int = MAX_BATCH) -> bytes:
     """What the stand-in's builder makes of a tier's graph."""
     tier = next(tier for tier in bundle.tiers if tier.name == name)
-    logger = tensorrt.library().messages
+    logger = tensorrt.load_library().messages
     builder = trt.Builder(logger)
     network = builder.create_network(1)
-    assert trt.OnnxParser(network, logger).parse_from_file(str(plan_cache.graph(bundle, tier)))
+    assert trt.OnnxParser(network, logger).parse_from_file(str(plan_cache.find_graph(bundle, tier)))
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     profile.set_shape("pixels", *((n, 28, 28, 3) for n in (1, 2, most)))
     config.add_optimization_profile(profile)
@@ -99,7 +101,7 @@ class SilentMonitor:
 def expected(bundle: Bundle, name: str, pixels: np.ndarray[Any, Any]) -> Output:
     """What ONNX Runtime says of the graph that the plan was built from."""
     tier = next(tier for tier in bundle.tiers if tier.name == name)
-    vectors, *kept = standin.open_session(str(plan_cache.graph(bundle, tier))).run(
+    vectors, *kept = tensorrt_standin.open_session(str(plan_cache.find_graph(bundle, tier))).run(
         None, {"pixels": pixels}
     )
     return Output(vectors, tuple(kept))
@@ -150,7 +152,7 @@ def test_the_second_gpu_is_used_from_any_thread(bundle: Bundle, cache: Path) -> 
     engine = TensorRtEngine(bundle, "cuda:1", cache, MAX_BATCH)
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(engine.run, bundle.tiers[0], PIXELS[:1]).result()
-    assert engine.device == f"cuda:1 ({standin.GPU})"
+    assert engine.device == f"cuda:1 ({tensorrt_standin.GPU})"
     assert found.vectors.shape == (1, 10)
     engine.close()
 
@@ -172,7 +174,7 @@ def test_closing_gives_everything_back(bundle: Bundle, cache: Path, trt: TensorR
 def test_a_cuda_error_at_start_is_one_line_and_leaves_nothing(
     bundle: Bundle, cache: Path, trt: TensorRt, function: str
 ) -> None:
-    trt.cuda.fails[function] = standin.cudaError_t.cudaErrorMemoryAllocation
+    trt.cuda.fails[function] = tensorrt_standin.cudaError_t.cudaErrorMemoryAllocation
     with pytest.raises(StartError, match=f"{function}: out of memory") as caught:
         TensorRtEngine(bundle, "cuda:0", cache, MAX_BATCH)
     assert "\n" not in str(caught.value)
@@ -182,7 +184,7 @@ def test_a_cuda_error_at_start_is_one_line_and_leaves_nothing(
 def test_a_cuda_error_in_a_run_is_raised(
     bundle: Bundle, engine: TensorRtEngine, trt: TensorRt
 ) -> None:
-    trt.cuda.fails["cudaGraphLaunch"] = standin.cudaError_t.cudaErrorInvalidResourceHandle
+    trt.cuda.fails["cudaGraphLaunch"] = tensorrt_standin.cudaError_t.cudaErrorInvalidResourceHandle
     with pytest.raises(CudaError, match=r"cudaGraphLaunch: .*cudaErrorInvalidResourceHandle"):
         engine.run(bundle.tiers[0], PIXELS[:1])
     trt.cuda.fails.clear()
@@ -205,7 +207,7 @@ def test_batches_beyond_the_plans_are_told_at_start(bundle: Bundle, cache: Path)
 
 
 def test_a_missing_plan_names_the_command(bundle: Bundle, cache: Path) -> None:
-    for file in plan_cache.folder(cache).glob("*.json"):
+    for file in plan_cache.plans_folder(cache).glob("*.json"):
         file.unlink()
     with pytest.raises(StartError, match=r"no TensorRT plan .* run 'pcae-export tensorrt "):
         TensorRtEngine(bundle, "cuda:0", cache, MAX_BATCH)
@@ -224,7 +226,7 @@ def test_a_plan_that_does_not_load_is_told(
 ) -> None:
     data = {"fast": spoil(plan_of(trt, bundle, "fast"))}
     with pytest.raises(StartError, match=f"{reason}; run 'pcae-export tensorrt'"):
-        Runner(tensorrt.library(), cuda_runtime.find("cuda:0"), data, (1, 4))
+        Runner(tensorrt.load_library(), cuda_runtime.find_gpu("cuda:0"), data, (1, 4))
     assert trt.cuda.left() == 0
 
 
@@ -234,7 +236,7 @@ def test_without_a_gpu_tensorrt_is_not_touched(
     def none() -> list[str]:
         raise nvidia.NoGpu("no NVIDIA driver here")
 
-    monkeypatch.setattr(nvidia, "gpus", none)
+    monkeypatch.setattr(nvidia, "list_gpus", none)
     monkeypatch.setattr(tensorrt, "import_module", lambda name: pytest.fail(f"imports {name}"))
     with pytest.raises(StartError, match="no NVIDIA driver here"):
         TensorRtEngine(bundle, "cuda:0", tmp_path)
@@ -243,45 +245,48 @@ def test_without_a_gpu_tensorrt_is_not_touched(
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:x", "cuda:-1"])
 def test_a_device_that_is_no_gpu_is_told(trt: TensorRt, device: str) -> None:
     with pytest.raises(StartError, match="use cuda:0"):
-        cuda_runtime.find(device)
+        cuda_runtime.find_gpu(device)
 
 
 def test_a_gpu_that_is_not_there_is_told(trt: TensorRt) -> None:
     with pytest.raises(StartError, match="there is no cuda:2"):
-        cuda_runtime.find("cuda:2")
-    assert cuda_runtime.find("cuda:1") == (1, standin.GPU, "9.0", "13.1")
+        cuda_runtime.find_gpu("cuda:2")
+    assert cuda_runtime.find_gpu("cuda:1") == (1, tensorrt_standin.GPU, "9.0", "13.1")
 
 
 def test_a_gpu_that_does_not_answer_is_told(trt: TensorRt) -> None:
-    trt.cuda.fails["cudaDriverGetVersion"] = standin.cudaError_t.cudaErrorInvalidValue
+    trt.cuda.fails["cudaDriverGetVersion"] = tensorrt_standin.cudaError_t.cudaErrorInvalidValue
     with pytest.raises(StartError, match="does not answer: cudaDriverGetVersion"):
-        cuda_runtime.find("cuda:0")
+        cuda_runtime.find_gpu("cuda:0")
 
 
 def test_missing_bindings_are_told(trt: TensorRt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     with pytest.raises(StartError, match="cuda-bindings is not installed: pip install"):
-        cuda_runtime.find("cuda:0")
+        cuda_runtime.find_gpu("cuda:0")
 
 
 def test_tensorrt_comes_before_its_substitute(
     trt: TensorRt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tensorrt.library().name == "tensorrt"
+    assert tensorrt.load_library().name == "tensorrt"
     for package in tensorrt.PACKAGES:
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(StartError, match="TensorRT is not installed: pip install"):
-        tensorrt.library()
+        tensorrt.load_library()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", trt)
-    assert (tensorrt.library().name, tensorrt.library().ahead_of_time) == ("tensorrt_rtx", True)
+    assert (tensorrt.load_library().name, tensorrt.load_library().ahead_of_time) == (
+        "tensorrt_rtx",
+        True,
+    )
 
 
 def test_an_old_tensorrt_is_refused(trt: TensorRt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt, "__version__", "10.3.0", raising=False)
     with pytest.raises(StartError, match=r"TensorRT 10\.3\.0 is too old: 10\.16 or newer"):
-        tensorrt.library()
+        tensorrt.load_library()
     monkeypatch.setattr(trt, "__version__", "10.16.1.11", raising=False)
-    assert tensorrt.library().version == "10.16.1.11"
+    assert tensorrt.load_library().version == "10.16.1.11"
 
 
 def test_a_tensorrt_without_its_libraries_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +295,7 @@ def test_a_tensorrt_without_its_libraries_says_so(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(tensorrt, "import_module", broken)
     with pytest.raises(StartError, match=r"tensorrt does not load: libnvinfer\.so\.11"):
-        tensorrt.library()
+        tensorrt.load_library()
 
 
 class TestStandIn:
@@ -298,16 +303,16 @@ class TestStandIn:
 
     @pytest.fixture
     def made(self, trt: TensorRt, bundle: Bundle) -> Any:
-        library = tensorrt.library()
+        library = tensorrt.load_library()
         runtime = trt.Runtime(library.messages)
         engine = runtime.deserialize_cuda_engine(plan_of(trt, bundle, "fast"))
-        context = engine.create_execution_context(standin.Strategy.USER_MANAGED)
+        context = engine.create_execution_context(tensorrt_standin.Strategy.USER_MANAGED)
         _, stream = trt.cuda.cudaStreamCreateWithFlags(1)
         return engine, context, stream
 
     def bind(self, trt: TensorRt, engine: Any, context: Any, batch: int = 1) -> None:
-        _, scratch = trt.cuda.cudaMalloc(standin.SCRATCH)
-        context.set_device_memory(scratch, standin.SCRATCH)
+        _, scratch = trt.cuda.cudaMalloc(tensorrt_standin.SCRATCH)
+        context.set_device_memory(scratch, tensorrt_standin.SCRATCH)
         assert context.set_input_shape("pixels", (batch, 28, 28, 3))
         for name in engine.tensors:
             _, address = trt.cuda.cudaMalloc(batch * 28 * 28 * 3)
@@ -328,7 +333,7 @@ class TestStandIn:
         trt.cuda.cudaStreamBeginCapture(stream, None)
         assert not context.execute_async_v3(int(stream))
         (code,) = trt.cuda.cudaStreamSynchronize(stream)
-        assert code == standin.cudaError_t.cudaErrorStreamCaptureUnsupported
+        assert code == tensorrt_standin.cudaError_t.cudaErrorStreamCaptureUnsupported
 
     def test_a_replay_after_a_change_is_misuse(self, trt: TensorRt, made: Any) -> None:
         engine, context, stream = made
@@ -351,7 +356,7 @@ class TestStandIn:
         with pytest.raises(Misuse, match="beyond what was allocated"):
             context.execute_async_v3(int(stream))
         _, host = trt.cuda.cudaHostAlloc(16, 0)
-        kind = standin.Kind.cudaMemcpyHostToDevice
+        kind = tensorrt_standin.Kind.cudaMemcpyHostToDevice
         with pytest.raises(Misuse, match="beyond"):
             trt.cuda.cudaMemcpyAsync(small, host, 16, kind, stream)
         trt.cuda.cudaMemcpyAsync(small, host, 8, kind, stream)
@@ -380,7 +385,7 @@ class TestStandIn:
         self, trt: TensorRt, bundle: Bundle
     ) -> None:
         data = {"fast": plan_of(trt, bundle, "fast")}
-        runner = Runner(tensorrt.library(), cuda_runtime.find("cuda:0"), data, (1,))
+        runner = Runner(tensorrt.load_library(), cuda_runtime.find_gpu("cuda:0"), data, (1,))
         runner._lock = NoLock()  # type: ignore[assignment]
         with pytest.raises(Misuse, match="two threads"), ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda i: runner.run("fast", PIXELS[i : i + 1]), range(8)))

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.reader import load_bundle
 from pcae_serve.cli import start
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import StartError
-from pcae_serve.loadtest import platforms as profiles
-from pcae_serve.loadtest import simulation
+from pcae_serve.loadtest import platforms, simulation
 from pcae_serve.runtime import latency_profile
 from pcae_serve.scheduling.policies import registry
 from pcae_serve.settings import MAX_BATCH
@@ -123,7 +122,7 @@ def test_capacity_is_worked_out_where_nobody_has(
     assert told["about"]["capacity_per_s"] == 200
     assert told["rows"][0]["rate"] == 100
     [(budgets_s, shares, seconds)] = asked
-    full_s = profiles.read("gpu").full_s
+    full_s = platforms.read("gpu").full_s
     assert budgets_s == pytest.approx([4 * full_s, 16 * full_s])
     assert shares == pytest.approx([0.25, 0.75])
     assert np.shape(seconds) == (6, MAX_BATCH)
@@ -156,7 +155,7 @@ def test_what_cannot_be_is_told_in_one_line(
 
 
 def test_all_is_every_name_of_the_catalogue() -> None:
-    found = simulation.resolve(["all", "greedy"], profiles.read("gpu").tier_table)
+    found = simulation.resolve(["all", "greedy"], platforms.read("gpu").tier_table)
     assert {spec.partition(":")[0] for spec in found} == set(registry.NAMES)
     assert len(found) == len(set(found))
     assert "nexus:fastest" in found
@@ -181,9 +180,9 @@ def test_ctrl_c_ends_it_without_a_word() -> None:
 # ---- platforms ----
 
 
-@pytest.mark.parametrize("name", profiles.NAMES)
+@pytest.mark.parametrize("name", platforms.NAMES)
 def test_the_ready_made_platforms_span_five_points(name: str) -> None:
-    platform = profiles.read(name)
+    platform = platforms.read(name)
     accuracy = platform.tier_table.accuracy
     assert list(accuracy) == sorted(accuracy)
     assert accuracy[-1] - accuracy[0] >= 0.05
@@ -196,7 +195,7 @@ def test_the_ready_made_platforms_span_five_points(name: str) -> None:
 def test_beyond_the_largest_batch_measured_the_line_goes_on() -> None:
     points = ({"batch": 1, "p50_s": 1.0, "p99_s": 1.1}, {"batch": 2, "p50_s": 1.5, "p99_s": 1.65})
     tier = {"name": "one", "accuracy": 0.5, "points": points}
-    platform = profiles.Platform.model_validate({"source": "toy", "tiers": [tier]})
+    platform = platforms.Platform.model_validate({"source": "toy", "tiers": [tier]})
     [seconds] = platform.seconds(4)
     assert [seconds[batch].p50 for batch in (1, 2, 4)] == pytest.approx([1, 1.5, 2.5])
     assert seconds[4].p99 == pytest.approx(2.75)
@@ -205,19 +204,19 @@ def test_beyond_the_largest_batch_measured_the_line_goes_on() -> None:
 def test_a_measured_profile_takes_its_accuracies_from_the_bundle(
     bundle_dir: Path, tmp_path: Path
 ) -> None:
-    bundle = bundles.load(bundle_dir)
+    bundle = load_bundle(bundle_dir)
     rounds = {1: np.full((3, 3), 0.01), 2: np.full((3, 3), 0.015)}
     measured = latency_profile.summarise(bundle, SimulatedEngine(bundle), rounds)
     file = tmp_path / "profile.json"
     file.write_text(json.dumps({"profile": measured.model_dump(mode="json"), "rows": []}))
-    platform = profiles.read(str(file), bundle_dir)
+    platform = platforms.read(str(file), bundle_dir)
     assert platform.tier_table.accuracy == (0.80, 0.85, 0.90)
     assert platform.full_s == pytest.approx(0.01)
     with pytest.raises(StartError, match="--bundle"):
-        profiles.read(str(file))  # the demo has other tiers
+        platforms.read(str(file))  # the demo has other tiers
 
 
 def test_a_file_that_is_no_profile_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"tiers": []}')
     with pytest.raises(StartError, match="is no profile"):
-        profiles.read(str(tmp_path / "x.json"))
+        platforms.read(str(tmp_path / "x.json"))

@@ -13,7 +13,8 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.errors import RequestError
 from pcae_serve.observability.metrics import (

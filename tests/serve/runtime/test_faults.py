@@ -22,7 +22,7 @@ import httpx2
 import numpy as np
 import pytest
 
-from pcae_serve.bundle import reader as bundles
+from pcae_serve.bundle.reader import demo_path, load_bundle
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from tests.support import faulty
 from tests.support.bundles import write_bundle
@@ -407,7 +407,7 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(tmp_path: Path) -> None:
 
 def test_onnx_runtime_ends_a_batch_when_it_is_told_to() -> None:
     """Not only our stand-in: the real one gives a long batch up."""
-    demo = bundles.load(bundles.demo())
+    demo = load_bundle(demo_path())
     engine = OnnxRuntimeEngine(demo, threads=1)
     pixels = np.zeros((512, demo.image_size, demo.image_size, 3), np.uint8)
 

@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import nvidia
 from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.engines.simulated import SimulatedEngine
@@ -235,11 +236,11 @@ def test_another_gpu_has_another_profile(
 ) -> None:
     keys = []
     for gpus in (["NVIDIA L4"], ["NVIDIA H200"], []):
-        monkeypatch.setattr(nvidia, "gpus", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(nvidia, "list_gpus", lambda gpus=gpus: gpus)
         keys.append(latency_profile.key(small_bundle, SimulatedEngine(small_bundle, "cuda:0")))
     assert [key["device"] for key in keys] == ["cuda:0 NVIDIA L4", "cuda:0 NVIDIA H200", "cuda:0"]
     assert latency_profile.key(small_bundle, SimulatedEngine(small_bundle))["device"] == "cpu"
-    monkeypatch.setattr(nvidia, "gpus", lambda: ["NVIDIA L4", "NVIDIA H200"])
+    monkeypatch.setattr(nvidia, "list_gpus", lambda: ["NVIDIA L4", "NVIDIA H200"])
     engine = SimulatedEngine(small_bundle, "cuda:1 (NVIDIA H200)")  # as engines on GPUs say it
     assert latency_profile.key(small_bundle, engine)["device"] == "cuda:1 NVIDIA H200"
 

@@ -2,7 +2,9 @@
 
 import pytest
 
-from pcae_serve.bundle.reader import Accuracy, Agreement, Bundle, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.quality import Accuracy, Agreement
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.runtime.servable import tier_table
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import nvidia
-from pcae_serve.engines.base import Engine, Output, Pixels, check
+from pcae_serve.engines.base import Engine, Output, Pixels
+from pcae_serve.engines.loader import check_engine
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import Draining
 from pcae_serve.runtime import service as services
@@ -85,7 +87,7 @@ def test_a_reload_that_a_stop_cuts_off_has_not_failed(
 
     def make(bundle: Bundle, _: int, through: Callable[[Engine], Engine]) -> Engine:
         engine = SimulatedEngine(bundle, seconds=quick)
-        check(through(engine), bundle)
+        check_engine(through(engine), bundle)
         return engine
 
     async def scenario() -> str:
@@ -172,7 +174,7 @@ def test_devices_that_differ_are_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def start(gpus: list[str]) -> str:
-        monkeypatch.setattr(nvidia, "gpus", lambda: gpus)
+        monkeypatch.setattr(nvidia, "list_gpus", lambda: gpus)
         caplog.clear()
         pair = [SimulatedEngine(small_bundle, f"cuda:{i}", quick) for i in range(2)]
         service = Service(settings(profile_s=0.1), small_bundle, pair)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Engine, Output, Pixels
 from pcae_serve.errors import BundleError
 from pcae_serve.runtime import worker as workers

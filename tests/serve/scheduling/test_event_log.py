@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pcae_serve.bundle.reader import Bundle, Tier
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import PcaeError, RequestError, StartError
 from pcae_serve.runtime.service import InferenceRequest, Service

@@ -9,9 +9,10 @@ import numpy as np
 import onnx
 import pytest
 
-from pcae_serve.bundle import reader
-from pcae_serve.bundle.reader import Bundle
-from pcae_serve.engines import base, nvidia
+from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
+from pcae_serve.engines import loader, nvidia
+from pcae_serve.engines.base import Engine
+from pcae_serve.engines.loader import load_configured_engine, load_engine
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import BundleError, StartError
@@ -22,15 +23,15 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3), np.uint8)
 
 @pytest.fixture(scope="module")
 def demo() -> Bundle:
-    return reader.load(reader.demo())
+    return load_bundle(demo_path())
 
 
 @pytest.fixture(scope="module")
-def engine(demo: Bundle) -> base.Engine:
-    return base.load("auto", demo, "cpu", threads=1)
+def engine(demo: Bundle) -> Engine:
+    return load_engine("auto", demo, "cpu", threads=1)
 
 
-def test_one_session_serves_every_tier(demo: Bundle, engine: base.Engine) -> None:
+def test_one_session_serves_every_tier(demo: Bundle, engine: Engine) -> None:
     for tier in demo.tiers:
         output = engine.run(tier, PIXELS)
         assert output.vectors.shape == (5, 10)
@@ -40,7 +41,7 @@ def test_one_session_serves_every_tier(demo: Bundle, engine: base.Engine) -> Non
 
 
 def test_kept_patches_are_original_indices_each_stage_within_the_last(
-    demo: Bundle, engine: base.Engine
+    demo: Bundle, engine: Engine
 ) -> None:
     *_, kept = zip(*engine.run(demo.tiers[0], PIXELS).kept, strict=True)
     before = set(range(196))
@@ -50,16 +51,14 @@ def test_kept_patches_are_original_indices_each_stage_within_the_last(
         before = set(stage.tolist())
 
 
-def test_an_answer_does_not_depend_on_its_batch(demo: Bundle, engine: base.Engine) -> None:
+def test_an_answer_does_not_depend_on_its_batch(demo: Bundle, engine: Engine) -> None:
     for tier in demo.tiers:
         together = engine.run(tier, PIXELS).vectors
         alone = np.concatenate([engine.run(tier, PIXELS[i : i + 1]).vectors for i in range(5)])
         np.testing.assert_allclose(together, alone, atol=1e-3)
 
 
-def test_memory_does_not_creep_over_batch_sizes_and_tiers(
-    demo: Bundle, engine: base.Engine
-) -> None:
+def test_memory_does_not_creep_over_batch_sizes_and_tiers(demo: Bundle, engine: Engine) -> None:
     side = demo.image_size
 
     def rss_mb() -> float:
@@ -80,14 +79,14 @@ def test_memory_does_not_creep_over_batch_sizes_and_tiers(
 def test_labels_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> None:
     manifest = demo.manifest.model_copy(update={"labels": demo.labels[:9]})
     with pytest.raises(StartError, match="answers with 10 logits, but the bundle names 9"):
-        base.load("onnxruntime", replace(demo, manifest=manifest))
+        load_engine("onnxruntime", replace(demo, manifest=manifest))
 
 
 def test_features_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> None:
     vit = demo.manifest.models["vit"].model_copy(update={"answers": "features"})
     manifest = demo.manifest.model_copy(update={"labels": (), "models": {"vit": vit}})
     with pytest.raises(StartError, match="answers with 10 features, but the bundle names 192"):
-        base.load("onnxruntime", replace(demo, manifest=manifest))
+        load_engine("onnxruntime", replace(demo, manifest=manifest))
 
 
 def test_an_int8_tier_runs_a_graph_of_its_own(demo: Bundle, tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_counts_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> Non
     tier = demo.tiers[0].model_copy(update={"token_counts": (400, 12, 3)})
     manifest = demo.manifest.model_copy(update={"tiers": (tier,)})
     with pytest.raises(StartError, match="does not run"):
-        base.load("onnxruntime", replace(demo, manifest=manifest))
+        load_engine("onnxruntime", replace(demo, manifest=manifest))
 
 
 def test_the_simulated_engine_takes_the_time_it_is_told_to(demo: Bundle) -> None:
@@ -141,10 +140,10 @@ def test_a_missing_library_is_told_with_what_installs_it(
 ) -> None:
     monkeypatch.delitem(sys.modules, f"pcae_serve.engines.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(nvidia, "gpus", lambda: ["NVIDIA"])
+    monkeypatch.setattr(nvidia, "list_gpus", lambda: ["NVIDIA"])
     backend = "onnxruntime" if extra == "cpu" else "cuda"
     with pytest.raises(StartError, match=rf"onnxruntime is not installed: .*\[{extra}\]"):
-        base.load(backend, demo)
+        load_engine(backend, demo)
 
 
 class Machine:
@@ -154,15 +153,15 @@ class Machine:
         self.gpus: list[str] | StartError = ["NVIDIA A", "NVIDIA B"]
         self.broken: dict[str, str] = {}
         self.asked: list[tuple[str, str]] = []
-        monkeypatch.setattr(nvidia, "gpus", self._gpus)
-        monkeypatch.setattr(base, "_gpu_engine", self._engine)
+        monkeypatch.setattr(nvidia, "list_gpus", self._gpus)
+        monkeypatch.setattr(loader, "_gpu_engine", self._engine)
 
     def _gpus(self) -> list[str]:
         if isinstance(self.gpus, StartError):
             raise self.gpus
         return self.gpus
 
-    def _engine(self, name: str, served: Bundle, gpu: str, *_: object) -> base.Engine:
+    def _engine(self, name: str, served: Bundle, gpu: str, *_: object) -> Engine:
         self.asked.append((name, gpu))
         if name in self.broken:  # a bundle without graphs for TensorRT is such a reason, too
             raise (BundleError if name == "tensorrt" else StartError)(self.broken[name])
@@ -205,7 +204,7 @@ def test_auto_takes_the_first_backend_that_works_and_says_why(
     words: str,
 ) -> None:
     machine.broken = {name: BROKEN[name] for name in broken}
-    engine = base.load("auto", demo, device, threads=1)
+    engine = load_engine("auto", demo, device, threads=1)
     assert (engine.name, engine.device) == chosen
     assert [record.levelname for record in caplog.records] == ([level] if level else [])
     assert words in caplog.text
@@ -231,7 +230,7 @@ def test_a_machine_without_a_gpu_serves_on_its_cpu_and_one_that_should_have_it_w
 ) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
     machine.gpus = error
-    assert base.load("auto", demo, threads=1).name == "onnxruntime"
+    assert load_engine("auto", demo, threads=1).name == "onnxruntime"
     [record] = caplog.records
     assert str(error) in record.message
     assert record.levelname == level
@@ -261,7 +260,7 @@ def test_what_was_named_is_never_left_for_something_else(
 ) -> None:
     machine.broken = BROKEN
     with pytest.raises(StartError, match=words):
-        base.load(backend, demo, device)
+        load_engine(backend, demo, device)
     assert not caplog.records
 
 
@@ -269,7 +268,7 @@ def test_what_was_named_is_never_left_for_something_else(
 def test_a_named_gpu_without_a_driver(demo: Bundle, machine: Machine, backend: str) -> None:
     machine.gpus = nvidia.NoGpu("no driver")
     with pytest.raises(StartError, match="no driver"):
-        base.load(backend, demo, "cuda:0")
+        load_engine(backend, demo, "cuda:0")
     assert machine.asked == []
 
 
@@ -277,18 +276,18 @@ def test_settings_name_the_engine(
     demo: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked = list[object]()
-    monkeypatch.setattr(nvidia, "gpus", lambda: ["NVIDIA"] * 4)
+    monkeypatch.setattr(nvidia, "list_gpus", lambda: ["NVIDIA"] * 4)
 
-    def made(*args: object) -> base.Engine:
+    def made(*args: object) -> Engine:
         asked.append(args)
         return SimulatedEngine(demo, sleep=lambda _: None)
 
-    monkeypatch.setattr(base, "_gpu_engine", made)
+    monkeypatch.setattr(loader, "_gpu_engine", made)
     settings = Settings(
         backend="cuda", device="cuda:3,cuda:1", max_batch=7, cache_dir=tmp_path, threads=2
     )
-    base.configured(settings, demo)
-    base.configured(settings, demo, "cuda:1")
+    load_configured_engine(settings, demo)
+    load_configured_engine(settings, demo, "cuda:1")
     assert asked == [("cuda", demo, gpu, 7, tmp_path) for gpu in ("cuda:3", "cuda:1")]
-    on_cpu = base.configured(settings.model_copy(update={"backend": "auto"}), demo, "cpu")
+    on_cpu = load_configured_engine(settings.model_copy(update={"backend": "auto"}), demo, "cpu")
     assert (on_cpu.device, on_cpu.threads) == ("cpu", 2)

@@ -1,0 +1,166 @@
+"""Load the engine that the settings ask for, and try every tier on it before it serves."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.engines import nvidia
+from pcae_serve.engines.base import GPU_BACKENDS, Engine, run_directly
+from pcae_serve.errors import PcaeError, StartError, one_line
+from pcae_serve.settings import CACHE_DIR, MAX_BATCH, Settings
+
+log = logging.getLogger(__name__)
+
+
+def load_engine(
+    backend: str,
+    bundle: Bundle,
+    device: str = "auto",
+    threads: int = 0,
+    max_batch: int = MAX_BATCH,
+    cache_dir: Path = CACHE_DIR,
+    wrap: Callable[[Engine], Engine] = run_directly,
+) -> Engine:
+    """The engine that was asked for, every tier of it tried.
+
+    With auto it is the fastest that works, each step down logged.
+
+    backend: auto, tensorrt, cuda, onnxruntime or simulated. device: auto, cpu or cuda:N. One that
+    was named is never left for another. threads: of one batch on a CPU; 0 = one a core. max_batch:
+    the largest batch that a GPU is set up for. cache_dir: where TensorRT's plans lie. wrap: what
+    the trial batches run through, where they must not get in the way of others.
+    Raises StartError, in one line that says what is missing.
+    """
+    if backend == "simulated":
+        from pcae_serve.engines.simulated import SimulatedEngine
+
+        return SimulatedEngine(bundle, "cpu" if device == "auto" else device)
+    if backend == "onnxruntime" and device not in ("auto", "cpu"):
+        raise StartError(f"backend onnxruntime runs on the CPU: for {device} use --backend cuda")
+    if backend in GPU_BACKENDS and device == "cpu":
+        raise StartError(f"backend {backend} runs on a GPU: use --device cuda:0, or leave it out")
+    if backend == "onnxruntime" or device == "cpu":
+        return _on_cpu(bundle, threads, wrap)
+
+    gpu = "cuda:0" if device == "auto" else device
+    names = GPU_BACKENDS if backend == "auto" else (backend,)
+    try:
+        return _on_gpu(names, bundle, gpu, max_batch, cache_dir, wrap)
+    except StartError as error:
+        if (backend, device) != ("auto", "auto"):
+            raise
+        engine = _on_cpu(bundle, threads, wrap)
+        from pcae_serve.engines.onnx_cpu import is_gpu_build
+
+        expected = isinstance(error, nvidia.NoGpu) and not is_gpu_build()
+        log.log(logging.INFO if expected else logging.WARNING, "on the CPU: %s", error)
+        return engine
+
+
+def load_configured_engine(
+    settings: Settings,
+    bundle: Bundle,
+    device: str | None = None,
+    wrap: Callable[[Engine], Engine] = run_directly,
+) -> Engine:
+    """As `load`, by the settings: on `device`, or on the first of theirs (all are equal)."""
+    return load_engine(
+        settings.backend,
+        bundle,
+        device or settings.devices[0],
+        settings.threads,
+        settings.max_batch,
+        settings.cache_dir,
+        wrap,
+    )
+
+
+def check_engine(engine: Engine, bundle: Bundle, batches: Sequence[int] = (1,)) -> None:
+    """Run every tier at these sizes: what does not fit its manifest is told before any caller asks.
+
+    Raises StartError.
+    """
+    size = bundle.image_size
+    for tier in bundle.tiers:
+        for batch in batches:
+            try:
+                output = engine.run(tier, np.zeros((batch, size, size, 3), np.uint8))
+            except Exception as error:  # libraries raise kinds of their own
+                raise StartError(
+                    f"tier {tier.name!r} does not run on {engine.device} with a batch of {batch}:"
+                    f" {one_line(error)}"
+                ) from None
+            width, counts = output.vectors.shape[1], tuple(k.shape[1] for k in output.kept)
+            if width != bundle.width:
+                raise StartError(
+                    f"tier {tier.name!r} answers with {width} {bundle.answers}, but the bundle"
+                    f" names {bundle.width}: export it again"
+                )
+            if counts != tier.token_counts:
+                raise StartError(
+                    f"tier {tier.name!r} keeps {counts} patches, but the bundle names"
+                    f" {tier.token_counts}: export it again"
+                )
+
+
+def _on_gpu(
+    names: Sequence[str],
+    bundle: Bundle,
+    gpu: str,
+    max_batch: int,
+    cache_dir: Path,
+    wrap: Callable[[Engine], Engine],
+) -> Engine:
+    """The first of these backends that works. Raises StartError with every one's reason."""
+    found = nvidia.list_gpus()
+    if int(gpu.removeprefix("cuda:")) >= len(found):
+        raise StartError(f"there is no {gpu}: this machine has {len(found)} ({', '.join(found)})")
+    failures: list[str] = []
+    for name in names:
+        try:
+            engine = _gpu_engine(name, bundle, gpu, max_batch, cache_dir)
+            _try_engine(engine, bundle, wrap)
+        except PcaeError as error:
+            failures.append(f"{name}: {error}")
+        else:
+            for failure in failures:
+                log.info("on the GPU without %s", failure)
+            return engine
+    raise StartError("; ".join(failures))
+
+
+def _gpu_engine(name: str, bundle: Bundle, gpu: str, max_batch: int, cache_dir: Path) -> Engine:
+    try:  # heavy, so imported by those who run it
+        if name == "tensorrt":
+            from pcae_serve.engines.tensorrt import TensorRtEngine
+
+            return TensorRtEngine(bundle, gpu, cache_dir=cache_dir, max_batch=max_batch)
+        from pcae_serve.engines.onnx_cuda import CudaEngine
+
+        return CudaEngine(bundle, gpu, max_batch)
+    except ModuleNotFoundError as error:
+        extra = "tensorrt" if name == "tensorrt" else "gpu"
+        raise StartError(
+            f"{error.name} is not installed: pip install 'pcae-serve[{extra}]'"
+        ) from None
+
+
+def _on_cpu(bundle: Bundle, threads: int, wrap: Callable[[Engine], Engine]) -> Engine:
+    try:
+        from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
+    except ModuleNotFoundError:
+        raise StartError("onnxruntime is not installed: pip install 'pcae-serve[cpu]'") from None
+    engine = OnnxRuntimeEngine(bundle, threads)
+    _try_engine(engine, bundle, wrap)
+    return engine
+
+
+def _try_engine(engine: Engine, bundle: Bundle, wrap: Callable[[Engine], Engine]) -> None:
+    try:
+        check_engine(wrap(engine), bundle, engine.sizes)
+    except BaseException:
+        engine.close()
+        raise
