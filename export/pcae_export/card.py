@@ -201,7 +201,7 @@ def _parity(parity: Parity | None) -> str:
         f" margin at every cut exceeds {MARGIN:g} (the others are the near ties), and {TOLERANCE:g}"
         " on all images once torch is made to keep the same patches. Allowed of other precisions:"
         f" another class on {100 * (1 - AGREEMENT):.1f} % of images, as far as these can tell, or a"
-        f" mean cosine of {COSINE:g}.\n\n" + "\n".join(parity.table())
+        f" mean cosine of {COSINE:g}.\n\n" + "\n".join(parity.format_table())
     )
 
 

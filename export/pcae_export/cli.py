@@ -244,7 +244,7 @@ class Verify(BaseModel):
             stored = load_checkpoint(bundle.root / "models" / model)
             parity = verify.verify_model(bundle, stored, self._pixels(stored), model)
             print(f"{self.bundle}, model {model}: parity holds: {parity}\n")
-            print(*parity.table(), sep="\n")
+            print(*parity.format_table(), sep="\n")
 
     def _pixels(self, stored: Checkpoint) -> Pixels:
         if self.data is None:

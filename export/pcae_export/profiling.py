@@ -1,8 +1,8 @@
-"""pcae-export profile: time a bundle's tiers on this machine, for the server and for a person.
+"""`pcae-export profile`: time a bundle's tiers on this machine.
 
-    take turns -> profile in the cache -> table -> ladder of budgets
+    time the tiers in turns -> profile in the cache -> table -> suggested keep ratios
 
-Reads flags and prints; `pcae_serve.runtime.latency_profile` measures, `ladder` suggests.
+The server reads the profile from the cache; `keep_ratios` makes the suggestion.
 """
 
 import json
@@ -16,8 +16,8 @@ from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import CliPositionalArg, NoDecode
 from tqdm import tqdm
 
-from pcae_export import ladder
-from pcae_export.ladder import KeepRatioLadder
+from pcae_export import keep_ratios
+from pcae_export.keep_ratios import Suggestion
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.base import Engine
@@ -27,20 +27,21 @@ from pcae_serve.runtime import latency_profile
 from pcae_serve.runtime.latency_profile import Origin, Rounds
 from pcae_serve.settings import Settings
 
-#: More tell nothing new.
+#: Rounds after which timing stops early.
 MAX_ROUNDS = 1000
-#: Of the time, for the ladder's sweep.
+#: Share of --seconds spent on the sweep that the suggestion needs.
 SWEEP_SHARE = 1 / 3
-#: What one request waits for on an idle machine: the ladder is about that.
+#: Keep ratios are suggested for one image per batch, which is what a request waits for on an idle
+#: machine.
 SWEEP_BATCH = 1
-#: Engines on the elastic graph, where any token counts run; the others have a graph for each tier.
+#: Engines on the elastic graph, which runs any token counts; the others have one graph per tier.
 ELASTIC = {"onnxruntime", "simulated"}
-#: A speed above so much of the MAC ratio needs an explanation (DESIGN section 2).
+#: A speed above this share of the MAC ratio needs an explanation: less arithmetic cannot save more.
 SUSPECT = 1.02
 
-#: Peak of dense float16 on tensor cores with float32 sums, FLOP/s, by the driver's name. Sources:
-#: NVIDIA's data sheets (figures with sparsity halved), for the 4090 appendix A of the white paper
-#: on the Ada architecture.
+#: Peak of dense float16 on tensor cores with float32 accumulation, FLOP/s, by the name that the
+#: driver reports. Sources: NVIDIA's data sheets (sparse figures halved); for the 4090, appendix A
+#: of the Ada architecture's white paper.
 PEAKS = {
     "NVIDIA H200": 989.4e12,
     "NVIDIA H200 NVL": 835.5e12,
@@ -59,42 +60,52 @@ PEAKS = {
 
 
 def read_batches(value: object) -> tuple[int, ...]:
-    """Batch sizes written as one text with commas, or as numbers: each once, from the smallest.
+    """Parse batch sizes from "1,4,8" or numbers. Returns each size once, ascending.
 
-    Raises ValueError on what is none, and without 1.
+    Raises ValueError if one is not a whole number, or 1 is missing.
     """
     if isinstance(value, str):
         value = value.split(",")
     try:
         batches = sorted({int(size) for size in value}) if isinstance(value, Sequence) else []
     except (TypeError, ValueError):
-        raise ValueError(f"batch sizes are whole numbers as 1,4,8, not {value!r}") from None
+        raise ValueError(
+            f"batch sizes must be whole numbers such as 1,4,8, not {value!r}"
+        ) from None
     if not batches or batches[0] != 1:
-        raise ValueError("batch sizes are 1 and more, 1 among them: the others build on it")
+        raise ValueError("batch sizes must be 1 or more and include 1")
     return tuple(batches)
 
 
 class Profile(BaseModel):
-    """Time every tier on this machine: the server starts from it, and budgets are proposed.
+    """Time every tier on this machine, store the latency profile, and suggest keep ratios.
 
-    Flags left out are as the server's own: its PCAE_* variables, PCAE_CONFIG, its defaults.
+    The server reads the profile at start. Flags left out take the server's own settings: its
+    PCAE_* variables, PCAE_CONFIG, its defaults.
     """
 
     bundle: CliPositionalArg[Path] = Field(description="bundle folder")
-    device: str | None = Field(None, description="auto, cpu or cuda:N")
-    backend: str | None = Field(None, description="as the server's --backend")
-    threads: int | None = Field(None, description="threads of one batch; 0 = one a core")
-    cache_dir: Path | None = Field(None, description="where the server looks for the profile")
+    device: str | None = Field(None, description="auto, cpu or cuda:N (default: the server's)")
+    backend: str | None = Field(None, description="the server's --backend (default: its setting)")
+    threads: int | None = Field(
+        None, description="threads per batch; 0: one per core (default: the server's)"
+    )
+    cache_dir: Path | None = Field(
+        None, description="cache folder to write to (default: the server's)"
+    )
     batches: Annotated[tuple[int, ...], NoDecode, BeforeValidator(read_batches)] = Field(
-        (1, 2, 4, 8), description="batch sizes, as 1,4,8"
+        (1, 2, 4, 8), description="batch sizes to time, such as 1,4,8"
     )
     seconds: float = Field(
-        60.0, gt=0, allow_inf_nan=False, description="time to measure, a third for the ladder"
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="duration in seconds; a third of it is spent on --suggest",
     )
-    ladder: int = Field(5, ge=0, description="budgets to propose; 0 = none")
-    lowest: float = Field(0.3, gt=0, le=1, description="keep ratio that the ladder stands on")
+    suggest: int = Field(5, ge=0, description="number of keep ratios to suggest; 0: none")
+    lowest: float = Field(0.3, gt=0, le=1, description="lowest keep ratio to suggest")
     json_: Path | None = Field(
-        None, alias="json", description="also write everything there, as JSON"
+        None, alias="json", description="also write all results to this file, as JSON"
     )
 
     def cli_cmd(self) -> None:
@@ -104,50 +115,50 @@ class Profile(BaseModel):
         settings = Settings(**given)
         if self.batches[-1] > settings.max_batch:
             raise PcaeError(
-                f"--batches goes to {self.batches[-1]}, but the server's batches end at"
-                f" {settings.max_batch}: see its --max-batch"
+                f"--batches includes {self.batches[-1]}, above the server's largest batch"
+                f" {settings.max_batch} (PCAE_MAX_BATCH)"
             )
         bundle = load_bundle(self.bundle)
         engine = load_configured_engine(settings, bundle)
-        sweep_s = self.seconds * SWEEP_SHARE if self.ladder else 0.0
+        sweep_s = self.seconds * SWEEP_SHARE if self.suggest else 0.0
         timed = take_turns(engine, bundle, bundle.tiers, self.batches, self.seconds - sweep_s)
         profile = latency_profile.summarise(bundle, engine, timed)
-        rows = compare(bundle.tiers, timed, PEAKS.get(profile.origin.gpu or ""))
+        rows = compare_tiers(bundle.tiers, timed, PEAKS.get(profile.origin.gpu or ""))
         print(describe(profile.origin, engine))
-        print(table(rows))
-        for note in notes(rows, self.batches, self.seconds):
+        print(format_table(rows))
+        for note in format_notes(rows, self.batches, self.seconds):
             print(note)
-        print(f"the server starts from it: {_keep(profile, settings.cache_dir)}")
+        print(f"profile written to {_keep(profile, settings.cache_dir)}")
 
-        proposed = self._ladder(bundle, engine, timed, sweep_s) if self.ladder else None
+        suggested = self._suggest(bundle, engine, timed, sweep_s) if self.suggest else None
         if self.json_ is not None:
             _write_json(
                 self.json_,
                 {
                     "profile": profile.model_dump(mode="json"),
                     "rows": [asdict(row) | {"of_macs": row.of_macs} for row in rows],
-                    "ladder": None if proposed is None else asdict(proposed),
+                    "suggestion": None if suggested is None else asdict(suggested),
                 },
             )
 
-    def _ladder(
-        self, bundle: Bundle, engine: Engine, timed: Rounds, limit_s: float
-    ) -> KeepRatioLadder:
-        """Propose budgets, from a sweep where the engine can run one, and print them."""
+    def _suggest(self, bundle: Bundle, engine: Engine, timed: Rounds, limit_s: float) -> Suggestion:
+        """Suggest keep ratios and print them; from a sweep if the engine can run one."""
         tiers, swept = bundle.tiers, engine.name in ELASTIC
         if swept:
-            tiers = ladder.sweep(bundle, self.lowest)
+            tiers = keep_ratios.sweep_tiers(bundle, self.lowest)
             timed = take_turns(engine, bundle, tiers, (SWEEP_BATCH,), limit_s)
-        proposed = ladder.climb(tiers, timed[SWEEP_BATCH], self.ladder)
+        suggested = keep_ratios.suggest_tiers(tiers, timed[SWEEP_BATCH], self.suggest)
         print()
-        print("\n".join(propose(proposed, self.ladder, engine.name, swept, self.seconds)))
-        return proposed
+        print(
+            "\n".join(format_suggestion(suggested, self.suggest, engine.name, swept, self.seconds))
+        )
+        return suggested
 
 
 def take_turns(
     engine: Engine, bundle: Bundle, tiers: Sequence[Tier], batches: Sequence[int], limit_s: float
 ) -> Rounds:
-    """As `profile.take_turns`, with a progress bar over the seconds."""
+    """Run `latency_profile.take_turns` with a progress bar over the seconds."""
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
     with tqdm(total=limit_s, desc="timing", bar_format=bar_format, leave=False) as bar:
 
@@ -167,7 +178,7 @@ def take_turns(
 
 @dataclass(frozen=True)
 class Row:
-    """One tier at one batch size; times are of one batch."""
+    """One tier at one batch size. Times are per batch unless named otherwise."""
 
     tier: str
     batch: int
@@ -177,20 +188,20 @@ class Row:
     p99_ms: float | None
     image_ms: float
     images_per_s: float
-    speed: float  # the costliest tier's time over this one's in the same round, median of rounds
+    speed: float  # the costliest tier's time over this tier's in the same round, median of rounds
     speed_low: float  # its quartiles
     speed_high: float
     mac_ratio: float  # the costliest tier's MACs over this one's
-    peak_share: float | None  # of the GPU's arithmetic, where its peak is known
+    peak_share: float | None  # of the GPU's peak arithmetic, if that is known
 
     @property
     def of_macs(self) -> float:
-        """How much of the MAC ratio is had in time."""
+        """Return the speed over the MAC ratio: 1 if time falls as much as arithmetic."""
         return self.speed / self.mac_ratio
 
 
-def compare(tiers: Sequence[Tier], rounds: Rounds, peak: float | None) -> list[Row]:
-    """A row for every (batch, tier). peak: of the GPU, in FLOP/s."""
+def compare_tiers(tiers: Sequence[Tier], rounds: Rounds, peak: float | None) -> list[Row]:
+    """Return a row per (batch, tier). peak: the GPU's, in FLOP/s."""
     rows = []
     for batch, seconds in rounds.items():
         ratios = seconds[:, -1:] / seconds  # [rounds, tiers]
@@ -219,19 +230,19 @@ def compare(tiers: Sequence[Tier], rounds: Rounds, peak: float | None) -> list[R
 
 
 def describe(origin: Origin, engine: Engine) -> str:
-    """What the figures were taken on, in one line."""
-    where = f"{origin.gpu}, beside " if origin.gpu else ""
+    """Describe the machine and versions of a measurement in one line."""
+    where = f"{origin.gpu} with " if origin.gpu else ""
     versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
     return (
         f"{where}{origin.processor or 'unknown processor'}, {origin.cores} cores,"
         f" {origin.memory_gb:g} GB; {engine.name} on {engine.device},"
-        f" threads of one batch: {origin.threads or 'one a core'};"
+        f" threads per batch: {origin.threads or 'one per core'};"
         f" {versions}; {origin.date:%Y-%m-%d %H:%M} UTC"
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as text; a share of peak only where it is known."""
+def format_table(rows: Sequence[Row]) -> str:
+    """Format the rows as text. The last column is omitted if no peak is known."""
     shares = any(row.peak_share is not None for row in rows)
     lines = [
         f"{'tier':<12} {'batch':>5} {'runs':>5} {'p50 ms':>9} {'p95 ms':>9} {'p99 ms':>9}"
@@ -249,57 +260,66 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def notes(rows: Sequence[Row], batches: Sequence[int], seconds: float) -> Iterator[str]:
-    """What a reader of the table must know to believe neither too much nor too little."""
+def format_notes(rows: Sequence[Row], batches: Sequence[int], seconds: float) -> Iterator[str]:
+    """Explain the table's columns, its missing values and its reliability, a line each."""
+    yield "speed: time of the costliest tier over this tier's, within one round"
+    yield "of MACs: speed over the ratio of multiply-adds; 1.00 if time falls as much as arithmetic"
     missing = [str(batch) for batch in batches if batch not in {row.batch for row in rows}]
     if missing:
-        yield f"batch {', '.join(missing)}: not one round fitted into the time: more --seconds"
+        yield f"batch {', '.join(missing)}: no round completed in time: raise --seconds"
     runs = [row.runs for row in rows]
     if any(row.p99_ms is None for row in rows):
         enough_s = seconds * 101 / (1 + min(runs))
-        yield f"—: too few runs; p95 takes 20, p99 takes 100 (about --seconds {enough_s:.0f})"
+        yield f"—: too few runs: p95 needs 20, p99 needs 100 (about --seconds {enough_s:.0f})"
     sure = [row.runs for row in rows if row.p99_ms is not None]
     if sure:
         yield (
-            f"p99 rests on {min(sure)} runs or more: the chance that the true one lies above the"
-            f" slowest of {min(sure)} is {0.99 ** min(sure):.0%}"
+            f"p99 is estimated from {min(sure)} runs or more: the probability that the true p99 is"
+            f" above the slowest of {min(sure)} is {0.99 ** min(sure):.0%}"
         )
     if any(row.of_macs > SUSPECT for row in rows):
         yield (
-            f"!: above {SUSPECT} of the MAC ratio, more than the arithmetic saves: find out why"
-            " (noise? memory that overflows a cache at full size?)"
+            f"!: above {SUSPECT} of the MAC ratio, so something other than arithmetic was saved:"
+            " noise, or data that exceeds a cache at full size"
         )
 
 
-def propose(
-    found: KeepRatioLadder, asked: int, backend: str, swept: bool, seconds: float
+def format_suggestion(
+    found: Suggestion, count: int, backend: str, swept: bool, seconds: float
 ) -> Iterator[str]:
-    """The ladder as flags, and what it rests on. seconds: that the command was given."""
+    """Format suggested tiers as flags, after a line on how they were chosen.
+
+    count: tiers asked for. seconds: the command's --seconds.
+    """
     if not swept:
-        yield f"ladder, among the bundle's tiers: {backend} has a graph for each, and runs no other"
-    elif found.noise is None:
-        enough_s = seconds * (1 + ladder.MIN_ROUNDS) / (1 + found.rounds)
         yield (
-            f"ladder, evenly spaced in log latency: {found.rounds} rounds of {len(found.seconds)}"
-            f" budgets are too few to tell steps from noise (about --seconds {enough_s:.0f})"
+            f"suggested tiers, from the bundle's own: {backend} has one graph per tier and runs no"
+            " other keep ratios"
         )
-    elif not found.edges:
+    elif found.noise is None:
+        enough_s = seconds * (1 + keep_ratios.MIN_ROUNDS) / (1 + found.rounds)
         yield (
-            f"ladder, evenly spaced in log latency: over {len(found.seconds)} budgets no step"
-            f" stands out of the trend and the noise ({found.noise:.1%})"
+            f"suggested tiers, evenly spaced in log latency: {found.rounds} rounds of"
+            f" {len(found.seconds)} keep ratios are too few to distinguish steps from noise (about"
+            f" --seconds {enough_s:.0f} would do)"
+        )
+    elif not found.steps:
+        yield (
+            f"suggested tiers, evenly spaced in log latency: over {len(found.seconds)} keep ratios"
+            f" no step exceeds the trend and the noise ({found.noise:.1%})"
         )
     else:
-        steps = ", ".join(f"{found.keep_ratios[i]:g}" for i in found.edges)
+        steps = ", ".join(f"{found.keep_ratios[i]:g}" for i in found.steps)
         yield (
-            f"ladder, each rung at the edge of its step: the latency jumps above keep ratio {steps}"
-            f" (noise {found.noise:.1%})"
+            "suggested tiers, each at the upper edge of its step: the latency jumps above keep"
+            f" ratio {steps} (noise {found.noise:.1%})"
         )
-    width = max(len(rung.flag) for rung in found.rungs)
-    for rung in found.rungs:
-        edge = "  just below a step" if rung.below_step else ""
-        yield f"  {rung.flag:<{width}}  {1e3 * rung.seconds:8.2f} ms{edge}"
-    if len(found.rungs) < asked:
-        yield f"  {len(found.rungs)} of {asked}: this machine tells no more apart"
+    width = max(len(tier.flag) for tier in found.tiers)
+    for tier in found.tiers:
+        step = "  just below a step" if tier.below_step else ""
+        yield f"  {tier.flag:<{width}}  {1e3 * tier.seconds:8.2f} ms{step}"
+    if len(found.tiers) < count:
+        yield f"  {len(found.tiers)} of {count}: others take the same time on this machine"
 
 
 def _keep(profile: latency_profile.Profile, cache_dir: Path) -> Path:
@@ -307,7 +327,7 @@ def _keep(profile: latency_profile.Profile, cache_dir: Path) -> Path:
         return latency_profile.write(profile, cache_dir)
     except OSError as error:
         raise PcaeError(
-            f"the profile cannot be kept in {cache_dir} ({error.strerror}):"
+            f"cannot write the profile to {cache_dir} ({error.strerror}):"
             " choose another --cache-dir"
         ) from None
 
@@ -316,7 +336,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        raise PcaeError(f"{path} cannot be written: {error.strerror}") from None
+        raise PcaeError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _ms(seconds: float | None) -> float | None:

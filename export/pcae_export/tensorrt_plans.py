@@ -1,10 +1,9 @@
-"""TensorRT: every tier's graph built on this GPU, proven there, and kept in the machine's cache.
+"""`pcae-export tensorrt`: build each tier's TensorRT plan on this GPU, verify it, and cache it.
 
-    graph → parsed → built → run beside ONNX Runtime's float32 answers → cache
+    graph → parse → build → compare with ONNX Runtime's float32 outputs → cache
 
-It knows bundles, TensorRT's builder and the plans' cache; how a plan runs is the server's engine's
-business, and what is proven here is run by it. Precision is in the graphs: networks are strongly
-typed and no flag changes that.
+A plan is verified with the server's own runner. The precision is part of the graphs: networks are
+strongly typed, so no flag changes it.
 """
 
 import time
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
@@ -25,6 +23,7 @@ from pydantic_settings import CliPositionalArg
 from tqdm import tqdm
 
 from pcae_export import images
+from pcae_export.cpu_session import GraphError, run_graph
 from pcae_export.measure import cosine
 from pcae_export.verify import AGREEMENT, COSINE
 from pcae_serve import atomic
@@ -35,52 +34,49 @@ from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.engines.cuda_runtime import CudaError, Gpu, find_gpu
 from pcae_serve.engines.plan_cache import Key, Parity, Plan, Recipe
 from pcae_serve.engines.tensorrt import Library, Runner, load_library, to_output
-from pcae_serve.errors import PcaeError, StartError, one_line
+from pcae_serve.errors import PcaeError, StartError
 from pcae_serve.settings import MAX_BATCH, Settings
 from pcae_training.data import load
 
 MIN_IMAGES = 64
-REFERENCE_BATCH = 8
-#: What TensorRT calls the kernel that computes a whole attention block.
+#: Prefix of TensorRT's name for the kernel that computes a whole attention block.
 FUSED = "_gemm_mha"
 
 
 class PlanError(PcaeError):
-    """A graph cannot be built, or a plan does not answer as its graph should."""
+    """A plan cannot be built, or its outputs differ too much from its graph's."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A plan that nothing has proven yet."""
+    """A plan that has not been verified yet."""
 
     data: bytes
     seconds: float
-    shapes: dict[str, tuple[int, ...]]  # of `pixels`
+    shapes: dict[str, tuple[int, ...]]  # of `pixels`: min, opt, max
     outputs: dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype and shape for one image
     fused_attention: int
 
 
 class TensorRt(BaseModel):
-    """Build a bundle's TensorRT plans on this GPU, prove them and keep them in the cache."""
+    """Build a bundle's TensorRT plans on this GPU, verify them and cache them for the server."""
 
     bundle: CliPositionalArg[Path] = Field(description="bundle folder")
-    device: str = Field("cuda:0", description="the GPU to build on and for")
+    device: str = Field("cuda:0", description="GPU to build on, and for")
     cache_dir: Path | None = Field(
-        None, description="where the server looks for plans; its own setting where left out"
+        None, description="cache folder to write to (default: the server's)"
     )
-    max_batch: int = Field(MAX_BATCH, ge=1, description="images in one batch at most, as served")
-    opt_batch: int = Field(8, ge=1, description="images in the batch that kernels are chosen for")
+    max_batch: int = Field(MAX_BATCH, ge=1, description="largest batch that the plan takes")
+    opt_batch: int = Field(8, ge=1, description="batch size that kernels are optimised for")
     optimization_level: int = Field(
-        3, ge=0, le=5, description="how long TensorRT searches: 0 is quick, 5 exhaustive"
+        3, ge=0, le=5, description="thoroughness of TensorRT's search: 0 is fast, 5 exhaustive"
     )
-    workspace_mb: int = Field(4096, ge=1, description="GPU memory that kernels may work in")
-    eval_data: str | None = Field(
-        None, description="images that parity is proven on; generated ones where left out"
-    )
+    workspace_mb: int = Field(4096, ge=1, description="GPU memory for kernels' workspace, in MB")
+    eval_data: str | None = Field(None, description="images to verify on (default: generated ones)")
     eval_split: str = Field("test", description="split of --eval-data")
-    parity_images: int = Field(256, ge=MIN_IMAGES, description="images that parity is proven on")
+    parity_images: int = Field(256, ge=MIN_IMAGES, description="number of images to verify on")
     dry_run: bool = Field(
-        False, description="build every plan and keep none: needs no GPU with tensorrt_rtx"
+        False, description="build every plan and discard it; needs no GPU with tensorrt_rtx"
     )
 
     @model_validator(mode="after")
@@ -101,27 +97,28 @@ class TensorRt(BaseModel):
     def cli_cmd(self) -> None:
         bundle = load_bundle(self.bundle)
         for tier in bundle.tiers:
-            plan_cache.find_graph(bundle, tier)  # what is missing is told before the slow part
+            plan_cache.find_graph(bundle, tier)  # report a missing graph before the slow part
         found = load_library()
         if self.dry_run:
-            self._try(bundle, found)
+            self._build_only(bundle, found)
             return
         gpu = find_gpu(self.device)
         if found.ahead_of_time:
-            print(f"TensorRT is not installed: building for {found.name} {found.version}")
+            print(f"TensorRT is not installed; building for {found.name} {found.version}")
         pixels, data_set = self._pixels(bundle)
         cache_dir = self.cache_dir or Settings().cache_dir
-        maker = Maker(bundle, found, gpu, self.recipe, cache_dir, pixels, data_set)
+        builder = PlanBuilder(bundle, found, gpu, self.recipe, cache_dir, pixels, data_set)
         for tier in bundle.tiers:
-            plan, new = maker.ensure(tier)
-            state = f"built in {plan.build_s:.0f} s" if new else "there already"
+            plan, new = builder.ensure(tier)
+            state = f"built in {plan.build_s:.0f} s" if new else "already cached"
             print(f"{tier.name:<12} {state:<18} {plan.parity}; {_fused(bundle, tier, plan)}")
+        print(f"serve it with: pcae-serve --bundle {self.bundle} --backend tensorrt")
 
-    def _try(self, bundle: Bundle, found: Library) -> None:
+    def _build_only(self, bundle: Bundle, found: Library) -> None:
         if not found.ahead_of_time:
-            find_gpu(self.device)  # TensorRT's builder crashes where there is none
+            find_gpu(self.device)  # TensorRT's builder crashes without a GPU
         for tier in bundle.tiers:
-            built = build(found, bundle, tier, self.recipe, None)
+            built = build_plan(found, bundle, tier, self.recipe, None)
             print(
                 f"{tier.name:<12} builds in {built.seconds:.0f} s with {found.name}"
                 f" {found.version}: {len(built.data) / 1e6:.1f} MB; {_fused(bundle, tier, built)}"
@@ -129,51 +126,51 @@ class TensorRt(BaseModel):
 
     def _pixels(self, bundle: Bundle) -> tuple[Pixels, str]:
         if self.eval_data is None:
-            return images.generate(self.parity_images, bundle.image_size), "generated clouds"
+            return images.generate(self.parity_images, bundle.image_size), "generated images"
         data = load(self.eval_data, self.eval_split, bundle.preprocess)
         if len(data) < self.parity_images:
             raise PlanError(
-                f"{data.name} has {len(data)} images, but parity is proven on"
-                f" {self.parity_images}: give more, or lower --parity-images"
+                f"{data.name} has only {len(data)} images of the {self.parity_images} to verify on:"
+                " provide more, or lower --parity-images"
             )
         rows = np.random.default_rng(0).permutation(len(data))[: self.parity_images]
         return images.decode(data, rows.tolist()), data.name
 
 
 @dataclass(frozen=True)
-class Maker:
-    """Sees to it that a proven plan of every tier lies in the cache."""
+class PlanBuilder:
+    """Puts a verified plan of each tier into the cache."""
 
     bundle: Bundle
     library: Library
     gpu: Gpu
     recipe: Recipe
     cache_dir: Path
-    pixels: Pixels  # [N, H, W, 3], what parity is proven on
+    pixels: Pixels  # [N, H, W, 3], to verify on
     data_set: str
 
     def ensure(self, tier: Tier) -> tuple[Plan, bool]:
-        """The tier's plan, and whether it was built just now.
+        """Return the tier's plan, and whether this call built it.
 
-        One process builds it, others wait and find it there. Raises PlanError where it does not
-        build or answer right; nothing is kept then. Raises PcaeError where the cache cannot be
-        written.
+        One process builds a plan; others wait for it and use it. Raises PlanError if the plan does
+        not build or fails verification; nothing is cached then. Raises PcaeError if the cache
+        cannot be written.
         """
         key = plan_cache.make_key(self.bundle, tier, self.library.target(self.gpu), self.recipe)
         folder = plan_cache.plans_folder(self.cache_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder / f"{key.name}.lock", tier):
-                plan = self._present(key)
-                return (plan, False) if plan else (self._make(key, tier), True)
+                plan = self._cached(key)
+                return (plan, False) if plan else (self._build(key, tier), True)
         except OSError as error:
             raise PcaeError(
-                f"the plan of tier {tier.name!r} cannot be kept in {folder}"
-                f" ({error.strerror or error}): make room there, or name another --cache-dir"
+                f"cannot write the plan of tier {tier.name!r} to {folder}"
+                f" ({error.strerror or error}): choose another --cache-dir"
             ) from None
 
-    def _present(self, key: Key) -> Plan | None:
-        """The plan that lies there, if it is whole and loads."""
+    def _cached(self, key: Key) -> Plan | None:
+        """Return the cached plan if it is intact and loads."""
         plan = plan_cache.load_plan(self.cache_dir, key)
         if plan is None:
             return None
@@ -181,15 +178,17 @@ class Maker:
             data = plan_cache.read_plan(self.cache_dir, plan)
             Runner(self.library, self.gpu, {key.tier: data}, (1,)).close()
         except StartError as error:
-            tqdm.write(f"{error}: it is built anew")
+            tqdm.write(f"{error}: rebuilding it")
             return None
         return plan
 
-    def _make(self, key: Key, tier: Tier) -> Plan:
+    def _build(self, key: Key, tier: Tier) -> Plan:
         target = plan_cache.digest(key.target.model_dump_json().encode())[:24]
         timings = plan_cache.plans_folder(self.cache_dir) / f"{target}.timings"
-        built = build(self.library, self.bundle, tier, self.recipe, timings)
-        parity = prove(self.library, self.gpu, self.bundle, tier, built, self.pixels, self.data_set)
+        built = build_plan(self.library, self.bundle, tier, self.recipe, timings)
+        parity = verify_plan(
+            self.library, self.gpu, self.bundle, tier, built, self.pixels, self.data_set
+        )
         plan = Plan(
             key=key,
             sha256=plan_cache.digest(built.data),
@@ -204,12 +203,13 @@ class Maker:
         return plan
 
 
-def build(
+def build_plan(
     library: Library, bundle: Bundle, tier: Tier, recipe: Recipe, timings: Path | None
 ) -> Built:
-    """A plan of the tier's graph. timings: a file of kernels timed before, read and written.
+    """Build a plan from the tier's graph.
 
-    Raises PlanError with what the parser or the builder says.
+    timings: file of kernel timings, read and updated; None to build without. Raises PlanError with
+    the message of the parser or the builder.
     """
     trt, graph = library.trt, plan_cache.find_graph(bundle, tier)
     where = f"tier {tier.name!r}: {library.name} {library.version}"
@@ -231,9 +231,9 @@ def build(
     config.add_optimization_profile(profile)
     config.builder_optimization_level = recipe.optimization_level
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, recipe.workspace_mb << 20)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers are named, for `FUSED`
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names layers, for `FUSED`
     if library.ahead_of_time:
-        timings = None  # it times nothing
+        timings = None  # TensorRT-RTX does not time kernels ahead of time
     if timings:
         _read_timings(config, timings)
     start = time.perf_counter()
@@ -256,7 +256,7 @@ def build(
     )
 
 
-def prove(
+def verify_plan(
     library: Library,
     gpu: Gpu,
     bundle: Bundle,
@@ -265,10 +265,10 @@ def prove(
     pixels: Pixels,
     data_set: str,
 ) -> Parity:
-    """Run a plan as the server would, beside ONNX Runtime's float32 answers of the same tier.
+    """Run a plan as the server would, and compare it with ONNX Runtime's float32 outputs.
 
-    Every bucket runs, and every image of pixels [N, H, W, 3]. Raises PlanError where the answers
-    differ by more than half precision may.
+    Every batch size that the server uses runs, and every image of pixels [N, H, W, 3]. Raises
+    PlanError if the outputs differ by more than half precision allows.
     """
     sizes = plan_cache.batch_buckets(built.shapes["max"][0])
     try:
@@ -281,14 +281,23 @@ def prove(
     except (StartError, CudaError) as error:
         raise PlanError(f"tier {tier.name!r}: the new plan does not run: {error}") from None
     rows = np.concatenate(batches)
-    expected = reference(bundle, tier, pixels)
-    return judge(bundle, tier, _joined(answers), _rows(expected, rows), len(pixels), data_set)
+    # float32 also for tiers that are served in int8
+    try:
+        expected = run_graph(bundle.file(tier.model, ELASTIC_GRAPH), pixels, tier.token_counts)
+    except GraphError as error:
+        raise PlanError(str(error)) from None
+    return compare_outputs(
+        bundle, tier, _joined(answers), _rows(expected, rows), len(pixels), data_set
+    )
 
 
-def judge(
+def compare_outputs(
     bundle: Bundle, tier: Tier, found: Output, expected: Output, distinct: int, data_set: str
 ) -> Parity:
-    """Compare answers row by row. distinct: images among the rows. Raises PlanError."""
+    """Compare outputs row by row. distinct: number of different images among the rows.
+
+    Raises PlanError if they agree less than AGREEMENT (logits) or COSINE (features).
+    """
     if bundle.answers == "logits":
         same = found.vectors.argmax(axis=1) == expected.vectors.argmax(axis=1)
         same &= np.isfinite(found.vectors).all(axis=1)
@@ -302,11 +311,11 @@ def judge(
         for ours, theirs in zip(*stages, strict=True)
     ]
     difference = float(np.abs(found.vectors - expected.vectors).max())
-    if not value >= least:  # so written, not-a-number fails too
+    if not value >= least:  # negated, so that NaN fails
         raise PlanError(
             f"tier {tier.name!r}: the plan's {parity_measure} with ONNX Runtime is {value:.4f} on"
-            f" {distinct} images of {data_set}, below {least}: it is not kept (largest difference"
-            f" {difference:.3g})"
+            f" {distinct} images of {data_set}, below {least} (largest difference"
+            f" {difference:.3g}): the plan is discarded"
         )
     return Parity(
         images=distinct,
@@ -318,26 +327,8 @@ def judge(
     )
 
 
-def reference(bundle: Bundle, tier: Tier, pixels: Pixels) -> Output:
-    """What the tier's float32 graph answers on the CPU, also where the tier is served in int8."""
-    graph = bundle.file(tier.model, ELASTIC_GRAPH)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    try:
-        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
-        raise PlanError(f"ONNX Runtime cannot load {graph}: {one_line(error)}") from None
-    counts = np.array(tier.token_counts, np.int64)
-    answers = []
-    for start in range(0, len(pixels), REFERENCE_BATCH):
-        batch = pixels[start : start + REFERENCE_BATCH]
-        vectors, *kept = session.run(None, {"pixels": batch, "token_counts": counts})
-        answers.append(Output(vectors, tuple(kept)))
-    return _joined(answers)
-
-
 def _batches(images: int, sizes: Sequence[int]) -> Iterator[NDArray[np.intp]]:
-    """Rows of batches: every size once, then in turn until all images have been used."""
+    """Yield rows of batches: every size once, then in turn until all images have been used."""
     start = 0
     for turn, size in enumerate(cycle(sizes)):
         if turn < len(sizes):
@@ -362,7 +353,7 @@ def _rows(answers: Output, rows: NDArray[np.intp]) -> Output:
 
 
 def _read_timings(config: Any, timings: Path) -> None:
-    """Kernels timed before; those of another TensorRT or GPU are refused by it, and not used."""
+    """Load earlier kernel timings; TensorRT refuses those of another version or GPU."""
     try:
         data = timings.read_bytes()
     except FileNotFoundError:
@@ -376,12 +367,12 @@ def _locked(path: Path, tier: Tier) -> AbstractContextManager[object]:
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        tqdm.write(f"tier {tier.name!r}: another process builds it, waiting")
+        tqdm.write(f"tier {tier.name!r}: waiting for another process to build it")
         return lock.acquire()
 
 
 def _monitor(trt: Any, bar: "tqdm[Any]") -> Any:
-    """An IProgressMonitor that moves a bar by the steps of the whole build."""
+    """Return an IProgressMonitor that updates a progress bar by the steps of the whole build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from pcae_export.choice import CANDIDATES, FLOOR, Choice, choose_reduction
 from pcae_export.images import generate
-from pcae_export.verify import run_torch
+from pcae_export.torch_reference import run_torch
 from pcae_serve.bundle.tokens import Rule
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import VisionTransformer

@@ -15,7 +15,8 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from pcae_export import graph, weights
-from pcae_export.verify import MARGIN, run_torch
+from pcae_export.torch_reference import run_torch
+from pcae_export.verify import MARGIN
 from pcae_serve.bundle.manifest import ELASTIC_GRAPH, WEIGHTS
 from pcae_serve.bundle.reader import Bundle
 from pcae_training.checkpoint import Checkpoint, load_checkpoint

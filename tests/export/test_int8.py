@@ -13,7 +13,7 @@ import pytest
 from pcae_export import graph, int8, pack
 from pcae_export.images import generate
 from pcae_export.pack import Part, TierSpec
-from pcae_export.verify import run_torch
+from pcae_export.torch_reference import run_torch
 from pcae_serve.bundle.manifest import INT8_GRAPH
 from pcae_training.checkpoint import Checkpoint
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
-from pcae_export import ladder, profiling
-from pcae_export.ladder import KeepRatioLadder, Rung
+from pcae_export import keep_ratios, profiling
+from pcae_export.keep_ratios import SuggestedTier, Suggestion
 from pcae_export.profiling import Profile, Row
 from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.command import config, run
@@ -51,9 +51,9 @@ def test_the_server_starts_from_what_the_command_measured(
     argv = ["profile", str(demo.root), "--seconds", "0.6", "--batches", "2,1"]
     report = tmp_path / "report.json"
     flags = ["--backend", "onnxruntime", "--threads", "1", "--json", str(report)]
-    assert run(Command, [*argv, *flags, "--ladder", "2", "--lowest", "0.96"]) == 0
+    assert run(Command, [*argv, *flags, "--suggest", "2", "--lowest", "0.96"]) == 0
     out = capsys.readouterr().out
-    assert "onnxruntime on cpu, threads of one batch: 1" in out
+    assert "onnxruntime on cpu, threads per batch: 1" in out
     assert "--tier full=1" in out
 
     engine = load_engine("onnxruntime", demo, "cpu", 1)
@@ -62,7 +62,7 @@ def test_the_server_starts_from_what_the_command_measured(
     assert latency_profile.Profile.model_validate(written["profile"]) == kept
     assert [row["tier"] for row in written["rows"][:5]] == [tier.name for tier in demo.tiers]
     assert written["rows"][0]["of_macs"] > 0
-    assert written["ladder"]["rungs"][-1]["keep_ratio"] == 1
+    assert written["suggestion"]["tiers"][-1]["keep_ratio"] == 1
 
 
 def test_settings_left_out_are_the_servers(
@@ -73,7 +73,7 @@ def test_settings_left_out_are_the_servers(
 ) -> None:
     monkeypatch.setenv("PCAE_BACKEND", "simulated")
     argv = ["profile", str(demo.root), "--seconds", "0.1", "--batches", "1"]
-    assert run(Command, [*argv, "--ladder", "0"]) == 0
+    assert run(Command, [*argv, "--suggest", "0"]) == 0
     out = capsys.readouterr().out
     assert "simulated on cpu" in out
     assert "--tier" not in out
@@ -83,17 +83,17 @@ def test_settings_left_out_are_the_servers(
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["--batches", "2,4"], 2, "1 among them"),
-        (["--batches", "0,1"], 2, "batch sizes are 1 and more"),
-        (["--batches", "one"], 2, "whole numbers as 1,4,8"),
+        (["--batches", "2,4"], 2, "include 1"),
+        (["--batches", "0,1"], 2, "must be 1 or more and include 1"),
+        (["--batches", "one"], 2, "whole numbers such as 1,4,8"),
         (["--seconds", "0"], 2, "--seconds"),
         (["--lowest", "1.5"], 2, "--lowest"),
-        (["--ladder", "-1"], 2, "--ladder"),
+        (["--suggest", "-1"], 2, "--suggest"),
         (["--backend", "abacus"], 2, "--backend"),
         (["--device", "tpu"], 2, "--device"),
-        (["--batches", "1,33"], 1, "the server's batches end at 32"),
+        (["--batches", "1,33"], 1, "above the server's largest batch 32"),
         (["--seconds", "0.05", "--cache-dir", "/dev/null"], 1, "choose another --cache-dir"),
-        (["--seconds", "0.05", "--json", "/dev/null/x"], 1, "/dev/null/x cannot be written"),
+        (["--seconds", "0.05", "--json", "/dev/null/x"], 1, "cannot write /dev/null/x"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -111,7 +111,7 @@ def test_ratios_are_of_the_same_round(demo: Bundle) -> None:
     slow = np.array([[1.0], [3.0], [1.0]])  # one round of three on a busy machine
     tiers = (demo.tiers[0], demo.tiers[-1])
     rounds = {1: slow * [0.25, 1.0], 8: slow * [2.0, 8.0]}
-    rows = profiling.compare(tiers, rounds, peak=None)
+    rows = profiling.compare_tiers(tiers, rounds, peak=None)
     assert [(row.tier, row.batch) for row in rows[1:3]] == [("full", 1), (tiers[0].name, 8)]
     low = rows[2]
     assert (low.runs, low.p50_ms, low.image_ms, low.images_per_s) == (3, 2000.0, 250.0, 4.0)
@@ -124,9 +124,9 @@ def test_ratios_are_of_the_same_round(demo: Bundle) -> None:
 def test_a_share_of_peak_counts_two_operations_a_mac(demo: Bundle) -> None:
     full = demo.tiers[-1]
     peak = 8 * full.macs  # FLOP/s
-    rows = profiling.compare([full], {2: np.full((5, 1), 1.0)}, peak)
+    rows = profiling.compare_tiers([full], {2: np.full((5, 1), 1.0)}, peak)
     assert rows[0].peak_share == pytest.approx(2 * 2 / 8)
-    assert "50.0%" in profiling.table(rows)
+    assert "50.0%" in profiling.format_table(rows)
 
 
 def row(**changes: Any) -> Row:
@@ -140,7 +140,7 @@ def row(**changes: Any) -> Row:
 
 def test_the_table_marks_what_is_not_known_and_what_is_too_good() -> None:
     sure, unsure, good = row(), row(runs=12, p95_ms=None, p99_ms=None), row(speed=2.6)
-    head, *lines = profiling.table([sure, unsure, good]).splitlines()
+    head, *lines = profiling.format_table([sure, unsure, good]).splitlines()
     assert "of peak" not in head
     assert lines[0].split()[:6] == ["low", "1", "150", "10.00", "11.00", "12.50"]
     assert lines[1].split()[3:6] == ["10.00", "—", "—"]
@@ -148,13 +148,17 @@ def test_the_table_marks_what_is_not_known_and_what_is_too_good() -> None:
 
 
 def test_notes_say_how_sure_the_table_is() -> None:
-    text = "\n".join(profiling.notes([row(), row(batch=4, runs=24, p99_ms=None)], (1, 4, 8), 60.0))
-    assert "batch 8: not one round fitted" in text
-    assert "p99 takes 100 (about --seconds 242)" in text  # 25 rounds with the first took 60 s
-    assert "lies above the slowest of 150 is 22%" in text  # 0.99^150
+    text = "\n".join(
+        profiling.format_notes([row(), row(batch=4, runs=24, p99_ms=None)], (1, 4, 8), 60.0)
+    )
+    assert "batch 8: no round completed in time" in text
+    assert "p99 needs 100 (about --seconds 242)" in text  # 25 rounds with the first took 60 s
+    assert "is above the slowest of 150 is 22%" in text  # 0.99^150
     assert "1.02" not in text
-    assert "above 1.02 of the MAC ratio" in "\n".join(profiling.notes([row(speed=2.6)], (1,), 60.0))
-    assert not any("—" in note for note in profiling.notes([row()], (1,), 60.0))
+    assert "above 1.02 of the MAC ratio" in "\n".join(
+        profiling.format_notes([row(speed=2.6)], (1,), 60.0)
+    )
+    assert not any("—" in note for note in profiling.format_notes([row()], (1,), 60.0))
 
 
 @pytest.mark.parametrize(
@@ -163,26 +167,27 @@ def test_notes_say_how_sure_the_table_is() -> None:
         (
             {"noise": None},
             True,
-            "2 rounds of 3 budgets are too few to tell steps from noise (about --seconds 160)",
+            "2 rounds of 3 keep ratios are too few to distinguish steps from noise",
         ),
-        ({"noise": 0.01}, True, "no step stands out of the trend and the noise (1.0%)"),
-        ({"noise": 0.01, "edges": (0,)}, True, "the latency jumps above keep ratio 0.3"),
-        ({"noise": 0.01}, False, "among the bundle's tiers: tensorrt has a graph for each"),
+        ({"noise": 0.01}, True, "no step exceeds the trend and the noise (1.0%)"),
+        ({"noise": 0.01, "steps": (0,)}, True, "the latency jumps above keep ratio 0.3"),
+        ({"noise": 0.01}, False, "from the bundle's own: tensorrt has one graph per tier"),
     ],
     ids=["few-rounds", "line", "staircase", "static-graphs"],
 )
-def test_a_ladder_says_what_it_rests_on(changes: dict[str, Any], swept: bool, first: str) -> None:
+def test_a_suggestion_names_its_reason(changes: dict[str, Any], swept: bool, first: str) -> None:
     values: dict[str, Any] = {
         "rounds": 2, "noise": 0.01, "keep_ratios": (0.3, 0.6, 1.0), "seconds": (0.01, 0.02, 0.03),
-        "edges": (), "rungs": (Rung("k30", 0.3, 0.01, True), Rung("full", 1.0, 0.03, False)),
+        "steps": (),
+        "tiers": (SuggestedTier("k30", 0.3, 0.01, True), SuggestedTier("full", 1.0, 0.03, False)),
     }  # fmt: skip
     lines = list(
-        profiling.propose(KeepRatioLadder(**(values | changes)), 3, "tensorrt", swept, 60.0)
+        profiling.format_suggestion(Suggestion(**(values | changes)), 3, "tensorrt", swept, 60.0)
     )
     assert first in lines[0]
     assert lines[1] == "  --tier k30=0.3     10.00 ms  just below a step"
     assert lines[2] == "  --tier full=1      30.00 ms"
-    assert lines[3] == "  2 of 3: this machine tells no more apart"
+    assert lines[3] == "  2 of 3: others take the same time on this machine"
 
 
 def test_a_static_engine_is_not_swept(demo: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,8 +197,8 @@ def test_a_static_engine_is_not_swept(demo: Bundle, monkeypatch: pytest.MonkeyPa
     def refuse(*arguments: object) -> None:
         raise AssertionError("a static graph runs no other counts")
 
-    monkeypatch.setattr(ladder, "sweep", refuse)
-    command = Profile(bundle=demo.root, ladder=5)
+    monkeypatch.setattr(keep_ratios, "sweep_tiers", refuse)
+    command = Profile(bundle=demo.root, suggest=5)
     timed = {1: np.tile([0.01, 0.013, 0.0175, 0.023, 0.03], (9, 1))}
-    found = command._ladder(demo, Static(demo), timed, 1.0)
-    assert [rung.name for rung in found.rungs] == [tier.name for tier in demo.tiers]
+    found = command._suggest(demo, Static(demo), timed, 1.0)
+    assert [tier.name for tier in found.tiers] == [tier.name for tier in demo.tiers]

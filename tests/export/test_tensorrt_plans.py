@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from numpy.typing import NDArray
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
 from pcae_export import tensorrt_plans
-from pcae_export.tensorrt_plans import Maker, PlanError, TensorRt, build, judge, reference
+from pcae_export.cpu_session import run_graph
+from pcae_export.tensorrt_plans import PlanBuilder, PlanError, TensorRt, build_plan, compare_outputs
 from pcae_serve import atomic
+from pcae_serve.bundle.manifest import ELASTIC_GRAPH, Tier
 from pcae_serve.bundle.reader import Bundle, demo_path, file_sha256, load_bundle
 from pcae_serve.command import config, run
 from pcae_serve.engines import nvidia, plan_cache, tensorrt
@@ -64,8 +67,8 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> tensorrt_standin.TensorRt:
 
 
 @pytest.fixture
-def maker(bundle: Bundle, trt: tensorrt_standin.TensorRt, tmp_path: Path) -> Maker:
-    return Maker(
+def builder(bundle: Bundle, trt: tensorrt_standin.TensorRt, tmp_path: Path) -> PlanBuilder:
+    return PlanBuilder(
         bundle, tensorrt.load_library(), find_gpu("cuda:0"), RECIPE, tmp_path, PIXELS, "noise"
     )
 
@@ -78,6 +81,11 @@ def rtx(monkeypatch: pytest.MonkeyPatch) -> Library:
     return tensorrt.load_library()
 
 
+def reference(bundle: Bundle, tier: Tier) -> NDArray[np.float32]:
+    """ONNX Runtime's float32 logits [N, classes] for PIXELS."""
+    return run_graph(bundle.file(tier.model, ELASTIC_GRAPH), PIXELS, tier.token_counts).vectors
+
+
 # with TensorRT-RTX
 
 
@@ -87,7 +95,7 @@ def rtx(monkeypatch: pytest.MonkeyPatch) -> Library:
 )  # fmt: skip
 def test_tensorrt_rtx_builds_every_tier(real: Bundle, rtx: Library, name: str) -> None:
     tier = next(tier for tier in real.tiers if tier.name == name)
-    built = build(rtx, real, tier, Recipe(), None)
+    built = build_plan(rtx, real, tier, Recipe(), None)
     assert len(built.data) > 1_000_000
     assert built.outputs == {"logits": ("float32", (10,))} | {
         f"kept_{i}": ("int32", (count,)) for i, count in enumerate(tier.token_counts)
@@ -108,7 +116,7 @@ def test_a_graph_that_tensorrt_cannot_read_is_one_line(
     graph.parent.mkdir(parents=True)
     graph.write_bytes(b"no graph")
     with pytest.raises(PlanError, match=r"tensorrt_rtx 1.* cannot read .*onnx: ") as caught:
-        build(rtx, spoilt, tier, Recipe(), None)
+        build_plan(rtx, spoilt, tier, Recipe(), None)
     assert "\n" not in str(caught.value)
 
 
@@ -126,16 +134,16 @@ def test_what_the_command_built_the_server_runs(
     assert run(Command, argv) == 0
     told = capsys.readouterr().out
     assert told.count("built in") == 3
-    assert "top-1 agreement 1.0000 on 64 images of generated clouds" in told
+    assert "top-1 agreement 1.0000 on 64 images of generated images" in told
     assert "1 of 12 attention blocks fused" in told
     assert trt.cuda.left() == 0
     engine = TensorRtEngine(bundle, "cuda:0", tmp_path, 4)
     for tier in bundle.tiers:
-        expected = reference(bundle, tier, PIXELS[:3]).vectors
+        expected = reference(bundle, tier)[:3]
         np.testing.assert_allclose(engine.run(tier, PIXELS[:3]).vectors, expected, atol=1e-3)
     engine.close()
     assert run(Command, argv) == 0
-    assert capsys.readouterr().out.count("there already") == 3
+    assert capsys.readouterr().out.count("already cached") == 3
     assert len(trt.configs) == 3
 
 
@@ -155,11 +163,11 @@ def test_a_dry_run_needs_no_gpu_and_keeps_nothing(
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_sidecar_tells_all(maker: Maker, bundle: Bundle) -> None:
+def test_the_sidecar_tells_all(builder: PlanBuilder, bundle: Bundle) -> None:
     tier = bundle.tiers[0]
-    plan, new = maker.ensure(tier)
+    plan, new = builder.ensure(tier)
     assert new
-    file = plan_cache.plans_folder(maker.cache_dir) / f"{plan.key.name}.json"
+    file = plan_cache.plans_folder(builder.cache_dir) / f"{plan.key.name}.json"
     told = json.loads(file.read_text())
     assert told["key"] == {
         "bundle": bundle.digest,
@@ -185,35 +193,35 @@ def test_the_sidecar_tells_all(maker: Maker, bundle: Bundle) -> None:
 
 
 def test_a_plan_is_built_once_and_anew_where_its_key_changes(
-    maker: Maker, bundle: Bundle, trt: tensorrt_standin.TensorRt
+    builder: PlanBuilder, bundle: Bundle, trt: tensorrt_standin.TensorRt
 ) -> None:
     tier = bundle.tiers[0]
-    first, _ = maker.ensure(tier)
-    assert maker.ensure(tier) == (first, False)
-    assert replace(maker, recipe=Recipe(opt_batch=1, max_batch=4)).ensure(tier)[1]
-    assert replace(maker, bundle=replace(bundle, digest="another")).ensure(tier)[1]
-    assert replace(maker, gpu=maker.gpu._replace(name="NVIDIA L4")).ensure(tier)[1]
+    first, _ = builder.ensure(tier)
+    assert builder.ensure(tier) == (first, False)
+    assert replace(builder, recipe=Recipe(opt_batch=1, max_batch=4)).ensure(tier)[1]
+    assert replace(builder, bundle=replace(bundle, digest="another")).ensure(tier)[1]
+    assert replace(builder, gpu=builder.gpu._replace(name="NVIDIA L4")).ensure(tier)[1]
     assert len(trt.configs) == 4
     assert trt.configs[0].pools == {trt.MemoryPoolType.WORKSPACE: 4096 << 20}
     assert trt.configs[0].builder_optimization_level == 3
 
 
 @pytest.mark.parametrize("damage", ["bytes", "sidecar", "engine"])
-def test_a_damaged_plan_is_built_anew(maker: Maker, bundle: Bundle, damage: str) -> None:
+def test_a_damaged_plan_is_built_anew(builder: PlanBuilder, bundle: Bundle, damage: str) -> None:
     tier = bundle.tiers[0]
-    first, _ = maker.ensure(tier)
-    target = plan_cache.plans_folder(maker.cache_dir) / first.key.name
+    first, _ = builder.ensure(tier)
+    target = plan_cache.plans_folder(builder.cache_dir) / first.key.name
     if damage == "bytes":
         target.with_suffix(".plan").write_bytes(b"plan{")
     elif damage == "sidecar":
         target.with_suffix(".json").write_text("{")
     else:  # whole, but TensorRT does not take it
         rubbish = first.model_copy(update={"sha256": plan_cache.digest(b"rubbish")})
-        plan_cache.write_plan(maker.cache_dir, rubbish, b"rubbish")
-    again, new = maker.ensure(tier)
+        plan_cache.write_plan(builder.cache_dir, rubbish, b"rubbish")
+    again, new = builder.ensure(tier)
     assert new
     assert again.sha256 == first.sha256
-    assert maker.ensure(tier) == (again, False)
+    assert builder.ensure(tier) == (again, False)
 
 
 def test_a_plan_that_answers_wrong_is_not_kept(
@@ -235,51 +243,54 @@ def test_a_plan_that_answers_wrong_is_not_kept(
 
 
 def test_a_build_that_fails_says_why_in_one_line(
-    maker: Maker, bundle: Bundle, trt: tensorrt_standin.TensorRt
+    builder: PlanBuilder, bundle: Bundle, trt: tensorrt_standin.TensorRt
 ) -> None:
     trt.cannot_build = True
     with pytest.raises(PlanError, match=r"cannot build .*: no kernel for node TopK_3$"):
-        maker.ensure(bundle.tiers[0])
+        builder.ensure(bundle.tiers[0])
 
 
 def test_timings_go_from_one_build_to_the_next_and_foreign_ones_are_dropped(
-    maker: Maker, bundle: Bundle
+    builder: PlanBuilder, bundle: Bundle
 ) -> None:
-    maker.ensure(bundle.tiers[0])
-    (file,) = plan_cache.plans_folder(maker.cache_dir).glob("*.timings")
+    builder.ensure(bundle.tiers[0])
+    (file,) = plan_cache.plans_folder(builder.cache_dir).glob("*.timings")
     assert file.read_bytes() == b"timings:"
-    maker.ensure(bundle.tiers[1])
+    builder.ensure(bundle.tiers[1])
     assert file.read_bytes() == b"timings:timings:"
     file.write_bytes(b"of another version")
-    maker.ensure(bundle.tiers[2])
+    builder.ensure(bundle.tiers[2])
     assert file.read_bytes() == b"timings:"
 
 
 def test_of_two_that_want_a_plan_one_builds_it(
-    maker: Maker, bundle: Bundle, trt: tensorrt_standin.TensorRt, capsys: pytest.CaptureFixture[str]
+    builder: PlanBuilder,
+    bundle: Bundle,
+    trt: tensorrt_standin.TensorRt,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     tier = bundle.tiers[0]
-    key = plan_cache.make_key(bundle, tier, maker.library.target(maker.gpu), RECIPE)
-    folder = plan_cache.plans_folder(maker.cache_dir)
+    key = plan_cache.make_key(bundle, tier, builder.library.target(builder.gpu), RECIPE)
+    folder = plan_cache.plans_folder(builder.cache_dir)
     folder.mkdir()
     other = FileLock(folder / f"{key.name}.lock", thread_local=False)
     with ThreadPoolExecutor(1) as pool:
         with other:
-            waiting = pool.submit(maker.ensure, tier)
+            waiting = pool.submit(builder.ensure, tier)
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.3)
-            made = maker._make(key, tier)
+            made = builder._build(key, tier)
         assert waiting.result(timeout=30) == (made, False)
-    assert "another process builds it, waiting" in capsys.readouterr().out
+    assert "waiting for another process to build it" in capsys.readouterr().out
     assert len(trt.configs) == 1
 
 
 @pytest.mark.parametrize("broken", ["file", "full"])
 def test_a_cache_that_cannot_be_written_is_told(
-    maker: Maker, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, broken: str
+    builder: PlanBuilder, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     if broken == "file":
-        plan_cache.plans_folder(maker.cache_dir).write_text("no folder")
+        plan_cache.plans_folder(builder.cache_dir).write_text("no folder")
         reason = "File exists"
     else:
 
@@ -288,8 +299,8 @@ def test_a_cache_that_cannot_be_written_is_told(
 
         monkeypatch.setattr(atomic, "write_file", full)
         reason = "No space left on device"
-    with pytest.raises(PcaeError, match=rf"cannot be kept in .* \({reason}\): make room"):
-        maker.ensure(bundle.tiers[0])
+    with pytest.raises(PcaeError, match=rf"cannot write the plan .* \({reason}\): choose another"):
+        builder.ensure(bundle.tiers[0])
 
 
 def test_what_is_missing_is_one_line(
@@ -322,10 +333,10 @@ def test_on_a_gpu(real: Bundle, tmp_path: Path) -> None:
     assert run(Command, ["tensorrt", str(real.root), "--cache-dir", str(tmp_path)]) == 0
     engine = TensorRtEngine(real, "cuda:0", tmp_path)
     for tier in real.tiers:
-        expected = reference(real, tier, PIXELS)
+        expected = reference(real, tier)
         for batch in (1, 3, 8):
             found = engine.run(tier, PIXELS[:batch])
-            np.testing.assert_allclose(found.vectors, expected.vectors[:batch], atol=0.1)
+            np.testing.assert_allclose(found.vectors, expected[:batch], atol=0.1)
     engine.close()
 
 
@@ -349,7 +360,9 @@ def test_one_image_in_two_hundred_may_change_class(
     ours = theirs.copy()
     ours[:wrong] = ours[:wrong, ::-1]
     with no_error() if passes else pytest.raises(PlanError, match=r"below 0\.995"):
-        parity = judge(bundle, bundle.tiers[0], answers(ours), answers(theirs), 256, "toys")
+        parity = compare_outputs(
+            bundle, bundle.tiers[0], answers(ours), answers(theirs), 256, "toys"
+        )
         assert parity.value == 1 - wrong / 256
 
 
@@ -358,7 +371,7 @@ def test_no_number_is_no_agreement(bundle: Bundle) -> None:
     ours = theirs.astype(np.float32)
     ours[:, 9] = np.nan
     with pytest.raises(PlanError, match=r"is 0\.0000"):
-        judge(bundle, bundle.tiers[0], answers(ours), answers(theirs), 256, "toys")
+        compare_outputs(bundle, bundle.tiers[0], answers(ours), answers(theirs), 256, "toys")
 
 
 @pytest.mark.parametrize(("noise", "passes"), [(0.001, True), (0.3, False), (np.nan, False)])
@@ -372,7 +385,9 @@ def test_features_are_judged_by_their_cosine(bundle: Bundle, noise: float, passe
     theirs = np.random.default_rng(0).standard_normal((64, 192))
     ours = theirs + noise * np.random.default_rng(1).standard_normal((64, 192))
     with no_error() if passes else pytest.raises(PlanError, match="mean cosine"):
-        parity = judge(headless, bundle.tiers[0], answers(ours), answers(theirs), 64, "toys")
+        parity = compare_outputs(
+            headless, bundle.tiers[0], answers(ours), answers(theirs), 64, "toys"
+        )
         assert parity.measure == "mean cosine"
         assert 0 < parity.largest_difference < 0.01
 
@@ -381,7 +396,7 @@ def test_patches_alike_are_counted_in_any_order(bundle: Bundle) -> None:
     vectors = np.tile(np.arange(10), (2, 1))
     ours = answers(vectors, np.array([[3, 1, 2, 0], [4, 5, 6, 7]]))
     theirs = answers(vectors, np.array([[0, 1, 2, 3], [6, 7, 8, 9]]))
-    assert judge(bundle, bundle.tiers[0], ours, theirs, 2, "toys").same_patches == 0.75
+    assert compare_outputs(bundle, bundle.tiers[0], ours, theirs, 2, "toys").same_patches == 0.75
 
 
 @pytest.mark.parametrize(("images", "sizes"), [(64, (1, 2, 4, 8)), (5, (1, 2, 4, 8)), (8, (1,))])

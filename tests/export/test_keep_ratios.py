@@ -1,4 +1,4 @@
-"""Edges of staircases are found, straight lines get none, and rungs stand on the edges."""
+"""Steps of staircases are found, lines get none, and suggested tiers lie at the steps' edges."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pcae_export import ladder
-from pcae_export.ladder import Floats
+from pcae_export import keep_ratios
+from pcae_export.keep_ratios import Floats
 from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.errors import BundleError
 
@@ -46,8 +46,8 @@ def test_the_edges_of_a_staircase_are_found(
     curve, exactly = staircase(width), 0
     true = tuple(np.flatnonzero(np.diff(curve)).tolist())
     for seed in range(20):
-        fitted = ladder.fit(timed(curve, noise, rounds, seed, spikes))
-        exactly += ladder.edges(MACS, *fitted) == true
+        fitted = keep_ratios.fit_latency(timed(curve, noise, rounds, seed, spikes))
+        exactly += keep_ratios.find_steps(MACS, *fitted) == true
     assert exactly >= 18
 
 
@@ -61,57 +61,63 @@ def test_the_edges_of_a_staircase_are_found(
 )
 def test_no_step_is_made_up(curve: Floats, noise: float, rounds: int, spikes: float) -> None:
     found = [
-        ladder.edges(MACS, *ladder.fit(timed(curve, noise, rounds, seed, spikes)))
+        keep_ratios.find_steps(
+            MACS, *keep_ratios.fit_latency(timed(curve, noise, rounds, seed, spikes))
+        )
         for seed in range(20)
     ]
     assert sum(map(bool, found)) <= 1
 
 
 def test_few_rounds_claim_nothing() -> None:
-    seconds, noise = ladder.fit(timed(staircase(6), 0.0, ladder.MIN_ROUNDS - 1, seed=0))
+    seconds, noise = keep_ratios.fit_latency(
+        timed(staircase(6), 0.0, keep_ratios.MIN_ROUNDS - 1, seed=0)
+    )
     assert noise == float("inf")
-    assert ladder.edges(MACS, seconds, noise) == ()
+    assert keep_ratios.find_steps(MACS, seconds, noise) == ()
 
 
 def test_a_curve_never_falls_and_slow_rounds_do_not_bend_it() -> None:
     curve = np.array([1.0, 2.0, 1.9, 3.0])
-    seconds, noise = ladder.fit(np.array([[1.0], [1.0], [5.0], [1.0], [1.0], [1.0], [3.0]]) * curve)
+    seconds, noise = keep_ratios.fit_latency(
+        np.array([[1.0], [1.0], [5.0], [1.0], [1.0], [1.0], [3.0]]) * curve
+    )
     assert seconds == pytest.approx([1.0, 1.95, 1.95, 3.0])
     assert noise == pytest.approx(0.0)
 
 
-def test_rungs_on_a_line_are_evenly_spaced_in_log_latency() -> None:
+def test_points_on_a_line_are_evenly_spaced_in_log_latency() -> None:
     line = MACS * 1e-12
-    chosen = ladder.rungs(line, (), 5)
+    chosen = keep_ratios.choose_points(line, (), 5)
     assert (chosen[0], chosen[-1]) == (0, 35)
     ratios = [line[b] / line[a] for a, b in pairwise(chosen)]
     assert ratios == pytest.approx([(17.5 / 5) ** 0.25] * 4, rel=0.06)
 
 
-@pytest.mark.parametrize(("width", "count", "rungs"), [(3, 5, 5), (6, 4, 4), (12, 5, 3)])
-def test_rungs_on_a_staircase_stand_on_its_edges(width: int, count: int, rungs: int) -> None:
+@pytest.mark.parametrize(("width", "count", "tiers"), [(3, 5, 5), (6, 4, 4), (12, 5, 3)])
+def test_points_on_a_staircase_lie_at_its_edges(width: int, count: int, tiers: int) -> None:
     curve = staircase(width)
     edges = np.flatnonzero(np.diff(curve)).tolist()
-    chosen = ladder.rungs(curve, edges, count)
+    chosen = keep_ratios.choose_points(curve, edges, count)
     assert set(chosen) <= {*edges, 35}
-    assert len(chosen) == rungs
+    assert len(chosen) == tiers
     assert chosen[-1] == 35
 
 
-def test_a_rung_does_not_climb_a_slope_to_reach_an_edge() -> None:
+def test_a_point_does_not_climb_a_slope_to_reach_an_edge() -> None:
     slope = np.concatenate([np.linspace(0.01, 0.03, 30), np.full(6, 0.04)])
-    chosen = ladder.rungs(slope, (29,), 5)
+    chosen = keep_ratios.choose_points(slope, (29,), 5)
     assert chosen[0] == 0  # the edge costs three times as much
     assert {29, 35} <= set(chosen)
 
 
-def test_where_all_budgets_take_the_same_time_the_full_one_is_the_ladder() -> None:
-    assert ladder.rungs(np.full(36, 0.01), (), 5) == (35,)
-    assert ladder.rungs(MACS, (), 1) == (35,)
+def test_where_all_budgets_take_the_same_time_only_the_full_one_is_suggested() -> None:
+    assert keep_ratios.choose_points(np.full(36, 0.01), (), 5) == (35,)
+    assert keep_ratios.choose_points(MACS, (), 1) == (35,)
 
 
 def test_a_sweep_spans_the_budgets(demo: Bundle) -> None:
-    tiers = ladder.sweep(demo, 0.3)
+    tiers = keep_ratios.sweep_tiers(demo, 0.3)
     assert (tiers[0].name, tiers[0].keep_ratio) == ("k30", 0.3)
     assert (tiers[-1].name, tiers[-1].keep_ratio) == ("full", 1.0)
     for tier in demo.tiers:  # what the exporter counted
@@ -119,30 +125,32 @@ def test_a_sweep_spans_the_budgets(demo: Bundle) -> None:
         assert [(s.token_counts, s.macs) for s in same] in ([], [(tier.token_counts, tier.macs)])
     assert all(a.macs < b.macs for a, b in pairwise(tiers))
     assert len({tier.token_counts for tier in tiers}) == len(tiers) == 36
-    assert ladder.sweep(demo, 0.01)[0].token_counts[-1] >= 1  # down to where patches are left
-    assert [tier.name for tier in ladder.sweep(demo, 1)] == ["full"]
+    assert (
+        keep_ratios.sweep_tiers(demo, 0.01)[0].token_counts[-1] >= 1
+    )  # down to where patches are left
+    assert [tier.name for tier in keep_ratios.sweep_tiers(demo, 1)] == ["full"]
 
 
 def test_a_sweep_needs_the_models_sizes(demo: Bundle, tmp_path: Path) -> None:
     lost = Bundle(tmp_path, demo.manifest, demo.digest)
-    with pytest.raises(BundleError, match=r"config\.json does not tell the model's sizes"):
-        ladder.sweep(lost, 0.3)
+    with pytest.raises(BundleError, match=r"config\.json does not contain the model's sizes"):
+        keep_ratios.sweep_tiers(lost, 0.3)
 
 
-def test_rungs_are_flags_of_the_exporter(demo: Bundle) -> None:
-    tiers = ladder.sweep(demo, 0.3)
+def test_suggestions_are_flags_of_the_exporter(demo: Bundle) -> None:
+    tiers = keep_ratios.sweep_tiers(demo, 0.3)
     line = 1e-9 * np.array([tier.macs for tier in tiers], float)
-    five = ladder.climb(tiers, timed(line, 0.001, 9, seed=0), 5)
-    assert five.edges == ()
-    assert five.rungs[0].flag == "--tier fast=0.3"
-    assert five.rungs[-1].flag == "--tier full=1"
-    assert [rung.name for rung in five.rungs] == ["fast", "brisk", "balanced", "careful", "full"]
-    three = ladder.climb(tiers, timed(line, 0.001, 9, seed=0), 3)
-    assert [rung.name for rung in three.rungs][0::2] == ["k30", "full"]
+    five = keep_ratios.suggest_tiers(tiers, timed(line, 0.001, 9, seed=0), 5)
+    assert five.steps == ()
+    assert five.tiers[0].flag == "--tier fast=0.3"
+    assert five.tiers[-1].flag == "--tier full=1"
+    assert [tier.name for tier in five.tiers] == ["fast", "brisk", "balanced", "careful", "full"]
+    three = keep_ratios.suggest_tiers(tiers, timed(line, 0.001, 9, seed=0), 3)
+    assert [tier.name for tier in three.tiers][0::2] == ["k30", "full"]
 
     stairs = 0.01 + 0.01 * (np.arange(len(tiers)) // 9).astype(float)
-    found = ladder.climb(tiers, timed(stairs, 0.001, 9, seed=0), 3)
-    assert found.edges == (8, 17, 26)
-    assert [rung.below_step for rung in found.rungs] == [True, True, False]
-    assert found.rungs[0].keep_ratio == tiers[8].keep_ratio
-    assert found.rungs[0].seconds == pytest.approx(0.01, rel=0.15)
+    found = keep_ratios.suggest_tiers(tiers, timed(stairs, 0.001, 9, seed=0), 3)
+    assert found.steps == (8, 17, 26)
+    assert [tier.below_step for tier in found.tiers] == [True, True, False]
+    assert found.tiers[0].keep_ratio == tiers[8].keep_ratio
+    assert found.tiers[0].seconds == pytest.approx(0.01, rel=0.15)
