@@ -41,9 +41,7 @@ from pcae_serve.observability.metrics import Failure, Metrics, Outcome
 from pcae_serve.runtime.threads import Device, Threads
 from pcae_serve.runtime.worker import NotFinite, Worker
 from pcae_serve.scheduling.event_log import Recorder, Setup
-from pcae_serve.scheduling.latency import Forecast
-from pcae_serve.scheduling.request_queue import Request
-from pcae_serve.scheduling.scheduler import (
+from pcae_serve.scheduling.events import (
     Action,
     Arrived,
     BatchAccounted,
@@ -61,6 +59,8 @@ from pcae_serve.scheduling.scheduler import (
     TierDisabled,
     Timer,
 )
+from pcae_serve.scheduling.latency import Forecast
+from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.scheduling.tiers import TierTable
 from pcae_serve.settings import Settings
 

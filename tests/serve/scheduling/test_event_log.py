@@ -15,8 +15,8 @@ from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import PcaeError, RequestError, StartError
 from pcae_serve.runtime.service import InferenceRequest, Service
 from pcae_serve.scheduling.event_log import Recorder, Setup, replay
+from pcae_serve.scheduling.events import Arrived, Decoded, Dispatch, Event, SetTimer, Timer
 from pcae_serve.scheduling.latency import Seconds
-from pcae_serve.scheduling.scheduler import Arrived, Decoded, Dispatch, Event, SetTimer, Timer
 from pcae_serve.settings import Settings
 from tests.support.images import image_bytes
 from tests.support.scheduler_views import ALL, LINES, TIER_TABLE, waiting
