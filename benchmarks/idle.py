@@ -15,7 +15,7 @@ import numpy as np
 
 from pcae_serve.bundle import reader as bundles
 from pcae_serve.engines import base
-from pcae_serve.runtime.servable import InferenceRequest
+from pcae_serve.runtime.requests import InferenceRequest
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 

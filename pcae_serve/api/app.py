@@ -35,7 +35,7 @@ from pcae_serve.errors import (
     shown,
 )
 from pcae_serve.observability import tracing
-from pcae_serve.runtime.servable import InferenceRequest, InferenceResult
+from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.runtime.service import Service
 from pcae_serve.version import __version__
 

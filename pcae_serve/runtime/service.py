@@ -28,22 +28,15 @@ from pcae_serve.errors import (
     PcaeError,
     Reloading,
     RequestError,
-    UploadTooSlow,
     one_line,
 )
 from pcae_serve.observability.metrics import Metrics, Outcome, Reload
-from pcae_serve.runtime import latency_profile
+from pcae_serve.runtime import latency_profile, refusals, tier_health
 from pcae_serve.runtime.background_engine import BackgroundEngine
-from pcae_serve.runtime.servable import (
-    RETRY_S,
-    InferenceRequest,
-    InferenceResult,
-    Make,
-    Servable,
-    full,
-    tier_table,
-)
+from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
+from pcae_serve.runtime.servable import EngineFactory, Servable
 from pcae_serve.runtime.threads import Device, Threads
+from pcae_serve.runtime.tiers import tier_table
 from pcae_serve.runtime.worker import TERMINATE_S
 from pcae_serve.scheduling.event_log import Recorder, Setup
 from pcae_serve.scheduling.latency import Latency
@@ -78,7 +71,7 @@ class Service:
         settings: Settings,
         bundle: Bundle,
         engines: Sequence[Engine],
-        make: Make | None = None,
+        make: EngineFactory | None = None,
     ) -> None:
         """engines: one a device. make: makes one for a bundle on a device, where it is needed anew.
 
@@ -121,7 +114,7 @@ class Service:
     @property
     def out_of_service(self) -> frozenset[int]:
         """Tiers that have failed and are out of routing."""
-        return frozenset() if self._servable is None else self._servable.out_of_service
+        return frozenset() if self._servable is None else self._servable.disabled_tiers
 
     @property
     def alive(self) -> bool:
@@ -136,7 +129,7 @@ class Service:
     @property
     def in_hand(self) -> int:
         """Requests that have not been answered yet."""
-        return self._taken + sum(servable.in_hand for servable in self._servables)
+        return self._taken + sum(servable.unanswered for servable in self._servables)
 
     @property
     def _servables(self) -> list[Servable]:
@@ -155,7 +148,7 @@ class Service:
     @property
     def wait_s(self) -> float:
         """Seconds until the work in hand should be done; nan where that cannot be told."""
-        return 0.0 if self._servable is None else self._servable.drain_s
+        return 0.0 if self._servable is None else self._servable.predicted_wait_s
 
     @property
     def accuracy_range(self) -> float:
@@ -209,19 +202,17 @@ class Service:
             self.metrics.ended(Outcome.REFUSED_DRAINING)
             raise
         assert self._servable is not None  # it is ready
-        return await self._servable.answer(ask, read, self._decoders)
+        with self._servable.admit(ask, self._decoders) as request:
+            return await request.run(await request.receive(read()))
 
     def require_ready(self, admitted: bool = False) -> None:
         """Raises Draining or OutOfService where requests are not taken; `admitted` ones were."""
         if (self._draining and not admitted) or self._servable is None:
             if self._draining:
-                raise Draining(retry_after_s=1)
-            raise Draining("the server measures its latencies: ask again soon", retry_after_s=1)
+                raise refusals.stopping().error
+            raise refusals.starting().error
         if not self._servable.works:
-            raise OutOfService(
-                "every tier or device of this server has failed: ask another one",
-                retry_after_s=RETRY_S,
-            )
+            raise refusals.nothing_works(tier_health.PROBE_INTERVAL_S).error
 
     def require_alive(self) -> None:
         """Raises OutOfService where only a new process can help."""
@@ -235,10 +226,8 @@ class Service:
                 return await read()
         except TimeoutError:
             self.metrics.ended(Outcome.EXPIRED)
-            raise UploadTooSlow(
-                f"the body did not arrive within {self.settings.upload_s:g} s: send it faster, or"
-                " fewer images"
-            ) from None
+            hint = "send it faster or send fewer images"
+            raise refusals.upload_timeout(self.settings.upload_s, hint).error from None
         except RequestError:
             self.metrics.ended(Outcome.UNREADABLE)
             raise
@@ -252,7 +241,7 @@ class Service:
         self.require_ready()
         if self._taken + self.waiting >= self.settings.queue_limit:
             self.metrics.ended(Outcome.REFUSED_FULL)
-            raise full(self.settings.queue_limit, retry_after_s=1)
+            raise refusals.queue_full(self.settings.queue_limit, retry_after_s=1).error
         self._taken += 1
         try:
             yield
@@ -356,14 +345,14 @@ class Service:
             setup,
             self._devices,
             self.metrics,
-            make=self._make,
+            make_engine=self._make,
             recorder=recorder,
-            on_lost=self._lost,
+            on_device_lost=self._lost,
         )
 
     def _lost(self, device: int) -> None:
         for servable in self._servables:
-            servable.lost(device)
+            servable.device_lost(device)
 
     def _load_beside(
         self, old: Servable, loop: asyncio.AbstractEventLoop

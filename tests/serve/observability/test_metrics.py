@@ -25,7 +25,8 @@ from pcae_serve.observability.metrics import (
     Outcome,
     Reload,
 )
-from pcae_serve.runtime.service import InferenceRequest, Service
+from pcae_serve.runtime.requests import InferenceRequest
+from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 from pcae_serve.version import __version__
 from tests.support.images import image_bytes

@@ -14,7 +14,7 @@ from pcae_serve.engines.base import Engine, Output, Pixels, check
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import Draining
 from pcae_serve.runtime import service as services
-from pcae_serve.runtime.servable import InferenceRequest
+from pcae_serve.runtime.requests import InferenceRequest
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 from tests.support.apps import quick
@@ -96,7 +96,7 @@ def test_a_reload_that_a_stop_cuts_off_has_not_failed(
         await asyncio.to_thread(gate.entered.wait, 20)
         reload = asyncio.create_task(service.reload())
         assert service._servable is not None
-        while not service._servable._errands:
+        while not service._servable.background.waiting:
             await asyncio.sleep(0.005)
         stop = asyncio.create_task(service.stop())
         with pytest.raises(Draining, match="not reloaded"):

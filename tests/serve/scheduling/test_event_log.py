@@ -13,7 +13,8 @@ import pytest
 from pcae_serve.bundle.reader import Bundle, Tier
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import PcaeError, RequestError, StartError
-from pcae_serve.runtime.service import InferenceRequest, Service
+from pcae_serve.runtime.requests import InferenceRequest
+from pcae_serve.runtime.service import Service
 from pcae_serve.scheduling.event_log import Recorder, Setup, replay
 from pcae_serve.scheduling.events import Arrived, Decoded, Dispatch, Event, SetTimer, Timer
 from pcae_serve.scheduling.latency import Seconds

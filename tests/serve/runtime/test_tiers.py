@@ -3,7 +3,7 @@
 import pytest
 
 from pcae_serve.bundle.reader import Accuracy, Agreement, Bundle, Tier
-from pcae_serve.runtime.servable import tier_table
+from pcae_serve.runtime.tiers import tier_table
 
 
 @pytest.mark.parametrize(
