@@ -32,11 +32,9 @@ async def measure(requests: int) -> None:
         await service.start()
         loop, rows = asyncio.get_running_loop(), []
 
-        async def read() -> bytes:
-            return body
-
         for _ in range(requests):
-            answer = await service.answer(InferenceRequest(loop.time(), 1000.0), read)
+            with service.admit(InferenceRequest(loop.time(), 1000.0)) as admitted:
+                answer = await admitted.run(body)
             done_s = loop.time()
             begin_s = done_s - answer.total_s
             await asyncio.sleep(0.005)  # the machine is idle again

@@ -11,8 +11,8 @@ of HTTP.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -32,8 +32,9 @@ from pcae_serve.errors import (
 )
 from pcae_serve.observability.metrics import Metrics, Outcome, Reload
 from pcae_serve.runtime import latency_profile, refusals, tier_health
+from pcae_serve.runtime.admitted import AdmittedRequest
 from pcae_serve.runtime.background_engine import BackgroundEngine
-from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
+from pcae_serve.runtime.requests import InferenceRequest
 from pcae_serve.runtime.servable import EngineFactory, Servable
 from pcae_serve.runtime.threads import Device, Threads
 from pcae_serve.runtime.tiers import tier_table
@@ -95,7 +96,7 @@ class Service:
         )
         self._devices = [Device(f"device-{i}") for i in range(len(engines))]
         self._draining = self._reloading = False
-        self._taken = 0  # requests of several images in hand
+        self._groups = 0  # requests for several images that are not answered
         self.left_behind = False  # threads that the interpreter would wait for
 
     @property
@@ -129,7 +130,7 @@ class Service:
     @property
     def in_hand(self) -> int:
         """Requests that have not been answered yet."""
-        return self._taken + sum(servable.unanswered for servable in self._servables)
+        return self._groups + sum(servable.unanswered for servable in self._servables)
 
     @property
     def _servables(self) -> list[Servable]:
@@ -187,27 +188,41 @@ class Service:
         )
         log.info("ready: %s", self._words())
 
-    async def answer(
-        self, ask: InferenceRequest, read: Callable[[], Awaitable[bytes]], *, admitted: bool = False
-    ) -> InferenceResult:
-        """Read, decode, queue and run one image.
+    def admit(
+        self, request: InferenceRequest, *, draining: bool = False
+    ) -> AbstractContextManager[AdmittedRequest]:
+        """Admit a request for one image; inside the context, `receive` its body and `run` it.
 
-        `read` is awaited only if the image can still be answered in time, and no longer than that.
-        admitted: it is one of several that were taken together, and is answered in a drain too.
-        Raises a RequestError where it cannot be answered.
+        draining: admit it during a drain, too. Raises a RequestError, here or when the context is
+        entered, if the request is refused.
         """
         try:
-            self.require_ready(admitted)
+            self.require_ready(draining)
         except RequestError:
             self.metrics.ended(Outcome.REFUSED_DRAINING)
             raise
         assert self._servable is not None  # it is ready
-        with self._servable.admit(ask, self._decoders) as request:
-            return await request.run(await request.receive(read()))
+        return self._servable.admit(request, self._decoders)
 
-    def require_ready(self, admitted: bool = False) -> None:
-        """Raises Draining or OutOfService where requests are not taken; `admitted` ones were."""
-        if (self._draining and not admitted) or self._servable is None:
+    @contextmanager
+    def admit_group(self) -> Iterator["RequestGroup"]:
+        """Admit a request for several images, from its headers on.
+
+        Raises Draining, OutOfService, or Overloaded if the queue limit is reached.
+        """
+        self.require_ready()
+        if self._groups + self.waiting >= self.settings.queue_limit:
+            self.metrics.ended(Outcome.REFUSED_FULL)
+            raise refusals.queue_full(self.settings.queue_limit, retry_after_s=1).error
+        self._groups += 1
+        try:
+            yield RequestGroup(self)
+        finally:
+            self._groups -= 1
+
+    def require_ready(self, draining: bool = False) -> None:
+        """Raise Draining or OutOfService if requests are not admitted; `draining`: or finished."""
+        if (self._draining and not draining) or self._servable is None:
             if self._draining:
                 raise refusals.stopping().error
             raise refusals.starting().error
@@ -218,35 +233,6 @@ class Service:
         """Raises OutOfService where only a new process can help."""
         if not self.alive:
             raise OutOfService("a device does not come back from a call: restart this server")
-
-    async def receive(self, read: Callable[[], Awaitable[T]]) -> T:
-        """The body of several images. Raises what `read` raises, or UploadTooSlow."""
-        try:
-            async with asyncio.timeout(self.settings.upload_s):
-                return await read()
-        except TimeoutError:
-            self.metrics.ended(Outcome.EXPIRED)
-            hint = "send it faster or send fewer images"
-            raise refusals.upload_timeout(self.settings.upload_s, hint).error from None
-        except RequestError:
-            self.metrics.ended(Outcome.UNREADABLE)
-            raise
-
-    @contextmanager
-    def taking(self) -> Iterator[None]:
-        """While a request of several images is in hand, from its headers on.
-
-        Raises Draining, OutOfService, or Overloaded where there are as many as there may be.
-        """
-        self.require_ready()
-        if self._taken + self.waiting >= self.settings.queue_limit:
-            self.metrics.ended(Outcome.REFUSED_FULL)
-            raise refusals.queue_full(self.settings.queue_limit, retry_after_s=1).error
-        self._taken += 1
-        try:
-            yield
-        finally:
-            self._taken -= 1
 
     async def reload(self) -> Reloaded:
         """Serve what the bundle's folder holds now, without a request dropped.
@@ -425,3 +411,30 @@ class Service:
                 for i, tier in enumerate(bundle.tiers)
             ),
         )
+
+
+class RequestGroup:
+    """A request for several images, each of which is admitted on its own."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def receive(self, upload: Awaitable[T]) -> T:
+        """Await the body of the whole request. Raises UploadTooSlow, or what `upload` raises."""
+        metrics, upload_s = self._service.metrics, self._service.settings.upload_s
+        try:
+            async with asyncio.timeout(upload_s):
+                return await upload
+        except TimeoutError:
+            error, outcome = refusals.upload_timeout(
+                upload_s, "send it faster or send fewer images"
+            )
+            metrics.ended(outcome)
+            raise error from None
+        except RequestError:
+            metrics.ended(Outcome.UNREADABLE)
+            raise
+
+    def admit(self, request: InferenceRequest) -> AbstractContextManager[AdmittedRequest]:
+        """Admit one image of the group, during a drain as well. Raises a RequestError."""
+        return self._service.admit(request, draining=True)

@@ -14,12 +14,12 @@ from pcae_serve.engines.base import Engine, Output, Pixels, check
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import Draining
 from pcae_serve.runtime import service as services
-from pcae_serve.runtime.requests import InferenceRequest
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 from tests.support.apps import quick
 from tests.support.gate import Gate
 from tests.support.images import image_bytes
+from tests.support.inference import infer
 
 MakeSettings = Callable[..., Settings]
 
@@ -111,11 +111,7 @@ def test_a_reload_that_a_stop_cuts_off_has_not_failed(
 
 
 async def classify(service: Service, level: int, budget_ms: float) -> Any:
-    async def read() -> bytes:
-        return image_bytes(level)
-
-    ask = InferenceRequest(asyncio.get_running_loop().time(), budget_ms)
-    return await service.answer(ask, read)
+    return await infer(service, budget_ms, image_bytes(level))
 
 
 def test_requests_that_wait_together_run_together(
