@@ -431,7 +431,7 @@ def _tier(service: Service, index: int) -> schemas.TierInfo:
         agreement=tier.agreement,
         fidelity=tier.fidelity,
         dominated=tier.dominated,
-        in_service=index not in service.out_of_service,
+        in_service=index not in service.disabled_tiers,
         latency_ms=None
         if forecast is None
         else {n: round(forecast.p50(index, n) * 1e3, 2) for n in LATENCY_BATCHES if n <= most},

@@ -17,6 +17,7 @@ from pcae_serve.bundle import reader
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.simulated import SimulatedEngine
+from pcae_serve.runtime.servable import Servable
 from pcae_serve.runtime.service import Service
 from pcae_serve.scheduling.policies import registry
 from pcae_serve.scheduling.policies.base import Run, SchedulerView
@@ -412,8 +413,8 @@ class Hard(Greedy):
 
 def decoded(service: Service) -> int:
     """How many of those who wait are in the queue, no longer at the decoder."""
-    assert service._servable is not None
-    return len(service._servable._scheduler._queue)
+    assert isinstance(service._current, Servable)
+    return len(service._current._scheduler._queue)
 
 
 def test_a_request_that_the_policy_lets_go_gets_503_and_a_time_to_come_back(

@@ -377,10 +377,10 @@ def test_a_reload_under_load_drops_nobody(tmp_path: Path) -> None:
         (folder / "models" / "vit" / "elastic.onnx").write_bytes(b"tampered")
         refused = httpx2.post(f"{running.url}/admin/reload", headers=admin, timeout=60)
         assert refused.status_code == 422
-        assert "the old bundle serves on" in refused.json()["detail"]
+        assert "the old bundle stays in service" in refused.json()["detail"]
         assert running.ask(250).json()["predictions"][0]["label"] == "d"
         running.process.send_signal(signal.SIGHUP)
-        running.until(lambda: running.log.count("not reloaded, the old bundle serves on") == 2)
+        running.until(lambda: running.log.count("reload failed, the old bundle stays") == 2)
         assert running.ask(250).json()["predictions"][0]["label"] == "d"
 
         shutil.rmtree(folder)
