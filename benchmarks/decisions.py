@@ -13,11 +13,12 @@ from time import perf_counter
 import numpy as np
 
 from pcae_serve.scheduling.arrivals import Arrivals
+from pcae_serve.scheduling.events import Arrived, ClientLeft, Decoded
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.policies import registry
 from pcae_serve.scheduling.policies.base import SchedulerView
 from pcae_serve.scheduling.request_queue import Queue, Request
-from pcae_serve.scheduling.scheduler import Arrived, ClientLeft, Decoded, Scheduler
+from pcae_serve.scheduling.scheduler import Scheduler
 from pcae_serve.scheduling.tiers import TierTable
 
 SHARES = (0.286, 0.364, 0.45, 0.54, 0.755, 1.0)  # of the MACs of keep ratio 1.0

@@ -15,7 +15,7 @@ import numpy as np
 
 from pcae_serve.bundle.reader import demo_path, load_bundle
 from pcae_serve.engines.loader import load_configured_engine
-from pcae_serve.runtime.servable import InferenceRequest
+from pcae_serve.runtime.requests import InferenceRequest
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 
@@ -32,11 +32,9 @@ async def measure(requests: int) -> None:
         await service.start()
         loop, rows = asyncio.get_running_loop(), []
 
-        async def read() -> bytes:
-            return body
-
         for _ in range(requests):
-            answer = await service.answer(InferenceRequest(loop.time(), 1000.0), read)
+            with service.admit(InferenceRequest(loop.time(), 1000.0)) as admitted:
+                answer = await admitted.run(body)
             done_s = loop.time()
             begin_s = done_s - answer.total_s
             await asyncio.sleep(0.005)  # the machine is idle again

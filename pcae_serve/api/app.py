@@ -2,10 +2,9 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -21,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from pcae_serve import schemas
 from pcae_serve.api import inference_routes, openapi, proxy_delay, server_timing
 from pcae_serve.api.auth import Keys
-from pcae_serve.api.body import limited, unless_left
+from pcae_serve.api.body import limited, unless_disconnected
 from pcae_serve.engines.base import BACKEND_NOTES, GPU_BACKENDS
 from pcae_serve.errors import (
     InvalidParameter,
@@ -35,8 +34,8 @@ from pcae_serve.errors import (
     shown,
 )
 from pcae_serve.observability import tracing
-from pcae_serve.runtime.servable import InferenceRequest, InferenceResult
-from pcae_serve.runtime.service import Service
+from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
+from pcae_serve.runtime.service import RequestGroup, Service
 from pcae_serve.version import __version__
 
 PROBLEM = "application/problem+json"
@@ -205,8 +204,9 @@ def create_app(
         answers: Literal["logits", "features"],
     ) -> InferenceResult:
         ask = replace(ask, answers=answers)
-        read = partial(_image, request, limit)
-        answer = await unless_left(request, partial(service.answer, ask), read)
+        with service.admit(ask) as admitted:
+            image = await admitted.receive(_image(request, limit))
+            answer = await unless_disconnected(request, admitted.run(image))
         server_timing.record_timing(request, response, [answer])
         return answer
 
@@ -247,12 +247,10 @@ def create_app(
 
         answers: list[InferenceResult] = []
 
-        async def one(image: bytes) -> schemas.BatchItem:
-            async def read() -> bytes:
-                return image
-
+        async def one(group: RequestGroup, image: bytes) -> schemas.BatchItem:
             try:
-                answer = await service.answer(logits, read, admitted=True)
+                with group.admit(logits) as admitted:
+                    answer = await admitted.run(image)
             except RequestError as error:
                 return schemas.BatchItem(status=error.status, problem=_document(error))
             answers.append(answer)
@@ -261,12 +259,11 @@ def create_app(
             )
             return schemas.BatchItem(status=200, answer=answered)
 
-        async def all_(read: Callable[[], Awaitable[list[bytes]]]) -> list[schemas.BatchItem]:
-            with service.taking():
-                return await asyncio.gather(*map(one, await service.receive(read)))
-
         most = service.settings.max_images
-        results = await unless_left(request, all_, partial(_images, request, limit, most))
+        with service.admit_group() as group:
+            images = await group.receive(_images(request, limit, most))
+            items = asyncio.gather(*(one(group, image) for image in images))
+            results = await unless_disconnected(request, items)
         server_timing.record_timing(request, response, answers)
         request.state.images = server_timing.tally([result.status for result in results])
         return schemas.Batch(results=results)
@@ -434,7 +431,7 @@ def _tier(service: Service, index: int) -> schemas.TierInfo:
         agreement=tier.agreement,
         fidelity=tier.fidelity,
         dominated=tier.dominated,
-        in_service=index not in service.out_of_service,
+        in_service=index not in service.disabled_tiers,
         latency_ms=None
         if forecast is None
         else {n: round(forecast.p50(index, n) * 1e3, 2) for n in LATENCY_BATCHES if n <= most},

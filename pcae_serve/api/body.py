@@ -4,8 +4,8 @@ It knows bytes and connections, nothing of what is in them.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable
+from typing import TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -13,7 +13,6 @@ from starlette.requests import ClientDisconnect
 from pcae_serve.errors import TooLarge
 
 T = TypeVar("T")
-Body = TypeVar("Body")
 
 
 async def limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
@@ -30,35 +29,24 @@ async def limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
         yield chunk
 
 
-async def unless_left(
-    request: Request,
-    run: Callable[[Callable[[], Awaitable[Body]]], Coroutine[Any, Any, T]],
-    read: Callable[[], Awaitable[Body]],
-) -> T:
-    """Wait for what `run` makes of the body; where the client leaves first, cancel it.
+async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+    """Await `work`; if the client disconnects first, cancel it and raise ClientDisconnect.
 
-    `run` calls `read`, at most once, for the body; nobody would read the answer of one who left.
+    For requests whose body has been read: until then, its reader raises ClientDisconnect.
     """
-    body_read = asyncio.Event()
 
-    async def read_and_tell() -> Body:
-        try:
-            return await read()
-        finally:
-            body_read.set()
-
-    async def left() -> None:
-        await body_read.wait()  # until then the body's reader is told, and raises ClientDisconnect
+    async def disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    answer, disconnected = asyncio.create_task(run(read_and_tell)), asyncio.create_task(left())
-    both: set[asyncio.Task[Any]] = {answer, disconnected}
+    answer, disconnected = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
     try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({answer, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise ClientDisconnect
         return answer.result()
     finally:
-        for task in both:
-            task.cancel()
+        disconnected.cancel()
+        if not answer.done():  # the client left, or the server cancels this request
+            answer.cancel()
+            await asyncio.wait({answer})  # nothing of it runs on after us

@@ -7,7 +7,7 @@ files; each takes the way of POST /classify, by itself. It knows nothing of deco
 import asyncio
 import base64
 import struct
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json, to_json
 
 from pcae_serve.api import proxy_delay, server_timing
-from pcae_serve.api.body import limited, unless_left
+from pcae_serve.api.body import limited, unless_disconnected
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.errors import (
     MalformedRequest,
@@ -35,8 +35,8 @@ from pcae_serve.errors import (
     UnsupportedType,
     shown,
 )
-from pcae_serve.runtime.servable import InferenceRequest, InferenceResult
-from pcae_serve.runtime.service import Service
+from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
+from pcae_serve.runtime.service import RequestGroup, Service
 from pcae_serve.version import __version__
 
 INPUT = "image"
@@ -331,11 +331,8 @@ def router(service: Service, caller: Callable[..., Any]) -> APIRouter:
             raise UnsupportedType(f"a body in {shown(encoding)} is not read: send it as it is")
         limit = int(service.settings.max_body_mb * 1e6)
 
-        async def run(read: Callable[[], Awaitable[bytes]]) -> Response:
-            with service.taking():
-                return await answered(await service.receive(read))
-
-        async def answered(body: bytes) -> Response:
+        with service.admit_group() as group:
+            body = await group.receive(_body(request, limit))
             asked, files = _parse(body, request.headers.get(HEADER_LENGTH))
             if len(files) > (most := service.settings.max_images):
                 raise TooLarge(f"{len(files)} images are too many: send at most {most}")
@@ -346,15 +343,10 @@ def router(service: Service, caller: Callable[..., Any]) -> APIRouter:
             ask = InferenceRequest(
                 arrival_s, budget_ms, said.tier, said.min_tier, service.bundle.answers
             )
-            answers = await _answers(service, ask, files)
-            response = _response(asked, ask, answers)
-            server_timing.record_timing(request, response, answers)
-            return response
-
-        async def read() -> bytes:
-            return b"".join([chunk async for chunk in limited(request, limit)])
-
-        return await unless_left(request, run, read)
+            answers = await unless_disconnected(request, _answers(group, ask, files))
+        response = _response(asked, ask, answers)
+        server_timing.record_timing(request, response, answers)
+        return response
 
     for path, known in (
         ("/models/{name}", named),
@@ -383,6 +375,10 @@ def _offered(bundle: Bundle) -> dict[str, tuple[str, list[int]]]:
 
 
 # --- what was asked
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    return b"".join([chunk async for chunk in limited(request, limit)])
 
 
 def _parse(body: bytes, header_length: str | None) -> tuple[InferRequest, list[File]]:
@@ -540,24 +536,23 @@ def _bitmap(pixels: memoryview, height: int, width: int) -> bytes:
 
 
 async def _answers(
-    service: Service, ask: InferenceRequest, files: Sequence[File]
+    group: RequestGroup, ask: InferenceRequest, files: Sequence[File]
 ) -> list[InferenceResult]:
     """Every image's answer; the first refusal cancels the others."""
 
     async def answer(index: int, file: File) -> InferenceResult:
-        async def read() -> bytes:
-            return await asyncio.to_thread(file)
-
         try:
-            return await service.answer(ask, read, admitted=True)
+            with group.admit(ask) as admitted:
+                image = await admitted.receive(asyncio.to_thread(file))
+                return await admitted.run(image)
         except RequestError as error:
             if len(files) == 1:
                 raise
             raise type(error)(f"image {index}: {error.detail}", **error.members) from None
 
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(answer(i, file)) for i, file in enumerate(files)]
+        async with asyncio.TaskGroup() as running:
+            tasks = [running.create_task(answer(i, file)) for i, file in enumerate(files)]
     except ExceptionGroup as refusals:
         raise refusals.exceptions[0] from None
     return [task.result() for task in tasks]

@@ -144,10 +144,10 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if self._drained_at_s is not None:
-            if not self._service.in_hand:
+            if not self._service.unanswered:
                 self.should_exit = True
             elif time.monotonic() > self._drained_at_s:
-                self._service.give_up()  # all are answered before connections are closed
+                self._service.refuse_unanswered()  # before connections are closed
                 self.should_exit = True
         return await super().on_tick(counter)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fastapi import Request, Response
 
 from pcae_serve.observability import tracing
-from pcae_serve.runtime.servable import InferenceResult
+from pcae_serve.runtime.requests import InferenceResult
 from pcae_serve.schemas import Timings
 
 HEADER = "Server-Timing"

@@ -103,10 +103,11 @@ class Signals:
         in_time, missed = now.in_time - last.in_time, now.missed - last.missed
         debt = (now.owed - last.owed) / in_time if in_time else 0.0
         offered, span = in_time + missed, self._service.accuracy_range
+        budget_s = self._service.settings.budget_ms / 1e3
         return {
             "debt": debt / (DEBT_SHARE * span) if span else 0.0,
             "missed": missed / offered / MISSED_SHARE if offered else 0.0,
-            "wait": self._service.wait_s / (WAIT_SHARE * self._service.settings.budget_ms / 1e3),
+            "wait": self._service.predicted_wait_s / (WAIT_SHARE * budget_s),
         }
 
 

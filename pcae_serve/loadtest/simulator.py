@@ -13,9 +13,7 @@ from heapq import heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
-from pcae_serve.scheduling.latency import Seconds
-from pcae_serve.scheduling.request_queue import Request
-from pcae_serve.scheduling.scheduler import (
+from pcae_serve.scheduling.events import (
     Action,
     Arrived,
     BatchAccounted,
@@ -25,10 +23,12 @@ from pcae_serve.scheduling.scheduler import (
     Event,
     Expire,
     Refuse,
-    Scheduler,
     SetTimer,
     Timer,
 )
+from pcae_serve.scheduling.latency import Seconds
+from pcae_serve.scheduling.request_queue import Request
+from pcae_serve.scheduling.scheduler import Scheduler
 
 #: (tier, batch) -> seconds that this batch takes.
 Draw = Callable[[int, int], float]

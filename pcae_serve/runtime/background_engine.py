@@ -38,8 +38,8 @@ class BackgroundEngine:
             return output
 
         seconds = self._image_s * len(pixels)
-        errand = self._servable.errand(seconds, work, self._engine.terminate)
-        return asyncio.run_coroutine_threadsafe(errand, self._loop).result()
+        task = self._servable.background.submit(seconds, work, self._engine.terminate)
+        return asyncio.run_coroutine_threadsafe(task, self._loop).result()
 
     def terminate(self) -> None:
         self._engine.terminate()

@@ -1,19 +1,20 @@
-"""The service: what is served now, the devices it runs on, and the way from one bundle to the next.
+"""The service: the current servable, the devices that it runs on, start, reload, drain and stop.
 
-    start    measure -> Servable         answer   to the servable of the moment
-    reload   a new bundle beside the old: load, try, measure behind live traffic; then switch
-    drain    take nothing more, answer what is in hand; then stop
+    STARTING   latencies are measured; nothing is admitted
+    SERVING    requests go to the current servable; a reload replaces it
+    DRAINING   nothing new is admitted; what was admitted is answered
+    STOPPED    whatever was unanswered has been refused
 
-Several devices share one scheduler and so one queue; they are taken to be equal. It knows nothing
-of HTTP.
+Several devices share one scheduler and one queue; they are taken to be equally fast.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import TypeVar
 
@@ -27,22 +28,17 @@ from pcae_serve.errors import (
     PcaeError,
     Reloading,
     RequestError,
-    UploadTooSlow,
     one_line,
 )
 from pcae_serve.observability.metrics import Metrics, Outcome, Reload
-from pcae_serve.runtime import latency_profile
+from pcae_serve.runtime import latency_profile, refusals, tier_health
+from pcae_serve.runtime.admitted import AdmittedRequest
 from pcae_serve.runtime.background_engine import BackgroundEngine
-from pcae_serve.runtime.servable import (
-    RETRY_S,
-    InferenceRequest,
-    InferenceResult,
-    Make,
-    Servable,
-    full,
-    tier_table,
-)
+from pcae_serve.runtime.refusals import Refusal
+from pcae_serve.runtime.requests import InferenceRequest
+from pcae_serve.runtime.servable import EngineFactory, Servable
 from pcae_serve.runtime.threads import Device, Threads
+from pcae_serve.runtime.tiers import tier_table
 from pcae_serve.runtime.worker import TERMINATE_S
 from pcae_serve.scheduling.event_log import Recorder, Setup
 from pcae_serve.scheduling.latency import Latency
@@ -53,271 +49,224 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: At the end, images that are being decoded, for nobody by then, have so long.
+#: Seconds that decoders have to finish when the service stops; their requests are refused by then.
 DECODE_S = 1.0
-#: At the end, a batch in progress has so long before it is told to give up.
+#: Seconds that the current batch has to finish when the service stops, before it is terminated.
 BATCH_S = 5.0
-#: Seconds of compute to measure a new bundle with, beside live traffic.
-MEASURE_BESIDE_S = 2.0
+#: Seconds of compute to measure a new bundle with, during a reload.
+RELOAD_PROFILE_S = 2.0
+#: Interval, in seconds, at which a replaced servable is checked for requests left to answer.
+RETIRE_CHECK_S = 0.05
+
+
+class State(Enum):
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class _Unmeasured:
+    """What is served as long as latencies are unknown: a bundle and engines, and no requests."""
+
+    bundle: Bundle
+    engines: Sequence[Engine]
+    latency: None = None
+    disabled_tiers: frozenset[int] = frozenset()
+    waiting: int = 0
+    predicted_wait_s: float = 0.0
+    works: bool = False
 
 
 @dataclass(frozen=True)
 class Reloaded:
-    """What a reload came to."""
+    """The result of a reload."""
 
     bundle: Bundle
-    seconds: float  # from the call to the switch
+    seconds: float  # from the call until the new bundle was in service
 
 
 class Service:
-    """What is served. `bundle`, `engines` and `latency` are those of the moment."""
+    """A bundle on its devices, and its replacement at a reload."""
 
     def __init__(
         self,
         settings: Settings,
         bundle: Bundle,
         engines: Sequence[Engine],
-        make: Make | None = None,
+        make_engine: EngineFactory | None = None,
     ) -> None:
-        """engines: one a device. make: makes one for a bundle on a device, where it is needed anew.
+        """Create a service that has not started.
 
-        Raises StartError for an unknown policy, or no place for a log.
+        engines: one per device. make_engine: creates an engine for a reload, or in place of one
+        that failed. Raises StartError if the policy is unknown or the event log cannot be written.
         """
         self.settings = settings
         self.metrics = Metrics([tier.name for tier in bundle.tiers])
-        self._bundle, self._engines, self._make = bundle, tuple(engines), make
-        create(settings.policy, tier_table(bundle.tiers))  # an unknown one is told now
+        self.policy = create(settings.policy, tier_table(bundle.tiers)).name  # fails if unknown
         self._recorder = Recorder(settings.event_log) if settings.event_log is not None else None
-        self._servable: Servable | None = None  # once latencies are known
-        self._retired: set[Servable] = set()  # until what they took is answered
+        self._make_engine = make_engine
+        self._state = State.STARTING
+        self._current: Servable | _Unmeasured = _Unmeasured(bundle, tuple(engines))
+        self._retired: set[Servable] = set()  # replaced, and still answering their requests
+        self._reloading = False
+        self._groups = 0  # requests for several images that are not answered
         self._decode_threads = settings.decode_threads or cpus.count_usable()
         self._decoders = Threads("decode", self._decode_threads)
         self._loader = Device("reload")
+        self._devices = [Device(f"device-{i}") for i in range(len(engines))]
+        self.left_behind = False  # threads are still running, so the interpreter could not exit
         self.metrics.limits(max_batch=settings.max_batch, queue_limit=settings.queue_limit)
         self.metrics.watch(
             depth=lambda: self.waiting,
-            predicted_wait_s=lambda: self.wait_s,
+            predicted_wait_s=lambda: self.predicted_wait_s,
             ready=lambda: self.ready,
         )
-        self._devices = [Device(f"device-{i}") for i in range(len(engines))]
-        self._draining = self._reloading = False
-        self._taken = 0  # requests of several images in hand
-        self.left_behind = False  # threads that the interpreter would wait for
-
-    @property
-    def bundle(self) -> Bundle:
-        return self._bundle if self._servable is None else self._servable.bundle
-
-    @property
-    def engines(self) -> Sequence[Engine]:
-        return self._engines if self._servable is None else self._servable.engines
-
-    @property
-    def latency(self) -> Latency | None:
-        """None until it is measured."""
-        return None if self._servable is None else self._servable.latency
-
-    @property
-    def out_of_service(self) -> frozenset[int]:
-        """Tiers that have failed and are out of routing."""
-        return frozenset() if self._servable is None else self._servable.out_of_service
-
-    @property
-    def alive(self) -> bool:
-        """Whether no device is lost for good: only a new process gets one back."""
-        return not any(device.lost for device in self._devices)
-
-    @property
-    def ready(self) -> bool:
-        """Latencies are measured, every tier has run, something works, and nobody is stopping."""
-        return self._servable is not None and not self._draining and self._servable.works
-
-    @property
-    def in_hand(self) -> int:
-        """Requests that have not been answered yet."""
-        return self._taken + sum(servable.in_hand for servable in self._servables)
-
-    @property
-    def _servables(self) -> list[Servable]:
-        """That of the moment last, before it those that still answer what they had taken."""
-        return [*self._retired, *([] if self._servable is None else [self._servable])]
-
-    @property
-    def reloading(self) -> bool:
-        return self._reloading
-
-    @property
-    def waiting(self) -> int:
-        """Requests in hand that no device works on yet."""
-        return 0 if self._servable is None else self._servable.waiting
-
-    @property
-    def wait_s(self) -> float:
-        """Seconds until the work in hand should be done; nan where that cannot be told."""
-        return 0.0 if self._servable is None else self._servable.drain_s
-
-    @property
-    def accuracy_range(self) -> float:
-        """What separates the best tier from the worst."""
-        accuracy = tier_table(self.bundle.tiers).accuracy
-        return max(accuracy) - min(accuracy)
-
-    @property
-    def device(self) -> str:
-        """Where batches run, all devices in one line."""
-        return ", ".join(engine.device for engine in self.engines)
 
     async def start(self) -> None:
-        """Measure latencies, or read them from the cache; then requests are taken."""
-        settings, engine = self.settings, self._engines[0]
-        kinds = {
-            f"{each.name} on {latency_profile.gpu(each) or each.device}" for each in self._engines
-        }
-        if len(kinds) > 1:
-            log.warning(
-                "the devices differ (%s): all are taken to be as fast as %s",
-                ", ".join(sorted(kinds)),
-                engine.device,
-            )
+        """Measure latencies, or read them from the cache; then admit requests."""
+        settings, bundle, engines = self.settings, self.bundle, self.engines
+        _warn_if_devices_differ(engines)
         measure = partial(
-            latency_profile.load, self._bundle, engine, settings.cache_dir, settings.profile_s
+            latency_profile.load, bundle, engines[0], settings.cache_dir, settings.profile_s
         )
-        measured = await self._devices[0].submit(measure)
-        self._servable = self._made(self._bundle, self._engines, measured, self._recorder)
-        self._tell_build()
+        profile = await self._devices[0].submit(measure)
+        self._current = self._servable(bundle, engines, profile, self._recorder)
+        if self._state is State.STARTING:
+            self._state = State.SERVING
+        self._record_build()
         log.info(
-            "threads: %d cores may be used; %d decode images, %s run a batch",
+            "threads: %d usable CPUs, %d threads decode images, %s run a batch",
             cpus.count_usable(),
             self._decode_threads,
-            engine.threads
-            or (cpus.count_usable() if engine.device == "cpu" else "the backend's own"),
+            engines[0].threads
+            or (cpus.count_usable() if engines[0].device == "cpu" else "backend's"),
         )
-        log.info("ready: %s", self._words())
+        log.info("ready: %s", self._summary())
 
-    async def answer(
-        self, ask: InferenceRequest, read: Callable[[], Awaitable[bytes]], *, admitted: bool = False
-    ) -> InferenceResult:
-        """Read, decode, queue and run one image.
+    def admit(
+        self, request: InferenceRequest, *, draining: bool = False
+    ) -> AbstractContextManager[AdmittedRequest]:
+        """Admit a request for one image; inside the context, `receive` its body and `run` it.
 
-        `read` is awaited only if the image can still be answered in time, and no longer than that.
-        admitted: it is one of several that were taken together, and is answered in a drain too.
-        Raises a RequestError where it cannot be answered.
+        draining: admit it during a drain, too. Raises a RequestError, here or when the context is
+        entered, if the request is refused.
         """
-        try:
-            self.require_ready(admitted)
-        except RequestError:
-            self.metrics.ended(Outcome.REFUSED_DRAINING)
-            raise
-        assert self._servable is not None  # it is ready
-        return await self._servable.answer(ask, read, self._decoders)
-
-    def require_ready(self, admitted: bool = False) -> None:
-        """Raises Draining or OutOfService where requests are not taken; `admitted` ones were."""
-        if (self._draining and not admitted) or self._servable is None:
-            if self._draining:
-                raise Draining(retry_after_s=1)
-            raise Draining("the server measures its latencies: ask again soon", retry_after_s=1)
-        if not self._servable.works:
-            raise OutOfService(
-                "every tier or device of this server has failed: ask another one",
-                retry_after_s=RETRY_S,
-            )
-
-    def require_alive(self) -> None:
-        """Raises OutOfService where only a new process can help."""
-        if not self.alive:
-            raise OutOfService("a device does not come back from a call: restart this server")
-
-    async def receive(self, read: Callable[[], Awaitable[T]]) -> T:
-        """The body of several images. Raises what `read` raises, or UploadTooSlow."""
-        try:
-            async with asyncio.timeout(self.settings.upload_s):
-                return await read()
-        except TimeoutError:
-            self.metrics.ended(Outcome.EXPIRED)
-            raise UploadTooSlow(
-                f"the body did not arrive within {self.settings.upload_s:g} s: send it faster, or"
-                " fewer images"
-            ) from None
-        except RequestError:
-            self.metrics.ended(Outcome.UNREADABLE)
-            raise
+        self._refuse_unless_ready(draining=draining)
+        assert isinstance(self._current, Servable)  # it is ready
+        return self._current.admit(request, self._decoders)
 
     @contextmanager
-    def taking(self) -> Iterator[None]:
-        """While a request of several images is in hand, from its headers on.
+    def admit_group(self) -> Iterator["RequestGroup"]:
+        """Admit a request for several images, from its headers on.
 
-        Raises Draining, OutOfService, or Overloaded where there are as many as there may be.
+        Raises Draining, OutOfService, or Overloaded if the queue limit is reached.
         """
-        self.require_ready()
-        if self._taken + self.waiting >= self.settings.queue_limit:
-            self.metrics.ended(Outcome.REFUSED_FULL)
-            raise full(self.settings.queue_limit, retry_after_s=1)
-        self._taken += 1
+        self._refuse_unless_ready()
+        if self._groups + self.waiting >= self.settings.queue_limit:
+            self._refuse(refusals.queue_full(self.settings.queue_limit, retry_after_s=1))
+        self._groups += 1
         try:
-            yield
+            yield RequestGroup(self)
         finally:
-            self._taken -= 1
+            self._groups -= 1
+
+    def require_ready(self) -> None:
+        """Raise Draining or OutOfService if requests are not admitted."""
+        if (refusal := self._refusal()) is not None:
+            raise refusal.error
+
+    def require_alive(self) -> None:
+        """Raise OutOfService if only a new process can serve again."""
+        if not self.alive:
+            raise OutOfService("a device does not return from a call; restart this server")
+
+    def _refusal(self, *, draining: bool = False) -> Refusal | None:
+        """Return why requests are not admitted, or None. draining: those that a drain answers."""
+        if self._state is State.STARTING:
+            return refusals.starting()
+        if self._state is State.STOPPED or (self._state is State.DRAINING and not draining):
+            return refusals.stopping()
+        if not self._current.works:
+            return refusals.nothing_works(tier_health.PROBE_INTERVAL_S)
+        return None
+
+    def _refuse_unless_ready(self, *, draining: bool = False) -> None:
+        if (refusal := self._refusal(draining=draining)) is not None:
+            self._refuse(refusal)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Count a refused request, and raise its error."""
+        self.metrics.ended(refusal.outcome)
+        raise refusal.error
 
     async def reload(self) -> Reloaded:
-        """Serve what the bundle's folder holds now, without a request dropped.
+        """Serve what the bundle's folder holds now, without dropping a request.
 
-        The new bundle is loaded and tried beside the old one, which serves on until the switch, and
-        after it until what it had taken is answered. Raises Reloading, or BadBundle where the new
-        one cannot be served: then the old one stays.
+        The new bundle is loaded, tried and measured while the old one serves; the old one finishes
+        what it admitted. Raises Reloading during another reload, Draining unless the service is
+        serving, or BadBundle if the new bundle cannot be served: then the old one stays.
         """
-        old = self._servable
-        if old is None or self._draining:
-            raise Draining("the server is starting or stopping: nothing to reload", retry_after_s=1)
+        if self._state is not State.SERVING:
+            raise Draining("the server is starting or stopping and cannot reload", retry_after_s=1)
         if self._reloading:
-            raise Reloading("a reload is going on already: wait for it", retry_after_s=5)
+            raise Reloading("a reload is in progress; wait until it ends", retry_after_s=5)
+        old = self._current
+        assert isinstance(old, Servable)
         self._reloading, begin_s = True, time.monotonic()
         loop = asyncio.get_running_loop()
         try:
-            bundle, engines, measured = await self._loader.submit(
-                partial(self._load_beside, old, loop)
-            )
-            if self._draining:
+            load = partial(self._load_in_background, old, loop)
+            bundle, engines, profile = await self._loader.submit(load)
+            if self._stopping:
                 for engine in engines:
                     engine.close()
                 raise Draining
-            new = self._made(bundle, engines, measured)
+            new = self._servable(bundle, engines, profile)
         except PcaeError as error:
-            if self._draining:  # which may be why: its batches find no device any more
-                raise Draining("the server is stopping: not reloaded") from None
+            if self._stopping:  # perhaps the cause: its batches find no device any more
+                raise Draining("the server is stopping; the bundle was not reloaded") from None
             self.metrics.reloaded(Reload.FAILED)
-            log.error("not reloaded, the old bundle serves on: %s", error)
-            raise BadBundle(f"{error}; the old bundle serves on") from None
+            log.error("reload failed, the old bundle stays in service: %s", error)
+            raise BadBundle(f"{error}; the old bundle stays in service") from None
         finally:
             self._reloading = False
         self.metrics.add_tiers([tier.name for tier in new.bundle.tiers])
-        self._servable = new
+        self._current = new
         self._retired.add(old)
         self.metrics.reloaded(Reload.DONE)
-        self._tell_build()
+        self._record_build()
         seconds = time.monotonic() - begin_s
-        log.info("reloaded in %.1f s: %s", seconds, self._words())
+        log.info("reloaded in %.1f s: %s", seconds, self._summary())
         if self._recorder is not None:
-            log.warning("the event log %s ends here: it is of one bundle", self.settings.event_log)
+            log.warning("the event log %s ends: it holds one bundle", self.settings.event_log)
             self._recorder = None
         loop.call_soon(self._retire, old)
         return Reloaded(new.bundle, seconds)
 
     def drain(self) -> None:
-        """Take no more requests; those in hand are answered."""
-        self._draining = True
+        """Admit no more requests; those admitted are answered."""
+        if self._state is not State.STOPPED:
+            self._state = State.DRAINING
+
+    def refuse_unanswered(self) -> None:
+        """Admit no more requests, and refuse those that are unanswered."""
+        self._state = State.STOPPED
+        for servable in self._servables:
+            servable.stop()
 
     async def stop(self) -> None:
-        """Take nothing more, and let the batch on the device end: in bounded time."""
-        self.give_up()
-        servables = self._servables
+        """Refuse what is unanswered, and let the current batches finish, in bounded time."""
+        self.refuse_unanswered()
         self.left_behind |= not await self._decoders.shutdown(DECODE_S)
-        if self._servable is None:  # it measures, and nobody needs to know any more
+        if isinstance(self._current, _Unmeasured):  # a measurement may be abandoned
             for device in self._devices:
                 self.left_behind |= not await device.shutdown(0)
             if self._recorder is not None:
                 self._recorder.close()
             return
+        servables = self._servables
         for i, device in enumerate(self._devices):
             if not await device.shutdown(BATCH_S):
                 for servable in servables:
@@ -327,24 +276,93 @@ class Service:
         for servable in servables:
             servable.close()
 
-    def give_up(self) -> None:
-        """Take nothing more, and answer those in hand that the server is stopping."""
-        self._draining = True
-        for servable in self._servables:
-            servable.stop()
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle in service."""
+        return self._current.bundle
 
-    def _made(
+    @property
+    def engines(self) -> Sequence[Engine]:
+        """The current engines, one per device."""
+        return self._current.engines
+
+    @property
+    def latency(self) -> Latency | None:
+        """The latency model; None until latencies are measured."""
+        return self._current.latency
+
+    @property
+    def disabled_tiers(self) -> frozenset[int]:
+        """Tiers that are out of rotation."""
+        return self._current.disabled_tiers
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def alive(self) -> bool:
+        """Whether no device is lost; only a new process gets a lost one back."""
+        return not any(device.lost for device in self._devices)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are admitted."""
+        return self._refusal() is None
+
+    @property
+    def reloading(self) -> bool:
+        """Whether a reload is in progress."""
+        return self._reloading
+
+    @property
+    def unanswered(self) -> int:
+        """Number of admitted requests that have not been answered."""
+        return self._groups + sum(servable.unanswered for servable in self._servables)
+
+    @property
+    def waiting(self) -> int:
+        """Number of admitted requests that no device has started on."""
+        return self._current.waiting
+
+    @property
+    def predicted_wait_s(self) -> float:
+        """Seconds until all admitted requests should be answered."""
+        return self._current.predicted_wait_s
+
+    @property
+    def accuracy_range(self) -> float:
+        """Accuracy of the best tier minus that of the worst."""
+        accuracy = tier_table(self.bundle.tiers).accuracy
+        return max(accuracy) - min(accuracy)
+
+    @property
+    def device(self) -> str:
+        """All devices in one line."""
+        return ", ".join(engine.device for engine in self.engines)
+
+    @property
+    def _stopping(self) -> bool:
+        return self._state in (State.DRAINING, State.STOPPED)
+
+    @property
+    def _servables(self) -> list[Servable]:
+        """All servables with requests: those that were replaced, then the current one."""
+        current = [self._current] if isinstance(self._current, Servable) else []
+        return [*self._retired, *current]
+
+    def _servable(
         self,
         bundle: Bundle,
         engines: Sequence[Engine],
-        measured: latency_profile.Profile,
+        profile: latency_profile.Profile,
         recorder: Recorder | None = None,
     ) -> Servable:
         settings = self.settings
         setup = Setup(
             policy=settings.policy,
             tier_table=tier_table(bundle.tiers),
-            seconds=measured.seconds(),
+            seconds=profile.seconds(),
             max_batch=settings.max_batch,
             queue_limit=settings.queue_limit,
             devices=len(engines),
@@ -356,62 +374,61 @@ class Service:
             setup,
             self._devices,
             self.metrics,
-            make=self._make,
+            make_engine=self._make_engine,
             recorder=recorder,
-            on_lost=self._lost,
+            on_device_lost=self._device_lost,
         )
 
-    def _lost(self, device: int) -> None:
+    def _device_lost(self, device: int) -> None:
         for servable in self._servables:
-            servable.lost(device)
+            servable.device_lost(device)
 
-    def _load_beside(
+    def _load_in_background(
         self, old: Servable, loop: asyncio.AbstractEventLoop
     ) -> tuple[Bundle, list[Engine], latency_profile.Profile]:
-        """Bundle, engines and latencies from the same folder; every batch behind live traffic.
+        """Return bundle, engines and latencies from the folder of the old bundle.
 
-        Runs on a thread of its own. Raises PcaeError.
+        Runs on a thread of its own; every batch runs as a background task. Raises PcaeError.
         """
-        if self._make is None:
-            raise BadBundle("this server cannot make engines")
+        if self._make_engine is None:
+            raise BadBundle("this server cannot create engines")
         settings, engines = self.settings, list[Engine]()
         try:
             new = load_bundle(old.bundle.root)
             create(settings.policy, tier_table(new.tiers))
             for i in range(len(self._devices)):
-                # where nothing works any more, there is no traffic to stay behind
+                # if nothing works any more, there are no requests to give way to
                 through = (
                     partial(BackgroundEngine, servable=old, loop=loop)
                     if old.works
                     else run_directly
                 )
-                engines.append(self._make(new, i, through))
-            limit_s = min(settings.profile_s, MEASURE_BESIDE_S)
+                engines.append(self._make_engine(new, i, through))
+            limit_s = min(settings.profile_s, RELOAD_PROFILE_S)
             if old.works:
-                aside = BackgroundEngine(engines[0], old, loop)
-                measured = latency_profile.load(
-                    new, aside, settings.cache_dir, limit_s, clock=aside.clock
+                background = BackgroundEngine(engines[0], old, loop)
+                profile = latency_profile.load(
+                    new, background, settings.cache_dir, limit_s, clock=background.clock
                 )
             else:
-                measured = latency_profile.load(new, engines[0], settings.cache_dir, limit_s)
+                profile = latency_profile.load(new, engines[0], settings.cache_dir, limit_s)
         except BaseException as error:
             for engine in engines:
                 engine.close()
             if isinstance(error, PcaeError):
                 raise
             raise BadBundle(f"the new bundle does not run: {one_line(error)}") from error
-        return new, engines, measured
+        return new, engines, profile
 
     def _retire(self, old: Servable) -> None:
-        """Let an old servable go once it has answered all that it took."""
+        """Close a replaced servable once it has answered all that it admitted."""
         if old.idle:
             self._retired.discard(old)
             old.close()
-        elif not self._draining:
-            asyncio.get_running_loop().call_later(0.05, self._retire, old)
+        elif not self._stopping:
+            asyncio.get_running_loop().call_later(RETIRE_CHECK_S, self._retire, old)
 
-    def _tell_build(self) -> None:
-        assert self._servable is not None
+    def _record_build(self) -> None:
         engine, bundle = self.engines[0], self.bundle
         self.metrics.accuracy_range(self.accuracy_range)
         self.metrics.build_info(
@@ -419,22 +436,58 @@ class Service:
             digest=bundle.digest,
             backend=f"{engine.name} {engine.version}",
             device=self.device,
-            policy=self._servable.policy,
+            policy=self.policy,
         )
 
-    def _words(self) -> str:
-        """What is served, on one line."""
-        assert self._servable is not None
+    def _summary(self) -> str:
+        """Return in one line what is served, once latencies are known."""
+        assert self.latency is not None
         engine, bundle = self.engines[0], self.bundle
-        forecast = self._servable.latency.forecast(asyncio.get_running_loop().time())
+        forecast = self.latency.forecast(asyncio.get_running_loop().time())
         return "{} on {}, backend {} ({}), policy {}, one image takes {}".format(
             bundle.manifest.name,
             self.device,
             engine.name,
             "; ".join(filter(None, (engine.version, BACKEND_NOTES.get(engine.name)))),
-            self._servable.policy,
+            self.policy,
             ", ".join(
                 f"{forecast.p50(i, 1) * 1e3:.1f} ms ({tier.name})"
                 for i, tier in enumerate(bundle.tiers)
             ),
+        )
+
+
+class RequestGroup:
+    """A request for several images, each of which is admitted on its own."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def receive(self, upload: Awaitable[T]) -> T:
+        """Await the body of the whole request. Raises UploadTooSlow, or what `upload` raises."""
+        metrics, upload_s = self._service.metrics, self._service.settings.upload_s
+        try:
+            async with asyncio.timeout(upload_s):
+                return await upload
+        except TimeoutError:
+            hint = "send it faster or send fewer images"
+            error, outcome = refusals.upload_timeout(upload_s, hint)
+            metrics.ended(outcome)
+            raise error from None
+        except RequestError:
+            metrics.ended(Outcome.UNREADABLE)
+            raise
+
+    def admit(self, request: InferenceRequest) -> AbstractContextManager[AdmittedRequest]:
+        """Admit one image of the group, during a drain as well. Raises a RequestError."""
+        return self._service.admit(request, draining=True)
+
+
+def _warn_if_devices_differ(engines: Sequence[Engine]) -> None:
+    kinds = {f"{each.name} on {latency_profile.gpu(each) or each.device}" for each in engines}
+    if len(kinds) > 1:
+        log.warning(
+            "the devices differ (%s); all are scheduled as if they were as fast as %s",
+            ", ".join(sorted(kinds)),
+            engines[0].device,
         )

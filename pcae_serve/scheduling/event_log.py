@@ -18,10 +18,7 @@ from pydantic import ValidationError
 
 from pcae_serve.errors import PcaeError, StartError, one_line
 from pcae_serve.frozen_model import FrozenModel
-from pcae_serve.scheduling.latency import Latency, Seconds
-from pcae_serve.scheduling.policies.registry import create
-from pcae_serve.scheduling.request_queue import Request
-from pcae_serve.scheduling.scheduler import (
+from pcae_serve.scheduling.events import (
     Action,
     Arrived,
     ClientLeft,
@@ -29,11 +26,14 @@ from pcae_serve.scheduling.scheduler import (
     DeviceLost,
     Done,
     Event,
-    Scheduler,
     TaskSubmitted,
     TierDisabled,
     Timer,
 )
+from pcae_serve.scheduling.latency import Latency, Seconds
+from pcae_serve.scheduling.policies.registry import create
+from pcae_serve.scheduling.request_queue import Request
+from pcae_serve.scheduling.scheduler import Scheduler
 from pcae_serve.scheduling.tiers import TierTable
 from pcae_serve.version import __version__
 

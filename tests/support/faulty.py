@@ -23,7 +23,7 @@ from pcae_serve.commands import serve
 from pcae_serve.engines.base import Engine, Output, Pixels, run_directly
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import StartError
-from pcae_serve.runtime import servable, service, worker
+from pcae_serve.runtime import service, tier_health, worker
 from pcae_serve.runtime.service import Service
 
 RAISE, NAN, HANG, STUCK, JUMP, SLOW = 10, 30, 50, 70, 90, 110
@@ -89,7 +89,8 @@ class Serve(serve.Serve):
 
 
 def main(argv: Sequence[str]) -> int:
-    servable.RETRY_S = worker.RETRY_S = float(os.environ.get("RETRY_S", servable.RETRY_S))
+    retry_s = float(os.environ.get("RETRY_S", worker.RETRY_S))
+    tier_health.PROBE_INTERVAL_S = worker.RETRY_S = retry_s
     worker.TERMINATE_S = float(os.environ.get("TERMINATE_S", worker.TERMINATE_S))
     server.HEAD_S = float(os.environ.get("HEAD_S", server.HEAD_S))
     server.LINGER_S = float(os.environ.get("LINGER_S", server.LINGER_S))

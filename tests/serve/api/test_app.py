@@ -16,6 +16,7 @@ from pcae_serve.api.app import create_app
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.simulated import SimulatedEngine
+from pcae_serve.runtime.servable import Servable
 from pcae_serve.runtime.service import Service
 from pcae_serve.scheduling.policies import registry
 from pcae_serve.scheduling.policies.base import Run, SchedulerView
@@ -379,7 +380,7 @@ def test_a_request_whose_budget_passes_while_images_are_decoded_gets_504(
     monkeypatch.setattr(Preprocess, "__call__", lambda *_: time.sleep(1.0))
     with serving(Service(settings(), small_bundle, [gate])) as client:
         document = problem(client.post("/classify?budget_ms=200", content=image_bytes()), 504)
-        assert "before the image was read" in document["detail"]
+        assert "before the image was received and decoded" in document["detail"]
 
 
 def test_no_memory_for_an_image_is_no_fault_of_its_client(
@@ -392,10 +393,10 @@ def test_no_memory_for_an_image_is_no_fault_of_its_client(
         with monkeypatch.context() as patched:
             patched.setattr(f"PIL.{where}", no_memory)
             refused = client.post("/classify", content=image_bytes())
-        assert "no memory" in problem(refused, 503)["detail"]
+        assert "too little memory" in problem(refused, 503)["detail"]
         assert refused.headers["retry-after"] == "1"
     assert 'pcae_requests_total{outcome="failed"} 2.0' in client.get("/metrics").text
-    assert caplog.text.count("no memory") == 2
+    assert caplog.text.count("too little memory") == 2
     assert client.post("/classify", content=image_bytes()).status_code == 200
 
 
@@ -411,8 +412,8 @@ class Hard(Greedy):
 
 def decoded(service: Service) -> int:
     """How many of those who wait are in the queue, no longer at the decoder."""
-    assert service._servable is not None
-    return len(service._servable._scheduler._queue)
+    assert isinstance(service._current, Servable)
+    return len(service._current._scheduler._queue)
 
 
 def test_a_request_that_the_policy_lets_go_gets_503_and_a_time_to_come_back(

@@ -119,7 +119,7 @@ def test_admin_takes_admin_keys_only(guarded: TestClient) -> None:
     problem(guarded.post("/admin/reload", headers={"X-API-Key": ALICE}), 403)
     # this service was given nothing that makes engines
     told = guarded.post("/admin/reload", headers={"X-API-Key": ROOT})
-    assert "the old bundle serves on" in problem(told, 422)["detail"]
+    assert "the old bundle stays in service" in problem(told, 422)["detail"]
 
 
 def test_without_admin_keys_nobody_may(

@@ -2,9 +2,7 @@ import numpy as np
 import pytest
 
 from pcae_serve.loadtest.simulator import Draw, End, Outcome, draw, simulate
-from pcae_serve.scheduling.latency import Seconds
-from pcae_serve.scheduling.policies.registry import create
-from pcae_serve.scheduling.scheduler import (
+from pcae_serve.scheduling.events import (
     Action,
     Arrived,
     BatchAccounted,
@@ -13,8 +11,10 @@ from pcae_serve.scheduling.scheduler import (
     Event,
     Expire,
     Refuse,
-    Scheduler,
 )
+from pcae_serve.scheduling.latency import Seconds
+from pcae_serve.scheduling.policies.registry import create
+from pcae_serve.scheduling.scheduler import Scheduler
 from tests.support.scheduler_views import ALL, LINES, TIER_TABLE, linear
 
 POINTS = [{b: Seconds(o + b * i, 1.2 * (o + b * i)) for b in (1, 32)} for o, i in LINES]

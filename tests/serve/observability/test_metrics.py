@@ -26,10 +26,10 @@ from pcae_serve.observability.metrics import (
     Outcome,
     Reload,
 )
-from pcae_serve.runtime.service import InferenceRequest, Service
+from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 from pcae_serve.version import __version__
-from tests.support.images import image_bytes
+from tests.support.inference import infer
 
 MakeSettings = Callable[..., Settings]
 
@@ -271,15 +271,9 @@ def test_every_end_of_a_request_is_counted_once(
     engine = Bucketed()
     service = Service(settings(profile_s=0.05), small_bundle, [engine])
 
-    async def ask(budget_ms: float, body: bytes = image_bytes(), reads_s: float = 0.0) -> None:
-        async def read() -> bytes:
-            await asyncio.sleep(reads_s)
-            return body
-
+    async def ask(budget_ms: float, body: bytes | None = None, upload_s: float = 0.0) -> None:
         with contextlib.suppress(RequestError):
-            await service.answer(
-                InferenceRequest(asyncio.get_running_loop().time(), budget_ms), read
-            )
+            await infer(service, budget_ms, body, upload_s=upload_s)
 
     async def scenario() -> None:
         await ask(1000)  # before the start
@@ -287,7 +281,7 @@ def test_every_end_of_a_request_is_counted_once(
         await ask(10_000)
         await ask(0.001)
         await ask(10_000, b"no image")
-        await ask(60, reads_s=9)  # it uploads too long
+        await ask(60, upload_s=9)  # it uploads too long
         engine.seconds = 0.5
         await ask(200)  # nobody could know
         engine.fails = True

@@ -62,7 +62,7 @@ def test_a_tier_that_goes_on_failing_leaves_routing_and_comes_back(running: Runn
         assert running.ask(faulty.NAN, "tier=balanced&budget_ms=5000").status_code == 500
     gone = running.ask(200, "tier=balanced&budget_ms=5000")
     assert gone.status_code == 503, gone.text
-    assert "'balanced' fails and is out of service" in gone.json()["detail"]
+    assert "'balanced' is failing and out of rotation" in gone.json()["detail"]
     assert int(gone.headers["retry-after"]) >= 1
     told = running.get("/tiers").json()["tiers"]
     assert {tier["name"]: tier["in_service"] for tier in told}["balanced"] is False
@@ -107,7 +107,7 @@ def test_batches_that_come_back_too_late_take_their_tier_out_of_routing(running:
     for _ in range(3):
         assert running.ask(faulty.SLOW, "tier=fast&budget_ms=5000").status_code == 500
         running.until(lambda: running.ask(200, "tier=full&budget_ms=5000").status_code == 200)
-    assert "tier fast leaves routing" in running.log
+    assert "tier fast is out of rotation" in running.log
     running.until(lambda: running.ask(200, "tier=fast&budget_ms=5000").status_code == 200)
 
 
@@ -377,10 +377,10 @@ def test_a_reload_under_load_drops_nobody(tmp_path: Path) -> None:
         (folder / "models" / "vit" / "elastic.onnx").write_bytes(b"tampered")
         refused = httpx2.post(f"{running.url}/admin/reload", headers=admin, timeout=60)
         assert refused.status_code == 422
-        assert "the old bundle serves on" in refused.json()["detail"]
+        assert "the old bundle stays in service" in refused.json()["detail"]
         assert running.ask(250).json()["predictions"][0]["label"] == "d"
         running.process.send_signal(signal.SIGHUP)
-        running.until(lambda: running.log.count("not reloaded, the old bundle serves on") == 2)
+        running.until(lambda: running.log.count("reload failed, the old bundle stays") == 2)
         assert running.ask(250).json()["predictions"][0]["label"] == "d"
 
         shutil.rmtree(folder)

@@ -16,12 +16,14 @@ from pcae_serve.engines.loader import check_engine
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import Draining
 from pcae_serve.runtime import service as services
-from pcae_serve.runtime.servable import InferenceRequest
-from pcae_serve.runtime.service import Service
+from pcae_serve.runtime.requests import InferenceRequest
+from pcae_serve.runtime.servable import Servable
+from pcae_serve.runtime.service import Service, State
 from pcae_serve.settings import Settings
 from tests.support.apps import quick
 from tests.support.gate import Gate
 from tests.support.images import image_bytes
+from tests.support.inference import infer
 
 MakeSettings = Callable[..., Settings]
 
@@ -97,8 +99,8 @@ def test_a_reload_that_a_stop_cuts_off_has_not_failed(
         call = asyncio.create_task(classify(service, 1, 60_000))
         await asyncio.to_thread(gate.entered.wait, 20)
         reload = asyncio.create_task(service.reload())
-        assert service._servable is not None
-        while not service._servable._errands:
+        assert isinstance(service._current, Servable)
+        while not service._current.background.waiting:
             await asyncio.sleep(0.005)
         stop = asyncio.create_task(service.stop())
         with pytest.raises(Draining, match="not reloaded"):
@@ -109,15 +111,44 @@ def test_a_reload_that_a_stop_cuts_off_has_not_failed(
 
     counts = asyncio.run(scenario())
     assert 'pcae_reloads_total{result="failed"} 0.0' in counts
-    assert "not reloaded" not in caplog.text
+    assert "reload failed" not in caplog.text
+
+
+def test_the_state_decides_what_is_admitted(small_bundle: Bundle, settings: MakeSettings) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        service = Service(settings(), small_bundle, [Gate()])
+
+        def request() -> InferenceRequest:
+            return InferenceRequest(loop.time(), budget_ms=60_000)
+
+        assert (service.state, service.ready) == (State.STARTING, False)
+        with pytest.raises(Draining, match="measuring"):
+            service.admit(request())
+        await service.start()
+        assert (service.state, service.ready) == (State.SERVING, True)
+        with service.admit_group() as group:
+            service.drain()
+            assert (service.state, service.ready) == (State.DRAINING, False)
+            assert service.unanswered == 1
+            with pytest.raises(Draining):
+                service.admit(request())
+            with group.admit(request()) as admitted:
+                await admitted.run(image_bytes())
+            service.refuse_unanswered()
+            assert service.state is State.STOPPED
+            with pytest.raises(Draining):
+                group.admit(request())
+        assert service.unanswered == 0
+        await service.stop()
+        service.drain()
+        assert service.state is State.STOPPED
+
+    asyncio.run(scenario())
 
 
 async def classify(service: Service, level: int, budget_ms: float) -> Any:
-    async def read() -> bytes:
-        return image_bytes(level)
-
-    ask = InferenceRequest(asyncio.get_running_loop().time(), budget_ms)
-    return await service.answer(ask, read)
+    return await infer(service, budget_ms, image_bytes(level))
 
 
 def test_requests_that_wait_together_run_together(

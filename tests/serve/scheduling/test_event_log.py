@@ -14,12 +14,12 @@ from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import PcaeError, RequestError, StartError
-from pcae_serve.runtime.service import InferenceRequest, Service
+from pcae_serve.runtime.service import Service
 from pcae_serve.scheduling.event_log import Recorder, Setup, replay
+from pcae_serve.scheduling.events import Arrived, Decoded, Dispatch, Event, SetTimer, Timer
 from pcae_serve.scheduling.latency import Seconds
-from pcae_serve.scheduling.scheduler import Arrived, Decoded, Dispatch, Event, SetTimer, Timer
 from pcae_serve.settings import Settings
-from tests.support.images import image_bytes
+from tests.support.inference import infer
 from tests.support.scheduler_views import ALL, LINES, TIER_TABLE, waiting
 
 MakeSettings = Callable[..., Settings]
@@ -40,15 +40,12 @@ def quick(tier: Tier, batch: int) -> float:
 
 async def crowd(service: Service, count: int) -> None:
     """Clients with budgets of all kinds, some of whom leave; more than the server can serve."""
-    draw, loop = random.Random(0), asyncio.get_running_loop()
-
-    async def read() -> bytes:
-        return image_bytes()
+    draw = random.Random(0)
 
     async def client(delay_s: float, budget_ms: float, leaves: bool) -> None:
         await asyncio.sleep(delay_s)
         min_tier = draw.choice((None, None, "balanced"))
-        answer = service.answer(InferenceRequest(loop.time(), budget_ms, min_tier=min_tier), read)
+        answer = infer(service, budget_ms, min_tier=min_tier)
         with contextlib.suppress(TimeoutError, RequestError):
             await asyncio.wait_for(answer, 0.02 if leaves else 20)
 

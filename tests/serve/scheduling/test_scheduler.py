@@ -1,12 +1,9 @@
-"""The scheduler alone: times are numbers, nothing sleeps. For every policy: test_machine.py."""
+"""The scheduler on its own; test_scheduler_invariants.py has what holds for every policy."""
 
 import pytest
 
-from pcae_serve.scheduling.policies.base import Run, SchedulerView, Wait
-from pcae_serve.scheduling.policies.greedy import Greedy
-from pcae_serve.scheduling.request_queue import Request
-from pcae_serve.scheduling.scheduler import (
-    LOOK_S,
+from pcae_serve.scheduling.background import RECHECK_S
+from pcae_serve.scheduling.events import (
     Action,
     Arrived,
     BatchAccounted,
@@ -16,13 +13,16 @@ from pcae_serve.scheduling.scheduler import (
     Done,
     Expire,
     Refuse,
-    Scheduler,
     SetTimer,
     StartTask,
     TaskSubmitted,
     TierDisabled,
     Timer,
 )
+from pcae_serve.scheduling.policies.base import Run, SchedulerView, Wait
+from pcae_serve.scheduling.policies.greedy import Greedy
+from pcae_serve.scheduling.request_queue import Request
+from pcae_serve.scheduling.scheduler import Scheduler
 from tests.support.scheduler_views import ALL, LINES, linear
 
 
@@ -306,7 +306,7 @@ def test_an_errand_waits_for_who_is_still_at_the_decoder() -> None:
     machine.handle(Arrived(0.0, Request(1, 0.0, 5.0, ALL)))
     [wake] = machine.handle(TaskSubmitted(0.01, 7, 0.01))
     assert isinstance(wake, SetTimer)  # a better moment may come without an event
-    assert wake.at_s == pytest.approx(0.01 + LOOK_S, abs=0.001)
+    assert wake.at_s == pytest.approx(0.01 + RECHECK_S, abs=0.001)
     assert dispatched(machine.handle(Decoded(0.05, 1))) == [Dispatch(0, 2, (1,))]
     assert StartTask(0, 7) in machine.handle(Done(0.45, 0, 0.4))
 

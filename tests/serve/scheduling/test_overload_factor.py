@@ -2,16 +2,17 @@
 
 import pytest
 
-from pcae_serve.scheduling.admission import STRICTEST, OverloadFactor
+from pcae_serve.scheduling.admission import MAX_FACTOR, OverloadFactor
+from pcae_serve.scheduling.events import Arrived, Decoded, Done, Expire, Refuse, Timer
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.policies.greedy import Greedy
 from pcae_serve.scheduling.request_queue import Request
-from pcae_serve.scheduling.scheduler import Arrived, Decoded, Done, Expire, Refuse, Scheduler, Timer
+from pcae_serve.scheduling.scheduler import Scheduler
 
 
 def test_it_rises_with_requests_taken_in_vain_and_falls_with_answers_in_time() -> None:
     overload_factor = OverloadFactor()
-    overload_factor.in_vain(5)
+    overload_factor.missed(5)
     high = overload_factor.times
     assert high > 1.05
     overload_factor.in_time(50)
@@ -20,8 +21,8 @@ def test_it_rises_with_requests_taken_in_vain_and_falls_with_answers_in_time() -
 
 def test_it_stays_within_bounds() -> None:
     overload_factor = OverloadFactor()
-    overload_factor.in_vain(10_000)
-    assert overload_factor.times == pytest.approx(STRICTEST)
+    overload_factor.missed(10_000)
+    assert overload_factor.times == pytest.approx(MAX_FACTOR)
     overload_factor.in_time(100_000)
     assert overload_factor.times == 1.0
 

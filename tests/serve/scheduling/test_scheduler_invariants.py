@@ -8,13 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcae_serve.scheduling.latency import Latency
-from pcae_serve.scheduling.policies.registry import NAMES, WITH_TIER, create
-from pcae_serve.scheduling.request_queue import Request
-from pcae_serve.scheduling.scheduler import (
-    FORCED_SHARE,
-    OVERDUE_S,
-    SPARE_SHARE,
+from pcae_serve.scheduling.background import GUARANTEED_SHARE, MAX_PAUSE_S, SPARE_SHARE
+from pcae_serve.scheduling.events import (
     Action,
     Arrived,
     BatchAccounted,
@@ -25,13 +20,16 @@ from pcae_serve.scheduling.scheduler import (
     Event,
     Expire,
     Refuse,
-    Scheduler,
     SetTimer,
     StartTask,
     TaskSubmitted,
     TierDisabled,
     Timer,
 )
+from pcae_serve.scheduling.latency import Latency
+from pcae_serve.scheduling.policies.registry import NAMES, WITH_TIER, create
+from pcae_serve.scheduling.request_queue import Request
+from pcae_serve.scheduling.scheduler import Scheduler
 from tests.support.scheduler_views import ALL, LINES, TIER_TABLE, linear
 
 BASES = [f"{n}:{t}" for n in WITH_TIER for t in ("fastest", "best")]
@@ -190,8 +188,8 @@ class World:
         """Who waits for an errand has the time to, or the errand has waited long."""
         at_s, seconds = self.case.errands[id_]
         waited_s = now_s - at_s
-        if self.waiting and waited_s <= min(OVERDUE_S, seconds / FORCED_SHARE):
-            assert waited_s > min(OVERDUE_S, seconds / SPARE_SHARE), "somebody waits for it"
+        if self.waiting and waited_s <= min(MAX_PAUSE_S, seconds / GUARANTEED_SHARE):
+            assert waited_s > min(MAX_PAUSE_S, seconds / SPARE_SHARE), "somebody waits for it"
             first_s = min(self.requests[id_].deadline_s for id_ in self.waiting)
             assert now_s + seconds < first_s, "somebody misses his deadline"
 

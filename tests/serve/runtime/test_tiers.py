@@ -5,7 +5,7 @@ import pytest
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.quality import Accuracy, Agreement
 from pcae_serve.bundle.reader import Bundle
-from pcae_serve.runtime.servable import tier_table
+from pcae_serve.runtime.tiers import tier_table
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""One admitted request, from its headers to its result."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.engines.base import Output
+from pcae_serve.errors import RequestError
+from pcae_serve.observability.metrics import Outcome
+from pcae_serve.runtime import refusals
+from pcae_serve.runtime.refusals import Refusal
+from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
+from pcae_serve.runtime.threads import Threads
+from pcae_serve.scheduling.request_queue import Request
+from pcae_serve.settings import Settings
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class AdmittedRequest:
+    """An admitted request: `receive` its body, then `run` it."""
+
+    def __init__(
+        self,
+        request: InferenceRequest,
+        scheduled: Request,
+        *,
+        settings: Settings,
+        bundle: Bundle,
+        decoders: Threads,
+        enqueue: Callable[["AdmittedRequest"], None],
+    ) -> None:
+        """Create a request that has neither body nor result.
+
+        scheduled: the same request for the scheduler. enqueue: puts it into the scheduler's queue
+        once its pixels are there.
+        """
+        self.request, self.scheduled = request, scheduled
+        self.result: asyncio.Future[InferenceResult] = asyncio.get_running_loop().create_future()
+        self.outcome = Outcome.LEFT  # unless anything else happens to it
+        self.pixels: NDArray[np.uint8] | None = None  # [H, W, 3], once decoded
+        self.decode_s = self.queued_s = 0.0
+        self.reason = ""  # why its tier, once dispatched
+        self._settings, self._bundle, self._decoders = settings, bundle, decoders
+        self._enqueue = enqueue
+        self._timeout: asyncio.Timeout | None = None  # of the upload or decoder, while it runs
+
+    @property
+    def deadline_s(self) -> float:
+        return self.scheduled.deadline_s
+
+    async def receive(self, upload: Awaitable[bytes]) -> bytes:
+        """Await the body until the upload limit or the deadline, whichever is earlier.
+
+        Raises UploadTooSlow, BudgetPassed, or what `upload` raises.
+        """
+        upload_s = self._settings.upload_s
+        until_s = min(self.deadline_s, self.request.arrival_s + upload_s)
+        if until_s < self.deadline_s:
+            return await self._bounded(upload, until_s, partial(refusals.upload_timeout, upload_s))
+        return await self._bounded(upload, until_s, self._expired)
+
+    async def run(self, body: bytes) -> InferenceResult:
+        """Decode the image file, queue it and wait for its result. Raises a RequestError."""
+        self.raise_if_refused()
+        await self._decode(body)
+        if not self.result.done():
+            self._enqueue(self)
+        return await self.result
+
+    def refuse(self, refusal: Refusal) -> None:
+        """End the request with an error, unless it has ended already."""
+        if not self.result.done():
+            self.outcome = refusal.outcome
+            self.result.set_exception(refusal.error)
+
+    def deliver(
+        self, output: Output, row: int, tier: Tier, start_s: float, now_s: float
+    ) -> InferenceResult | None:
+        """Set the result from a row of a batch that ran from `start_s` to `now_s`.
+
+        Returns None if the request has ended already.
+        """
+        if self.result.done():
+            return None
+        in_time = now_s <= self.deadline_s
+        self.outcome = Outcome.IN_TIME if in_time else Outcome.LATE
+        result = InferenceResult(
+            vector=output.vectors[row],
+            kept=tuple(kept[row] for kept in output.kept),
+            met_budget=in_time,
+            bundle=self._bundle,
+            tier=tier,
+            reason=self.reason,
+            decode_s=self.decode_s,
+            queue_s=start_s - self.queued_s,
+            compute_s=now_s - start_s,
+            total_s=now_s - self.request.arrival_s,
+        )
+        self.result.set_result(result)
+        return result
+
+    def raise_if_refused(self) -> None:
+        """Raise the error that the request was refused with, if any."""
+        if self.result.done():
+            self.result.result()
+
+    def stop_waiting(self) -> None:
+        """End the wait for an upload or decoder now. Call it after `refuse`."""
+        if self._timeout is not None and not self._timeout.expired():
+            self._timeout.reschedule(asyncio.get_running_loop().time())
+
+    async def _decode(self, body: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        start_s = loop.time()
+        decode = partial(self._bundle.preprocess, body, self._settings.max_pixels)
+        try:
+            pixels = self._decoders.submit(decode)
+            self.pixels = await self._bounded(pixels, self.deadline_s, self._expired)
+        except RequestError:
+            raise
+        except Exception:
+            self.outcome = Outcome.FAILED
+            raise
+        self.queued_s = loop.time()
+        self.decode_s = self.queued_s - start_s
+
+    def _expired(self) -> Refusal:
+        return refusals.expired_before_decoded(self.request.budget_ms)
+
+    async def _bounded(
+        self, awaitable: Awaitable[T], until_s: float, timeout: Callable[[], Refusal]
+    ) -> T:
+        """Await until a time of the loop's clock. If that fails, set the outcome and raise."""
+        try:
+            async with asyncio.timeout_at(until_s) as self._timeout:
+                return await awaitable
+        except TimeoutError:
+            self.raise_if_refused()  # the reason that the wait was ended
+            error, self.outcome = timeout()
+            raise error from None
+        except MemoryError:
+            log.error("too little memory to decode an image")
+            error, self.outcome = refusals.out_of_memory()
+            raise error from None
+        except RequestError:
+            self.outcome = Outcome.UNREADABLE
+            raise
+        finally:
+            self._timeout = None

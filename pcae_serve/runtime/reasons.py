@@ -1,0 +1,29 @@
+"""Explain in the response why a request ran on its tier.
+
+Policies do not explain themselves; this is derived from what the forecast allowed.
+"""
+
+from pcae_serve.scheduling.latency import Forecast
+from pcae_serve.scheduling.request_queue import Request
+
+
+def explain_tier(
+    request: Request, tier: int, batch: int, forecast: Forecast, now_s: float, policy: str
+) -> str:
+    """Return why `request`, which could choose its tier, runs on `tier` in a batch of `batch`."""
+    tiers = request.tiers
+    left_s = request.deadline_s - now_s
+    left = f"the {left_s * 1e3:.0f} ms left" + (f", in a batch of {batch}" if batch > 1 else "")
+    if len(tiers) == 1:
+        return "the only tier allowed"
+    if forecast.p99(tier, batch) > left_s:
+        which = "the fastest allowed tier" if tier == tiers[0] else "a tier"
+        return f"{which} that may be late with {left}, as policy {policy!r} chose"
+    if tier == tiers[-1]:
+        return f"the most accurate tier fits {left}"
+    better = tiers[tiers.index(tier) + 1]
+    if forecast.p99(better, batch) <= left_s:
+        return f"under the present load, policy {policy!r} chose it within {left}"
+    if tier == tiers[0]:
+        return f"only the fastest allowed tier fits {left}"
+    return f"the most accurate tier that fits {left}"

@@ -1,0 +1,154 @@
+"""Why a request is not served: the error that its client receives, and the outcome to count."""
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from pcae_serve.errors import (
+    BudgetPassed,
+    BudgetTooSmall,
+    Draining,
+    EngineFailed,
+    NotOffered,
+    OutOfMemory,
+    OutOfService,
+    Overloaded,
+    RequestError,
+    UploadTooSlow,
+)
+from pcae_serve.observability.metrics import Outcome
+from pcae_serve.scheduling.events import Refuse
+
+#: Retry-After, in seconds, if the policy dropped a request or memory ran out: by then the requests
+#: served instead are done, and HTTP counts whole seconds.
+SHORT_RETRY_S = 1.0
+
+
+class Refusal(NamedTuple):
+    error: RequestError
+    outcome: Outcome
+
+
+def at_admission(refuse: Refuse, fastest: str, budget_ms: float, queue_limit: int) -> Refusal:
+    """Return why a request is not admitted. fastest: name of its fastest allowed tier."""
+    match refuse.why:
+        case "budget":
+            needed_ms = round(refuse.needed_s * 1e3, 1)
+            too_small = BudgetTooSmall(
+                f"tier {fastest!r}, the fastest allowed, needs {needed_ms:g} ms on an idle server;"
+                f" raise the budget of {budget_ms:g} ms or allow a faster tier",
+                needed_ms=needed_ms,
+            )
+            return Refusal(too_small, Outcome.REFUSED_BUDGET)
+        case "load":
+            too_busy = Overloaded(
+                f"the server is too busy to answer within {budget_ms:g} ms without delaying"
+                " requests already accepted; retry later, allow a faster tier or raise the budget",
+                retry_after_s=refuse.retry_after_s,
+            )
+            return Refusal(too_busy, Outcome.REFUSED_LOAD)
+        case "full":
+            return queue_full(queue_limit, refuse.retry_after_s)
+
+
+def queue_full(queue_limit: int, retry_after_s: float) -> Refusal:
+    error = Overloaded(
+        f"the queue is full: {queue_limit} requests are waiting; retry later",
+        retry_after_s=retry_after_s,
+    )
+    return Refusal(error, Outcome.REFUSED_FULL)
+
+
+def upload_timeout(upload_s: float, hint: str = "send it faster") -> Refusal:
+    error = UploadTooSlow(f"the body did not arrive within {upload_s:g} s; {hint}")
+    return Refusal(error, Outcome.EXPIRED)
+
+
+def expired_before_decoded(budget_ms: float) -> Refusal:
+    error = BudgetPassed(
+        f"the budget of {budget_ms:g} ms passed before the image was received and decoded; raise"
+        " the budget"
+    )
+    return Refusal(error, Outcome.EXPIRED)
+
+
+def expired_in_queue(budget_ms: float) -> Refusal:
+    error = BudgetPassed(
+        f"the budget of {budget_ms:g} ms was used up before any allowed tier could run; raise the"
+        " budget or allow a faster tier"
+    )
+    return Refusal(error, Outcome.EXPIRED)
+
+
+def dropped(policy: str) -> Refusal:
+    error = Overloaded(
+        f"request dropped from the queue by policy {policy!r} to meet other deadlines; retry later"
+        " or raise the budget",
+        retry_after_s=SHORT_RETRY_S,
+    )
+    return Refusal(error, Outcome.LET_GO)
+
+
+def tiers_disabled(names: Iterable[str], retry_after_s: float) -> Refusal:
+    tiers = ", ".join(map(repr, names))
+    error = OutOfService(
+        f"tier {tiers} is failing and out of rotation; allow another tier or retry later",
+        retry_after_s=retry_after_s,
+    )
+    return Refusal(error, Outcome.FAILED)
+
+
+def nothing_works(retry_after_s: float) -> Refusal:
+    error = OutOfService(
+        "every tier or device of this server is failing; send the request to another server",
+        retry_after_s=retry_after_s,
+    )
+    return Refusal(error, Outcome.FAILED)
+
+
+def no_engine() -> Refusal:
+    error = OutOfService("the engine failed; send the request to another server")
+    return Refusal(error, Outcome.FAILED)
+
+
+def device_lost() -> Refusal:
+    error = OutOfService("the device stopped responding; send the request to another server")
+    return Refusal(error, Outcome.FAILED)
+
+
+def batch_failed() -> Refusal:
+    return Refusal(EngineFailed("the model failed on this batch; retry"), Outcome.FAILED)
+
+
+def batch_not_started() -> Refusal:
+    return Refusal(EngineFailed("internal error, see the server's log; retry"), Outcome.FAILED)
+
+
+def out_of_memory() -> Refusal:
+    error = OutOfMemory(
+        "the server has too little memory to decode this image now; retry later or send a smaller"
+        " image",
+        retry_after_s=SHORT_RETRY_S,
+    )
+    return Refusal(error, Outcome.FAILED)
+
+
+def starting() -> Refusal:
+    error = Draining("the server is measuring its latencies; retry in a moment", retry_after_s=1)
+    return Refusal(error, Outcome.REFUSED_DRAINING)
+
+
+def stopping() -> Refusal:
+    """Return the refusal of a new request while the server drains."""
+    return Refusal(Draining(retry_after_s=1), Outcome.REFUSED_DRAINING)
+
+
+def stopped() -> Refusal:
+    """Return the refusal of an admitted request that the server did not finish before it stops."""
+    return Refusal(Draining(), Outcome.REFUSED_DRAINING)
+
+
+def wrong_kind(answers: Literal["logits", "features"]) -> NotOffered:
+    """Return the error for a request for classes or features that this bundle cannot return."""
+    if answers == "logits":
+        return NotOffered("this bundle's models have no classes; POST to /embed for features")
+    return NotOffered("this bundle's models return classes; POST to /classify")

@@ -1,0 +1,138 @@
+"""Events that the scheduler handles, and actions that it returns.
+
+    event           what happened                                  actions that can follow
+    Arrived         headers parsed; hopeless requests are refused  Refuse
+    Decoded         the request joins the queue                    Refuse, Dispatch, SetTimer
+    ClientLeft      the client closed its connection
+    TierDisabled    a tier has failed and runs no more requests    Expire, Dispatch
+    TaskSubmitted   a background task joins its own queue          StartTask
+    DeviceLost      a device will not return from its last call
+    Timer           the time of an earlier SetTimer has come       Expire, Dispatch
+    Done            a device finished its batch or task            BatchAccounted, Dispatch
+
+All times are seconds of one monotonic clock. The event log stores these classes field by field.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pcae_serve.scheduling.request_queue import Request
+
+
+@dataclass(frozen=True)
+class Arrived:
+    now_s: float
+    request: Request
+
+
+@dataclass(frozen=True)
+class Decoded:
+    now_s: float
+    id: int
+
+
+@dataclass(frozen=True)
+class ClientLeft:
+    now_s: float
+    id: int
+
+
+@dataclass(frozen=True)
+class TierDisabled:
+    now_s: float
+    tier: int
+
+
+@dataclass(frozen=True)
+class TaskSubmitted:
+    now_s: float
+    id: int  # of the task; tasks and requests are numbered independently
+    seconds: float  # expected run time
+
+
+@dataclass(frozen=True)
+class DeviceLost:
+    now_s: float
+    device: int
+
+
+@dataclass(frozen=True)
+class Timer:
+    now_s: float
+
+
+@dataclass(frozen=True)
+class Done:
+    now_s: float
+    device: int
+    seconds: float | None  # None if the batch failed, and for tasks: nothing to learn from
+
+
+Event = Arrived | Decoded | ClientLeft | TierDisabled | TaskSubmitted | DeviceLost | Timer | Done
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Run these requests as one batch on this device and tier."""
+
+    device: int
+    tier: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Answer at once that the request cannot be served in time.
+
+    budget  smaller than the fastest allowed tier needs on an idle machine
+    load    the request would be late, or would make an accepted one late
+    full    the queue has reached its limit
+    """
+
+    id: int
+    why: Literal["budget", "load", "full"]
+    needed_s: float  # of the fastest allowed tier on an idle machine
+    retry_after_s: float  # until all work queued now should be done
+
+
+@dataclass(frozen=True)
+class Expire:
+    """Remove the request from the queue; it will not run.
+
+    late  upload, decoding or queueing took so long that no allowed tier can meet the deadline
+    load  the policy dropped it so that other requests are in time
+    tier  every tier that it allows is disabled
+    """
+
+    id: int
+    why: Literal["late", "load", "tier"]
+
+
+@dataclass(frozen=True)
+class StartTask:
+    """Run this background task on this device."""
+
+    device: int
+    id: int
+
+
+@dataclass(frozen=True)
+class SetTimer:
+    """Send a Timer event at this time; a later SetTimer replaces an earlier one."""
+
+    at_s: float
+
+
+@dataclass(frozen=True)
+class BatchAccounted:
+    """Account for the device time of a finished batch, and for how many rows of it were wasted."""
+
+    device: int
+    tier: int
+    batch: int
+    seconds: float
+    late: int  # rows answered after their deadline
+    cancelled: int  # rows whose client left while the batch ran
+
+
+Action = Dispatch | StartTask | Refuse | Expire | SetTimer | BatchAccounted

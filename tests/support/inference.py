@@ -1,0 +1,22 @@
+"""One image through a service, without HTTP."""
+
+import asyncio
+
+from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
+from pcae_serve.runtime.service import Service
+from tests.support.images import image_bytes
+
+
+async def infer(
+    service: Service,
+    budget_ms: float,
+    body: bytes | None = None,
+    *,
+    min_tier: str | None = None,
+    upload_s: float = 0.0,
+) -> InferenceResult:
+    """Admit, upload and run an image. upload_s: how long its upload takes."""
+    image = image_bytes() if body is None else body
+    arrival_s = asyncio.get_running_loop().time()
+    with service.admit(InferenceRequest(arrival_s, budget_ms, min_tier=min_tier)) as admitted:
+        return await admitted.run(await admitted.receive(asyncio.sleep(upload_s, image)))
