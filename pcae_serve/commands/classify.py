@@ -75,11 +75,7 @@ class Classify(BaseModel):
         key = self._key()
         # here, and not in a thread: one that waits for a terminal would outlive Ctrl-C
         stdin = sys.stdin.buffer.read() if STDIN in self.files else b""
-        try:
-            whole = asyncio.run(self._classify(AsyncClient(self.url, api_key=key), stdin))
-        except BrokenPipeError:  # who reads has read enough
-            whole = False
-        if not whole:
+        if not asyncio.run(self._classify(AsyncClient(self.url, api_key=key), stdin)):
             raise SystemExit(1)
 
     def _key(self) -> str | None:

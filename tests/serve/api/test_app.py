@@ -30,7 +30,8 @@ from tests.support.images import image_bytes
 @pytest.fixture
 def client(small_bundle: Bundle, settings: MakeSettings) -> Iterator[TestClient]:
     engine = SimulatedEngine(small_bundle, seconds=quick)
-    with serving(Service(settings(max_body_mb=0.1), small_bundle, [engine])) as client:
+    known = settings(max_body_mb=0.1, budget_ms=20_000)
+    with serving(Service(known, small_bundle, [engine])) as client:
         yield client
 
 
@@ -44,7 +45,7 @@ def test_an_image_as_the_raw_body_is_classified(client: TestClient) -> None:
     assert sum(p["probability"] for p in answer["predictions"]) == pytest.approx(1, abs=1e-4)
     assert answer["tier"] == "full"
     assert answer["tokens"] == [16, 16, 16]
-    assert answer["budget_ms"] == 1000
+    assert answer["budget_ms"] == 20_000
     assert answer["met_budget"] is True
     assert answer["kept"] is None
     assert set(answer["timings_ms"]) == {"decode", "queue", "compute", "total"}
@@ -66,8 +67,7 @@ def test_multipart_and_raw_agree_for_every_format(client: TestClient, kind: str)
     [
         ("tier=fast", "fast"),
         ("tier=full", "full"),
-        ("tier=auto&budget_ms=500", "full"),
-        ("tier=auto&budget_ms=36", "fast"),
+        ("tier=auto&budget_ms=10000", "full"),
         ("min_tier=balanced", "full"),
         ("tier=balanced&min_tier=fast", "balanced"),
     ],
@@ -75,15 +75,19 @@ def test_multipart_and_raw_agree_for_every_format(client: TestClient, kind: str)
 def test_the_tier_is_the_asked_one_or_the_best_that_fits(
     client: TestClient, query: str, tier: str
 ) -> None:
-    if "36" in query:  # between what fast (10 ms) and full (40 ms) need; the machine may be slow
-        answers = [client.post(f"/classify?{query}", content=image_bytes()) for _ in range(20)]
-        tiers = {a.json()["tier"] for a in answers if a.status_code == 200}
-        assert tiers <= {"fast", "balanced"}
-        assert tiers
-    else:
-        answer = client.post(f"/classify?{query}", content=image_bytes()).json()
-        assert answer["tier"] == tier
-        assert answer["reason"]
+    answer = client.post(f"/classify?{query}", content=image_bytes()).json()
+    assert answer["tier"] == tier
+    assert answer["reason"]
+
+
+def test_a_smaller_budget_gets_a_faster_tier(small_bundle: Bundle, settings: MakeSettings) -> None:
+    """The budget lies far from what the tiers need: 1, 2 and 500 ms."""
+    engine = SimulatedEngine(
+        small_bundle, seconds=lambda tier, _: 0.5 if tier.name == "full" else tier.macs * 1e-6
+    )
+    with serving(Service(settings(), small_bundle, [engine])) as client:
+        answer = client.post("/classify?budget_ms=400", content=image_bytes()).json()
+    assert answer["tier"] == "balanced"
 
 
 def test_top_k_and_explain(client: TestClient) -> None:
@@ -93,10 +97,10 @@ def test_top_k_and_explain(client: TestClient) -> None:
 
 
 def test_the_budget_may_come_as_a_header_and_the_parameter_wins(client: TestClient) -> None:
-    headers = {"X-Latency-Budget-Ms": "700"}
+    headers = {"X-Latency-Budget-Ms": "17000"}
     by_header = client.post("/classify", content=image_bytes(), headers=headers).json()
-    both = client.post("/classify?budget_ms=800", content=image_bytes(), headers=headers).json()
-    assert (by_header["budget_ms"], both["budget_ms"]) == (700, 800)
+    both = client.post("/classify?budget_ms=18000", content=image_bytes(), headers=headers).json()
+    assert (by_header["budget_ms"], both["budget_ms"]) == (17_000, 18_000)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +145,7 @@ def test_a_senseless_parameter_is_refused(client: TestClient, query: str, words:
 def test_a_budget_that_no_tier_can_meet_says_what_is_needed(client: TestClient) -> None:
     document = problem(client.post("/classify?budget_ms=1", content=image_bytes()), 422)
     assert "'fast'" in document["detail"]
-    assert 10 <= document["needed_ms"] < 100
+    assert document["needed_ms"] >= 10
     pinned = problem(client.post("/classify?tier=full&budget_ms=20", content=image_bytes()), 422)
     assert pinned["needed_ms"] >= 40
 
@@ -283,7 +287,7 @@ def headless(tmp_path: Path, settings: MakeSettings) -> Iterator[TestClient]:
 
 
 def test_a_bundle_without_a_head_answers_with_features(headless: TestClient) -> None:
-    response = headless.post("/embed?tier=fast&budget_ms=800", content=image_bytes(255))
+    response = headless.post("/embed?tier=fast&budget_ms=8000", content=image_bytes(255))
     answer = response.json()
     assert response.status_code == 200, answer
     assert answer["features"] == [0, 0, 0, 0, 0, 0, 0, 5]
@@ -292,7 +296,7 @@ def test_a_bundle_without_a_head_answers_with_features(headless: TestClient) -> 
         "tier": "fast",
         "keep_ratio": 0.6,
         "tokens": [9, 5, 3],
-        "budget_ms": 800,
+        "budget_ms": 8000,
         "reason": "asked for",
     }
     assert answer["kept"] is None

@@ -15,7 +15,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from pcae_serve.cli import start
-from pcae_serve.commands.classify import AT_ONCE
+from pcae_serve.commands.classify import AT_ONCE, Classify
+from pcae_serve.schemas import Classification
 from tests.support.bundles import write_bundle
 from tests.support.images import image_bytes
 from tests.support.server_process import COMMAND, free_port, server
@@ -28,7 +29,8 @@ Captured = pytest.CaptureFixture[str]
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a real server, with the simulated engine."""
     root = tmp_path_factory.mktemp("served")
-    with server("--bundle", str(write_bundle(root / "bundle")), *SIMULATED, cache=root) as (url, _):
+    flags = ("--bundle", str(write_bundle(root / "bundle")), *SIMULATED, "--budget-ms", "20000")
+    with server(*flags, cache=root) as (url, _):
         yield url
 
 
@@ -198,16 +200,27 @@ def test_what_is_asked(tmp_path: Path, capsys: Captured, monkeypatch: pytest.Mon
 
 def test_a_late_answer_is_told_as_late(tmp_path: Path, capsys: Captured) -> None:
     file = tmp_path / "0"
-    file.write_text("60")
-    for answer, budget, late in (
-        ({"met_budget": False}, [], True),  # the server says so
-        ({}, ["--budget-ms", "40"], True),  # it says not, but that is how long it took
-        ({}, ["--budget-ms", "4000"], False),
-        ({}, [], False),
-    ):
-        with stand_in(Books(**answer).talk) as (url, _):
-            assert start(["classify", str(file), "--url", url, *budget]) == 0
-        assert ("ms, late)" in capsys.readouterr().out) == late
+    file.write_text("0")
+    with stand_in(Books(met_budget=False).talk) as (url, _):
+        assert start(["classify", str(file), "--url", url]) == 0
+    assert capsys.readouterr().out.endswith(" ms, late)\n")
+
+
+@pytest.mark.parametrize(
+    ("met_budget", "budget_ms", "took_ms", "late"),
+    [
+        (True, None, 60.0, False),
+        (True, 100.0, 60.0, False),
+        (True, 40.0, 60.0, True),  # the server met it, the way back did not
+        (False, 100.0, 60.0, True),
+    ],
+)
+def test_an_answer_is_late_for_the_server_or_here(
+    met_budget: bool, budget_ms: float | None, took_ms: float, late: bool
+) -> None:
+    answer = Classification.model_validate(ANSWER | {"met_budget": met_budget})
+    line = Classify(files=["a.png"], budget_ms=budget_ms)._line("a.png", answer, took_ms)
+    assert line == f"a.png  dim 0.9000  (fast, 60 ms{', late' if late else ''})"
 
 
 @pytest.mark.parametrize(
