@@ -120,7 +120,7 @@ class Problem(BaseModel):
         json_schema_extra={
             "example": {
                 "type": "urn:pcae-serve:overloaded",
-                "title": "Too much load to answer in time",
+                "title": "Server overloaded",
                 "status": 503,
                 "detail": "the load leaves no allowed tier within 50 ms, but for making others"
                 " late: retry later, allow a faster tier or a larger budget",

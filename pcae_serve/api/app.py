@@ -1,7 +1,6 @@
 """The REST API: routes, and errors as RFC 9457 problems. The service does the work."""
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -24,13 +23,14 @@ from pcae_serve.api.auth import Keys
 from pcae_serve.api.body import limited, unless_left
 from pcae_serve.engines.base import GPU_BACKENDS, NOTES
 from pcae_serve.errors import (
+    Forbidden,
+    InternalError,
     InvalidParameter,
-    NoKey,
+    MissingKey,
     RequestError,
     TooLarge,
     UnreadableImage,
     UnsupportedType,
-    WrongKey,
     one_line,
     shown,
 )
@@ -166,17 +166,17 @@ def create_app(
         if not known:
             return
         if given is None:
-            raise NoKey("send an API key as the header X-API-Key, or as a bearer token")
+            raise MissingKey("send an API key as the header X-API-Key, or as a bearer token")
         if given not in known and given not in admin:
-            raise WrongKey("this API key is not known")
+            raise Forbidden("this API key is not known")
 
     async def administrator(given: Given) -> None:
         if not admin:
-            raise WrongKey("nobody may: start the server with --admin-keys-file")
+            raise Forbidden("nobody may: start the server with --admin-keys-file")
         if given is None:
-            raise NoKey("send an admin key as the header X-API-Key, or as a bearer token")
+            raise MissingKey("send an admin key as the header X-API-Key, or as a bearer token")
         if given not in admin:
-            raise WrongKey("this is no admin key")
+            raise Forbidden("this is no admin key")
 
     needs_key = [Depends(caller)]
     app.add_exception_handler(RequestError, _refused)
@@ -455,21 +455,15 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 def refusal(error: RequestError) -> Response:
     """The answer that an error is."""
-    response = _problem(error.status, error.title, error.detail, _kind(error), **error.members)
+    response = _problem(error.status, error.title, error.detail, error.type, **error.members)
     response.headers.update(error.headers)
     return response
-
-
-def _kind(error: RequestError) -> str:
-    """The type of a problem: a URN, from the error's name."""
-    name = re.sub(r"(?<!^)(?=[A-Z])", "-", type(error).__name__).lower()
-    return f"urn:pcae-serve:{name}"
 
 
 def _document(error: RequestError) -> schemas.Problem:
     """The problem document of an error, inside another answer."""
     return schemas.Problem(
-        type=_kind(error),
+        type=error.type,
         title=error.title,
         status=error.status,
         detail=error.detail,
@@ -497,4 +491,4 @@ async def _nobody(_: Request, __: Exception) -> Response:
 
 
 async def _unexpected(_: Request, __: Exception) -> Response:
-    return _problem(500, "Internal error", "an unexpected error, see the server's log")
+    return refusal(InternalError("an unexpected error occurred: see the server's log"))

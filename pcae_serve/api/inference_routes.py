@@ -28,10 +28,10 @@ from pcae_serve.api.body import limited, unless_left
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.errors import (
     MalformedRequest,
-    NotOffered,
     OutOfService,
     RequestError,
     TooLarge,
+    UnknownModel,
     UnsupportedType,
     shown,
 )
@@ -272,12 +272,12 @@ def router(service: Service, caller: Callable[..., Any]) -> APIRouter:
     async def named(name: str) -> None:
         model = service.bundle.manifest.name
         if name != model:
-            raise NotOffered(f"this server has no model {shown(name)}: it serves {model!r}")
+            raise UnknownModel(f"this server has no model {shown(name)}: it serves {model!r}")
 
     async def versioned(name: str, version: str) -> None:
         await named(name)
         if version != VERSION:
-            raise NotOffered(
+            raise UnknownModel(
                 f"model {name!r} has no version {shown(version)}: its one is {VERSION!r}"
             )
 

@@ -24,17 +24,17 @@ from pcae_serve.bundle import reader as bundles
 from pcae_serve.bundle.reader import Bundle, Tier
 from pcae_serve.engines.base import Engine, Output, at_once
 from pcae_serve.errors import (
-    BudgetPassed,
     BudgetTooSmall,
     BundleError,
+    DeadlineExceeded,
     Draining,
     EngineFailed,
-    NotOffered,
     OutOfMemory,
     OutOfService,
     Overloaded,
     RequestError,
-    UploadTooSlow,
+    TaskNotSupported,
+    UploadTimeout,
     one_line,
 )
 from pcae_serve.observability.metrics import Failure, Metrics, Outcome
@@ -303,7 +303,7 @@ class Servable:
     def _allowed(self, ask: InferenceRequest) -> tuple[int, ...]:
         """Tiers that may answer now, cheapest first. Raises a RequestError where there is none."""
         if ask.answers is not None and ask.answers != self.bundle.answers:
-            raise NotOffered(
+            raise TaskNotSupported(
                 "this bundle's models have no head, so no classes: POST to /embed instead"
                 if ask.answers == "logits"
                 else "this bundle's models answer with classes: POST to /classify instead"
@@ -352,10 +352,10 @@ class Servable:
                 return
             waiting.outcome = Outcome.EXPIRED
             if body is None and uploaded_s < waiting.request.deadline_s:
-                raise UploadTooSlow(
+                raise UploadTimeout(
                     f"the body did not arrive within {settings.upload_s:g} s: send it faster"
                 ) from None
-            raise BudgetPassed(
+            raise DeadlineExceeded(
                 f"the budget of {waiting.ask.budget_ms:g} ms passed before the image was read:"
                 " retry with a larger one"
             ) from None
@@ -453,7 +453,7 @@ class Servable:
     def _expiry(self, expire: Expire, waiting: _Waiting) -> tuple[RequestError, Outcome]:
         match expire.why:
             case "late":
-                passed = BudgetPassed(
+                passed = DeadlineExceeded(
                     f"the budget of {waiting.ask.budget_ms:g} ms was used up before a tier"
                     " could run: retry with a larger one, or allow a faster tier"
                 )

@@ -22,13 +22,14 @@ from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import cpus
 from pcae_serve.engines.base import NOTES, Engine, at_once
 from pcae_serve.errors import (
-    BadBundle,
     Draining,
     OutOfService,
     PcaeError,
-    Reloading,
+    ReloadFailed,
+    ReloadInProgress,
     RequestError,
-    UploadTooSlow,
+    Starting,
+    UploadTimeout,
     one_line,
 )
 from pcae_serve.observability.metrics import Metrics, Outcome, Reload
@@ -216,7 +217,7 @@ class Service:
         if (self._draining and not admitted) or self._servable is None:
             if self._draining:
                 raise Draining(retry_after_s=1)
-            raise Draining("the server measures its latencies: ask again soon", retry_after_s=1)
+            raise Starting("the server is still measuring latencies: retry", retry_after_s=1)
         if not self._servable.works:
             raise OutOfService(
                 "every tier or device of this server has failed: ask another one",
@@ -229,13 +230,13 @@ class Service:
             raise OutOfService("a device does not come back from a call: restart this server")
 
     async def receive(self, read: Callable[[], Awaitable[T]]) -> T:
-        """The body of several images. Raises what `read` raises, or UploadTooSlow."""
+        """The body of several images. Raises what `read` raises, or UploadTimeout."""
         try:
             async with asyncio.timeout(self.settings.upload_s):
                 return await read()
         except TimeoutError:
             self.metrics.ended(Outcome.EXPIRED)
-            raise UploadTooSlow(
+            raise UploadTimeout(
                 f"the body did not arrive within {self.settings.upload_s:g} s: send it faster, or"
                 " fewer images"
             ) from None
@@ -263,14 +264,14 @@ class Service:
         """Serve what the bundle's folder holds now, without a request dropped.
 
         The new bundle is loaded and tried beside the old one, which serves on until the switch, and
-        after it until what it had taken is answered. Raises Reloading, or BadBundle where the new
-        one cannot be served: then the old one stays.
+        after it until what it had taken is answered. Raises ReloadInProgress, or ReloadFailed if
+        the new one cannot be served: then the old one stays.
         """
         old = self._servable
         if old is None or self._draining:
             raise Draining("the server is starting or stopping: nothing to reload", retry_after_s=1)
         if self._reloading:
-            raise Reloading("a reload is going on already: wait for it", retry_after_s=5)
+            raise ReloadInProgress("a reload is going on already: wait for it", retry_after_s=5)
         self._reloading, begin_s = True, time.monotonic()
         loop = asyncio.get_running_loop()
         try:
@@ -287,7 +288,7 @@ class Service:
                 raise Draining("the server is stopping: not reloaded") from None
             self.metrics.reloaded(Reload.FAILED)
             log.error("not reloaded, the old bundle serves on: %s", error)
-            raise BadBundle(f"{error}; the old bundle serves on") from None
+            raise ReloadFailed(f"{error}; the old bundle serves on") from None
         finally:
             self._reloading = False
         self.metrics.add_tiers([tier.name for tier in new.bundle.tiers])
@@ -373,7 +374,7 @@ class Service:
         Runs on a thread of its own. Raises PcaeError.
         """
         if self._make is None:
-            raise BadBundle("this server cannot make engines")
+            raise ReloadFailed("this server cannot make engines")
         settings, engines = self.settings, list[Engine]()
         try:
             new = bundles.load(old.bundle.root)
@@ -397,7 +398,7 @@ class Service:
                 engine.close()
             if isinstance(error, PcaeError):
                 raise
-            raise BadBundle(f"the new bundle does not run: {one_line(error)}") from error
+            raise ReloadFailed(f"the new bundle does not run: {one_line(error)}") from error
         return new, engines, measured
 
     def _retire(self, old: Servable) -> None:

@@ -132,7 +132,7 @@ def test_a_refusal_carries_what_the_server_said(connect: Any, url: str) -> None:
     with connect(url) as client:
         with pytest.raises(Refused, match="'full', the fastest allowed") as small:
             client.classify(image_bytes(), min_tier="full", budget_ms=400)
-        assert (small.value.status, small.value.title) == (422, "No tier is that fast")
+        assert (small.value.status, small.value.title) == (422, "Budget too small")
         assert small.value.type == "urn:pcae-serve:budget-too-small"
         assert small.value.needed_ms is not None
         assert small.value.needed_ms > 400

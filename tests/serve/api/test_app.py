@@ -322,7 +322,7 @@ def test_the_route_of_the_other_kind_of_bundle_names_the_right_one(
 ) -> None:
     document = problem(client.post("/embed", content=body), 404)
     assert "/classify" in document["detail"]
-    assert document["type"] == "urn:pcae-serve:not-offered"
+    assert document["type"] == "urn:pcae-serve:task-not-supported"
     assert "/embed" in problem(headless.post("/classify", content=body), 404)["detail"]
 
 
