@@ -62,7 +62,7 @@ def create_app(
     app.include_router(health_routes.router)
     app.include_router(admin_routes.router)
     app.include_router(metrics_routes.router, dependencies=needs_key)
-    app.include_router(inference_routes.router(service, require_key))
+    app.include_router(inference_routes.router)
     return app
 
 

@@ -38,3 +38,14 @@ def _served(folder: Path, **changes: Any) -> Iterator[TestClient]:
     engine = SimulatedEngine(served, seconds=quick)
     with serving(Service(known, served, [engine])) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def instant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    root = tmp_path_factory.mktemp("instant")
+    served = reader.load(write_bundle(root / "bundle"))
+    engine = SimulatedEngine(served, seconds=lambda tier, _: tier.macs * 1e-7)
+    # time enough on a slow machine: what is late is not what is looked for
+    known = Settings(cache_dir=root, profile_s=0.1, budget_ms=20_000, policy="nexus:fast")
+    with serving(Service(known, served, [engine])) as client:
+        yield client
