@@ -1,7 +1,6 @@
-"""API keys: the file that holds them, and the dependencies that routes require them with.
+"""API keys: read from a file, required by routes.
 
-A file holds one key a line; empty lines and lines that begin with # are ignored. Keys are kept as
-hashes and compared in constant time.
+Keys are kept as hashes and compared in constant time.
 """
 
 import hashlib
@@ -14,6 +13,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
+from pcae_serve import keys_file
 from pcae_serve.errors import Forbidden, MissingKey, StartError, one_line
 
 log = logging.getLogger(__name__)
@@ -46,26 +46,24 @@ class Keys:
         if path is None:
             return cls()
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            lines = keys_file.read_lines(path)
             mode = path.stat().st_mode
         except (OSError, UnicodeError) as error:
             raise StartError(f"cannot read the API keys in {path}: {one_line(error)}") from None
-        keys = {(number, key) for number, key in enumerate(lines, 1) if key and key[0] != "#"}
-        short = sorted(number for number, key in keys if len(key) < MIN_CHARACTERS)
-        if short:
+        if short := [number for number, key in lines if len(key) < MIN_CHARACTERS]:
             raise StartError(
                 f"{path}, line {short[0]}: a key needs at least {MIN_CHARACTERS} characters;"
                 " generate one with `openssl rand -hex 32`"
             )
-        if non_ascii := sorted(number for number, key in keys if not key.isascii()):
+        if non_ascii := [number for number, key in lines if not key.isascii()]:
             raise StartError(
                 f"{path}, line {non_ascii[0]}: a key must be ASCII to fit in an HTTP header"
             )
-        if not keys:
+        if not lines:
             raise StartError(f"{path} contains no API key: write one key a line")
         if mode & stat.S_IROTH:
             log.warning("every user of this machine can read %s: run chmod o-r", path)
-        return cls(frozenset(key for _, key in keys))
+        return cls(frozenset(key for _, key in lines))
 
 
 # The dependencies are coroutines: FastAPI runs a plain function in a thread, which costs 0.1 ms.

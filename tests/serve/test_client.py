@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
+from inspect import Signature, signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -25,9 +26,9 @@ from PIL import Image
 from pcae_serve.bundle.preprocess import decode
 from pcae_serve.client import (
     GRACE_S,
-    LEAST_S,
     MAX_WAIT_S,
-    WAIT_S,
+    MIN_LEFT_S,
+    MIN_WAIT_S,
     AsyncClient,
     BudgetExceeded,
     Client,
@@ -36,6 +37,7 @@ from pcae_serve.client import (
     Refused,
     image_file,
 )
+from pcae_serve.schemas import Classification
 from tests.support.bundles import manifest, write_bundle
 from tests.support.images import image_bytes
 from tests.support.server_process import free_port, server
@@ -134,6 +136,7 @@ def test_a_refusal_carries_what_the_server_said(connect: Any, url: str) -> None:
             client.classify(image_bytes(), min_tier="full", budget_ms=400)
         assert (small.value.status, small.value.title) == (422, "Budget too small")
         assert small.value.type == "urn:pcae-serve:budget-too-small"
+        assert small.value.code == "budget-too-small"
         assert small.value.needed_ms is not None
         assert small.value.needed_ms > 400
         with pytest.raises(Refused, match="choose one of fast, balanced, full"):
@@ -223,14 +226,14 @@ class Step:
     took_s: float = 0.0
     members: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
-    error: type[httpx.TransportError] | None = None
+    error: type[httpx2.TransportError] | None = None
 
-    def response(self) -> httpx.Response:
+    def response(self) -> httpx2.Response:
         if self.error is not None:
             raise self.error("it went wrong")
         problem = {"type": "urn:x:y", "title": "Hm", "status": self.status, "detail": "too much"}
         body = json.dumps(ANSWER if self.status == 200 else problem | self.members)
-        return httpx.Response(self.status, text=body, headers=self.headers)
+        return httpx2.Response(self.status, text=body, headers=self.headers)
 
 
 def busy(retry_after_s: float | None = None, took_s: float = 0.0, **members: Any) -> Step:
@@ -244,10 +247,10 @@ class World:
     def __init__(self, *script: Step) -> None:
         self.now_s = 100.0
         self.sent = list[tuple[float, Any]]()  # (when, budget_ms or None)
-        self.requests = list[httpx.Request]()
+        self.requests = list[httpx2.Request]()
         self._script = list(script)
 
-    def handle(self, request: httpx.Request) -> httpx.Response:
+    def handle(self, request: httpx2.Request) -> httpx2.Response:
         budget_ms = request.url.params.get("budget_ms")
         self.sent.append((self.now_s, None if budget_ms is None else float(budget_ms)))
         self.requests.append(request)
@@ -260,7 +263,7 @@ class World:
         self.now_s += seconds
 
     def client(self, connect: Any, **options: Any) -> Any:
-        transport = httpx.MockTransport(self.handle)
+        transport = httpx2.MockTransport(self.handle)
         clock = lambda: self.now_s  # noqa: E731
         return connect(transport=transport, clock=clock, sleep=self.sleep, **options)
 
@@ -297,8 +300,8 @@ def test_it_does_not_come_back_where_the_budget_would_have_passed(connect: Any) 
         (Step(503, headers={"Retry-After": "1"}), 1.0),
         (Step(503, members={"retry_after_s": 0.2}, headers={"Retry-After": "1"}), 0.2),
         (Step(503, members={"retry_after_s": "soon"}, headers={"Retry-After": "1"}), 1.0),
-        (Step(503, headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), WAIT_S),
-        (busy(0.0), WAIT_S),
+        (Step(503, headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), MIN_WAIT_S),
+        (busy(0.0), MIN_WAIT_S),
         (busy(-1.0), None),
         (busy(float("inf")), None),
         (Step(503, headers={"Retry-After": "tomorrow"}), None),
@@ -329,7 +332,7 @@ def test_nothing_else_is_asked_twice(connect: Any, status: int) -> None:
 
 
 def test_without_a_budget_nothing_is_asked_twice(connect: Any) -> None:
-    for step in (busy(0.01), Step(0, error=httpx.ConnectError)):
+    for step in (busy(0.01), Step(0, error=httpx2.ConnectError)):
         world = World(step)
         assert isinstance(world.classify(connect, budget_ms=None), ClientError)
         assert world.sent == [(100.0, None)]
@@ -340,7 +343,7 @@ def test_a_budget_that_waiting_made_too_small_has_passed(connect: Any) -> None:
     error = World(*script).classify(connect, budget_ms=500)
     assert isinstance(error, BudgetExceeded)
     assert str(error) == (
-        "the budget of 500 ms passed without an answer (2 requests); refused before: too much"
+        "the budget of 500 ms passed without an answer (2 requests); last refusal: too much"
     )
     first = World(script[1]).classify(connect, budget_ms=10)
     assert isinstance(first, Refused)
@@ -348,21 +351,21 @@ def test_a_budget_that_waiting_made_too_small_has_passed(connect: Any) -> None:
 
 
 def test_a_server_that_does_not_listen_yet_is_asked_again_ever_more_rarely(connect: Any) -> None:
-    deaf = Step(0, error=httpx.ConnectError)
+    deaf = Step(0, error=httpx2.ConnectError)
     world = World(*[deaf] * 100)
     error = world.classify(connect, budget_ms=3000)
     assert isinstance(error, NotReachable)
     waits_s = np.diff([when for when, _ in world.sent])
-    assert waits_s[0] == pytest.approx(WAIT_S)
+    assert waits_s[0] == pytest.approx(MIN_WAIT_S)
     assert waits_s.max() == pytest.approx(MAX_WAIT_S)
     assert (np.diff(waits_s) >= -1e-9).all()
     assert world.now_s <= 103
     assert World(deaf, deaf, Step(200)).classify(connect, budget_ms=3000).tier == "fast"
 
 
-@pytest.mark.parametrize("error", [httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError])
+@pytest.mark.parametrize("error", [httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError])
 def test_a_request_that_may_have_arrived_is_not_sent_again(
-    connect: Any, error: type[httpx.TransportError]
+    connect: Any, error: type[httpx2.TransportError]
 ) -> None:
     found = World(Step(0, error=error)).classify(connect, budget_ms=3000)
     assert isinstance(found, NotReachable)
@@ -412,7 +415,7 @@ def test_it_never_asks_past_the_budget_nor_gives_up_before(
         end_s = 100.0 + budget_ms / 1e3
         for (when_s, left_ms), step in zip(world.sent, [*script, last], strict=False):
             assert when_s < end_s
-            assert left_ms == pytest.approx(max(LEAST_S, end_s - when_s) * 1e3, abs=2e-3)
+            assert left_ms == pytest.approx(max(MIN_LEFT_S, end_s - when_s) * 1e3, abs=2e-3)
             back_s = when_s + step.took_s
         for ((sent_s, _), (again_s, _)), step in zip(pairwise(world.sent), script, strict=False):
             assert again_s - sent_s >= step.took_s + step.members["retry_after_s"] - 1e-9
@@ -422,8 +425,8 @@ def test_it_never_asks_past_the_budget_nor_gives_up_before(
             members = script[len(world.sent) - 1].members
             after = members.get("retry_after_s")
             if after is not None:
-                least_s = max(LEAST_S, (members["needed_ms"] or 0) / 1e3)
-                assert back_s + max(after, WAIT_S) + least_s > end_s - 1e-9
+                least_s = max(MIN_LEFT_S, (members["needed_ms"] or 0) / 1e3)
+                assert back_s + max(after, MIN_WAIT_S) + least_s > end_s - 1e-9
         else:
             assert result.tier == "fast"
         outcomes.append((type(result), str(result)))
@@ -471,7 +474,7 @@ def test_a_server_that_hangs_is_not_waited_for(connect: Any, size: int) -> None:
 def test_each_stage_of_a_request_gets_what_is_left(connect: Any) -> None:
     left_s = []
 
-    def handle(request: httpx.Request) -> httpx.Response:
+    def handle(request: httpx2.Request) -> httpx2.Response:
         for stage in ("connect", "write", "read"):
             left_s.append(request.extensions["timeout"].get(stage))
             world.now_s += 0.15
@@ -536,7 +539,7 @@ def test_a_name_that_is_unknown_is_told_at_once(connect: Any) -> None:
 
 @pytest.mark.parametrize("url", ["ftp://here", "http://", "http://here:99999", "http://[::1", ""])
 def test_what_is_no_address(connect: Any, url: str) -> None:
-    with pytest.raises(ClientError, match="no address as http://127"):
+    with pytest.raises(ClientError, match="not an address such as http://127"):
         connect(url)
 
 
@@ -552,17 +555,17 @@ def test_what_is_no_address(connect: Any, url: str) -> None:
 def test_what_answers_is_something_else(
     connect: Any, status: int, content: bytes, headers: dict[str, str]
 ) -> None:
-    response = httpx.Response(status, content=content, headers=headers)
-    with connect(transport=httpx.MockTransport(lambda _: response)) as client:
-        with pytest.raises(NotReachable, match="no pcae-serve") as found:
+    response = httpx2.Response(status, content=content, headers=headers)
+    with connect(transport=httpx2.MockTransport(lambda _: response)) as client:
+        with pytest.raises(NotReachable, match="not pcae-serve") as found:
             client.classify(b"image", budget_ms=500)
         assert str(status) in str(found.value)
 
 
 @pytest.mark.parametrize("body", ["<html>", "[1]", '{"detail": "two\\nlines"}'])
 def test_a_refusal_without_a_problem_document_is_one_line_too(connect: Any, body: str) -> None:
-    response = httpx.Response(502, text=body)
-    transport = httpx.MockTransport(lambda _: response)
+    response = httpx2.Response(502, text=body)
+    transport = httpx2.MockTransport(lambda _: response)
     with connect(transport=transport) as client, pytest.raises(Refused) as found:
         client.classify(b"image")
     assert str(found.value) == ("two lines" if "two" in body else "502 Bad Gateway")
@@ -585,9 +588,21 @@ def test_the_key_goes_with_every_request_and_is_never_told(connect: Any) -> None
     plain = World(Step(200))
     plain.classify(connect, 500)
     assert "x-api-key" not in plain.requests[0].headers
-    with pytest.raises(ClientError, match="no HTTP header can hold") as wrong:
+    with pytest.raises(ClientError, match="an HTTP header cannot contain") as wrong:
         connect(api_key="s3cret\n")
     assert "s3cret" not in str(wrong.value)
+
+
+def test_both_clients_have_the_same_calls() -> None:
+    def calls(client: type) -> dict[str, Signature]:
+        public = (name for name in vars(client) if not name.startswith("_"))
+        return {name: signature(getattr(client, name)) for name in public}
+
+    assert calls(Client) == calls(AsyncClient)
+    for client in (Client, AsyncClient):
+        assert list(signature(client.classify).parameters)[:3] == ["self", "image", "tier"]
+        assert signature(client.classify).return_annotation is Classification
+        assert "budget_ms: milliseconds" in (client.classify.__doc__ or "")
 
 
 # what it needs
@@ -626,6 +641,6 @@ asyncio.run(main())
     assert in_a_process(code).split() == ["asked"]
 
 
-def test_without_httpx_it_says_what_to_install() -> None:
-    told = in_a_process("import sys; sys.modules['httpx'] = None; import pcae_serve.client")
+def test_without_httpx2_it_says_what_to_install() -> None:
+    told = in_a_process("import sys; sys.modules['httpx2'] = None; import pcae_serve.client")
     assert told.splitlines()[-1].endswith("pip install 'pcae-serve[client]'")

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from pcae_serve.cli import start
-from pcae_serve.commands.classify import AT_ONCE, Classify
+from pcae_serve.commands.classify import MAX_IN_FLIGHT, Classify
 from pcae_serve.schemas import Classification
 from tests.support.bundles import write_bundle
 from tests.support.images import image_bytes
@@ -105,7 +105,7 @@ def test_a_file_that_fails_does_not_stop_the_others(
     assert told.err.splitlines() == [
         "pcae-serve: nowhere.png: No such file or directory",
         "pcae-serve: empty.png: the request body is empty: send the image file's bytes",
-        "pcae-serve: folder: a folder: name the images in it",
+        "pcae-serve: folder: is a folder: name the images in it",
     ]
 
 
@@ -122,7 +122,7 @@ def test_nobody_listens(files: list[str], capsys: Captured) -> None:
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("pcae-serve: a.png: cannot connect to http://127.0.0.1:")
     assert start(["classify", files[0], "--url", "ftp://here"]) == 1
-    assert "no address" in capsys.readouterr().err
+    assert "not an address" in capsys.readouterr().err
 
 
 def test_standard_input_and_names_of_any_kind(url: str, files: list[str]) -> None:
@@ -155,8 +155,8 @@ def test_who_reads_only_the_first_lines_ends_it_quietly(tmp_path: Path) -> None:
 def test_several_are_under_way_at_once_and_stand_in_the_order_given(
     tmp_path: Path, capsys: Captured
 ) -> None:
-    books, together = Books(), threading.Barrier(AT_ONCE, timeout=20)
-    names = [str(tmp_path / str(i)) for i in range(3 * AT_ONCE)]
+    books, together = Books(), threading.Barrier(MAX_IN_FLIGHT, timeout=20)
+    names = [str(tmp_path / str(i)) for i in range(3 * MAX_IN_FLIGHT)]
     for name in names:
         Path(name).write_text("100" if name is names[0] else "0")
 
@@ -166,15 +166,15 @@ def test_several_are_under_way_at_once_and_stand_in_the_order_given(
 
     with stand_in(talk) as (url, connections):
         assert start(["classify", "--url", url, *names]) == 0
-    assert books.most <= AT_ONCE
-    assert len(connections) <= AT_ONCE
+    assert books.most <= MAX_IN_FLIGHT
+    assert len(connections) <= MAX_IN_FLIGHT
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == names
 
 
 def test_what_is_asked(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     file, key, books = tmp_path / "0", tmp_path / "key", Books()
     file.write_text("0")
-    key.write_text("from-file\n")
+    key.write_text("# the first of two\n\nfrom-file name=batch\nanother-key\n")
     monkeypatch.setenv("PCAE_API_KEY", "")  # as good as none
     with stand_in(books.talk) as (url, _):
         ask = ["classify", str(file), "--url", url]
@@ -188,7 +188,7 @@ def test_what_is_asked(tmp_path: Path, capsys: Captured, monkeypatch: pytest.Mon
         assert 8000 < float(told.pop("budget_ms")) <= 9000
         assert told == {"tier": "full", "min_tier": "fast", "top_k": "3", "explain": "false"}
         assert books.keys == [None, "from-variable", "from-file"]
-        for content in (None, b"", b" \n", b"\xff"):
+        for content in (None, b"", b" \n# none\n", b"\xff"):
             if content is not None:
                 key.write_bytes(content)
             wrong = key if content is not None else tmp_path / "nowhere"
@@ -230,7 +230,7 @@ def test_an_answer_is_late_for_the_server_or_here(
         (["--"], "name the images: pcae-serve classify FILE…"),
         (["a", "--port", "9"], "unrecognized arguments: --port"),
         (["a", "-v"], "unrecognized arguments: -v"),
-        (["-", "a", "-"], "standard input (-) can be read once only"),
+        (["-", "a", "-"], "standard input (-) can be read only once"),
         (["a", "--top-k", "0"], "--top-k: "),
         (["a", "--budget-ms", "nan"], "--budget-ms: "),
         (["a", "--budget-ms", "-1"], "--budget-ms: "),
@@ -244,10 +244,10 @@ def test_a_wrong_call(words: list[str], told: str, capsys: Captured) -> None:
 
 def test_without_the_extra(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "pcae_serve.client", raising=False)
-    monkeypatch.setitem(sys.modules, "httpx", None)
+    monkeypatch.setitem(sys.modules, "httpx2", None)
     assert start(["classify", "a.png"]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line == "pcae-serve: pcae-serve classify needs httpx: pip install 'pcae-serve[client]'"
+    assert line == "pcae-serve: pcae-serve classify needs httpx2: pip install 'pcae-serve[client]'"
 
 
 def test_the_command_is_told_of(capsys: Captured) -> None:
