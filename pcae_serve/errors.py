@@ -1,51 +1,56 @@
-"""Every error a person can cause, as a small tree; the HTTP status sits on the class.
+"""Every error a caller or an operator can cause; a RequestError carries its code and HTTP status.
 
     PcaeError
-    ├── BundleError            the bundle is missing, damaged or of another schema   exit 1
-    ├── StartError             the server cannot start: port taken, no runtime, GPU   exit 1
-    └── RequestError           one request is refused; the server goes on
-        ├── NotOffered         404  classes of a bundle without a head, features of one with
-        ├── MalformedRequest   400  not what the Open Inference Protocol says
-        ├── UnreadableImage    400  empty, truncated or damaged
-        ├── NoKey              401  no API key came along
-        ├── WrongKey           403  one that is not known, or not good enough
-        ├── UploadTooSlow      408  the body takes for ever
-        ├── Reloading          409  a reload is going on
-        ├── TooLarge           413  more bytes or pixels than the server takes
-        ├── UnsupportedType    415  no image type this server reads
-        ├── InvalidParameter   422  unknown tier, senseless budget
-        ├── BudgetTooSmall     422  no allowed tier fits, even on an idle machine
-        ├── BadBundle          422  a reload that was refused; the old bundle serves on
-        ├── Overloaded         503  no allowed tier fits in time beside what is in hand
-        ├── Draining           503  the server is starting or stopping
-        ├── OutOfService       503  what would answer has failed
-        ├── OutOfMemory        503  there is none to decode an image with
-        ├── EngineFailed       500  the model did not run
-        └── BudgetPassed       504  the budget passed while the request waited
+    ├── BundleError                  the bundle is missing, damaged or has another schema    exit 1
+    ├── StartError                   the server cannot start: port in use, no runtime, GPU    exit 1
+    └── RequestError                 one request is refused; the server keeps running
+        ├── MalformedRequest    400  the request violates the Open Inference Protocol
+        ├── UnreadableImage     400  the image is empty, truncated or damaged
+        ├── MissingKey          401  the request has no API key
+        ├── Forbidden           403  the API key is unknown or not an admin key
+        ├── TaskNotSupported    404  classes from a bundle without a head, features from one with
+        ├── UnknownModel        404  no such model or version
+        ├── UploadTimeout       408  the body did not arrive in time
+        ├── ReloadInProgress    409  another reload is running
+        ├── TooLarge            413  too many bytes, pixels or images
+        ├── UnsupportedType     415  not an image type that this server reads
+        ├── InvalidParameter    422  unknown tier, budget out of range
+        ├── BudgetTooSmall      422  no allowed tier meets the budget, even on an idle machine
+        ├── ReloadFailed        422  the new bundle cannot be served; the old one stays
+        ├── InternalError       500  an unexpected error
+        ├── EngineFailed        500  the model did not run
+        ├── Overloaded          503  no allowed tier meets the budget under the current load
+        ├── Starting            503  latencies are still being measured
+        ├── Draining            503  the server is shutting down
+        ├── OutOfService        503  the tiers or devices that could answer have failed
+        ├── OutOfMemory         503  no memory to decode the image
+        └── DeadlineExceeded    504  the budget passed before the request was answered
 
-A message is one line that says what was wrong and what to do.
+A message is one line that states the fault and what to do. docs/errors.md documents every code.
 """
 
 from math import ceil
 from typing import ClassVar
 
-#: Characters of a caller's words that an answer or a log repeats.
+#: What a problem's `type` begins with; the code follows.
+TYPE_PREFIX = "urn:pcae-serve:"
+#: Characters of a caller's text that an answer or a log repeats.
 MAX_SHOWN = 80
 
 
 def shown(words: object) -> str:
-    """A caller's words, to be repeated in a message: quoted, escaped, and not all too many."""
+    """Return a caller's text for use in a message: quoted, escaped and at most MAX_SHOWN long."""
     text = str(words)
     return ascii(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "...")
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line; its kind where it says nothing."""
+    """Return the first line of an error's message, or its class name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class PcaeError(Exception):
-    """Something a person can mend; commands print it as one line and exit with 1."""
+    """An error that its message explains; commands print it as one line and exit with 1."""
 
 
 class BundleError(PcaeError):
@@ -57,101 +62,124 @@ class StartError(PcaeError):
 
 
 class RequestError(PcaeError):
-    """One request is refused, as RFC 9457 problem+json."""
+    """One request is refused, as RFC 9457 problem+json.
 
-    status: ClassVar[int] = 500
-    title: ClassVar[str] = "Internal error"
+    `code` is the stable name of the error in the API; class names and details may change.
+    """
+
+    code: ClassVar[str]
+    status: ClassVar[int]
+    title: ClassVar[str]
 
     def __init__(self, detail: str, **members: float | str | list[str]) -> None:
-        """`members` join the problem document, such as needed_ms or retry_after_s."""
+        """`members` are added to the problem document, for example needed_ms or retry_after_s."""
         super().__init__(detail)
         self.detail, self.members = detail, members
 
     @property
+    def type(self) -> str:
+        """The `type` of the problem document: a URN that ends with the code."""
+        return TYPE_PREFIX + self.code
+
+    @property
     def headers(self) -> dict[str, str]:
-        """What HTTP says of it beside the document, in whatever way that is written."""
+        """HTTP headers that go with the error, whatever the form of its body."""
         retry_after_s = self.members.get("retry_after_s")
         if not isinstance(retry_after_s, float | int):
             return {}
         return {"Retry-After": str(max(1, ceil(retry_after_s)))}  # in whole seconds
 
 
-class NotOffered(RequestError):
-    status, title = 404, "Not offered by this bundle"
-
-
 class MalformedRequest(RequestError):
-    status, title = 400, "Malformed request"
+    code, status, title = "malformed-request", 400, "Malformed request"
 
 
 class UnreadableImage(RequestError):
-    status, title = 400, "Unreadable image"
+    code, status, title = "unreadable-image", 400, "Unreadable image"
 
 
-class NoKey(RequestError):
-    status, title = 401, "An API key is needed"
+class MissingKey(RequestError):
+    code, status, title = "missing-key", 401, "API key required"
 
     @property
     def headers(self) -> dict[str, str]:
         return {"WWW-Authenticate": "Bearer"}
 
 
-class WrongKey(RequestError):
-    status, title = 403, "Not allowed"
+class Forbidden(RequestError):
+    code, status, title = "forbidden", 403, "Forbidden"
 
 
-class UploadTooSlow(RequestError):
-    status, title = 408, "The body did not arrive"
+class TaskNotSupported(RequestError):
+    code, status, title = "task-not-supported", 404, "Task not supported by this bundle"
 
 
-class Reloading(RequestError):
-    status, title = 409, "A reload is going on"
+class UnknownModel(RequestError):
+    code, status, title = "unknown-model", 404, "Unknown model"
+
+
+class UploadTimeout(RequestError):
+    code, status, title = "upload-timeout", 408, "Upload timed out"
+
+
+class ReloadInProgress(RequestError):
+    code, status, title = "reload-in-progress", 409, "Reload already in progress"
 
 
 class TooLarge(RequestError):
-    status, title = 413, "Image too large"
+    code, status, title = "too-large", 413, "Request too large"
 
 
 class UnsupportedType(RequestError):
-    status, title = 415, "Not an image type this server reads"
+    code, status, title = "unsupported-type", 415, "Unsupported type"
 
 
 class InvalidParameter(RequestError):
-    status, title = 422, "Invalid parameter"
+    code, status, title = "invalid-parameter", 422, "Invalid parameter"
 
 
 class BudgetTooSmall(RequestError):
-    status, title = 422, "No tier is that fast"
+    code, status, title = "budget-too-small", 422, "Budget too small"
+
+
+class ReloadFailed(RequestError):
+    code, status, title = "reload-failed", 422, "Reload failed"
+
+
+class InternalError(RequestError):
+    code, status, title = "internal-error", 500, "Internal error"
+
+
+class EngineFailed(RequestError):
+    code, status, title = "engine-failed", 500, "Inference failed"
 
 
 class Overloaded(RequestError):
-    status, title = 503, "Too much load to answer in time"
+    code, status, title = "overloaded", 503, "Server overloaded"
+
+
+class Starting(RequestError):
+    code, status, title = "starting", 503, "Server is starting"
 
 
 class Draining(RequestError):
-    status, title = 503, "Not serving"
+    code, status, title = "draining", 503, "Server is shutting down"
 
     def __init__(
-        self, detail: str = "the server is stopping: ask another one", **members: float | str
+        self,
+        detail: str = "the server is shutting down: send the request to another one",
+        **members: float | str,
     ) -> None:
         super().__init__(detail, **members)
 
 
-class BadBundle(RequestError):
-    status, title = 422, "The bundle cannot be served"
-
-
 class OutOfService(RequestError):
-    status, title = 503, "Out of service"
+    code, status, title = "out-of-service", 503, "Out of service"
 
 
 class OutOfMemory(RequestError):
-    status, title = 503, "Out of memory"
+    code, status, title = "out-of-memory", 503, "Out of memory"
 
 
-class EngineFailed(RequestError):
-    status, title = 500, "The model did not run"
-
-
-class BudgetPassed(RequestError):
-    status, title = 504, "The budget passed while the request waited"
+class DeadlineExceeded(RequestError):
+    code, status, title = "deadline-exceeded", 504, "Deadline exceeded"

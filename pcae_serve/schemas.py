@@ -21,7 +21,7 @@ class Timings(BaseModel):
     total: float = Field(description="from the request's headers to this answer")
 
 
-class Answered(BaseModel):
+class Result(BaseModel):
     """What every answer to an image tells of itself."""
 
     tier: str = Field(description="the tier that answered")
@@ -44,7 +44,7 @@ class Features(BaseModel):
     features: list[float] = Field(description="of the image; not scaled to length 1")
 
 
-class Classification(Answered, Classes):  # fields of the last base come first
+class Classification(Result, Classes):  # fields of the last base come first
     """The answer to one image, from a model with a head."""
 
     model_config = ConfigDict(
@@ -67,7 +67,7 @@ class Classification(Answered, Classes):  # fields of the last base come first
     )
 
 
-class Embedding(Answered, Features):
+class Embedding(Result, Features):
     """The answer to one image, from a model without a head."""
 
 
@@ -120,7 +120,7 @@ class Problem(BaseModel):
         json_schema_extra={
             "example": {
                 "type": "urn:pcae-serve:overloaded",
-                "title": "Too much load to answer in time",
+                "title": "Server overloaded",
                 "status": 503,
                 "detail": "the load leaves no allowed tier within 50 ms, but for making others"
                 " late: retry later, allow a faster tier or a larger budget",

@@ -86,7 +86,7 @@ class Settings(BaseSettings):
         0, ge=0, description="images decoded at the same time; 0 = as many as cores that we may use"
     )
     max_body_mb: float = Field(20, gt=0, description="bytes of a request body; beyond, 413")
-    max_images: int = Field(64, ge=1, description="images of one /classify/batch; beyond, 413")
+    max_images: int = Field(64, ge=1, description="images in one request; beyond, 413")
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="pixels of an image; beyond, 413")
 
     profile_s: float = Field(

@@ -18,7 +18,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pcae_serve.runtime.service import BATCH_S, TERMINATE_S
+from pcae_serve.runtime.service import BATCH_S
+from pcae_serve.runtime.worker import TERMINATE_S
 from pcae_serve.settings import Settings
 from pcae_training.pretrain import PretrainSettings
 from tests.support.exposition import SERVED

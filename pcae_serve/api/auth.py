@@ -1,7 +1,6 @@
-"""API keys: who may ask, and who may administer. Kept as hashes, compared in constant time.
+"""API keys: read from a file, required by routes.
 
-A file holds one key a line; empty lines and lines that begin with # do not count. It knows strings
-and files, nothing of HTTP.
+Keys are kept as hashes and compared in constant time.
 """
 
 import hashlib
@@ -9,17 +8,22 @@ import hmac
 import logging
 import stat
 from pathlib import Path
+from typing import Annotated
 
-from pcae_serve.errors import StartError, one_line
+from fastapi import Depends, Request
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+
+from pcae_serve import keys_file
+from pcae_serve.errors import Forbidden, MissingKey, StartError, one_line
 
 log = logging.getLogger(__name__)
 
 #: A shorter key can be guessed.
-LEAST_CHARACTERS = 16
+MIN_CHARACTERS = 16
 
 
 class Keys:
-    """A set of keys. An empty one knows nobody."""
+    """A set of keys. An empty set accepts no key."""
 
     def __init__(self, keys: frozenset[str] = frozenset()) -> None:
         self._digests = [_digest(key) for key in keys]
@@ -29,34 +33,73 @@ class Keys:
 
     def __contains__(self, key: str) -> bool:
         digest, known = _digest(key), False
-        for each in self._digests:  # all of them, whichever fits: the time must not tell
+        for each in self._digests:  # all of them, so that the time does not depend on the key
             known |= hmac.compare_digest(each, digest)
         return known
 
     @classmethod
     def read(cls, path: Path | None) -> "Keys":
-        """The keys of a file; none without one. Raises StartError, which never shows a key."""
+        """Read the keys of a file; no path gives an empty set.
+
+        Raise StartError if the file or a key is unusable. No message contains a key.
+        """
         if path is None:
             return cls()
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            lines = keys_file.read_lines(path)
             mode = path.stat().st_mode
         except (OSError, UnicodeError) as error:
             raise StartError(f"cannot read the API keys in {path}: {one_line(error)}") from None
-        keys = {(number, key) for number, key in enumerate(lines, 1) if key and key[0] != "#"}
-        short = sorted(number for number, key in keys if len(key) < LEAST_CHARACTERS)
-        if short:
+        if short := [number for number, key in lines if len(key) < MIN_CHARACTERS]:
             raise StartError(
-                f"{path}, line {short[0]}: a key needs at least {LEAST_CHARACTERS} characters; make"
-                " one by `openssl rand -hex 32`"
+                f"{path}, line {short[0]}: a key needs at least {MIN_CHARACTERS} characters;"
+                " generate one with `openssl rand -hex 32`"
             )
-        if foreign := sorted(number for number, key in keys if not key.isascii()):
-            raise StartError(f"{path}, line {foreign[0]}: a key must be ASCII, to go in a header")
-        if not keys:
-            raise StartError(f"{path} holds no API key: one a line")
+        if non_ascii := [number for number, key in lines if not key.isascii()]:
+            raise StartError(
+                f"{path}, line {non_ascii[0]}: a key must be ASCII to fit in an HTTP header"
+            )
+        if not lines:
+            raise StartError(f"{path} contains no API key: write one key a line")
         if mode & stat.S_IROTH:
-            log.warning("everybody on this machine can read %s: chmod o-r", path)
-        return cls(frozenset(key for _, key in keys))
+            log.warning("every user of this machine can read %s: run chmod o-r", path)
+        return cls(frozenset(key for _, key in lines))
+
+
+# The dependencies are coroutines: FastAPI runs a plain function in a thread, which costs 0.1 ms.
+
+
+async def given_key(
+    header: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))],
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
+) -> str | None:
+    """Return the API key of the request: the header X-API-Key, or else a bearer token."""
+    return header or (None if bearer is None else bearer.credentials)
+
+
+GivenKey = Annotated[str | None, Depends(given_key)]
+
+
+async def require_key(request: Request, key: GivenKey) -> None:
+    """Require an API key or an admin key, unless the server runs without API keys."""
+    keys: Keys = request.app.state.keys
+    if not keys:
+        return
+    if key is None:
+        raise MissingKey("send an API key in the header X-API-Key or as a bearer token")
+    if key not in keys and key not in request.app.state.admin_keys:
+        raise Forbidden("unknown API key")
+
+
+async def require_admin_key(request: Request, key: GivenKey) -> None:
+    """Require an admin key."""
+    admin_keys: Keys = request.app.state.admin_keys
+    if not admin_keys:
+        raise Forbidden("admin routes are disabled: start the server with --admin-keys-file")
+    if key is None:
+        raise MissingKey("send an admin key in the header X-API-Key or as a bearer token")
+    if key not in admin_keys:
+        raise Forbidden("this API key is not an admin key")
 
 
 def _digest(key: str) -> bytes:

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pcae_serve.api.app import refusal
+from pcae_serve.api.problems import refusal
 from pcae_serve.descriptors import raise_descriptor_limit
 from pcae_serve.errors import Draining, RequestError
 from pcae_serve.observability.logs import RequestId

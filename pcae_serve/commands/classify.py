@@ -1,7 +1,4 @@
-"""pcae-serve classify: image files to a running server, a line for each to standard output.
-
-It knows names of files, lines and exit codes; what is asked, and how often, is up to `client`.
-"""
+"""pcae-serve classify: send image files to a running server and print one line for each."""
 
 import asyncio
 import json
@@ -14,14 +11,15 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import BaseModel, Field, model_validator
 from pydantic_settings import CliUnknownArgs
 
+from pcae_serve import keys_file
 from pcae_serve.errors import PcaeError
 
-if TYPE_CHECKING:  # an extra, and serving does not need it
+if TYPE_CHECKING:  # needs an extra, which serving does not
     from pcae_serve.client import AsyncClient
     from pcae_serve.schemas import Classification
 
-#: Images under way at the same time.
-AT_ONCE = 8
+#: Images in flight at the same time.
+MAX_IN_FLIGHT = 8
 STDIN = "-"
 KEY_VARIABLE = "PCAE_API_KEY"
 
@@ -29,25 +27,35 @@ KEY_VARIABLE = "PCAE_API_KEY"
 class Classify(BaseModel):
     """Classify images on a running server: pcae-serve classify FILE… (- is standard input).
 
-    A line for each, in the order given; exit code 1 if any of them failed.
+    Print one line for each image, in the given order. The exit code is 1 if any image failed.
     """
 
-    # not CliPositionalArg: that would split a name at its commas and drop its quotes
-    files: CliUnknownArgs = Field(description="images; - is standard input")
-    url: str = Field("http://127.0.0.1:8000", description="of the server")
-    tier: str = Field("auto", description="a tier's name, or auto")
+    # not CliPositionalArg, which splits a file name at its commas and drops its quotes
+    files: CliUnknownArgs = Field(description="image files; - is standard input")
+    url: str = Field("http://127.0.0.1:8000", description="address of the server")
+    tier: str = Field(
+        "auto", description="name of a tier, or auto: the most accurate one that meets the budget"
+    )
     budget_ms: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="how long each image can wait, from reading it on; a busy server is asked again"
-        " within it. Left out: as the server says, asked once",
+        description="milliseconds until an image's answer is needed, counted from when its file is"
+        " read; a busy server is asked again within this time; default: the server's own budget,"
+        " asked once",
     )
-    min_tier: str | None = Field(None, description="refuse rather than go below this tier")
-    top_k: int = Field(1, ge=1, description="classes to tell")
-    json_: bool = Field(False, alias="json", description="lines of JSON, all that the server says")
+    min_tier: str | None = Field(
+        None, description="with --tier auto, refuse an image rather than use a cheaper tier"
+    )
+    top_k: int = Field(1, ge=1, description="number of classes to print for each image")
+    json_: bool = Field(
+        False, alias="json", description="print JSON lines with the server's whole answers"
+    )
     api_key_file: Path | None = Field(
-        None, description=f"file with the server's API key; else the variable {KEY_VARIABLE}"
+        None,
+        description="keys file in the server's format (one key a line; empty lines and lines that"
+        " begin with # are ignored); its first key is used, up to a space if there is one;"
+        f" default: the key in the variable {KEY_VARIABLE}",
     )
 
     @model_validator(mode="after")
@@ -60,65 +68,61 @@ class Classify(BaseModel):
         if not self.files:
             raise ValueError("name the images: pcae-serve classify FILE…")
         if self.files.count(STDIN) > 1:
-            raise ValueError("standard input (-) can be read once only")
+            raise ValueError("standard input (-) can be read only once")
         return self
 
     def cli_cmd(self) -> None:
         try:
             from pcae_serve.client import AsyncClient
         except ImportError as error:
-            if error.name != "httpx":
+            if error.name != "httpx2":
                 raise
             raise PcaeError(
-                "pcae-serve classify needs httpx: pip install 'pcae-serve[client]'"
+                "pcae-serve classify needs httpx2: pip install 'pcae-serve[client]'"
             ) from None
         key = self._key()
-        # here, and not in a thread: one that waits for a terminal would outlive Ctrl-C
+        # not in a thread: one that waits for a terminal would outlive Ctrl-C
         stdin = sys.stdin.buffer.read() if STDIN in self.files else b""
-        try:
-            whole = asyncio.run(self._classify(AsyncClient(self.url, api_key=key), stdin))
-        except BrokenPipeError:  # who reads has read enough
-            whole = False
-        if not whole:
+        if not asyncio.run(self._classify(AsyncClient(self.url, api_key=key), stdin)):
             raise SystemExit(1)
 
     def _key(self) -> str | None:
         if self.api_key_file is None:
             return os.environ.get(KEY_VARIABLE) or None
         try:
-            key = self.api_key_file.read_text().strip()
+            lines = keys_file.read_lines(self.api_key_file)
         except (OSError, UnicodeError) as error:
             raise PcaeError(f"--api-key-file {self.api_key_file}: {_words(error)}") from None
-        if not key:
-            raise PcaeError(f"--api-key-file {self.api_key_file}: there is no key in it")
-        return key
+        if not lines:
+            raise PcaeError(f"--api-key-file {self.api_key_file}: the file contains no key")
+        return lines[0][1].split()[0]
 
     async def _classify(self, client: "AsyncClient", stdin: bytes) -> bool:
-        """Print what becomes of every file; whether all were answered."""
-        room, whole = asyncio.Semaphore(AT_ONCE), True
+        """Print the result of every file. Return whether all were answered."""
+        slots, all_answered = asyncio.Semaphore(MAX_IN_FLIGHT), True
         async with client:
             tasks = [
-                asyncio.create_task(self._one(client, room, name, stdin)) for name in self.files
+                asyncio.create_task(self._one(client, slots, name, stdin)) for name in self.files
             ]
             try:
                 for name, task in zip(self.files, tasks, strict=True):
                     result = await task
                     if isinstance(result, Exception):
                         print(f"pcae-serve: {_shown(name)}: {_words(result)}", file=sys.stderr)
-                        whole = False
+                        all_answered = False
                     else:
                         print(self._line(name, *result), flush=True)
-            finally:  # interrupted, or nobody reads: the client closes after the last of them
+            finally:  # interrupted, or the reader left: end the tasks before the client is closed
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-        return whole
+        return all_answered
 
     async def _one(
-        self, client: "AsyncClient", room: asyncio.Semaphore, name: str, stdin: bytes
+        self, client: "AsyncClient", slots: asyncio.Semaphore, name: str, stdin: bytes
     ) -> "tuple[Classification, float] | Exception":
-        """The answer and how many milliseconds it took, or what kept it from coming."""
-        async with room:
+        """Return the answer and the milliseconds it took, or the error."""
+        async with slots:
             start_s = time.perf_counter()
             try:
                 answer = await client.classify(
@@ -134,19 +138,19 @@ class Classify(BaseModel):
 
     def _line(self, name: str, answer: "Classification", took_ms: float) -> str:
         if self.json_:
-            told: dict[str, Any] = {"file": name, "took_ms": round(took_ms, 2)}
-            return json.dumps(told | answer.model_dump())
+            line: dict[str, Any] = {"file": name, "took_ms": round(took_ms, 2)}
+            return json.dumps(line | answer.model_dump())
         classes = ", ".join(f"{p.label} {p.probability:.4f}" for p in answer.predictions)
         late = "" if answer.met_budget and took_ms <= (self.budget_ms or took_ms) else ", late"
         return f"{_shown(name)}  {classes}  ({answer.tier}, {took_ms:.0f} ms{late})"
 
 
 def _shown(name: str) -> str:
-    """A file's name as text, also where its bytes are none."""
+    """Return a file name as printable text, even if its bytes are not valid UTF-8."""
     return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _words(error: Exception) -> str:
     if isinstance(error, IsADirectoryError):
-        return "a folder: name the images in it"
+        return "is a folder: name the images in it"
     return getattr(error, "strerror", None) or str(error)

@@ -61,7 +61,7 @@ class AdmittedRequest:
     async def receive(self, upload: Awaitable[bytes]) -> bytes:
         """Await the body until the upload limit or the deadline, whichever is earlier.
 
-        Raises UploadTooSlow, BudgetPassed, or what `upload` raises.
+        Raises UploadTimeout, DeadlineExceeded, or what `upload` raises.
         """
         upload_s = self._settings.upload_s
         until_s = min(self.deadline_s, self.request.arrival_s + upload_s)

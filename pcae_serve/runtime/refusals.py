@@ -4,16 +4,17 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from pcae_serve.errors import (
-    BudgetPassed,
     BudgetTooSmall,
+    DeadlineExceeded,
     Draining,
     EngineFailed,
-    NotOffered,
     OutOfMemory,
     OutOfService,
     Overloaded,
     RequestError,
-    UploadTooSlow,
+    Starting,
+    TaskNotSupported,
+    UploadTimeout,
 )
 from pcae_serve.observability.metrics import Outcome
 from pcae_serve.scheduling.events import Refuse
@@ -59,12 +60,12 @@ def queue_full(queue_limit: int, retry_after_s: float) -> Refusal:
 
 
 def upload_timeout(upload_s: float, hint: str = "send it faster") -> Refusal:
-    error = UploadTooSlow(f"the body did not arrive within {upload_s:g} s; {hint}")
+    error = UploadTimeout(f"the body did not arrive within {upload_s:g} s; {hint}")
     return Refusal(error, Outcome.EXPIRED)
 
 
 def expired_before_decoded(budget_ms: float) -> Refusal:
-    error = BudgetPassed(
+    error = DeadlineExceeded(
         f"the budget of {budget_ms:g} ms passed before the image was received and decoded; raise"
         " the budget"
     )
@@ -72,7 +73,7 @@ def expired_before_decoded(budget_ms: float) -> Refusal:
 
 
 def expired_in_queue(budget_ms: float) -> Refusal:
-    error = BudgetPassed(
+    error = DeadlineExceeded(
         f"the budget of {budget_ms:g} ms was used up before any allowed tier could run; raise the"
         " budget or allow a faster tier"
     )
@@ -133,7 +134,7 @@ def out_of_memory() -> Refusal:
 
 
 def starting() -> Refusal:
-    error = Draining("the server is measuring its latencies; retry in a moment", retry_after_s=1)
+    error = Starting("the server is measuring its latencies; retry in a moment", retry_after_s=1)
     return Refusal(error, Outcome.REFUSED_DRAINING)
 
 
@@ -147,8 +148,8 @@ def stopped() -> Refusal:
     return Refusal(Draining(), Outcome.REFUSED_DRAINING)
 
 
-def wrong_kind(answers: Literal["logits", "features"]) -> NotOffered:
+def wrong_kind(answers: Literal["logits", "features"]) -> TaskNotSupported:
     """Return the error for a request for classes or features that this bundle cannot return."""
     if answers == "logits":
-        return NotOffered("this bundle's models have no classes; POST to /embed for features")
-    return NotOffered("this bundle's models return classes; POST to /classify")
+        return TaskNotSupported("this bundle's models have no classes; POST to /embed for features")
+    return TaskNotSupported("this bundle's models return classes; POST to /classify")

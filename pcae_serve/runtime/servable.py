@@ -155,7 +155,8 @@ class Servable:
     def _allowed_tiers(self, request: InferenceRequest) -> tuple[int, ...]:
         """Return the tiers that may run the request now, the cheapest first.
 
-        Raises NotOffered, InvalidParameter, or OutOfService if all of them are out of rotation.
+        Raises TaskNotSupported, InvalidParameter, or OutOfService if all of them are out of
+        rotation.
         """
         if request.answers is not None and request.answers != self.bundle.answers:
             raise refusals.wrong_kind(request.answers)

@@ -22,11 +22,11 @@ from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines import cpus
 from pcae_serve.engines.base import BACKEND_NOTES, Engine, run_directly
 from pcae_serve.errors import (
-    BadBundle,
     Draining,
     OutOfService,
     PcaeError,
-    Reloading,
+    ReloadFailed,
+    ReloadInProgress,
     RequestError,
     one_line,
 )
@@ -205,13 +205,13 @@ class Service:
         """Serve what the bundle's folder holds now, without dropping a request.
 
         The new bundle is loaded, tried and measured while the old one serves; the old one finishes
-        what it admitted. Raises Reloading during another reload, Draining unless the service is
-        serving, or BadBundle if the new bundle cannot be served: then the old one stays.
+        what it admitted. Raises ReloadInProgress during another reload, Draining unless the service
+        is serving, or ReloadFailed if the new bundle cannot be served: then the old one stays.
         """
         if self._state is not State.SERVING:
             raise Draining("the server is starting or stopping and cannot reload", retry_after_s=1)
         if self._reloading:
-            raise Reloading("a reload is in progress; wait until it ends", retry_after_s=5)
+            raise ReloadInProgress("a reload is in progress; wait until it ends", retry_after_s=5)
         old = self._current
         assert isinstance(old, Servable)
         self._reloading, begin_s = True, time.monotonic()
@@ -229,7 +229,7 @@ class Service:
                 raise Draining("the server is stopping; the bundle was not reloaded") from None
             self.metrics.reloaded(Reload.FAILED)
             log.error("reload failed, the old bundle stays in service: %s", error)
-            raise BadBundle(f"{error}; the old bundle stays in service") from None
+            raise ReloadFailed(f"{error}; the old bundle stays in service") from None
         finally:
             self._reloading = False
         self.metrics.add_tiers([tier.name for tier in new.bundle.tiers])
@@ -391,7 +391,7 @@ class Service:
         Runs on a thread of its own; every batch runs as a background task. Raises PcaeError.
         """
         if self._make_engine is None:
-            raise BadBundle("this server cannot create engines")
+            raise ReloadFailed("this server cannot create engines")
         settings, engines = self.settings, list[Engine]()
         try:
             new = load_bundle(old.bundle.root)
@@ -417,7 +417,7 @@ class Service:
                 engine.close()
             if isinstance(error, PcaeError):
                 raise
-            raise BadBundle(f"the new bundle does not run: {one_line(error)}") from error
+            raise ReloadFailed(f"the new bundle does not run: {one_line(error)}") from error
         return new, engines, profile
 
     def _retire(self, old: Servable) -> None:
@@ -464,7 +464,7 @@ class RequestGroup:
         self._service = service
 
     async def receive(self, upload: Awaitable[T]) -> T:
-        """Await the body of the whole request. Raises UploadTooSlow, or what `upload` raises."""
+        """Await the body of the whole request. Raises UploadTimeout, or what `upload` raises."""
         metrics, upload_s = self._service.metrics, self._service.settings.upload_s
         try:
             async with asyncio.timeout(upload_s):

@@ -1,7 +1,9 @@
 """The application in process, with the simulated engine: no port, no graph."""
 
+import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +43,13 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < give_up_s, "it did not come about"
         time.sleep(0.005)
+
+
+def outcomes(client: TestClient) -> Counter[str]:
+    """Requests so far by outcome."""
+    text = client.get("/metrics").text
+    counts = re.findall(r'^pcae_requests_total\{outcome="(\w+)"\} (\d+)', text, re.MULTILINE)
+    return Counter({name: int(count) for name, count in counts})
 
 
 def problem(response: Any, status: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def test_a_file_holds_one_key_a_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("# none\n", "holds no API key"),
+        ("# none\n", "contains no API key"),
         (f"{ALICE}\nshort-secret\n", "line 2: a key needs at least 16 characters"),
         (f"# ours\n{ALICE}\nshort-secret-ungültig\n", "line 3: a key must be ASCII"),
     ],

@@ -15,7 +15,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from pcae_serve.cli import start
-from pcae_serve.commands.classify import AT_ONCE
+from pcae_serve.commands.classify import MAX_IN_FLIGHT, Classify
+from pcae_serve.schemas import Classification
 from tests.support.bundles import write_bundle
 from tests.support.images import image_bytes
 from tests.support.server_process import COMMAND, free_port, server
@@ -28,7 +29,8 @@ Captured = pytest.CaptureFixture[str]
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a real server, with the simulated engine."""
     root = tmp_path_factory.mktemp("served")
-    with server("--bundle", str(write_bundle(root / "bundle")), *SIMULATED, cache=root) as (url, _):
+    flags = ("--bundle", str(write_bundle(root / "bundle")), *SIMULATED, "--budget-ms", "20000")
+    with server(*flags, cache=root) as (url, _):
         yield url
 
 
@@ -103,7 +105,7 @@ def test_a_file_that_fails_does_not_stop_the_others(
     assert told.err.splitlines() == [
         "pcae-serve: nowhere.png: No such file or directory",
         "pcae-serve: empty.png: the request body is empty: send the image file's bytes",
-        "pcae-serve: folder: a folder: name the images in it",
+        "pcae-serve: folder: is a folder: name the images in it",
     ]
 
 
@@ -120,7 +122,7 @@ def test_nobody_listens(files: list[str], capsys: Captured) -> None:
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("pcae-serve: a.png: cannot connect to http://127.0.0.1:")
     assert start(["classify", files[0], "--url", "ftp://here"]) == 1
-    assert "no address" in capsys.readouterr().err
+    assert "not an address" in capsys.readouterr().err
 
 
 def test_standard_input_and_names_of_any_kind(url: str, files: list[str]) -> None:
@@ -153,8 +155,8 @@ def test_who_reads_only_the_first_lines_ends_it_quietly(tmp_path: Path) -> None:
 def test_several_are_under_way_at_once_and_stand_in_the_order_given(
     tmp_path: Path, capsys: Captured
 ) -> None:
-    books, together = Books(), threading.Barrier(AT_ONCE, timeout=20)
-    names = [str(tmp_path / str(i)) for i in range(3 * AT_ONCE)]
+    books, together = Books(), threading.Barrier(MAX_IN_FLIGHT, timeout=20)
+    names = [str(tmp_path / str(i)) for i in range(3 * MAX_IN_FLIGHT)]
     for name in names:
         Path(name).write_text("100" if name is names[0] else "0")
 
@@ -164,15 +166,15 @@ def test_several_are_under_way_at_once_and_stand_in_the_order_given(
 
     with stand_in(talk) as (url, connections):
         assert start(["classify", "--url", url, *names]) == 0
-    assert books.most <= AT_ONCE
-    assert len(connections) <= AT_ONCE
+    assert books.most <= MAX_IN_FLIGHT
+    assert len(connections) <= MAX_IN_FLIGHT
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == names
 
 
 def test_what_is_asked(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     file, key, books = tmp_path / "0", tmp_path / "key", Books()
     file.write_text("0")
-    key.write_text("from-file\n")
+    key.write_text("# the first of two\n\nfrom-file name=batch\nanother-key\n")
     monkeypatch.setenv("PCAE_API_KEY", "")  # as good as none
     with stand_in(books.talk) as (url, _):
         ask = ["classify", str(file), "--url", url]
@@ -186,7 +188,7 @@ def test_what_is_asked(tmp_path: Path, capsys: Captured, monkeypatch: pytest.Mon
         assert 8000 < float(told.pop("budget_ms")) <= 9000
         assert told == {"tier": "full", "min_tier": "fast", "top_k": "3", "explain": "false"}
         assert books.keys == [None, "from-variable", "from-file"]
-        for content in (None, b"", b" \n", b"\xff"):
+        for content in (None, b"", b" \n# none\n", b"\xff"):
             if content is not None:
                 key.write_bytes(content)
             wrong = key if content is not None else tmp_path / "nowhere"
@@ -198,16 +200,27 @@ def test_what_is_asked(tmp_path: Path, capsys: Captured, monkeypatch: pytest.Mon
 
 def test_a_late_answer_is_told_as_late(tmp_path: Path, capsys: Captured) -> None:
     file = tmp_path / "0"
-    file.write_text("60")
-    for answer, budget, late in (
-        ({"met_budget": False}, [], True),  # the server says so
-        ({}, ["--budget-ms", "40"], True),  # it says not, but that is how long it took
-        ({}, ["--budget-ms", "4000"], False),
-        ({}, [], False),
-    ):
-        with stand_in(Books(**answer).talk) as (url, _):
-            assert start(["classify", str(file), "--url", url, *budget]) == 0
-        assert ("ms, late)" in capsys.readouterr().out) == late
+    file.write_text("0")
+    with stand_in(Books(met_budget=False).talk) as (url, _):
+        assert start(["classify", str(file), "--url", url]) == 0
+    assert capsys.readouterr().out.endswith(" ms, late)\n")
+
+
+@pytest.mark.parametrize(
+    ("met_budget", "budget_ms", "took_ms", "late"),
+    [
+        (True, None, 60.0, False),
+        (True, 100.0, 60.0, False),
+        (True, 40.0, 60.0, True),  # the server met it, the way back did not
+        (False, 100.0, 60.0, True),
+    ],
+)
+def test_an_answer_is_late_for_the_server_or_here(
+    met_budget: bool, budget_ms: float | None, took_ms: float, late: bool
+) -> None:
+    answer = Classification.model_validate(ANSWER | {"met_budget": met_budget})
+    line = Classify(files=["a.png"], budget_ms=budget_ms)._line("a.png", answer, took_ms)
+    assert line == f"a.png  dim 0.9000  (fast, 60 ms{', late' if late else ''})"
 
 
 @pytest.mark.parametrize(
@@ -217,7 +230,7 @@ def test_a_late_answer_is_told_as_late(tmp_path: Path, capsys: Captured) -> None
         (["--"], "name the images: pcae-serve classify FILE…"),
         (["a", "--port", "9"], "unrecognized arguments: --port"),
         (["a", "-v"], "unrecognized arguments: -v"),
-        (["-", "a", "-"], "standard input (-) can be read once only"),
+        (["-", "a", "-"], "standard input (-) can be read only once"),
         (["a", "--top-k", "0"], "--top-k: "),
         (["a", "--budget-ms", "nan"], "--budget-ms: "),
         (["a", "--budget-ms", "-1"], "--budget-ms: "),
@@ -231,10 +244,10 @@ def test_a_wrong_call(words: list[str], told: str, capsys: Captured) -> None:
 
 def test_without_the_extra(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "pcae_serve.client", raising=False)
-    monkeypatch.setitem(sys.modules, "httpx", None)
+    monkeypatch.setitem(sys.modules, "httpx2", None)
     assert start(["classify", "a.png"]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line == "pcae-serve: pcae-serve classify needs httpx: pip install 'pcae-serve[client]'"
+    assert line == "pcae-serve: pcae-serve classify needs httpx2: pip install 'pcae-serve[client]'"
 
 
 def test_the_command_is_told_of(capsys: Captured) -> None:

@@ -1,0 +1,29 @@
+"""GET /livez and /readyz: probes for an orchestrator."""
+
+from fastapi import APIRouter, Request
+
+from pcae_serve import schemas
+from pcae_serve.api import problems
+from pcae_serve.api.state import service_of
+
+router = APIRouter(tags=["Server"])
+
+
+@router.get(
+    "/livez",
+    responses=problems.documented({503: "a device is lost until the process is restarted"}),
+)
+async def livez(request: Request) -> schemas.Health:
+    """Report whether the process works; 503 if a device never returned from a call."""
+    service_of(request).require_alive()
+    return schemas.Health(status="alive")
+
+
+@router.get(
+    "/readyz",
+    responses=problems.documented({503: "starting, shutting down, or every tier has failed"}),
+)
+async def readyz(request: Request) -> schemas.Health:
+    """Report whether requests are accepted: latencies are measured and a tier works."""
+    service_of(request).require_ready()
+    return schemas.Health(status="ready")

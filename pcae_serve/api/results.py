@@ -1,0 +1,51 @@
+"""Inference results as documents of the API."""
+
+from typing import Any
+
+import numpy as np
+
+from pcae_serve import schemas
+from pcae_serve.api import server_timing
+from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
+
+
+def classification(
+    answer: InferenceResult, ask: InferenceRequest, top_k: int, explain: bool
+) -> schemas.Classification:
+    """Return the `top_k` most probable classes of an image; `answer` holds its logits."""
+    return schemas.Classification(
+        predictions=_predictions(answer, top_k), **_common(answer, ask, explain)
+    )
+
+
+def embedding(answer: InferenceResult, ask: InferenceRequest, explain: bool) -> schemas.Embedding:
+    """Return the features of an image."""
+    return schemas.Embedding(features=answer.vector.tolist(), **_common(answer, ask, explain))
+
+
+def _predictions(answer: InferenceResult, top_k: int) -> list[schemas.Prediction]:
+    exponents = np.exp(answer.vector - answer.vector.max())  # [classes]
+    probabilities = exponents / exponents.sum()
+    best = np.argsort(-probabilities, kind="stable")[:top_k]
+    return [
+        schemas.Prediction(
+            label=answer.bundle.labels[index],
+            index=int(index),
+            probability=round(float(probabilities[index]), 6),
+        )
+        for index in best
+    ]
+
+
+def _common(answer: InferenceResult, ask: InferenceRequest, explain: bool) -> dict[str, Any]:
+    """Return the fields of schemas.Result."""
+    return {
+        "tier": answer.tier.name,
+        "keep_ratio": answer.tier.keep_ratio,
+        "tokens": list(answer.tier.token_counts),
+        "reason": answer.reason,
+        "budget_ms": ask.budget_ms,
+        "met_budget": answer.met_budget,
+        "timings_ms": server_timing.timings(answer),
+        "kept": [np.sort(stage).tolist() for stage in answer.kept] if explain else None,
+    }
