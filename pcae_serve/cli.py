@@ -20,8 +20,8 @@ from pcae_serve.command import config, run
 #: What pcae-serve does besides serving: where each command stands.
 COMMANDS = {
     "classify": ("pcae_serve.commands.classify", "Classify"),
-    "simulate": ("pcae_serve.loadtest.simulation", "Simulate"),
-    "replay": ("pcae_serve.loadtest.replay", "Replay"),
+    "simulate": ("pcae_serve.commands.simulate", "Simulate"),
+    "replay": ("pcae_serve.commands.replay", "Replay"),
 }
 
 

@@ -1,1 +1,1 @@
-"""Simulation and load generation; the serving path never imports it."""
+"""Simulation and load generation; the serving path does not import it."""

@@ -1,9 +1,9 @@
-"""The sender: requests leave at their times, whatever became of earlier ones (open loop).
+"""Open-loop load generator: each request is sent at its scheduled time, whatever earlier ones do.
 
-    (due, bytes) of every request -> plain HTTP/1.1 on connections opened beforehand -> Sent
+    due times and bytes of all requests -> HTTP/1.1 on connections opened in advance -> Responses
 
-One asyncio loop on one core. Requests are built before, answers are read after; in between there is
-only sending and taking times. It knows bytes and a clock, nothing of images, budgets or tiers.
+One asyncio loop on one core. Requests are built before the run and responses are parsed after it;
+in between it only sends, receives and takes times.
 """
 
 import asyncio
@@ -21,15 +21,16 @@ from numpy.typing import NDArray
 
 from pcae_serve.descriptors import raise_descriptor_limit
 from pcae_serve.errors import StartError, one_line
+from pcae_serve.loadtest import progress
 
-#: asyncio's timers come up to a millisecond late; for the rest, the loop turns without sleeping,
-#: and takes answers as it turns.
+#: asyncio's timers are up to a millisecond late: for the rest of the time the loop spins, and
+#: receives responses meanwhile.
 SPIN_S = 1.5e-3
-#: Sent in one turn of the loop, where many are due; then answers are taken.
+#: Requests sent in one iteration of the loop if many are due; then responses are received.
 BURST = 8
-#: Connections opened at the same time, and those kept free while requests are being sent.
-OPENING, FREE = 32, 4
-#: Files that this process may need for other things.
+#: Connections opened at the same time, and idle ones kept in reserve during the run.
+OPENING, RESERVE = 32, 4
+#: Descriptors left for other files of this process.
 OTHER_FILES = 64
 #: From the first connection to the first request.
 LEAD_S = 0.1
@@ -39,17 +40,17 @@ _HEAD_END = b"\r\n\r\n"
 
 
 @dataclass
-class Sent:
-    """Of n requests; seconds since the first was due, NaN where it did not come to it."""
+class Responses:
+    """Responses to n requests. Times are seconds since the first request was due; NaN: never."""
 
     sent_s: NDArray[np.float64]  # [n]
     ended_s: NDArray[np.float64]  # [n]
-    status: NDArray[np.int16]  # [n]; 0: no whole answer
+    status: NDArray[np.int16]  # [n]; 0: no complete response
     bodies: list[bytes]
-    faults: Counter[str] = field(default_factory=Counter)  # why there was none
+    faults: Counter[str] = field(default_factory=Counter)  # reasons for incomplete responses
 
     @classmethod
-    def none_of(cls, n: int) -> "Sent":
+    def empty(cls, n: int) -> "Responses":
         return cls(np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, np.int16), [b""] * n)
 
 
@@ -59,14 +60,14 @@ def send(
     requests: Sequence[bytes],
     due_s: Sequence[float],
     connections: int,
-    patience_s: float,
-) -> Sent:
-    """Send every request when it is due; wait `patience_s` at most for answers after the last.
+    grace_s: float,
+) -> Responses:
+    """Send every request when it is due, then wait up to `grace_s` for outstanding responses.
 
-    due_s: rising. connections: opened beforehand; more follow where these do not do. Raises
-    StartError where nobody listens.
+    due_s: ascending. connections: opened in advance; more are opened if these are not enough.
+    Raise StartError if no server listens.
     """
-    return asyncio.run(_Sender(host, port, requests, due_s).run(connections, patience_s))
+    return asyncio.run(_Sender(host, port, requests, due_s).run(connections, grace_s))
 
 
 class _Sender:
@@ -75,50 +76,49 @@ class _Sender:
     ) -> None:
         self._host, self._port = host, port
         self._requests, self._due_s = requests, due_s
-        self.sent = Sent.none_of(len(requests))
-        self._next = self._ended = 0  # of the requests
+        self.responses = Responses.empty(len(requests))
+        self._next = self._ended = 0  # requests sent, requests ended
         self._zero_s = 0.0
-        self._idle: list[_Connection] = []  # the last used on top: those below may be closed
+        self._idle: list[_Connection] = []  # last used on top; the server may close older ones
         self._all: set[_Connection] = set()
-        self._without: deque[int] = deque()  # due, and no connection is free
-        self._again: set[int] = set()  # sent twice already
+        self._unsent: deque[int] = deque()  # due, but no connection is idle
+        self._resent: set[int] = set()
         self._opening: set[asyncio.Task[None]] = set()
 
-    async def run(self, connections: int, patience_s: float) -> Sent:
+    async def run(self, connections: int, grace_s: float) -> Responses:
         self._loop, self._done = asyncio.get_running_loop(), asyncio.Event()
-        self._most = max(1, raise_descriptor_limit() - OTHER_FILES)
+        self._max_connections = max(1, raise_descriptor_limit() - OTHER_FILES)
         try:
-            await self._find()
-            wanted = min(connections, self._most)
+            await self._connect_first()
+            wanted = min(connections, self._max_connections)
             while (missing := wanted - len(self._all)) > 0:
                 await asyncio.gather(*(self._connect() for _ in range(min(OPENING, missing))))
         except OSError as error:
             raise StartError(
                 f"cannot connect to {self._host}:{self._port}: {one_line(error)}"
             ) from None
-        with _undisturbed():
+        with _no_garbage_collection():
             self._zero_s = self._loop.time() + LEAD_S
-            ticker = self._loop.create_task(self._tell()) if sys.stderr.isatty() else None
-            self._turn()
-            end_s = self._zero_s + self._due_s[-1] + patience_s
+            ticker = self._loop.create_task(self._show_progress())
+            self._send_due()
+            end_s = self._zero_s + self._due_s[-1] + grace_s
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(end_s):
                     await self._done.wait()
-        if ticker is not None:
-            ticker.cancel()
-        self.sent.faults["no answer"] += len(self._requests) - self._ended
+        ticker.cancel()
+        self.responses.faults["no answer"] += len(self._requests) - self._ended
         for task in self._opening:
             task.cancel()
         for connection in list(self._all):
             connection.close()
-        await asyncio.sleep(0)  # closed for good
-        return self.sent
+        await asyncio.sleep(0)  # lets the transports close
+        return self.responses
 
     def now_s(self) -> float:
         return self._loop.time() - self._zero_s
 
-    def _turn(self) -> None:
-        """Send what is due, and come back when the next is."""
+    def _send_due(self) -> None:
+        """Send the requests that are due, and schedule the next call."""
         due_s, n = self._due_s, len(self._due_s)
         for _ in range(BURST):
             if self._next == n:
@@ -131,33 +131,33 @@ class _Sender:
         else:
             wait_s = 0.0
         if wait_s > SPIN_S:
-            self._loop.call_later(wait_s - SPIN_S, self._turn)
+            self._loop.call_later(wait_s - SPIN_S, self._send_due)
         else:
-            self._loop.call_soon(self._turn)
+            self._loop.call_soon(self._send_due)
 
     def _send(self, i: int) -> None:
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
                 connection.send(i, self._requests[i])
-                self.sent.sent_s[i] = self.now_s()
+                self.responses.sent_s[i] = self.now_s()
                 break
         else:
-            self._without.append(i)
-        if len(self._idle) < FREE:
+            self._unsent.append(i)
+        if len(self._idle) < RESERVE:
             self._open_more()
 
     def _open_more(self) -> None:
-        room = self._most - len(self._all) - len(self._opening)
-        for _ in range(min(room, FREE + len(self._without) - len(self._opening))):
+        room = self._max_connections - len(self._all) - len(self._opening)
+        for _ in range(min(room, RESERVE + len(self._unsent) - len(self._opening))):
             task = self._loop.create_task(self._try_connect())
             self._opening.add(task)
             task.add_done_callback(self._opening.discard)
 
-    async def _find(self) -> None:
-        """The first address behind the name that listens, so that no name is looked up later."""
-        found = await self._loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-        addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+    async def _connect_first(self) -> None:
+        """Connect to the first address of the host that listens; use that address from then on."""
+        infos = await self._loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys(str(address[0]) for *_, address in infos))
         for i, address in enumerate(addresses):
             self._host = address
             try:
@@ -173,57 +173,65 @@ class _Sender:
         try:
             await self._connect()
         except OSError as error:
-            self.sent.faults["cannot connect"] += 1
-            if not self._all and self._without:  # nothing else would take it
-                self.ended(self._without.popleft(), 0, b"", one_line(error))
+            self.responses.faults["cannot connect"] += 1
+            if not self._all and self._unsent:  # no other connection can take it
+                self.ended(self._unsent.popleft(), 0, b"", one_line(error))
 
     def free(self, connection: "_Connection") -> None:
-        """It is there for the next one."""
+        """Make a connection available for the next request."""
         self._all.add(connection)
         self._idle.append(connection)
-        if self._without:
-            self._send(self._without.popleft())
+        if self._unsent:
+            self._send(self._unsent.popleft())
 
     def ended(self, i: int, status: int, body: bytes, fault: str = "") -> None:
-        sent = self.sent
-        sent.ended_s[i], sent.status[i], sent.bodies[i] = self.now_s(), status, body
+        """Record the response of request `i`, or why there is none."""
+        responses = self.responses
+        responses.ended_s[i], responses.status[i] = self.now_s(), status
+        responses.bodies[i] = body
         if fault:
-            sent.faults[fault] += 1
+            responses.faults[fault] += 1
         self._ended += 1
         if self._ended == len(self._requests):
             self._done.set()
 
-    def lost(self, connection: "_Connection", i: int | None, untouched: bool) -> None:
-        """It is closed. i: in hand; untouched: the server had closed it before reading that one."""
+    def lost(self, connection: "_Connection", i: int | None, unread: bool) -> None:
+        """Handle a closed connection.
+
+        i: its outstanding request. unread: the server had closed a kept connection before it read
+        the request; such a request is sent once more, as HTTP clients do, and its time goes on.
+        """
         self._all.discard(connection)
         if i is None:
             return
-        if untouched and i not in self._again and not self._done.is_set():
-            self._again.add(i)  # as every client does on a kept connection; its time goes on
+        if unread and i not in self._resent and not self._done.is_set():
+            self._resent.add(i)
             self._send(i)
         else:
             self.ended(i, 0, b"", "connection lost")
 
-    async def _tell(self) -> None:
+    async def _show_progress(self) -> None:
+        """Update a line each second on a terminal; print a line per interval otherwise."""
+        terminal = sys.stderr.isatty()
         while True:
-            await asyncio.sleep(1)
-            print(
-                f"\r{self._next}/{len(self._requests)} sent, {self._next - self._ended} in hand  ",
-                end="\r",
-                file=sys.stderr,
-                flush=True,
-            )
+            await asyncio.sleep(1 if terminal else progress.INTERVAL_S)
+            outstanding = self._next - self._ended
+            line = f"{self._next} of {len(self._requests)} sent, {outstanding} outstanding"
+            if terminal:
+                print(f"\r{line}  ", end="\r", file=sys.stderr, flush=True)
+            else:
+                progress.report(line)
 
 
 class _Connection(asyncio.Protocol):
-    """One request at a time, on a connection that is kept."""
+    """A keep-alive connection that carries one request at a time."""
 
     def __init__(self, sender: _Sender) -> None:
         self._sender = sender
-        self._in_hand: int | None = None
+        self._request: int | None = None  # the outstanding one
         self._used = False
         self._buffer = bytearray()
-        self._whole = 0  # bytes of the answer; 0: not known yet
+        self._total = 0  # bytes of the response; 0: not known yet
         self._status, self._head = 0, 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -236,48 +244,48 @@ class _Connection(asyncio.Protocol):
         return not self._transport.is_closing()
 
     def send(self, i: int, request: bytes) -> None:
-        self._in_hand = i
+        self._request = i
         self._transport.write(request)
 
     def close(self) -> None:
-        self._in_hand = None
+        self._request = None
         self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer
         buffer += data
-        if self._in_hand is None:  # nobody asked
+        if self._request is None:  # unsolicited
             self.close()
             return
-        if not self._whole:
+        if not self._total:
             end = buffer.find(_HEAD_END)
             if end < 0:
                 return
             head = bytes(buffer[:end])
             length = _LENGTH.search(head)
             if length is None or not head[9:12].isdigit():
-                i, self._in_hand = self._in_hand, None
+                i, self._request = self._request, None
                 self._sender.ended(i, 0, b"", "answer without Content-Length")
                 self.close()
                 return
             self._status, self._head = int(head[9:12]), end + len(_HEAD_END)
-            self._whole = self._head + int(length[1])
-        if len(buffer) >= self._whole:
-            i, self._in_hand, self._used = self._in_hand, None, True
-            body = bytes(buffer[self._head : self._whole])
+            self._total = self._head + int(length[1])
+        if len(buffer) >= self._total:
+            i, self._request, self._used = self._request, None, True
+            body = bytes(buffer[self._head : self._total])
             buffer.clear()
-            self._whole = 0
+            self._total = 0
             self._sender.ended(i, self._status, body)
             self._sender.free(self)
 
     def connection_lost(self, error: Exception | None) -> None:
-        i, self._in_hand = self._in_hand, None
+        i, self._request = self._request, None
         self._sender.lost(self, i, self._used and not self._buffer)
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Without Python's garbage collection: it stops everything for milliseconds."""
+def _no_garbage_collection() -> Iterator[None]:
+    """Disable Python's cyclic garbage collector, whose pauses take milliseconds."""
     gc.collect()
     gc.freeze()
     gc.disable()

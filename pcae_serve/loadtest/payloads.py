@@ -1,6 +1,6 @@
-"""The images that a replay sends: a file, a folder or a parquet file, with labels where asked for.
+"""Request bodies of a replay: images from a file, a folder or a parquet file, optionally labelled.
 
-It knows files and a server's list of labels. It does not decode: what is no image, the server says.
+Images are not decoded here; the server rejects what it cannot read.
 """
 
 import csv
@@ -15,48 +15,52 @@ from numpy.typing import NDArray
 
 from pcae_serve.errors import StartError, one_line
 
-#: What images in a folder end in.
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-#: For --labels: what tells them, where it is no file.
+#: Suffixes of the images in a folder.
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+#: Values of --labels besides a file name.
 FOLDERS, COLUMN = "folders", "column"
 
 
 @dataclass(frozen=True)
-class Images:
+class Payloads:
     """Encoded images to send."""
 
     bodies: Sequence[bytes]
-    labels: NDArray[np.int64] | None = None  # by the server's list, where right answers count
+    labels: NDArray[np.int64] | None = None  # indices into the server's labels
 
     @classmethod
     def load(cls, path: Path | None, labels: str | None, known: Sequence[str]) -> Self:
-        """From a file, a folder or a parquet file; labels as the flag says."""
+        """Read a file, a folder or a parquet file, by default the sample image.
+
+        labels: the value of --labels. known: the server's labels; a label that is not one of them
+        may also be an index. Raise StartError if images or labels cannot be read.
+        """
         path = path or Path(str(files("pcae_serve"))) / "sample.png"
         if path.suffix == ".parquet":
-            bodies, words = _of_parquet(path, labels)
+            bodies, words = _read_parquet(path, labels)
         elif labels == COLUMN:
-            raise StartError("--labels column is for a parquet file")
+            raise StartError("--labels column needs a parquet file")
         else:
-            bodies, words = _of_files(path, labels)
+            bodies, words = _read_files(path, labels)
         if not bodies:
-            raise StartError(f"{path} holds no image ({', '.join(sorted(ENDINGS))})")
+            raise StartError(f"{path} contains no images ({', '.join(sorted(SUFFIXES))})")
         if words is None:
             return cls(bodies)
         numbers = {str(i): i for i in range(len(known))}
         index = numbers | {label: i for i, label in enumerate(known)}
-        strange = next((word for word in words if word not in index), None)
-        if strange is not None:
+        unknown = next((word for word in words if word not in index), None)
+        if unknown is not None:
             raise StartError(
-                f"the server has no label {strange!r}; it has {', '.join(known[:5])}"
+                f"the server has no label {unknown!r}; its labels are {', '.join(known[:5])}"
                 + (", …" if len(known) > 5 else "")
             )
         return cls(bodies, np.array([index[word] for word in words]))
 
 
-def _of_files(path: Path, labels: str | None) -> tuple[list[bytes], list[str] | None]:
+def _read_files(path: Path, labels: str | None) -> tuple[list[bytes], list[str] | None]:
     try:
         if path.is_dir():
-            names = sorted(f for f in path.rglob("*") if f.suffix.lower() in ENDINGS)
+            names = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
         else:
             names = [path]
         bodies = [name.read_bytes() for name in names]
@@ -69,7 +73,9 @@ def _of_files(path: Path, labels: str | None) -> tuple[list[bytes], list[str] | 
     except (OSError, UnicodeError) as error:
         raise StartError(f"cannot read the images: {one_line(error)}") from None
     except KeyError as error:
-        raise StartError(f"{labels} has no column {error}; it needs file,label") from None
+        raise StartError(
+            f"{labels} has no column {error}; the columns must be file,label"
+        ) from None
     root = path if path.is_dir() else path.parent
     words = []
     for name in names:
@@ -79,10 +85,10 @@ def _of_files(path: Path, labels: str | None) -> tuple[list[bytes], list[str] | 
     return bodies, words
 
 
-def _of_parquet(path: Path, labels: str | None) -> tuple[list[bytes], list[str] | None]:
-    """As Hugging Face writes images: a struct with `bytes`, and names of the labels beside."""
+def _read_parquet(path: Path, labels: str | None) -> tuple[list[bytes], list[str] | None]:
+    """Read a parquet file in the Hugging Face layout: `image` structs with `bytes`, and `label`."""
     if labels not in (None, COLUMN):
-        raise StartError(f"the labels of a parquet file are its own: --labels {COLUMN}")
+        raise StartError(f"{path} is a parquet file: its labels need --labels {COLUMN}")
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:

@@ -1,10 +1,8 @@
-"""What a simulation serves on: tiers with their accuracy, and the seconds of their batches.
+"""Simulated platforms: tiers with their accuracy and the latency of their batches.
 
-    gpu, cpu   ready-made, in this folder
-    a file     of this shape; or a profile of `pcae-export profile` or the cache, beside its bundle
-    machine    this machine's cached profile of a bundle
-
-It knows files and bundles; it does not know policies, traces, or what a simulation makes of it.
+gpu, cpu   built in, in profiles/
+a file     in the same format, or a latency profile (`pcae-export profile --json`, or cached)
+machine    the latency profile of a bundle that the server has cached on this machine
 """
 
 import json
@@ -23,14 +21,14 @@ from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.tiers import TierTable
 from pcae_serve.settings import Settings
 
-#: Ready-made, each a file here.
+#: Built-in platforms, each a file in profiles/.
 NAMES = ("gpu", "cpu")
-#: The word for what the server itself would start from.
+#: Name of the profile that the server on this machine would start with.
 MACHINE = "machine"
 
 
 class BatchSeconds(FrozenModel):
-    """How long a batch of that size takes."""
+    """Latency of a batch size."""
 
     batch: int = Field(ge=1)
     p50_s: float = Field(gt=0, allow_inf_nan=False)
@@ -39,16 +37,16 @@ class BatchSeconds(FrozenModel):
 
 class TimedTier(FrozenModel):
     name: str
-    accuracy: float = Field(ge=0, le=1)  # agreement with the full model where none was measured
+    accuracy: float = Field(ge=0, le=1)  # or agreement with the full model, if not measured
     points: tuple[BatchSeconds, ...] = Field(min_length=1)
 
 
 class Platform(FrozenModel):
-    """A device with the tiers that it runs, the cheapest first."""
+    """A device with the tiers that it runs, cheapest first."""
 
-    source: str  # where the figures are from, for people
+    source: str  # origin of the figures, for people to read
     tiers: tuple[TimedTier, ...] = Field(min_length=1)
-    #: Requests a second that load 1.0 stands for, by mix, where it has been worked out before.
+    #: Requests per second that load 1 stands for, by mix; computed if a mix is missing.
     capacity_per_s: dict[str, float] = Field(default_factory=dict)
 
     @property
@@ -59,17 +57,17 @@ class Platform(FrozenModel):
 
     @property
     def full_s(self) -> float:
-        """The last tier's seconds at batch 1, which budgets are multiples of."""
+        """The last tier's latency at batch 1, the unit of budget mixes."""
         return self.latency(1).forecast(0.0).p50(len(self.tiers) - 1, 1)
 
     def latency(self, max_batch: int) -> Latency:
-        """The latency model that starts from these points."""
+        """Return a latency model that starts from these points."""
         return Latency(self._points(), max_batch)
 
     def seconds(self, max_batch: int) -> list[dict[int, Seconds]]:
-        """For each tier, of every batch size: as the latency model predicts before it has learnt.
+        """Return quantiles of every batch size for each tier, as the latency model starts out.
 
-        Between the points lie lines, and beyond the last one the line goes on.
+        Linear between the points, extrapolated beyond the last one.
         """
         forecast = self.latency(max_batch).forecast(0.0)
         return [
@@ -85,44 +83,50 @@ class Platform(FrozenModel):
 
 
 def read(name: str, bundle: Path | None = None) -> Platform:
-    """A ready-made platform, a file's, or this machine's; `bundle` (the demo) tells accuracies."""
+    """Return a built-in platform, one from a file, or this machine's.
+
+    A latency profile takes its accuracies from `bundle`, by default the demo bundle. Raise
+    StartError if it cannot be read, or does not fit the bundle.
+    """
     if name in NAMES:
         text = (files("pcae_serve.loadtest") / "profiles" / f"{name}.json").read_text(
             encoding="utf-8"
         )
         return Platform.model_validate_json(text)
     if name == MACHINE:
-        return _of_machine(load_bundle(bundle or demo_path()))
+        return _read_machine(load_bundle(bundle or demo_path()))
     try:
         content = json.loads(Path(name).read_bytes())
     except (OSError, ValueError) as error:
         known = ", ".join((*NAMES, MACHINE))
         raise StartError(
-            f"cannot read the profile {name}: {one_line(error)}; there are {known}, or a file"
+            f"cannot read the profile {name}: {one_line(error)}; use {known} or a file"
         ) from None
     try:
         if isinstance(content, dict) and "tiers" in content:
             return Platform.model_validate(content)
-        profile = latency_profile.Profile.model_validate(_profile(content))
+        profile = latency_profile.Profile.model_validate(_unwrap(content))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise StartError(f"{name} is no profile: {place}: {first['msg']}") from None
+        raise StartError(f"{name} is not a profile: {place}: {first['msg']}") from None
     return of_profile(profile, load_bundle(bundle or demo_path()), name)
 
 
 def of_profile(profile: latency_profile.Profile, bundle: Bundle, name: str) -> Platform:
-    """The tiers of a bundle that `auto` would take, with the seconds that were measured."""
+    """Return the tiers of a bundle that `auto` uses, with the measured latencies."""
     names = [tier.name for tier in bundle.tiers]
     if list(profile.points) != names:
         raise StartError(
-            f"{name} has the tiers {', '.join(profile.points)}, the bundle {bundle.root}"
-            f" {', '.join(names)}: give the --bundle that was profiled"
+            f"{name} has the tiers {', '.join(profile.points)}, but the bundle {bundle.root} has"
+            f" {', '.join(names)}: set --bundle to the bundle that was profiled"
         )
     tiers = []
     for tier, points in zip(bundle.tiers, profile.seconds(), strict=True):
         if tier.quality is None:
-            raise StartError(f"{bundle.root}: nobody measured how good tier {tier.name!r} is")
+            raise StartError(
+                f"{bundle.root}: tier {tier.name!r} has no measured accuracy or agreement"
+            )
         if not tier.dominated:
             seconds = tuple(
                 BatchSeconds(batch=batch, p50_s=s.p50, p99_s=s.p99) for batch, s in points.items()
@@ -134,19 +138,19 @@ def of_profile(profile: latency_profile.Profile, bundle: Bundle, name: str) -> P
     return Platform(source=source, tiers=tuple(tiers))
 
 
-def _of_machine(bundle: Bundle) -> Platform:
-    """As the server here would start with that bundle: its settings name backend and cache."""
+def _read_machine(bundle: Bundle) -> Platform:
+    """Return the cached profile that the server here would start with, by its PCAE_* settings."""
     settings = Settings()
     engine = load_configured_engine(settings, bundle)
     profile = latency_profile.read(bundle, engine, settings.cache_dir)
     if profile is None:
         raise StartError(
-            f"no profile of {bundle.root} is cached on this machine: start the server once, run"
-            " pcae-export profile, or take --profile gpu"
+            f"no latency profile of {bundle.root} is cached on this machine: start the server once,"
+            " run pcae-export profile, or use --profile gpu"
         )
     return of_profile(profile, bundle, "the cached profile")
 
 
-def _profile(content: Any) -> Any:
-    """`pcae-export profile --json` puts more around it."""
+def _unwrap(content: Any) -> Any:
+    """Return the profile inside a report of `pcae-export profile --json`."""
     return content["profile"] if isinstance(content, dict) and "profile" in content else content

@@ -1,10 +1,10 @@
-"""The report of simulations and replays: DESIGN section 5's figures, in its order.
+"""Reports of simulations and replays: attainment, accuracy, response times, wasted compute.
 
-    what became of requests -> Figures of one run -> Row over seeds -> table, JSON, PNG
+    Outcome -> Figures of one run -> Row over seeds -> table, JSON, plot
 
-Everything counts over all offered requests, warm-up included: refused, expired, late and failed
-ones are misses. It knows outcomes and tiers; it does not know whether a server or a simulation
-made them. matplotlib, rich and scipy are imported where they are used: the server needs none.
+All shares are of all offered requests, warm-up included: rejected, dropped, expired, late and
+failed requests are misses. matplotlib, rich and scipy are imported inside functions, because the
+server does without them.
 """
 
 import json
@@ -30,11 +30,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXTRA = "simulate"
-#: The end of a request that got no answer it could use: an error, or a broken connection. A
-#: simulation knows none such.
-FAILED = len(End)
-#: Columns of a terminal, at least, where nobody looks: a table in a file should not be folded.
-WIDTH = 150
+#: Least table width without a terminal, so that a table in a file is not wrapped.
+WIDTH = 160
 
 FORMULAS = {
     "attainment": "answers in time / offered",
@@ -43,36 +40,43 @@ FORMULAS = {
     "effective accuracy": "attainment x mean accuracy of the tiers used",
 }
 WITH_LABELS = {"effective accuracy": "right answers in time / offered"}
+LEGEND = (
+    "goodput: answers in time per second; response: time from arrival to answer, late ones"
+    " included; wasted: share of the devices' busy time.",
+    "rejected: refused at admission; dropped: removed from the queue by the policy; expired:"
+    " deadline passed in the queue; late: answered after the deadline.",
+)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one run. None: there was nothing to take it from, or a client cannot know it."""
+    """Figures of one run. None: no data, or not visible to a client."""
 
     attainment: float
     accuracy_recovered: float | None
     effective_accuracy: float
-    mean_accuracy: float | None
-    goodput_per_s: float
-    p50_ms: float | None  # of answers, late ones too
+    mean_accuracy: float | None  # of the tiers used, over the answers in time
+    goodput_per_s: float  # answers in time per second
+    p50_ms: float | None  # response time of answers, late ones included
     p95_ms: float | None
     p99_ms: float | None
-    refused: float  # share of the offered, as the next three
+    rejected: float  # share of the offered requests, as the next four
+    dropped: float
     expired: float
     late: float
     failed: float
-    refusal_p50_ms: float | None  # until a refused one was told so
-    refusal_p99_ms: float | None
+    rejection_p50_ms: float | None  # time until a rejection
+    rejection_p99_ms: float | None
     wasted_late: float | None  # share of the devices' busy time, as the next two
     wasted_cancelled: float | None
     wasted_padding: float | None
     mean_batch: float | None
 
 
-#: Those that are shares: an interval goes no further than 0 and 1.
+#: Figures between 0 and 1; their intervals are cut off there.
 SHARES = {
-    "attainment", "effective_accuracy", "mean_accuracy", "refused", "expired", "late", "failed",
-    "wasted_late", "wasted_cancelled", "wasted_padding",
+    "attainment", "effective_accuracy", "mean_accuracy", "rejected", "dropped", "expired", "late",
+    "failed", "wasted_late", "wasted_cancelled", "wasted_padding",
 }  # fmt: skip
 
 
@@ -82,10 +86,14 @@ def figures(
     tiers: Sequence[int],
     right: NDArray[np.bool_] | None = None,
 ) -> Figures:
-    """What one run comes to. tiers: those allowed. right: [n], whether the answer was the label."""
+    """Return the figures of one run.
+
+    tiers: the allowed ones, cheapest first. right: [n], whether the answer equals the label; with
+    it, effective accuracy counts right answers.
+    """
     offered = len(outcome.end)
     if not offered:
-        raise PcaeError("no request was offered: there is nothing to report")
+        raise PcaeError("no request was offered")
     in_time = outcome.end == End.IN_TIME
     accuracy = np.array(tier_table.accuracy)
     attainment = float(in_time.mean())
@@ -94,9 +102,12 @@ def figures(
     recovered = None
     if mean_accuracy is not None and best > low:
         recovered = float((mean_accuracy - low) / (best - low))
-    waits_ms = 1e3 * (outcome.end_s - outcome.arrival_s)  # [n]
-    p50, p95, p99 = _quantiles(waits_ms[in_time | (outcome.end == End.LATE)], 50, 95, 99)
-    refusal_p50, refusal_p99 = _quantiles(waits_ms[outcome.end == End.REFUSED], 50, 99)
+    took_ms = 1e3 * (outcome.end_s - outcome.arrival_s)  # [n]
+    p50, p95, p99 = _percentiles(took_ms[in_time | (outcome.end == End.LATE)], 50, 95, 99)
+    rejection_p50, rejection_p99 = _percentiles(took_ms[outcome.end == End.REJECTED], 50, 99)
+
+    def share(end: End) -> float:
+        return float((outcome.end == end).mean())
 
     def wasted(seconds: float) -> float | None:
         return seconds / outcome.busy_s if outcome.busy_s else None
@@ -112,12 +123,13 @@ def figures(
         p50_ms=p50,
         p95_ms=p95,
         p99_ms=p99,
-        refused=float((outcome.end == End.REFUSED).mean()),
-        expired=float((outcome.end == End.EXPIRED).mean()),
-        late=float((outcome.end == End.LATE).mean()),
-        failed=float((outcome.end == FAILED).mean()),
-        refusal_p50_ms=refusal_p50,
-        refusal_p99_ms=refusal_p99,
+        rejected=share(End.REJECTED),
+        dropped=share(End.DROPPED),
+        expired=share(End.EXPIRED),
+        late=share(End.LATE),
+        failed=share(End.FAILED),
+        rejection_p50_ms=rejection_p50,
+        rejection_p99_ms=rejection_p99,
         wasted_late=wasted(outcome.late_s),
         wasted_cancelled=wasted(outcome.cancelled_s),
         wasted_padding=wasted(outcome.padding_s),
@@ -127,43 +139,43 @@ def figures(
 
 @dataclass(frozen=True)
 class Summary:
-    """A figure over seeds. low, high: where its true mean lies, 95 times of 100."""
+    """A figure over seeds with its 95 % confidence interval."""
 
     mean: float
-    low: float | None = None  # None: one seed tells nothing of it
+    low: float | None = None  # None: not estimated from one seed
     high: float | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One policy under one trace and load."""
+    """The runs of one policy on one trace at one rate."""
 
     policy: str
     trace: str
     mix: str
-    load: float | None  # of capacity; None where that is not known
-    rate: float | None  # requests a second; None: as recorded
-    offered: int  # of one seed
-    runs: tuple[Figures, ...]  # one a seed
-    client: Mapping[str, float] = field(default_factory=dict)  # what only a client can tell
+    load: float | None  # in multiples of the capacity; None: capacity unknown
+    rate: float | None  # requests per second; None: as recorded
+    offered: int  # requests per seed
+    runs: tuple[Figures, ...]  # one per seed
+    client: Mapping[str, float] = field(default_factory=dict)  # figures of the load generator
 
     def summary(self, name: str) -> Summary | None:
-        """Of one figure; None where no run has it."""
-        seen = [value for run in self.runs if (value := getattr(run, name)) is not None]
-        if name == "attainment" and len(seen) == 1:
-            return Summary(seen[0], *wilson_interval(seen[0], self.offered))
-        return summarise(seen, bounded=name in SHARES) if seen else None
+        """Summarise one figure over the seeds; None if no run has it."""
+        values = [value for run in self.runs if (value := getattr(run, name)) is not None]
+        if name == "attainment" and len(values) == 1:
+            return Summary(values[0], *wilson_interval(values[0], self.offered))
+        return summarise(values, bounded=name in SHARES) if values else None
 
     @property
     def level(self) -> str:
-        """How hard it was pressed, in words."""
+        """The load and rate as text."""
         words = [] if self.load is None else [f"load {self.load:.3g}"]
         words += [] if self.rate is None else [f"{self.rate:.4g}/s"]
         return ", ".join(words) or "as recorded"
 
 
 def summarise(values: Sequence[float], *, bounded: bool = False) -> Summary:
-    """Mean of the seeds and Student's 95 % interval of it, within 0 and 1 where that is due."""
+    """Return the mean over seeds and its 95 % t-interval, cut off at 0 and 1 if bounded."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return Summary(mean)
@@ -176,14 +188,14 @@ def summarise(values: Sequence[float], *, bounded: bool = False) -> Summary:
 
 
 def require(command: str) -> None:
-    """Say at the start, not after minutes, what is not installed."""
+    """Raise PcaeError if a package that the command needs is not installed."""
     missing = [name for name in ("matplotlib", "rich", "scipy") if find_spec(name) is None]
     if missing:
         raise PcaeError(f"{command} needs {', '.join(missing)}: pip install 'pcae-serve[{EXTRA}]'")
 
 
 def show(rows: Sequence[Row], notes: Sequence[str], *, labels: bool = False) -> None:
-    """Print a table for every trace and level, then the formulas, then the notes."""
+    """Print a table per trace and level, then the definitions, then the notes."""
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=False)
@@ -194,18 +206,20 @@ def show(rows: Sequence[Row], notes: Sequence[str], *, labels: bool = False) -> 
     for name, formula in (FORMULAS | (WITH_LABELS if labels else {})).items():
         console.print(f"{name} = {formula}", markup=False)
     seeds = max(len(row.runs) for row in rows)
-    over = (
-        f"means of {seeds} seeds, ± or ( ): 95 % t-intervals"
+    interval = (
+        f"mean of {seeds} seeds; ± or ( ): 95 % t-interval"
         if seeds > 1
-        else "one seed; ( ): 95 % Wilson interval, as if requests were independent"
+        else "one seed; ( ): 95 % Wilson interval, which assumes independent requests"
     )
-    console.print(f"Over all offered requests, warm-up included: {over}.", markup=False)
+    console.print(f"All offered requests count, warm-up included; {interval}.", markup=False)
+    for line in LEGEND:
+        console.print(line, markup=False)
     for note in notes:
         console.print(note, markup=False)
 
 
 def table(rows: Sequence[Row]) -> "Table":
-    """The rows of one trace and level, in the order of importance of DESIGN section 5."""
+    """Return the table of one trace and level, the most important figures first."""
     from rich import box
     from rich.table import Table
 
@@ -214,8 +228,9 @@ def table(rows: Sequence[Row]) -> "Table":
     made = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     made.add_column("policy", no_wrap=True)
     for heading in (
-        "attainment %", "recovered %", "effective %", "goodput/s", "p50 / p95 / p99 ms",
-        "refused / expired / late %", "wasted late / left / pad %", "batch",
+        "attainment %", "accuracy\nrecovered %", "effective\naccuracy %", "goodput/s",
+        "response ms\np50 / p95 / p99", "rejected / dropped /\nexpired / late %",
+        "wasted: late /\ncancelled / padding %", "mean\nbatch",
     ):  # fmt: skip
         made.add_column(heading, justify="right")
     failing = any(run.failed for row in rows for run in row.runs)
@@ -224,16 +239,16 @@ def table(rows: Sequence[Row]) -> "Table":
     for row in rows:
         cells = [
             row.policy,
-            _between(row.summary("attainment")),
-            _around(row.summary("accuracy_recovered")),
-            _around(row.summary("effective_accuracy")),
-            _plain(row, "goodput_per_s"),
-            " / ".join(_plain(row, name) for name in ("p50_ms", "p95_ms", "p99_ms")),
-            " / ".join(_percent(row, name) for name in ("refused", "expired", "late")),
+            _with_interval(row.summary("attainment")),
+            _with_half_width(row.summary("accuracy_recovered")),
+            _with_half_width(row.summary("effective_accuracy")),
+            _number(row, "goodput_per_s"),
+            " / ".join(_number(row, name) for name in ("p50_ms", "p95_ms", "p99_ms")),
+            " / ".join(_percent(row, name) for name in ("rejected", "dropped", "expired", "late")),
             " / ".join(
                 _percent(row, f"wasted_{name}") for name in ("late", "cancelled", "padding")
             ),
-            _plain(row, "mean_batch"),
+            _number(row, "mean_batch"),
         ]
         made.add_row(*cells, *([_percent(row, "failed")] if failing else []))
     return made
@@ -242,7 +257,7 @@ def table(rows: Sequence[Row]) -> "Table":
 def write_json(
     path: Path, rows: Sequence[Row], about: Mapping[str, Any], *, labels: bool = False
 ) -> None:
-    """Everything, with the figures of every seed."""
+    """Write all figures, summarised and by seed."""
     content = {
         "about": dict(about),
         "formulas": FORMULAS | (WITH_LABELS if labels else {}),
@@ -256,7 +271,7 @@ def write_json(
                 "offered": row.offered,
                 "seeds": len(row.runs),
                 "figures": {
-                    f.name: None if (found := row.summary(f.name)) is None else asdict(found)
+                    f.name: None if (summary := row.summary(f.name)) is None else asdict(summary)
                     for f in fields(Figures)
                 },
                 "by_seed": [asdict(run) for run in row.runs],
@@ -265,13 +280,13 @@ def write_json(
             for row in rows
         ],
     }
-    _written(path, lambda: path.write_text(json.dumps(content, indent=1) + "\n"))
+    _write(path, lambda: path.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def write_png(path: Path, rows: Sequence[Row], caption: str) -> None:
-    """The front: attainment over accuracy recovered, a panel for every trace (down) and level.
+    """Plot attainment against accuracy recovered, a panel per trace (down) and level (across).
 
-    What nobody beats in both is joined by a line; bars are the intervals over seeds.
+    A line joins the Pareto-optimal policies; bars are the intervals over seeds.
     """
     from matplotlib.figure import Figure
 
@@ -312,7 +327,7 @@ def write_png(path: Path, rows: Sequence[Row], caption: str) -> None:
     )  # fmt: skip
     figure.text(0.5, 0.08 / height, caption, ha="center", fontsize=7, color="0.4")
     figure.tight_layout(rect=(0, below / height, 1, 1))
-    _written(path, lambda: figure.savefig(path, format="png", dpi=150))
+    _write(path, lambda: figure.savefig(path, format="png", dpi=150))
 
 
 def _front(axis: "Axes", panel: Sequence[Row], styles: Mapping[str, dict[str, Any]]) -> None:
@@ -320,12 +335,12 @@ def _front(axis: "Axes", panel: Sequence[Row], styles: Mapping[str, dict[str, An
     for row in panel:
         across, up = row.summary("accuracy_recovered"), row.summary("attainment")
         if across is None or up is None:
-            continue  # not one answer in time: it has no place on the front
+            continue  # no answer in time
         points.append((100 * across.mean, 100 * up.mean))
         axis.errorbar(
             *points[-1],
-            xerr=_bars(across),
-            yerr=_bars(up),
+            xerr=_error_bars(across),
+            yerr=_error_bars(up),
             linestyle="none",
             elinewidth=0.8,
             label=row.policy,
@@ -343,7 +358,7 @@ def _front(axis: "Axes", panel: Sequence[Row], styles: Mapping[str, dict[str, An
 
 
 def _styles(policies: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for every policy; ours are stars, and larger."""
+    """Return a colour and a marker for every policy; ours is a larger star."""
     colours = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#a6761d", "#666666"]
     markers = ["o", "s", "^", "v", "D", "P", "X", "<", ">"]
     styles = {}
@@ -364,52 +379,53 @@ def _styles(policies: Sequence[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _bars(found: Summary) -> list[list[float]] | None:
-    if found.low is None or found.high is None:
+def _error_bars(summary: Summary) -> list[list[float]] | None:
+    if summary.low is None or summary.high is None:
         return None
-    low, high = max(0.0, found.mean - found.low), max(0.0, found.high - found.mean)
+    low, high = max(0.0, summary.mean - summary.low), max(0.0, summary.high - summary.mean)
     return [[100 * low], [100 * high]]
 
 
-def _written(path: Path, write: Callable[[], object]) -> None:
+def _write(path: Path, write: Callable[[], object]) -> None:
+    """Call `write`; raise PcaeError if the file cannot be written."""
     try:
         write()
     except OSError as error:
-        raise PcaeError(f"{path} cannot be written: {error.strerror}") from None
+        raise PcaeError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _quantiles(values: NDArray[np.float64], *percents: float) -> list[float | None]:
+def _percentiles(values: NDArray[np.float64], *percents: float) -> list[float | None]:
     if not len(values):
         return [None] * len(percents)
     return [float(value) for value in np.percentile(values, percents)]
 
 
-def _between(found: Summary | None) -> str:
-    if found is None:
+def _with_interval(summary: Summary | None) -> str:
+    if summary is None:
         return "—"
-    if found.low is None or found.high is None:
-        return f"{100 * found.mean:.1f}"
-    return f"{100 * found.mean:.1f} ({100 * found.low:.1f}–{100 * found.high:.1f})"  # noqa: RUF001
+    mean, low, high = summary.mean, summary.low, summary.high
+    if low is None or high is None:
+        return f"{100 * mean:.1f}"
+    return f"{100 * mean:.1f} ({100 * low:.1f}–{100 * high:.1f})"  # noqa: RUF001
 
 
-def _around(found: Summary | None) -> str:
-    if found is None:
+def _with_half_width(summary: Summary | None) -> str:
+    if summary is None:
         return "—"
-    if found.high is None or found.low is None:
-        return f"{_zero(100 * found.mean):.1f}"
-    return f"{_zero(100 * found.mean):.1f} ±{50 * (found.high - found.low):.1f}"
+    mean, low, high = summary.mean, summary.low, summary.high
+    rounded = round(100 * mean, 1) + 0.0  # without the sign of a rounded -0.0
+    return (
+        f"{rounded:.1f}"
+        if low is None or high is None
+        else f"{rounded:.1f} ±{50 * (high - low):.1f}"
+    )
 
 
-def _plain(row: Row, name: str) -> str:
-    found = row.summary(name)
-    return "—" if found is None else f"{found.mean:.{3 if found.mean < 1000 else 4}g}"
+def _number(row: Row, name: str) -> str:
+    summary = row.summary(name)
+    return "—" if summary is None else f"{summary.mean:.{3 if summary.mean < 1000 else 4}g}"
 
 
 def _percent(row: Row, name: str) -> str:
-    found = row.summary(name)
-    return "—" if found is None else f"{100 * found.mean:.1f}"
-
-
-def _zero(value: float) -> float:
-    """Without the sign that rounding leaves on nothing."""
-    return round(value, 1) + 0.0
+    summary = row.summary(name)
+    return "—" if summary is None else f"{100 * summary.mean:.1f}"

@@ -1,8 +1,6 @@
-"""The scheduler on a virtual clock: the server's own machine and policies, without a server.
+"""Discrete-event simulation: the server's scheduler and policies on a virtual clock.
 
-    workload + scheduler + service times drawn from a profile  ->  what became of every request
-
-It knows events and times; it knows nothing of traces, images or how results are told.
+arrivals and budgets, scheduler, service times drawn from a profile  ->  Outcome
 """
 
 from collections.abc import Callable
@@ -30,40 +28,43 @@ from pcae_serve.scheduling.latency import Seconds
 from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.scheduling.scheduler import Scheduler
 
-#: (tier, batch) -> seconds that this batch takes.
+#: (tier, batch size) -> seconds that the batch takes.
 Draw = Callable[[int, int], float]
 
 
 class End(IntEnum):
-    """What became of a request."""
+    """How a request ended."""
 
     IN_TIME = 0
     LATE = 1  # answered after its deadline
-    REFUSED = 2  # at once: no tier could make it
-    EXPIRED = 3  # taken, and let go before any device worked on it
+    REJECTED = 2  # refused at admission
+    EXPIRED = 3  # its deadline passed in the queue
+    DROPPED = 4  # removed from the queue by the policy
+    FAILED = 5  # an error or a broken connection; a simulation has none
 
 
 @dataclass
 class Outcome:
-    """What became of n requests, and where the devices' time went."""
+    """How n requests ended, and how the devices spent their time."""
 
     arrival_s: NDArray[np.float64]  # [n]
     budget_s: NDArray[np.float64]  # [n]
-    end: NDArray[np.int8]  # [n] End
-    tier: NDArray[np.int16]  # [n] that it ran on; -1: none
-    end_s: NDArray[np.float64]  # [n] when it was answered, refused or let go
+    end: NDArray[np.int8]  # [n], an End
+    tier: NDArray[np.int16]  # [n], the tier that answered; -1: none
+    end_s: NDArray[np.float64]  # [n], time of the answer, rejection, expiry or drop
     busy_s: float = 0.0
-    late_s: float = 0.0  # of busy_s: spent on answers that came late
-    padding_s: float = 0.0
-    cancelled_s: float = 0.0
+    late_s: float = 0.0  # part of busy_s spent on late answers
+    padding_s: float = 0.0  # part of busy_s
+    cancelled_s: float = 0.0  # part of busy_s spent on requests whose client left
     batches: list[int] = field(default_factory=list)  # sizes, in order
     span_s: float = 0.0  # from the first arrival to the last end
 
 
 def draw(points: list[dict[int, Seconds]], max_batch: int, seed: int) -> Draw:
-    """Service times scattered as a profile says: log-normal above the median, half as wide below.
+    """Return random service times: log-normal above the median, half as wide below.
 
-    points: by tier, seconds by batch size; between them lie straight lines.
+    points: for each tier, quantiles by batch size, interpolated linearly. The 99th percentile of
+    the draws is the profile's p99.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     sizes = np.arange(max_batch + 1, dtype=float)
@@ -76,12 +77,12 @@ def draw(points: list[dict[int, Seconds]], max_batch: int, seed: int) -> Draw:
         )
     table = [list(map(float, median)) for median in medians]
     width = [list(map(float, w)) for w in widths]
-    stock: list[float] = []
+    normals: list[float] = []
 
     def seconds(tier: int, batch: int) -> float:
-        if not stock:
-            stock.extend(float(z) for z in generator.standard_normal(4096))
-        z = max(-3.0, min(3.0, stock.pop()))
+        if not normals:
+            normals.extend(float(z) for z in generator.standard_normal(4096))
+        z = max(-3.0, min(3.0, normals.pop()))
         return table[tier][batch] * float(np.exp(width[tier][batch] * (z if z > 0 else z / 2)))
 
     return seconds
@@ -96,28 +97,28 @@ def simulate(
     *,
     decode_s: float = 0.0,
     host_s: float = 0.0,
-    listen: Callable[[Event, list[Action]], None] | None = None,
+    observer: Callable[[Event, list[Action]], None] | None = None,
 ) -> Outcome:
-    """Offer every request to the scheduler and play its actions until nothing is left to do.
+    """Offer every request to the scheduler and carry out its actions until all have ended.
 
-    times_s, budgets_s: [n], times rising. tiers: those every request (or each of the n) allows.
-    decode_s: from arrival to the queue. host_s: of HTTP and decoding, where they share the core
-    with the batches: each arrival stops every batch in progress for so long. listen: told every
-    event and what came of it.
+    times_s, budgets_s: [n], times ascending. tiers: the allowed ones, of all requests or of each of
+    the n. decode_s: from arrival to the queue. host_s: HTTP and decoding time per request if they
+    share the core with the batches; each arrival delays every batch in progress by it. observer:
+    called with every event and the actions that it led to.
     """
     n = len(times_s)
     outcome = Outcome(
         times_s,
         budgets_s,
-        np.full(n, End.REFUSED, np.int8),
+        np.full(n, End.REJECTED, np.int8),
         np.full(n, -1, np.int16),
         np.array(times_s, float),
     )
     allowed = tiers if isinstance(tiers, list) else [tiers] * n
     agenda: list[tuple[float, int, int, float]] = []  # time, order, device or ~id, seconds
     running: dict[int, Dispatch] = {}
-    stopped_s: dict[int, float] = {}  # by device: how much later its batch ends
-    host_until_s = 0.0  # where no batch is in progress
+    delay_s: dict[int, float] = {}  # by device: how much later its batch ends
+    host_until_s = 0.0  # while no batch is in progress
     wake_s, order, next_ = float("inf"), 0, 0
     arrivals, budgets = times_s.tolist(), budgets_s.tolist()
     while True:
@@ -127,9 +128,9 @@ def simulate(
         if now_s == float("inf"):
             break
         events: list[Event]
-        if agenda_s == now_s:  # what ends now ends before what begins now
+        if agenda_s == now_s:  # at equal times, ends precede arrivals
             _, _, which, took_s = heappop(agenda)
-            if (more_s := stopped_s.pop(which, 0.0)) > 0:
+            if (more_s := delay_s.pop(which, 0.0)) > 0:
                 order += 1
                 heappush(agenda, (now_s + more_s, order, which, took_s + more_s))
                 continue
@@ -150,7 +151,7 @@ def simulate(
             request = Request(next_, now_s, now_s + budgets[next_], allowed[next_])
             events = [Arrived(now_s, request)]
             for device in running:
-                stopped_s[device] = stopped_s.get(device, 0.0) + host_s
+                delay_s[device] = delay_s.get(device, 0.0) + host_s
             if not running:
                 host_until_s = max(host_until_s, now_s) + host_s
             if decode_s:
@@ -161,8 +162,8 @@ def simulate(
             next_ += 1
         for event in events:
             actions = scheduler.handle(event)
-            if listen is not None:
-                listen(event, actions)
+            if observer is not None:
+                observer(event, actions)
             for action in actions:
                 match action:
                     case Dispatch(device=device, tier=tier, ids=ids):
@@ -172,9 +173,11 @@ def simulate(
                         order += 1
                         heappush(agenda, (now_s + took_s, order, device, took_s))
                     case Refuse(id=id_):
-                        outcome.end[id_], outcome.end_s[id_] = End.REFUSED, now_s
-                    case Expire(id=id_):
-                        outcome.end[id_], outcome.end_s[id_] = End.EXPIRED, now_s
+                        outcome.end[id_], outcome.end_s[id_] = End.REJECTED, now_s
+                    case Expire(id=id_, why=why):
+                        dropped = why == "load"
+                        outcome.end[id_] = End.DROPPED if dropped else End.EXPIRED
+                        outcome.end_s[id_] = now_s
                     case SetTimer(at_s=at_s):
                         wake_s = max(at_s, now_s)
                     case BatchAccounted() as spent:

@@ -1,9 +1,8 @@
-"""How requests arrive: their rate, how they cluster, and how budgets are spread among them.
+"""Arrival statistics: the rate of requests, their burstiness, and the distribution of budgets.
 
-Counts in windows of many lengths, taken at each arrival, make an arrival curve: how many more are
-to be expected within a time of one that has just come, and how much that number scatters. Averages
-run over requests, not seconds, so that they are as quick as the load. It knows times and budgets,
-nothing of tiers or queues.
+At each arrival, the preceding requests are counted in windows of several lengths. The running mean
+and variance of these counts estimate how many requests follow an arrival within a time. Averages
+run over requests, not seconds, so that they adapt faster under higher load.
 """
 
 from bisect import bisect_left
@@ -11,35 +10,35 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import floor, log, sqrt
 
-#: Lengths of the windows that arrivals are counted in, seconds: 0.3 ms to 6 s.
+#: Window lengths in seconds: 0.3 ms to 6 s.
 WINDOWS_S = tuple(0.0003 * 3**i for i in range(10))
-#: Arrival times kept; where a window would hold more, its count is drawn out from these.
+#: Arrival times stored; the count of a window with more requests is extrapolated from these.
 KEPT = 1024
-#: Requests that the rate is taken over, and fewer than which say nothing of it.
+#: Requests that the rate is computed over, and the least number needed for a rate.
 RATE_OVER, RATE_LEAST = 64, 8
-#: Weight of the newest request in all averages: about as many count as for the rate. How longer
-#: windows than that scatter is underestimated: they hold mostly the same requests.
+#: Weight of the newest request in all averages. The variance of windows with more than RATE_OVER
+#: requests is underestimated: successive counts share most of their requests.
 WEIGHT = 1 / RATE_OVER
-#: Budgets within a factor of this count as one class, and at most so many classes are told apart.
+#: Budgets within this factor form one class; the largest number of classes.
 BUDGET_STEP, MAX_CLASSES = 1.25, 6
-#: Nobody can be served in less; a budget that is nothing would be divided by.
+#: Lower limit of a budget, which is a divisor.
 LEAST_BUDGET_S = 1e-6
-#: A class of fewer requests counts with the next looser one.
+#: A class with a smaller share is merged into the class of the next larger budget.
 LEAST_SHARE = 0.02
-#: What is due by when is tabled for so many horizons, anew after so many arrivals.
+#: Points of the table of due requests, and arrivals after which it is recomputed.
 HORIZONS, RENEW = 24, 16
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetClass:
-    """Requests of about one budget."""
+    """Requests with similar budgets."""
 
-    budget_s: float  # their mean
+    budget_s: float  # mean
     share: float  # of all requests
 
 
 class Arrivals:
-    """Rate, clustering and budgets of the requests offered, refused ones included."""
+    """Rate, burstiness and budgets of the offered requests, rejected ones included."""
 
     def __init__(self) -> None:
         self._times_s: list[float] = []
@@ -48,20 +47,20 @@ class Arrivals:
         self._budgets: dict[int, tuple[float, float]] = {}  # step -> share, mean seconds
         self._seen = 0
         self._classes: tuple[BudgetClass, ...] | None = None
-        self._due: _Due | None = None
+        self._due: _DueTable | None = None
 
     def observe(self, now_s: float, budget_s: float) -> None:
-        """A request was offered."""
+        """Record an offered request."""
         budget_s = max(budget_s, LEAST_BUDGET_S)
         weight = max(WEIGHT, 1 / (self._seen + 1))
         self._count(now_s, weight)
-        self._sort_in(budget_s, weight)
+        self._add_budget(budget_s, weight)
         self._seen += 1
         if self._seen % RENEW == 1:
             self._classes = self._due = None
 
     def rate(self, now_s: float) -> float:
-        """Requests a second over the last RATE_OVER; the silence since the last one counts."""
+        """Return requests per second over the last RATE_OVER, including the time since the last."""
         count = min(RATE_OVER, len(self._times_s))
         if count < RATE_LEAST:
             return 0.0
@@ -69,15 +68,15 @@ class Arrivals:
 
     @property
     def classes(self) -> tuple[BudgetClass, ...]:
-        """The budgets seen, the tightest first, their shares summing to one; none before any."""
+        """Budget classes, smallest budget first, with shares that sum to 1; empty at first."""
         if self._classes is None:
             self._classes = _merge(
                 [BudgetClass(mean_s, share) for _, (share, mean_s) in sorted(self._budgets.items())]
             )
         return self._classes
 
-    def within(self, seconds: float) -> tuple[float, float]:
-        """Mean and variance of how many arrive within `seconds` of an arrival."""
+    def count_within(self, seconds: float) -> tuple[float, float]:
+        """Return mean and variance of the number of arrivals within `seconds` after an arrival."""
         first, last = WINDOWS_S[0], WINDOWS_S[-1]
         if not first < seconds < last:
             times = seconds / (first if seconds <= first else last)
@@ -85,14 +84,14 @@ class Arrivals:
             return self._mean[end] * times, self._variance[end] * times
         j = bisect_left(WINDOWS_S, seconds)
         part = (seconds - WINDOWS_S[j - 1]) / (WINDOWS_S[j] - WINDOWS_S[j - 1])
-        return _between(self._mean, j, part), _between(self._variance, j, part)
+        return _interpolate(self._mean, j, part), _interpolate(self._variance, j, part)
 
-    def due(self, within_s: float) -> tuple[float, float]:
-        """Of those still to come, how many are due within that time: mean, standard deviation."""
+    def count_due(self, within_s: float) -> tuple[float, float]:
+        """Return mean and standard deviation of future arrivals with a deadline `within_s`."""
         if self._due is None:
             if not self.classes:
                 return 0.0, 0.0
-            self._due = _Due(self)
+            self._due = _DueTable(self)
         return self._due.at(within_s)
 
     def _count(self, now_s: float, weight: float) -> None:
@@ -104,26 +103,26 @@ class Arrivals:
                 count = kept * window_s / max(now_s - times_s[0], 1e-9)
             else:
                 count = kept - bisect_left(times_s, since_s)
-            off = count - self._mean[j]
-            self._mean[j] += weight * off
-            self._variance[j] += weight * (off * off * (1 - weight) - self._variance[j])
+            error = count - self._mean[j]
+            self._mean[j] += weight * error
+            self._variance[j] += weight * (error * error * (1 - weight) - self._variance[j])
         times_s.append(now_s)
         if len(times_s) > 2 * KEPT:
             del times_s[: -KEPT - 1]
 
-    def _sort_in(self, budget_s: float, weight: float) -> None:
+    def _add_budget(self, budget_s: float, weight: float) -> None:
         step = floor(log(budget_s, BUDGET_STEP))
         for other, (share, mean_s) in self._budgets.items():
             self._budgets[other] = share * (1 - weight), mean_s
         share, mean_s = self._budgets.get(step, (0.0, budget_s))
         mean_s += max(weight, 0.05) * (budget_s - mean_s)
         self._budgets[step] = share + weight, mean_s
-        if self._seen % (RENEW * KEPT) == 0:  # what has not been asked for in a long time
+        if self._seen % (RENEW * KEPT) == 0:  # forget budgets that are no longer used
             self._budgets = {s: b for s, b in self._budgets.items() if b[0] > 1e-9}
 
 
-class _Due:
-    """Arrivals still to come, by the horizon they are due within: lines between points."""
+class _DueTable:
+    """Future arrivals by the horizon that their deadline lies within, interpolated linearly."""
 
     def __init__(self, arrivals: Arrivals) -> None:
         classes = arrivals.classes
@@ -138,10 +137,12 @@ class _Due:
             for c in classes:
                 if c.budget_s >= horizon_s:
                     break
-                # clusters come at once: however short the time, it may hold the first of them
-                m, v = arrivals.within(max(horizon_s - c.budget_s, WINDOWS_S[0]))
+                # even the shortest time can contain the start of a burst
+                m, v = arrivals.count_within(max(horizon_s - c.budget_s, WINDOWS_S[0]))
                 mean += c.share * m
-                variance += c.share**2 * v + c.share * (1 - c.share) * m  # a thinned count
+                variance += (
+                    c.share**2 * v + c.share * (1 - c.share) * m
+                )  # variance of a thinned count
             self._mean.append(mean)
             self._deviation.append(sqrt(variance))
 
@@ -153,15 +154,15 @@ class _Due:
             return self._mean[-1], self._deviation[-1]
         low_s, high_s = self._horizons_s[j - 1], self._horizons_s[j]
         part = (within_s - low_s) / (high_s - low_s)
-        return _between(self._mean, j, part), _between(self._deviation, j, part)
+        return _interpolate(self._mean, j, part), _interpolate(self._deviation, j, part)
 
 
-def _between(values: list[float], j: int, part: float) -> float:
+def _interpolate(values: list[float], j: int, part: float) -> float:
     return values[j - 1] + part * (values[j] - values[j - 1])
 
 
 def _merge(classes: list[BudgetClass]) -> tuple[BudgetClass, ...]:
-    """At most MAX_CLASSES, none but the last below LEAST_SHARE."""
+    """Merge neighbouring classes: at most MAX_CLASSES, only the last one below LEAST_SHARE."""
     merged = list(classes)
     while len(merged) > 1:
         small = next((i for i, c in enumerate(merged[:-1]) if c.share < LEAST_SHARE), None)
@@ -172,7 +173,7 @@ def _merge(classes: list[BudgetClass]) -> tuple[BudgetClass, ...]:
             small = shares.index(min(shares))
         one, two = merged[small], merged[small + 1]
         share = one.share + two.share
-        # the few that are tighter than the rest must not bind it: they count as one of them
+        # a few smaller budgets must not determine the class: it keeps the larger one's mean
         few = one.share < LEAST_SHARE
         both_s = (one.share * one.budget_s + two.share * two.budget_s) / share
         mean_s = two.budget_s if few else both_s

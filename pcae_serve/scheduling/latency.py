@@ -1,9 +1,9 @@
-"""How long a batch takes: measured quantiles per (tier, batch), corrected by what batches took.
+"""Latency model: measured quantiles per (tier, batch size), corrected by observed batches.
 
-    Latency    learns: one factor for the machine, one per tier, and how far batches scatter
-    Forecast   what it says now: `p50` (median) and `p99` (p99) seconds of a batch
+    Latency    learns one factor for the machine, one per tier, and the spread (p99 / median)
+    Forecast   a snapshot: predicted median and p99 seconds of a batch
 
-It knows numbers only: no clock (times are given), no engine, no queue.
+There is no clock in here: times are arguments.
 """
 
 from bisect import bisect_right
@@ -14,39 +14,40 @@ from math import exp, log
 import numpy as np
 from numpy.typing import NDArray
 
-#: Weight of the newest batch in the machine's factor: half the way in 3 batches, 99 % in 20.
+#: Weight of the newest batch in the machine's factor: 50 % of a change in 3 batches, 99 % in 20.
 MACHINE_WEIGHT = 0.2
-#: In a tier's own factor: what the machine's does not explain, more slowly.
+#: Weight of the newest batch in a tier's own factor, which follows more slowly.
 TIER_WEIGHT = 0.05
-#: Without batches a slowdown fades: a burst of noise must not refuse callers for ever.
+#: Half-life of a slowdown while no batches run, so that a disturbance does not cause rejections
+#: long after it.
 HALF_LIFE_S = 20.0
-#: One batch says at most that everything is so many times slower.
-MAX_TIMES = 10.0
-#: A batch is worth filling until an image costs within 10 % of what it costs in the best batch.
+#: A single batch can raise the factors at most this many times.
+MAX_SLOWDOWN = 10.0
+#: A batch is useful if its cost per image is within 10 % of the best batch's.
 BATCH_GAIN = 0.10
-#: The share of batches that a promise holds for.
-PROMISE = 0.99
-#: Step of the running p99, in log seconds: up by 0.99 of it on a batch above, down by 0.01 below.
+#: The quantile that deadlines are planned with.
+QUANTILE = 0.99
+#: Step of the running p99, in log seconds: up by 0.99 of it for a slower batch, else down by 0.01.
 TAIL_STEP = 0.05
-#: A promise is never more than so many times the typical seconds, whatever was seen.
+#: Upper limit of p99 / median.
 MAX_TAIL = 3.0
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one (tier, batch)."""
+    """Latency quantiles of one (tier, batch size)."""
 
     p50: float
     p99: float
 
 
 class Latency:
-    """Predicts seconds per (tier, batch); tiers are counted as the bundle orders them."""
+    """Predicts batch latencies and learns from observed ones; tiers in the bundle's order."""
 
     def __init__(self, points: Sequence[Mapping[int, Seconds]], max_batch: int) -> None:
-        """points: for each tier, its measured seconds by batch size; between them lie lines."""
+        """points: for each tier, measured quantiles by batch size, interpolated linearly."""
         self._median = [_table({b: s.p50 for b, s in tier.items()}, max_batch) for tier in points]
-        # what the measurement says of scattering: p99 over median, the tier's own
+        # p99 / median, the mean over each tier's points
         self._tail = [
             float(np.mean([min(max(1.0, s.p99 / s.p50), MAX_TAIL) for s in tier.values()]))
             for tier in points
@@ -60,21 +61,21 @@ class Latency:
         self._observed_s = 0.0
 
     def forecast(self, now_s: float) -> "Forecast":
-        """What batches started now would take."""
+        """Return predictions for batches that start now."""
         machine, tiers = self._factors(now_s)
         factors = [machine * tier for tier in tiers]
         return Forecast(self._median, factors, self._tail, self._useful)
 
     def idle(self, tier: int) -> float:
-        """Seconds that one image is promised in on a machine that does nothing else."""
+        """Return the p99 seconds of one image on an idle machine, as measured."""
         return self._idle[tier]
 
     def observe(self, tier: int, batch: int, seconds: float, now_s: float) -> None:
-        """Learn from a batch that really took `seconds`."""
+        """Learn from a batch that took `seconds`."""
         machine, tiers = self._factors(now_s)
-        ratio = min(seconds / self._median[tier][batch], MAX_TIMES * machine)
+        ratio = min(seconds / self._median[tier][batch], MAX_SLOWDOWN * machine)
         self._log_tail[tier] += TAIL_STEP * (
-            PROMISE if ratio > machine * tiers[tier] * self._tail[tier] else PROMISE - 1
+            QUANTILE if ratio > machine * tiers[tier] * self._tail[tier] else QUANTILE - 1
         )
         self._log_tail[tier] = min(max(self._log_tail[tier], 0.0), log(MAX_TAIL))
         self._tail[tier] = exp(self._log_tail[tier])
@@ -83,15 +84,15 @@ class Latency:
         self._tier, self._observed_s = tiers, now_s
 
     def _factors(self, now_s: float) -> tuple[float, list[float]]:
-        """The machine's factor and each tier's, faded by the time without batches."""
-        faded = 0.5 ** (max(0.0, now_s - self._observed_s) / HALF_LIFE_S)
-        # faster than measured: there is no harm in believing it
-        fade = [f if f <= 1 else 1 + (f - 1) * faded for f in (self._machine, *self._tier)]
-        return fade[0], fade[1:]
+        """Return the machine's factor and the tiers', decayed over the time without batches."""
+        decay = 0.5 ** (max(0.0, now_s - self._observed_s) / HALF_LIFE_S)
+        # a factor below 1 does not decay: it causes no rejections
+        factors = [f if f <= 1 else 1 + (f - 1) * decay for f in (self._machine, *self._tier)]
+        return factors[0], factors[1:]
 
 
 class Forecast:
-    """Seconds of batches started at one moment."""
+    """Predicted seconds of batches that start at one moment."""
 
     __slots__ = ("_factors", "_median", "_tail", "_useful")
 
@@ -105,52 +106,52 @@ class Forecast:
         self._median, self._factors, self._tail, self._useful = median, factors, tail, useful
 
     def p50(self, tier: int, batch: int) -> float:
-        """Seconds that half of such batches take at most."""
+        """Return the predicted median seconds of a batch."""
         return self._median[tier][batch] * self._factors[tier]
 
     def p99(self, tier: int, batch: int) -> float:
-        """Seconds that 99 of 100 such batches take at most: what deadlines go by."""
+        """Return the predicted 99th percentile, which deadlines are planned with."""
         return self._median[tier][batch] * self._factors[tier] * self._tail[tier]
 
     def useful_batch(self, tier: int) -> int:
-        """The batch beyond which waiting for others costs time and gains next to nothing."""
+        """Return the batch size beyond which the cost per image hardly falls."""
         return self._useful[tier]
 
-    def keeping(self, tier: int, rate: float, most: int) -> int:
-        """The least batch up to `most` that serves so many a second; `most` where none does."""
+    def batch_for_rate(self, tier: int, rate: float, most: int) -> int:
+        """Return the smallest batch with a throughput of `rate` images per second, else `most`."""
         median, most = self._median[tier], min(most, len(self._median[tier]) - 1)
         rate *= self._factors[tier]
         return next((batch for batch in range(1, most) if batch >= rate * median[batch]), most)
 
-    def largest(self, tier: int, within_s: float, most: int) -> int:
-        """The largest batch up to `most` that is promised within `within_s`; 0 where none is."""
+    def largest_batch(self, tier: int, within_s: float, most: int) -> int:
+        """Return the largest batch up to `most` whose p99 is at most `within_s`; 0 if none."""
         median, seconds = self._median[tier], within_s / (self._factors[tier] * self._tail[tier])
         # the median never falls from one batch to the next
         return bisect_right(median, seconds, 1, max(1, min(most + 1, len(median)))) - 1
 
 
 def _table(points: Mapping[int, float], max_batch: int) -> list[float]:
-    """Seconds by batch size, index 0 unused: lines between the points, and on past the last."""
+    """Return seconds by batch size (index 0 unused), interpolated and extrapolated linearly."""
     batches = np.array(sorted(points), dtype=float)
     seconds = np.maximum.accumulate([points[int(batch)] for batch in batches])
-    wanted = np.arange(max_batch + 1, dtype=float)
-    table = np.interp(wanted, batches, seconds)
+    sizes = np.arange(max_batch + 1, dtype=float)
+    table = np.interp(sizes, batches, seconds)
     if len(batches) > 1:
-        image_s, overhead_s = _line(batches, seconds)
-    else:  # of one point nothing is known but that each image takes its share
+        image_s, overhead_s = _fit_line(batches, seconds)
+    else:  # a single point: assume no overhead
         image_s, overhead_s = float(seconds[0] / batches[0]), 0.0
-    beyond = wanted > batches[-1]
-    table[beyond] = seconds[-1] + (wanted[beyond] - batches[-1]) * image_s
-    before = wanted < batches[0]
-    share = (overhead_s + wanted[before] * image_s) / (overhead_s + batches[0] * image_s)
+    beyond = sizes > batches[-1]
+    table[beyond] = seconds[-1] + (sizes[beyond] - batches[-1]) * image_s
+    before = sizes < batches[0]
+    share = (overhead_s + sizes[before] * image_s) / (overhead_s + batches[0] * image_s)
     table[before] = seconds[0] * share
     return [float(value) for value in table]
 
 
-def _line(batches: NDArray[np.float64], seconds: NDArray[np.float64]) -> tuple[float, float]:
-    """Seconds an image and of overhead: least squares of relative errors, neither negative."""
+def _fit_line(batches: NDArray[np.float64], seconds: NDArray[np.float64]) -> tuple[float, float]:
+    """Return seconds per image and overhead, both >= 0: least squares of the relative errors."""
     image_s, overhead_s = np.polyfit(batches, seconds, 1, w=1 / seconds)
-    if image_s <= 0:  # no slope to be seen: nearly all is overhead
+    if image_s <= 0:  # no visible slope: nearly all is overhead
         return float(seconds.mean()) / 1000, float(seconds.mean())
     if overhead_s < 0:
         return float((seconds / batches).mean()), 0.0
@@ -158,6 +159,6 @@ def _line(batches: NDArray[np.float64], seconds: NDArray[np.float64]) -> tuple[f
 
 
 def _useful_batch(median: Sequence[float]) -> int:
-    """The least batch whose images cost within BATCH_GAIN of the cheapest."""
+    """Return the smallest batch whose cost per image is within BATCH_GAIN of the lowest."""
     cost = [median[batch] / batch for batch in range(1, len(median))]
     return next(i + 1 for i, c in enumerate(cost) if c <= (1 + BATCH_GAIN) * min(cost))

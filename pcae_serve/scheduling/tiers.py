@@ -1,7 +1,4 @@
-"""The ladder: the tiers of a bundle by name and accuracy, the cheapest first.
-
-It knows no seconds: what a tier costs is the forecast's to say.
-"""
+"""Table of a bundle's tiers: names and accuracies, cheapest first."""
 
 from dataclasses import dataclass
 
@@ -10,13 +7,13 @@ from pcae_serve.errors import StartError
 
 @dataclass(frozen=True)
 class TierTable:
-    """Tiers are counted as the bundle orders them."""
+    """Tier i has names[i] and accuracy[i]; the order is the bundle's."""
 
     names: tuple[str, ...]
-    accuracy: tuple[float, ...]  # 0..1; agreement with the full model where none was measured
+    accuracy: tuple[float, ...]  # 0..1; agreement with the full model if accuracy is not measured
 
     def index(self, name: str) -> int:
-        """Which tier has this name."""
+        """Return the position of the tier with this name. Raise StartError if there is none."""
         if name not in self.names:
-            raise StartError(f"no tier is named {name!r}; there are {', '.join(self.names)}")
+            raise StartError(f"no tier is named {name!r}; the tiers are {', '.join(self.names)}")
         return self.names.index(name)

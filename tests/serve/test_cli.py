@@ -239,9 +239,10 @@ def test_serving_loads_nothing_that_only_the_commands_need() -> None:
     assert "pcae_serve.commands.serve" in loaded
     tops = {name.partition(".")[0] for name in loaded}
     assert not tops & {"matplotlib", "rich", "scipy", "pyarrow"}
+    assert "pcae_serve.loadtest" not in loaded
     assert not loaded & {
-        "pcae_serve.loadtest.replay",
-        "pcae_serve.loadtest.simulation",
+        "pcae_serve.commands.replay",
+        "pcae_serve.commands.simulate",
         "pcae_serve.commands.classify",
     }
 

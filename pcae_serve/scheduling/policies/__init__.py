@@ -1,1 +1,1 @@
-"""Policies: choose which waiting requests run next, and on which tier."""
+"""Scheduling policies: which queued requests run next, and on which tier."""

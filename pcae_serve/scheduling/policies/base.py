@@ -1,7 +1,7 @@
-"""Policies choose which waiting requests run next, and on which tier. One interface, many bodies.
+"""The interface of scheduling policies: from a view of the queue, choose a batch and its tier.
 
-A policy knows no clock; it is given numbers, and sorted views of the queue that it must not change.
-Admission, expiry and refusal are the scheduler's and the same for all.
+A policy sees numbers and sorted views of the queue, which it must not change. Admission and expiry
+are the scheduler's and the same for every policy.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class SchedulerView:
     """What a policy sees when a device is free."""
 
     now_s: float
-    queue: Queue  # never empty; each can still make it on its cheapest tier
+    queue: Queue  # not empty; each request can still be answered in time on its cheapest tier
     forecast: Forecast
     arrivals: Arrivals
     max_batch: int
@@ -26,7 +26,7 @@ class SchedulerView:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Run these requests together on this tier now; those let go are told so at once."""
+    """Run these requests as one batch on this tier now, and drop others from the queue."""
 
     tier: int
     requests: tuple[Request, ...]
@@ -35,21 +35,21 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Run nothing before `until_s`, unless something happens."""
+    """Run nothing before `until_s`, unless another event happens first."""
 
     until_s: float
 
 
 class Policy(Protocol):
-    """Decides; may learn from what it is told, but only from that."""
+    """Chooses batches; may learn from `observe`."""
 
     @property
     def name(self) -> str: ...
 
     def choose(self, view: SchedulerView) -> Run | Wait:
-        """The next batch for a free device; `situation.queue` is not empty."""
+        """Return the next batch for a free device, or the time to wait until."""
         ...
 
     def observe(self, run: Run, seconds: float, late: int) -> None:
-        """A batch chosen earlier took `seconds`, which made `late` of its requests late."""
+        """Learn from a batch that took `seconds`; `late` of its requests missed the deadline."""
         ...

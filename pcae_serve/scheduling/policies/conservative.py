@@ -1,15 +1,16 @@
-"""Conservative: greedy, on tiers that take half the budget at most and keep up with the load.
+"""Conservative: greedy, limited to half the budget and to tiers that sustain the current load.
 
-The baseline of that name of RAMSIS (Mendoza et al., EuroSys 2024). It knows the load that there is,
-not the one to come, and counts as throughput that of the batch at hand, however small it is.
+The baseline of that name in RAMSIS (Mendoza et al., EuroSys 2024). A request that arrives just
+after a batch has started waits for it and still has half of its budget for its own batch. The
+throughput of a tier is that of the batch to be run, however small.
 """
 
 from pcae_serve.scheduling.policies.base import Run, SchedulerView
-from pcae_serve.scheduling.policies.greedy import run_highest
+from pcae_serve.scheduling.policies.greedy import run_most_accurate
 
 
 class Conservative:
-    """Who comes right after a batch has begun waits for all of it, and still has his own half."""
+    """Greedy with a limit of half the budget, and enough throughput for the current load."""
 
     name = "conservative"
 
@@ -19,10 +20,10 @@ class Conservative:
         load = view.arrivals.rate(view.now_s) / view.devices
 
         def suits(tier: int, batch: int) -> bool:
-            keeps_up = batch >= load * forecast.p50(tier, batch)
-            return keeps_up and forecast.p99(tier, batch) <= half_s
+            sustains_load = batch >= load * forecast.p50(tier, batch)
+            return sustains_load and forecast.p99(tier, batch) <= half_s
 
-        return run_highest(view, suits)
+        return run_most_accurate(view, suits)
 
     def observe(self, run: Run, seconds: float, late: int) -> None:
-        """Conservative learns nothing."""
+        """Do nothing."""

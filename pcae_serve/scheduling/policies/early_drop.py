@@ -1,8 +1,7 @@
-"""Early drop: give up the heads that a full batch cannot meet, so that the others get one.
+"""Early drop: drop the most urgent requests if a full batch would make them late.
 
-Nexus' batching (Shen et al., "Nexus", SOSP 2019), put around any policy: that one names the tier,
-this one makes the batch. It knows nothing of the other tiers on which a head might still have made
-it: who is let go is lost, which is the known price of it.
+The batching of Nexus (Shen et al., SOSP 2019) around any policy: the inner policy chooses the tier,
+early drop the batch. A dropped request is lost even if another tier could have answered it in time.
 """
 
 from pcae_serve.scheduling.policies.base import Policy, Run, SchedulerView, Wait
@@ -10,11 +9,11 @@ from pcae_serve.scheduling.policies.fixed import Fixed
 
 
 class EarlyDrop:
-    """The inner policy's tier, in batches as large as they are worth filling."""
+    """The inner policy's tier, with batches as large as useful."""
 
     def __init__(self, policy: Policy) -> None:
         self._inner = policy
-        fixed = isinstance(policy, Fixed)  # that pair is what Nexus itself does
+        fixed = isinstance(policy, Fixed)  # fixed with early drop is Nexus itself
         self.name = policy.name.replace("fixed", "nexus", 1) if fixed else f"{policy.name}+drop"
 
     def choose(self, view: SchedulerView) -> Run | Wait:
@@ -25,11 +24,11 @@ class EarlyDrop:
         waiting = view.queue.allowing(tier)
         most = min(view.max_batch, forecast.useful_batch(tier))
         for first, head in enumerate(waiting):
-            target = min(len(waiting) - first, most)  # fewer are left, and they take less
-            if now_s + forecast.p99(tier, target) <= head.deadline_s:
-                batch = tuple(waiting[first : first + target])
+            size = min(len(waiting) - first, most)  # smaller, and faster, with fewer left
+            if now_s + forecast.p99(tier, size) <= head.deadline_s:
+                batch = tuple(waiting[first : first + size])
                 return Run(tier, batch, dropped=tuple(waiting[:first]))
-        return inner  # nobody can make it for sure: the inner policy's attempt is the best there is
+        return inner  # no request is certain to be in time
 
     def observe(self, run: Run, seconds: float, late: int) -> None:
         self._inner.observe(run, seconds, late)

@@ -1,7 +1,7 @@
-"""Greedy: the most accurate tier that serves all who wait before the earliest deadline.
+"""Greedy: the most accurate tier that serves the whole queue before the earliest deadline.
 
-The "aggressive" baseline of RAMSIS (Mendoza et al., EuroSys 2024). It knows nothing of load: a
-growing queue eats the budgets, and so pushes the choice down.
+The baseline "aggressive" of RAMSIS (Mendoza et al., EuroSys 2024). The arrival rate is not
+considered: under load the queue grows, budgets shrink, and so cheaper tiers are chosen.
 """
 
 from collections.abc import Callable
@@ -11,19 +11,22 @@ from pcae_serve.scheduling.policies.fixed import batch_in_time
 
 
 class Greedy:
-    """All that a batch holds, on the best tier that is quick enough for the head."""
+    """All that a batch holds, on the best tier that meets the most urgent deadline."""
 
     name = "greedy"
 
     def choose(self, view: SchedulerView) -> Run:
-        return run_highest(view, lambda tier, batch: True)
+        return run_most_accurate(view, lambda tier, batch: True)
 
     def observe(self, run: Run, seconds: float, late: int) -> None:
-        """Greedy learns nothing."""
+        """Do nothing."""
 
 
-def run_highest(view: SchedulerView, suits: Callable[[int, int], bool]) -> Run:
-    """The head's most accurate tier that fits and suits; else its fastest, with whom that fits."""
+def run_most_accurate(view: SchedulerView, suits: Callable[[int, int], bool]) -> Run:
+    """Run the queue on the most accurate tier that meets the most urgent deadline and suits.
+
+    If there is none: the fastest allowed tier, in the largest batch that meets that deadline.
+    """
     queue, forecast = view.queue, view.forecast
     head = queue.by_deadline[0]
     slack_s = head.deadline_s - view.now_s
@@ -38,6 +41,6 @@ def run_highest(view: SchedulerView, suits: Callable[[int, int], bool]) -> Run:
 
 
 def full_batch(view: SchedulerView, tier: int) -> int:
-    """All who wait and allow the tier, as far as a batch is worth filling."""
+    """Return the number of queued requests that allow the tier, up to its useful batch."""
     useful = view.forecast.useful_batch(tier)
     return min(len(view.queue.allowing(tier)), view.max_batch, useful)

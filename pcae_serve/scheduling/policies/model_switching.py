@@ -1,34 +1,34 @@
-"""Model-Switching: the load names one tier for everybody, the one of best effective accuracy.
+"""Model-Switching: one tier for all requests, with the best effective accuracy at the load.
 
-Zhang et al., "Model-Switching", HotCloud 2020. Theirs measures offline, for every load, each
-model's effective accuracy: the accuracy of the answers in time. Here the forecast computes it:
+Zhang et al., "Model-Switching", HotCloud 2020. The paper measures each model's effective accuracy
+(the accuracy of the answers in time) offline for every load; here it is computed from the forecast:
 
-    batch     at a load, a device settles on the least batch b that keeps up: load * p50(b) <= b
-    in time   who comes right after a batch began waits for it and then for his own, so those whose
-              budgets hold 2 * p50(b); nobody where no batch keeps up
+    batch     a device settles on the smallest batch b that sustains the load: load * p50(b) <= b
+    in time   a request that arrives just after a batch has started waits for it and then for its
+              own: the share of budgets >= 2 * p50(b), or 0 if no batch sustains the load
 
-It knows loads and budgets as they were, and not what is in the queue.
+Load and budgets are those of past requests; the queue is not considered.
 """
 
 from pcae_serve.scheduling.policies.base import Run, SchedulerView
 from pcae_serve.scheduling.policies.fixed import run_at
 from pcae_serve.scheduling.tiers import TierTable
 
-#: Up again only when the better tier would still be best with the load at this share of it.
+#: A better tier must still be best at the load divided by this.
 HEADROOM = 0.9
-#: For so many decisions in a row.
+#: Consecutive decisions in favour of a better tier before it is used.
 PATIENCE = 16
 
 
 class ModelSwitching:
-    """Down at once, up with patience: a wrong way down costs accuracy, a wrong way up deadlines."""
+    """Switches down at once and up with patience: a wrong step up costs deadlines."""
 
     name = "model-switching"
 
     def __init__(self, tier_table: TierTable) -> None:
         self._accuracy = tier_table.accuracy
         self._tier: int | None = None
-        self._calm = 0  # decisions in a row in which a better tier would have done
+        self._calm = 0  # consecutive decisions in favour of a better tier
 
     def choose(self, view: SchedulerView) -> Run:
         load = view.arrivals.rate(view.now_s) / view.devices
@@ -41,20 +41,20 @@ class ModelSwitching:
         return run_at(self._tier, view)
 
     def observe(self, run: Run, seconds: float, late: int) -> None:
-        """Model-Switching learns nothing but what the forecast has learnt."""
+        """Do nothing; the forecast learns."""
 
     def _best(self, view: SchedulerView, load: float) -> int:
-        """The tier of best effective accuracy at a load; the fastest where nothing keeps up."""
+        """Return the tier of best effective accuracy at a load; the fastest if none sustains it."""
         best, most = 0, (0.0, 0.0)
         for tier, accuracy in enumerate(self._accuracy):
-            effective = accuracy * _in_time(view, tier, load)
+            effective = accuracy * _share_in_time(view, tier, load)
             if effective > 0 and (effective, accuracy) > most:
                 best, most = tier, (effective, accuracy)
         return best
 
 
-def _in_time(view: SchedulerView, tier: int, load: float) -> float:
-    """The share of requests that a tier answers in time at a load on one device."""
+def _share_in_time(view: SchedulerView, tier: int, load: float) -> float:
+    """Return the share of requests that a tier answers in time at a load on one device."""
     forecast = view.forecast
     for batch in range(1, min(view.max_batch, forecast.useful_batch(tier)) + 1):
         batch_s = forecast.p50(tier, batch)

@@ -1,8 +1,6 @@
-"""The catalogue: every policy by its name, as written on a command line.
+"""Registry: every policy by its name on the command line.
 
-    greedy  fixed:fast  nexus:best  slackfit+drop
-
-It knows how policies are called and made, not what they do.
+greedy  fixed:fast  nexus:best  slackfit+drop
 """
 
 from collections.abc import Callable
@@ -29,20 +27,23 @@ PUBLISHED: dict[str, Callable[[TierTable], Policy]] = {
     "model-switching": ModelSwitching,
 }
 
-#: Written with a tier's name behind a colon.
+#: Policies that take the name of a tier, after a colon.
 WITH_TIER: dict[str, Callable[[TierTable, str], Policy]] = {
     "fixed": Fixed,
     "nexus": lambda tier_table, tier_name: EarlyDrop(Fixed(tier_table, tier_name)),
 }
 
-#: Words for tiers that every ladder has.
+#: Names for the first and the last tier of any bundle.
 FIRST, LAST = "fastest", "best"
 
 NAMES = (*OURS, *PUBLISHED, *WITH_TIER)
 
 
 def create(spec: str, tier_table: TierTable) -> Policy:
-    """A fresh policy: a name, a tier behind a colon where one is due, `+drop` for early drop."""
+    """Create a policy from NAME or NAME:TIER, with early drop if `+drop` follows.
+
+    Raise StartError if there is no such policy or tier.
+    """
     base = spec.removesuffix("+drop")
     name, colon, tier_name = base.partition(":")
     if not colon and (make := {**OURS, **PUBLISHED}.get(name)) is not None:
@@ -56,8 +57,8 @@ def create(spec: str, tier_table: TierTable) -> Policy:
         known = [*OURS, *PUBLISHED, *(f"{name}:TIER" for name in WITH_TIER)]
         tiers = ", ".join((*tier_table.names, FIRST, LAST))
         raise StartError(
-            f"no policy is called {spec!r}; there are {', '.join(known)} (TIER: {tiers}), "
-            "each also with +drop"
+            f"no policy is named {spec!r}; the policies are {', '.join(known)} (TIER: {tiers}),"
+            " each optionally with +drop"
         )
-    drops = isinstance(policy, EarlyDrop)  # Nexus is early drop already
+    drops = isinstance(policy, EarlyDrop)  # Nexus includes early drop
     return EarlyDrop(policy) if spec != base and not drops else policy

@@ -1,10 +1,10 @@
-"""The capacity where it is known, and what it must not do as things change."""
+"""Capacity in cases with a known answer, and its monotonicity."""
 
 import numpy as np
 import pytest
 
-from pcae_serve.loadtest.capacity import answered, capacity, draw, fastest
-from pcae_serve.loadtest.clairvoyant import best
+from benchmarks.optimal_schedule import best
+from pcae_serve.loadtest.capacity import capacity, draw_trace, fastest_tier, share_answered
 
 GPU_S = (1.8 + 0.45 * np.array([[0.29], [1.0]]) * np.arange(1, 33)) * 1e-3  # [2, 32]
 CPU_S = 20e-3 * np.array([[0.29], [1.0]]) * np.arange(1, 9)  # [2, 8]
@@ -37,24 +37,24 @@ def test_is_the_same_again_and_lower_where_budgets_are() -> None:
 
 
 def test_answers_fewer_the_more_come() -> None:
-    trace = draw([3 * FULL_S, 8 * FULL_S, 50 * FULL_S], [1, 1, 1], 200, seed=1)
-    shares = [answered(trace, rate, GPU_S[0], width=8) for rate in (500, 3000, 9000, 27000)]
+    trace = draw_trace([3 * FULL_S, 8 * FULL_S, 50 * FULL_S], [1, 1, 1], 200, seed=1)
+    shares = [share_answered(trace, rate, GPU_S[0], width=8) for rate in (500, 3000, 9000, 27000)]
     assert shares[0] == 1.0
     assert shares == sorted(shares, reverse=True)
     assert shares[-1] < 0.9
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_is_close_to_the_oracle_and_never_above(seed: int) -> None:
-    trace = draw([2 * FULL_S, 5 * FULL_S], [1, 1], 40, seed)
+def test_is_close_to_the_exact_optimum_and_never_above(seed: int) -> None:
+    trace = draw_trace([2 * FULL_S, 5 * FULL_S], [1, 1], 40, seed)
     rate = 6000.0
     times_s = trace.at * 40 / rate
     budgets_s = np.minimum(trace.budget_s, 40 / rate + trace.budget_s.min() - times_s)
     exact = best(times_s, budgets_s, [1.0, 1.0], GPU_S, objective="count")
     assert exact.optimal
-    assert exact.value - 1 <= 40 * answered(trace, rate, GPU_S[0]) <= exact.value
+    assert exact.value - 1 <= 40 * share_answered(trace, rate, GPU_S[0]) <= exact.value
 
 
 def test_fastest_tier_is_the_one_that_is_so_with_full_batches() -> None:
-    assert fastest([[2.0, 2.0], [1.0, 3.0]]).tolist() == [2.0, 2.0]
-    assert fastest([[2.0, 2.0], [1.0, 3.0]], max_batch=1).tolist() == [1.0]
+    assert fastest_tier([[2.0, 2.0], [1.0, 3.0]]).tolist() == [2.0, 2.0]
+    assert fastest_tier([[2.0, 2.0], [1.0, 3.0]], max_batch=1).tolist() == [1.0]

@@ -1,11 +1,11 @@
-"""Images to send, from files made here; what is in them does not matter, as none is decoded."""
+"""Payloads from files, a folder and parquet; nothing is decoded, so any bytes will do."""
 
 from pathlib import Path
 
 import pytest
 
 from pcae_serve.errors import StartError
-from pcae_serve.loadtest.payloads import Images
+from pcae_serve.loadtest.payloads import Payloads
 
 KNOWN = ("dark", "bright")
 
@@ -25,38 +25,38 @@ def table(folder: Path, text: str) -> str:
     return str(folder / "labels.csv")
 
 
-def labels(images: Images) -> list[int]:
-    assert images.labels is not None
-    return images.labels.tolist()
+def labels(payloads: Payloads) -> list[int]:
+    assert payloads.labels is not None
+    return [int(label) for label in payloads.labels]
 
 
-def test_where_none_are_given_there_is_a_sample() -> None:
-    images = Images.load(None, None, KNOWN)
+def test_the_default_is_a_sample() -> None:
+    images = Payloads.load(None, None, KNOWN)
     assert [body[:4] for body in images.bodies] == [b"\x89PNG"]
     assert images.labels is None
 
 
 def test_a_folder_is_all_images_below_it_in_order(folder: Path) -> None:
-    images = Images.load(folder, None, KNOWN)
+    images = Payloads.load(folder, None, KNOWN)
     assert images.bodies == [b"bright/1.png", b"bright/2.JPG", b"dark/3.webp"]
-    assert Images.load(folder / "dark" / "3.webp", None, KNOWN).bodies == [b"dark/3.webp"]
+    assert Payloads.load(folder / "dark" / "3.webp", None, KNOWN).bodies == [b"dark/3.webp"]
 
 
 def test_folders_are_labels(folder: Path) -> None:
-    assert labels(Images.load(folder, "folders", KNOWN)) == [1, 1, 0]
-    assert labels(Images.load(folder / "dark" / "3.webp", "folders", KNOWN)) == [0]
+    assert labels(Payloads.load(folder, "folders", KNOWN)) == [1, 1, 0]
+    assert labels(Payloads.load(folder / "dark" / "3.webp", "folders", KNOWN)) == [0]
 
 
 def test_a_file_of_labels_names_images_below_the_folder(folder: Path) -> None:
     lines = "\ufefflabel,file\n0,bright/1.png\nbright,bright/2.JPG\ndark,dark/3.webp\nx,other.png\n"
-    assert labels(Images.load(folder, table(folder, lines), KNOWN)) == [0, 1, 0]
+    assert labels(Payloads.load(folder, table(folder, lines), KNOWN)) == [0, 1, 0]
     one = table(folder, "file,label\n3.webp,bright\n")
-    assert labels(Images.load(folder / "dark" / "3.webp", one, KNOWN)) == [1]
+    assert labels(Payloads.load(folder / "dark" / "3.webp", one, KNOWN)) == [1]
 
 
 def test_a_label_that_is_a_number_is_the_servers_name_for_it_first(folder: Path) -> None:
     lines = table(folder, "file,label\n3.webp,1\n")  # digits may be named so, in any order
-    assert labels(Images.load(folder / "dark" / "3.webp", lines, ("1", "0"))) == [0]
+    assert labels(Payloads.load(folder / "dark" / "3.webp", lines, ("1", "0"))) == [0]
 
 
 def test_parquet_is_read_as_hugging_face_writes_it(tmp_path: Path) -> None:
@@ -65,14 +65,14 @@ def test_parquet_is_read_as_hugging_face_writes_it(tmp_path: Path) -> None:
     images = [{"bytes": b"one", "path": None}, {"bytes": b"two", "path": "2.png"}]
     file = tmp_path / "test.parquet"
     parquet.write_table(pyarrow.table({"image": images, "label": [1, 0]}), file)
-    assert Images.load(file, None, KNOWN).bodies == [b"one", b"two"]
-    assert Images.load(file, None, KNOWN).labels is None
-    assert labels(Images.load(file, "column", KNOWN)) == [1, 0]
+    assert Payloads.load(file, None, KNOWN).bodies == [b"one", b"two"]
+    assert Payloads.load(file, None, KNOWN).labels is None
+    assert labels(Payloads.load(file, "column", KNOWN)) == [1, 0]
     with pytest.raises(StartError, match="--labels column"):
-        Images.load(file, "folders", KNOWN)
+        Payloads.load(file, "folders", KNOWN)
     parquet.write_table(pyarrow.table({"picture": images}), file)
     with pytest.raises(StartError, match=r"cannot read images from .*test\.parquet"):
-        Images.load(file, None, KNOWN)
+        Payloads.load(file, None, KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -80,15 +80,15 @@ def test_parquet_is_read_as_hugging_face_writes_it(tmp_path: Path) -> None:
     [
         ("nowhere.png", None, "cannot read the images"),
         ("nowhere.parquet", None, "cannot read images"),
-        ("empty", None, r"holds no image \(\.bmp"),
-        ("", "column", "for a parquet file"),
+        ("empty", None, r"contains no images \(\.bmp"),
+        ("", "column", "needs a parquet file"),
         ("dark", "nowhere.csv", "cannot read the images"),
         ("dark", "unnamed.csv", "no column 'label'"),
         ("dark", "other.csv", "no line for 3.webp"),
-        ("grey", "folders", "no label 'grey'; it has dark, bright$"),
+        ("grey", "folders", "no label 'grey'; its labels are dark, bright$"),
     ],
 )
-def test_what_cannot_be_is_told(folder: Path, path: str, flag: str | None, words: str) -> None:
+def test_errors(folder: Path, path: str, flag: str | None, words: str) -> None:
     (folder / "empty").mkdir()
     (folder / "grey").mkdir()
     (folder / "grey" / "4.png").write_text("grey")
@@ -96,9 +96,9 @@ def test_what_cannot_be_is_told(folder: Path, path: str, flag: str | None, words
     (folder / "other.csv").write_text("file,label\n4.webp,dark\n")
     flag = str(folder / flag) if flag and flag.endswith(".csv") else flag
     with pytest.raises(StartError, match=words):
-        Images.load(folder / path, flag, KNOWN)
+        Payloads.load(folder / path, flag, KNOWN)
 
 
 def test_of_many_labels_a_few_are_named(folder: Path) -> None:
-    with pytest.raises(StartError, match=r"it has a, b, c, d, e, …$"):
-        Images.load(folder, "folders", tuple("abcdef"))
+    with pytest.raises(StartError, match=r"its labels are a, b, c, d, e, …$"):
+        Payloads.load(folder, "folders", tuple("abcdef"))

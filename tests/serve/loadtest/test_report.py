@@ -1,4 +1,4 @@
-"""The figures, over hand-made outcomes; and the three forms that they are told in."""
+"""Figures of hand-made outcomes, and the table, JSON and plot."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import pytest
 from pcae_serve.bundle.quality import wilson_interval
 from pcae_serve.errors import PcaeError
 from pcae_serve.loadtest import report
-from pcae_serve.loadtest.report import FAILED, Figures, Row, figures, summarise
+from pcae_serve.loadtest.report import Figures, Row, figures, summarise
 from pcae_serve.loadtest.simulator import End, Outcome
 from pcae_serve.scheduling.tiers import TierTable
 
@@ -20,7 +20,7 @@ TIER_TABLE = TierTable(("fast", "balanced", "full"), (0.6, 0.7, 0.8))
 
 
 def outcome(*ends: tuple[int, int, float], **changes: Any) -> Outcome:
-    """Requests that arrive a second apart: (end, tier, seconds until then)."""
+    """Return an outcome of requests a second apart: (end, tier, seconds until the end)."""
     n = len(ends)
     arrival_s = np.arange(n, dtype=float)
     return Outcome(
@@ -37,14 +37,14 @@ FIVE = (
     (End.IN_TIME, 0, 0.1),
     (End.IN_TIME, 2, 0.3),
     (End.LATE, 2, 1.5),
-    (End.REFUSED, -1, 0.02),
+    (End.REJECTED, -1, 0.02),
     (End.EXPIRED, -1, 1.0),
 )
 
 
 def row(policy: str = "greedy", load: float = 1.0, *runs: Figures, **changes: Any) -> Row:
-    told = runs or (figures(outcome(*FIVE), TIER_TABLE, (0, 1, 2)),)
-    return Row(policy, "poisson", "mixed", load, 100 * load, 5, told, **changes)
+    its_runs = runs or (figures(outcome(*FIVE), TIER_TABLE, (0, 1, 2)),)
+    return Row(policy, "poisson", "mixed", load, 100 * load, 5, its_runs, **changes)
 
 
 def test_every_offered_request_counts() -> None:
@@ -54,9 +54,9 @@ def test_every_offered_request_counts() -> None:
     assert found.accuracy_recovered == pytest.approx(0.5)
     assert found.effective_accuracy == pytest.approx(0.4 * 0.7)
     assert found.goodput_per_s == pytest.approx(2 / 4)
-    assert (found.refused, found.expired, found.late, found.failed) == (0.2, 0.2, 0.2, 0)
+    assert (found.rejected, found.dropped, found.expired, found.late) == (0.2, 0, 0.2, 0.2)
     assert found.p50_ms == pytest.approx(300)  # of three answers, the late one among them
-    assert found.refusal_p99_ms == pytest.approx(20)
+    assert found.rejection_p99_ms == pytest.approx(20)
 
 
 def test_what_is_recovered_lies_between_the_tiers_allowed() -> None:
@@ -66,7 +66,7 @@ def test_what_is_recovered_lies_between_the_tiers_allowed() -> None:
 
 
 def test_a_failure_is_a_miss() -> None:
-    found = figures(outcome((FAILED, -1, 0.1), (End.IN_TIME, 2, 0.1)), TIER_TABLE, (0, 1, 2))
+    found = figures(outcome((End.FAILED, -1, 0.1), (End.IN_TIME, 2, 0.1)), TIER_TABLE, (0, 1, 2))
     assert (found.attainment, found.failed) == (0.5, 0.5)
 
 
@@ -77,7 +77,7 @@ def test_with_labels_only_right_answers_in_time_are_worth_something() -> None:
 
 
 def test_nothing_in_time_has_no_accuracy() -> None:
-    found = figures(outcome((End.REFUSED, -1, 0.0)), TIER_TABLE, (0, 1, 2))
+    found = figures(outcome((End.REJECTED, -1, 0.0)), TIER_TABLE, (0, 1, 2))
     assert (found.attainment, found.effective_accuracy) == (0, 0)
     assert (found.accuracy_recovered, found.mean_accuracy, found.p99_ms) == (None, None, None)
 
@@ -117,10 +117,10 @@ def test_a_figure_that_one_seed_lacks_is_that_of_the_others() -> None:
     assert found.mean == pytest.approx(0.5)
 
 
-def test_the_table_tells_what_matters_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_the_most_important_figures_first(capsys: pytest.CaptureFixture[str]) -> None:
     report.show([row(), row("nexus:fastest"), row(load=2.0)], ["on a toy"])
     out = capsys.readouterr().out
-    places = [out.index(word) for word in ("attainment %", "recovered %", "effective %", "goodput")]
+    places = [out.index(word) for word in ("attainment", "recovered %", "accuracy %", "goodput")]
     assert places == sorted(places)
     assert "40.0 (11.8–76.9)" in out  # noqa: RUF001
     assert out.count("nexus:fastest") == 1
@@ -129,11 +129,11 @@ def test_the_table_tells_what_matters_first(capsys: pytest.CaptureFixture[str]) 
     assert out.rstrip().endswith("on a toy")
 
 
-def test_the_table_tells_of_failures_only_where_there_are_any(
+def test_the_table_has_failures_only_if_there_are_any(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     report.show([row()], [])
-    assert "failed" not in capsys.readouterr().out
+    assert "failed %" not in capsys.readouterr().out
     report.show([row("greedy", 1.0, dataclasses.replace(row().runs[0], failed=0.125))], [])
     assert "12.5" in capsys.readouterr().out
 
@@ -142,24 +142,24 @@ def test_json_holds_every_seed(tmp_path: Path) -> None:
     run = row().runs[0]
     rows = [row("greedy", 1.0, run, run, client={"lag_p99_ms": 0.5})]
     report.write_json(tmp_path / "r.json", rows, {"command": "test"}, labels=True)
-    told = json.loads((tmp_path / "r.json").read_text())
-    assert told["formulas"]["effective accuracy"] == "right answers in time / offered"
-    [one] = told["rows"]
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["formulas"]["effective accuracy"] == "right answers in time / offered"
+    [one] = content["rows"]
     assert one["figures"]["attainment"] == {"mean": 0.4, "low": 0.4, "high": 0.4}
     assert list(one["figures"])[:3] == ["attainment", "accuracy_recovered", "effective_accuracy"]
     assert len(one["by_seed"]) == one["seeds"] == 2
     assert one["client"] == {"lag_p99_ms": 0.5}
 
 
-def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    with pytest.raises(PcaeError, match="cannot be written"):
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(PcaeError, match="cannot write"):
         report.write_json(tmp_path / "no" / "r.json", [row()], {})
-    with pytest.raises(PcaeError, match="cannot be written"):
+    with pytest.raises(PcaeError, match="cannot write"):
         report.write_png(tmp_path / "no" / "r.png", [row()], "")
 
 
-def test_the_front_is_drawn(tmp_path: Path) -> None:
-    nothing = figures(outcome((End.REFUSED, -1, 0.0)), TIER_TABLE, (0, 1, 2))
+def test_the_plot(tmp_path: Path) -> None:
+    nothing = figures(outcome((End.REJECTED, -1, 0.0)), TIER_TABLE, (0, 1, 2))
     rows = [row(), row("slackfit"), row(load=2.0), row("slackfit", 2.0, nothing)]
     report.write_png(tmp_path / "r.png", rows, "a toy")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")

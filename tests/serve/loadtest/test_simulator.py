@@ -20,21 +20,21 @@ from tests.support.scheduler_views import ALL, LINES, TIER_TABLE, linear
 POINTS = [{b: Seconds(o + b * i, 1.2 * (o + b * i)) for b in (1, 32)} for o, i in LINES]
 
 
-class Heard:
-    """Everything that the simulation says while it runs."""
+class Recorder:
+    """An observer that records every event with its actions."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[Event, list[Action]]] = []
+        self.events: list[tuple[Event, list[Action]]] = []
 
     def __call__(self, event: Event, actions: list[Action]) -> None:
-        self.told.append((event, list(actions)))
+        self.events.append((event, list(actions)))
 
     @property
     def actions(self) -> list[Action]:
-        return [action for _, actions in self.told for action in actions]
+        return [action for _, actions in self.events for action in actions]
 
 
-def machine(spec: str = "greedy", devices: int = 1) -> Scheduler:
+def scheduler(spec: str = "greedy", devices: int = 1) -> Scheduler:
     return Scheduler(create(spec, TIER_TABLE), linear(*LINES, tail=1.2), devices=devices)
 
 
@@ -47,9 +47,9 @@ def run(
     decode_s: float = 0.0,
     host_s: float = 0.0,
     seconds: Draw | None = None,
-    heard: Heard | None = None,
+    recorder: Recorder | None = None,
 ) -> Outcome:
-    """300 requests of three budgets."""
+    """Simulate 300 requests of three budgets."""
     generator = np.random.default_rng(seed)
     times_s = np.cumsum(generator.exponential(1 / rate, 300))
     budgets_s = generator.choice([0.25, 0.8, 4.0], 300)
@@ -57,25 +57,27 @@ def run(
     return simulate(
         times_s,
         budgets_s,
-        machine(spec, devices),
+        scheduler(spec, devices),
         seconds,
         ALL,
         decode_s=decode_s,
         host_s=host_s,
-        listen=heard,
+        observer=recorder,
     )
 
 
 @pytest.mark.parametrize("devices", [1, 3])
 @pytest.mark.parametrize(("decode_s", "host_s"), [(0.0, 0.0), (0.02, 0.0), (0.02, 0.004)])
 @pytest.mark.parametrize("rate", [5.0, 200.0])
-def test_every_request_comes_to_exactly_one_end(
+def test_every_request_ends_exactly_once(
     rate: float, decode_s: float, host_s: float, devices: int
 ) -> None:
-    heard = Heard()
-    outcome = run(3, rate=rate, decode_s=decode_s, host_s=host_s, devices=devices, heard=heard)
-    ended = [a.id for a in heard.actions if isinstance(a, Refuse | Expire)]
-    ended += [id_ for a in heard.actions if isinstance(a, Dispatch) for id_ in a.ids]
+    recorder = Recorder()
+    outcome = run(
+        3, rate=rate, decode_s=decode_s, host_s=host_s, devices=devices, recorder=recorder
+    )
+    ended = [a.id for a in recorder.actions if isinstance(a, Refuse | Expire)]
+    ended += [id_ for a in recorder.actions if isinstance(a, Dispatch) for id_ in a.ids]
     assert sorted(ended) == list(range(300))
     ran = (outcome.end == End.IN_TIME) | (outcome.end == End.LATE)
     assert ((outcome.tier >= 0) == ran).all()
@@ -84,11 +86,21 @@ def test_every_request_comes_to_exactly_one_end(
     assert (outcome.end_s >= outcome.arrival_s).all()
 
 
+@pytest.mark.parametrize(
+    ("spec", "end"), [("nexus:fastest", End.DROPPED), ("fixed:fastest", End.EXPIRED)]
+)
+def test_requests_that_the_policy_removes_are_dropped_others_expire(spec: str, end: End) -> None:
+    outcome = run(3, rate=200.0, spec=spec, recorder=(recorder := Recorder()))
+    removed = [action.id for action in recorder.actions if isinstance(action, Expire)]
+    assert removed
+    assert (outcome.end[removed] == end).all()
+
+
 def test_events_come_in_the_order_of_their_times() -> None:
-    run(4, devices=2, decode_s=0.01, heard=(heard := Heard()))
-    times_s = [event.now_s for event, _ in heard.told]
+    run(4, devices=2, decode_s=0.01, recorder=(recorder := Recorder()))
+    times_s = [event.now_s for event, _ in recorder.events]
     assert times_s == sorted(times_s)
-    assert sum(isinstance(event, Arrived) for event, _ in heard.told) == 300
+    assert sum(isinstance(event, Arrived) for event, _ in recorder.events) == 300
 
 
 def test_a_seed_gives_the_same_outcome_again() -> None:
@@ -105,8 +117,8 @@ def test_a_seed_gives_the_same_outcome_again() -> None:
 
 @pytest.mark.parametrize("devices", [1, 3])
 def test_what_was_spent_adds_up_to_the_busy_time(devices: int) -> None:
-    outcome = run(7, devices=devices, heard=(heard := Heard()))
-    spent = [action for action in heard.actions if isinstance(action, BatchAccounted)]
+    outcome = run(7, devices=devices, recorder=(recorder := Recorder()))
+    spent = [action for action in recorder.actions if isinstance(action, BatchAccounted)]
     assert outcome.busy_s == pytest.approx(sum(s.seconds for s in spent))
     assert [s.batch for s in spent if devices == 1] == (outcome.batches if devices == 1 else [])
     assert sum(s.batch for s in spent) == sum(outcome.batches)
@@ -114,30 +126,32 @@ def test_what_was_spent_adds_up_to_the_busy_time(devices: int) -> None:
     assert outcome.late_s <= outcome.busy_s <= devices * outcome.span_s
 
 
-def test_arrivals_stop_the_batch_in_progress_where_they_share_its_core() -> None:
+def test_arrivals_delay_the_batch_in_progress_if_they_share_its_core() -> None:
     def ends(*times_s: float, budget_s: float = 9.0) -> tuple[list[float], list[float]]:
-        count, heard = len(times_s), Heard()
+        count, recorder = len(times_s), Recorder()
         outcome = simulate(
             np.array(times_s),
             np.full(count, budget_s),
-            machine(),
+            scheduler(),
             lambda tier, batch: 0.1,
             (0,),
             host_s=0.01,
-            listen=heard,
+            observer=recorder,
         )
-        took_s = [e.seconds for e, _ in heard.told if isinstance(e, Done) and e.seconds is not None]
+        took_s = [
+            e.seconds for e, _ in recorder.events if isinstance(e, Done) and e.seconds is not None
+        ]
         return outcome.end_s.tolist(), took_s
 
-    # its own 10 ms, then two that come meanwhile, who then run together
+    # its own 10 ms, then two arrivals during the batch, which run together afterwards
     end_s, took_s = ends(0.0, 0.05, 0.118)
     assert end_s == pytest.approx([0.13, 0.23, 0.23])
-    assert took_s == pytest.approx([0.13, 0.1])  # what the machine learns from
+    assert took_s == pytest.approx([0.13, 0.1])  # what the latency model learns from
     assert ends(0.0, 1.0)[0] == pytest.approx([0.11, 1.11])
 
 
-def test_a_machine_that_slows_to_half_is_followed_within_20_batches() -> None:
-    ran, slow_from, heard = [0], 50, Heard()
+def test_a_device_that_slows_to_half_is_followed_within_20_batches() -> None:
+    ran, slow_from, recorder = [0], 50, Recorder()
 
     def halves(tier: int, batch: int) -> float:
         ran[0] += 1
@@ -145,8 +159,8 @@ def test_a_machine_that_slows_to_half_is_followed_within_20_batches() -> None:
         return (overhead_s + batch * image_s) * (2 if ran[0] > slow_from else 1)
 
     # one at a time, 0.6 s each: enough for the full tier, and later for the one below it
-    simulate(np.arange(150.0), np.full(150, 0.6), machine(), halves, ALL, listen=heard)
-    batches = [action for action in heard.actions if isinstance(action, BatchAccounted)]
+    simulate(np.arange(150.0), np.full(150, 0.6), scheduler(), halves, ALL, observer=recorder)
+    batches = [action for action in recorder.actions if isinstance(action, BatchAccounted)]
     before, change, after = batches[:50], batches[50:70], batches[70:]
     assert [(b.tier, b.late) for b in before] == [(2, 0)] * 50
     assert 0 < sum(b.late for b in change) < 10
@@ -161,6 +175,6 @@ def test_drawn_seconds_have_the_profiles_median_and_p99() -> None:
     assert np.quantile(drawn, 0.99) == pytest.approx(1.2 * median, rel=0.02)
 
 
-def test_nothing_offered_is_nothing_done() -> None:
-    outcome = simulate(np.array([]), np.array([]), machine(), draw(POINTS, 32, 0), ALL)
+def test_no_requests() -> None:
+    outcome = simulate(np.array([]), np.array([]), scheduler(), draw(POINTS, 32, 0), ALL)
     assert (outcome.busy_s, outcome.span_s, outcome.batches) == (0.0, 0.0, [])

@@ -124,7 +124,7 @@ def test_budgets_come_in_the_shares_of_the_mix(mix: str, shares: dict[float, flo
     assert counts / 20_000 == pytest.approx(list(shares.values()), abs=0.02)
 
 
-def test_a_gap_says_nothing_about_a_budget() -> None:
+def test_gaps_and_budgets_are_independent() -> None:
     made = make("poisson", "loose", 100.0, 20_001, FULL_S, seed=0)
     gaps = np.diff(made.times_s)
     for shifted in (made.budgets_s[:-1], made.budgets_s[1:]):
@@ -132,7 +132,7 @@ def test_a_gap_says_nothing_about_a_budget() -> None:
 
 
 @pytest.mark.parametrize("trace", ["azure-code", "gamma-8"])
-def test_what_is_saved_is_loaded_to_the_bit(trace: str, tmp_path: Path) -> None:
+def test_a_saved_workload_is_loaded_bit_for_bit(trace: str, tmp_path: Path) -> None:
     made = make(trace, "mixed", 300.0, 500, full_s=0.0123456789, seed=2)
     made.save(tmp_path / "saved.csv")
     assert (tmp_path / "saved.csv").read_text().startswith("arrival_s,budget_ms\n0.000000,")
@@ -163,16 +163,16 @@ def test_a_trace_without_budgets_gets_them_from_the_mix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "line 1: the header should be"),
-        ("time,budget\n1,2\n", "line 1: the header should be"),
-        ("arrival_s,budget_ms\n", "holds no request"),
-        ("arrival_s,budget_ms\n1,20\n0.5,20\n", "line 3: arrives before the line above"),
+        ("", "line 1: the header must be"),
+        ("time,budget\n1,2\n", "line 1: the header must be"),
+        ("arrival_s,budget_ms\n", "contains no requests"),
+        ("arrival_s,budget_ms\n1,20\n0.5,20\n", "line 3: earlier than the line above"),
         ("arrival_s,budget_ms\n1,20\n2,0\n", "line 3: a budget must be"),
         ("arrival_s,budget_ms\n1,20\n2,-4\n", "line 3: a budget must be"),
-        ("arrival_s,budget_ms\n1,20\ninf,20\n", "line 3: 'inf,20' should be two finite numbers"),
-        ("arrival_s,budget_ms\nnan,20\n", "line 2: 'nan,20' should be two finite numbers"),
-        ("arrival_s,budget_ms\n1,20\n2\n", "line 3: '2' should be two finite numbers"),
-        ("arrival_s\n1\nsoon\n", "line 3: 'soon' should be a finite number"),
+        ("arrival_s,budget_ms\n1,20\ninf,20\n", "line 3: 'inf,20' must be two finite numbers"),
+        ("arrival_s,budget_ms\nnan,20\n", "line 2: 'nan,20' must be two finite numbers"),
+        ("arrival_s,budget_ms\n1,20\n2\n", "line 3: '2' must be two finite numbers"),
+        ("arrival_s\n1\nsoon\n", "line 3: 'soon' must be a finite number"),
     ],
 )
 def test_a_damaged_trace_is_named_by_its_line(text: str, message: str, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_damaged_trace_is_named_by_its_line(text: str, message: str, tmp_path:
     assert "\n" not in str(caught.value)
 
 
-def test_a_trace_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+def test_a_trace_that_is_missing_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(StartError, match=r"cannot read the trace .*none\.csv"):
         make(str(tmp_path / "none.csv"), "mixed", None, 10, FULL_S, seed=0)
     (tmp_path / "own.csv").write_bytes(b"\xff\xfe\x00")
@@ -190,7 +190,7 @@ def test_a_trace_that_is_not_there_or_not_text(tmp_path: Path) -> None:
         load(tmp_path / "own.csv")
 
 
-def test_an_unknown_trace_is_told_all_the_names() -> None:
+def test_the_error_for_an_unknown_trace_lists_the_names() -> None:
     with pytest.raises(StartError) as caught:
         arrivals("gamma-3", 10.0, 10, seed=0)
     assert all(name in str(caught.value) for name in ("'gamma-3'", *TRACES))
@@ -198,7 +198,7 @@ def test_an_unknown_trace_is_told_all_the_names() -> None:
 
 
 @pytest.mark.parametrize("mix", ["", "tight", "3:", ":1", "3:0.5:1", "3,,8"])
-def test_an_unknown_mix_is_told_all_the_names(mix: str) -> None:
+def test_the_error_for_an_unknown_mix_lists_the_names(mix: str) -> None:
     with pytest.raises(StartError) as caught:
         budgets(mix, FULL_S, 10, seed=0)
     assert all(name in str(caught.value) for name in (repr(mix), *MIXES))
@@ -214,14 +214,14 @@ def test_a_mix_takes_numbers_above_0_only(mix: str) -> None:
 @pytest.mark.parametrize(
     ("rate", "count", "seed", "message"),
     [
-        (0.0, 10, 0, "a rate of 0.0"),
-        (float("nan"), 10, 0, "a rate of nan"),
+        (0.0, 10, 0, "rate 0.0 must be"),
+        (float("nan"), 10, 0, "rate nan must be"),
         (None, 10, 0, "needs a rate"),
-        (10.0, 0, 0, "a workload of 0 requests"),
-        (10.0, 10, -1, "the seed -1"),
+        (10.0, 0, 0, "not 0"),
+        (10.0, 10, -1, "seed -1 must be"),
     ],
 )
-def test_senseless_numbers_are_refused(
+def test_invalid_numbers_are_rejected(
     rate: float | None, count: int, seed: int, message: str
 ) -> None:
     with pytest.raises(StartError, match=message):
@@ -242,7 +242,7 @@ def test_statistics_of_a_trace_counted_by_hand() -> None:
     assert statistics(np.array([0.0, 0.5]), window_s=0.1).peak == pytest.approx(10)
 
 
-def test_statistics_of_one_moment_are_refused() -> None:
+def test_statistics_need_two_different_times() -> None:
     for times_s in ([1.0], [1.0, 1.0]):
         with pytest.raises(StartError, match="two different times"):
             statistics(np.array(times_s))

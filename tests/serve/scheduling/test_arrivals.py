@@ -70,7 +70,7 @@ def test_any_number_of_budgets_is_told_in_few_classes() -> None:
 def test_as_many_are_expected_within_a_time_as_the_rate_says() -> None:
     arrivals = poisson(200.0, 3000)
     for seconds in (0.01, 0.1, 1.0):
-        mean, variance = arrivals.within(seconds)
+        mean, variance = arrivals.count_within(seconds)
         assert mean == pytest.approx(200.0 * seconds, rel=0.3)
         if 200.0 * seconds < RATE_OVER:  # no more than the averages run over
             assert variance == pytest.approx(200.0 * seconds, rel=0.6)  # of a Poisson process
@@ -80,23 +80,23 @@ def test_clusters_scatter_more_than_regular_arrivals() -> None:
     clusters = Arrivals()
     for i in range(2000):  # eight at once, at the same mean rate
         clusters.observe((i // 8) * 0.08, 1.0)
-    assert clusters.within(0.05)[1] > regular(100.0, 2000).within(0.05)[1] + 1
+    assert clusters.count_within(0.05)[1] > regular(100.0, 2000).count_within(0.05)[1] + 1
 
 
 def test_nothing_new_is_due_before_the_tightest_budget_and_ever_more_after_it() -> None:
     arrivals = poisson(100.0, 2000, (0.1, 0.5, 2.0))
-    assert arrivals.due(0.05) == (0.0, 0.0)
-    means = [arrivals.due(0.02 * i)[0] for i in range(1, 120)]
+    assert arrivals.count_due(0.05) == (0.0, 0.0)
+    means = [arrivals.count_due(0.02 * i)[0] for i in range(1, 120)]
     assert means == sorted(means)
     assert means[-1] > 10
-    deviations = [arrivals.due(0.02 * i)[1] for i in range(1, 120)]
+    deviations = [arrivals.count_due(0.02 * i)[1] for i in range(1, 120)]
     assert all(deviation >= 0 for deviation in deviations)
 
 
 def test_one_request_is_enough_to_ask_what_is_due() -> None:
     arrivals = Arrivals()
     arrivals.observe(0.0, 0.5)
-    mean, deviation = arrivals.due(1.0)
+    mean, deviation = arrivals.count_due(1.0)
     assert mean >= 0
     assert deviation >= 0
 
@@ -107,4 +107,4 @@ def test_a_budget_of_nothing_spoils_nothing() -> None:
     arrivals.observe(0.0, 0.0)
     arrivals.observe(1.0, 0.5)
     assert all(budgets.budget_s > 0 for budgets in arrivals.classes)
-    assert arrivals.due(0.6)[0] >= 0
+    assert arrivals.count_due(0.6)[0] >= 0

@@ -105,7 +105,7 @@ def test_what_one_image_needs_on_an_idle_machine_does_not_follow_a_slow_moment()
 def test_the_largest_batch_that_is_promised_in_time() -> None:
     forecast = latency({1: 0.012, 8: 0.026}, tail=1.5).forecast(0.0)
     for within_s in (0.001, 0.0181, 0.0211, 0.03, 0.1, 9.0):
-        largest = forecast.largest(0, within_s, 20)
+        largest = forecast.largest_batch(0, within_s, 20)
         fits = [b for b in range(1, 21) if forecast.p99(0, b) <= within_s]
         assert largest == len(fits)
 

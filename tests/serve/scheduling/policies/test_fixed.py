@@ -52,5 +52,5 @@ def test_company_of_a_head_pinned_elsewhere_keeps_to_the_fixed_tier() -> None:
 
 
 def test_an_unknown_tier_is_refused() -> None:
-    with pytest.raises(StartError, match="there are fast, balanced, full"):
+    with pytest.raises(StartError, match="the tiers are fast, balanced, full"):
         Fixed(TIER_TABLE, "slow")

@@ -51,7 +51,9 @@ def test_what_does_not_exist_is_refused_with_one_line_of_what_does(spec: str) ->
 
 
 def test_an_unknown_tier_is_refused() -> None:
-    with pytest.raises(StartError, match="no tier is named 'slow'; there are fast, balanced, full"):
+    with pytest.raises(
+        StartError, match="no tier is named 'slow'; the tiers are fast, balanced, full"
+    ):
         create("nexus:slow", TIER_TABLE)
 
 

@@ -1,12 +1,13 @@
-"""The oracle against every schedule there is, on small instances; and by hand."""
+"""The exact search against enumeration on small instances, and against schedules by hand."""
 
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from pcae_serve.loadtest import clairvoyant
-from pcae_serve.loadtest.clairvoyant import Floats, Schedule, best
+from benchmarks import optimal_schedule
+from benchmarks.optimal_schedule import LagrangianBound, Schedule, best
+from pcae_serve.loadtest.clairvoyant import ROUNDING_S, TOLERANCE, Floats, Labels, make_problem
 
 GPU_S = (1.8 + 0.45 * np.array([[0.29], [0.5], [1.0]]) * np.arange(1, 33)) * 1e-3  # [3, 32]
 CPU_S = 20e-3 * np.array([[0.29], [0.5], [1.0]]) * np.arange(1, 9)  # [3, 8]
@@ -14,7 +15,7 @@ ACCURACY = [0.745, 0.805, 0.848]
 
 
 def every(times_s: Floats, deadlines_s: Floats, accuracy: Floats, seconds: Floats) -> float:
-    """The most value by trying all batches of all members, in all orders."""
+    """Return the most value over all batches of all members, in all orders."""
 
     def go(free_s: float, left: tuple[int, ...]) -> float:
         most = 0.0
@@ -24,7 +25,7 @@ def every(times_s: Floats, deadlines_s: Floats, accuracy: Floats, seconds: Float
                 rest = tuple(i for i in left if i not in members)
                 for tier, worth in enumerate(accuracy):
                     end_s = start_s + seconds[tier, size - 1]
-                    if all(end_s <= deadlines_s[i] + clairvoyant.ROUNDING_S for i in members):
+                    if all(end_s <= deadlines_s[i] + ROUNDING_S for i in members):
                         most = max(most, size * worth + go(end_s, rest))
         return most
 
@@ -32,7 +33,7 @@ def every(times_s: Floats, deadlines_s: Floats, accuracy: Floats, seconds: Float
 
 
 def small(seed: int) -> tuple[Floats, Floats, Floats, Floats]:
-    """Up to five requests on up to three tiers; every third on a coarse clock, for ties."""
+    """Return up to five requests on up to three tiers; every third seed has ties in time."""
     rng = np.random.default_rng(seed)
     n, tiers, most = rng.integers(1, 6), rng.integers(1, 4), rng.integers(1, 5)
     ratio = np.sort(rng.uniform(0.2, 1, tiers))[:, None]
@@ -52,7 +53,7 @@ def window(seed: int, n: int, rate: float, full_s: float) -> tuple[Floats, Float
 def check(
     found: Schedule, times_s: Floats, budgets_s: Floats, accuracy: Floats, seconds: Floats
 ) -> None:
-    """Feasible, and worth what it says."""
+    """Assert that a schedule is feasible and has the value that it states."""
     members = [i for batch in found.batches for i in batch.members]
     assert len(members) == len(set(members)) == found.served
     value, free_s = 0.0, -np.inf
@@ -70,7 +71,7 @@ def check(
 
 
 @pytest.mark.parametrize("start", range(0, 300, 50))
-def test_is_as_good_as_every_schedule_there_is(start: int) -> None:
+def test_value_equals_that_of_full_enumeration(start: int) -> None:
     for seed in range(start, start + 50):
         times_s, budgets_s, accuracy, seconds = small(seed)
         found = best(times_s, budgets_s, accuracy, seconds)
@@ -80,7 +81,7 @@ def test_is_as_good_as_every_schedule_there_is(start: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_counts_as_many_as_every_schedule_there_is(seed: int) -> None:
+def test_count_equals_that_of_full_enumeration(seed: int) -> None:
     times_s, budgets_s, accuracy, seconds = small(seed)
     found = best(times_s, budgets_s, accuracy, seconds, objective="count")
     assert found.value == every(times_s, times_s + budgets_s, np.ones_like(accuracy), seconds)
@@ -88,19 +89,21 @@ def test_counts_as_many_as_every_schedule_there_is(seed: int) -> None:
 
 
 def test_bound_is_no_lower_than_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clairvoyant, "FIRST_WIDTH", 1)  # so that the bound has something to prune
+    monkeypatch.setattr(
+        optimal_schedule, "FIRST_WIDTH", 1
+    )  # so that the bound has something to prune
     for seed in range(1000, 1060):
         times_s, budgets_s, accuracy, seconds = small(seed)
         most = every(times_s, times_s + budgets_s, accuracy, seconds)
         assert best(times_s, budgets_s, accuracy, seconds).value == pytest.approx(most)
-        problem = clairvoyant.pose(times_s, budgets_s, accuracy, seconds)
-        bound = clairvoyant.Bound(problem)
+        problem = make_problem(times_s, budgets_s, accuracy, seconds)
+        bound = LagrangianBound(problem)
         bound.settle(most)
-        root = clairvoyant.Labels.root(problem, bound)
-        assert root.bound[0] >= most - clairvoyant.TOLERANCE
+        root = Labels.root(problem, bound)
+        assert root.bound[0] >= most - TOLERANCE
 
 
-def test_waits_for_a_second_arrival_where_that_pays() -> None:
+def test_waits_for_a_second_arrival_if_that_pays() -> None:
     # alone, each takes 1.0; together, 1.1; the second must be done 1.2 after it comes
     found = best([0.0, 0.1], [2.0, 1.2], [1.0], [[1.0, 1.1]])
     assert found.value == 2
@@ -122,14 +125,14 @@ def test_drops_one_tight_to_save_two() -> None:
     assert sorted(found.batches[0].members) == [1, 2]
 
 
-def test_takes_the_better_tier_only_where_there_is_time() -> None:
+def test_takes_the_better_tier_only_if_there_is_time() -> None:
     seconds = [[0.4], [1.0]]
     found = best([0.0, 0.0], [1.0, 1.4], [0.7, 0.9], seconds)
     assert [(batch.tier, batch.members) for batch in found.batches] == [(0, (0,)), (1, (1,))]
     assert best([0.0, 0.0], [1.0, 2.0], [0.7, 0.9], seconds).value == pytest.approx(1.8)
 
 
-def test_times_count_from_anywhere() -> None:
+def test_the_origin_of_times_does_not_matter() -> None:
     times_s, budgets_s = window(0, 12, 4000, GPU_S[-1, 0])
     found = best(times_s, budgets_s, ACCURACY, GPU_S)
     later = best(times_s + 1.7e9, budgets_s, ACCURACY, GPU_S)
@@ -137,7 +140,7 @@ def test_times_count_from_anywhere() -> None:
     assert later.value == pytest.approx(found.value, abs=0.2)  # such times are good to 0.2 us
 
 
-def test_nothing_to_serve() -> None:
+def test_no_request_that_can_be_served() -> None:
     assert best([], [], [1.0], [[1.0]]) == Schedule(0.0, 0.0, True, ())
     assert best([0.0], [0.5], [1.0], [[1.0]]) == Schedule(0.0, 0.0, True, ())
 
@@ -149,7 +152,7 @@ def test_a_worthless_tier_is_no_help() -> None:
     assert best([0.0], [5.0], [0.0], [[1.0]]).value == 0
 
 
-def test_refuses_times_that_fall_as_batches_grow() -> None:
+def test_rejects_times_that_fall_as_batches_grow() -> None:
     with pytest.raises(ValueError, match="must not fall"):
         best([0.0], [1.0], [1.0], [[1.0, 0.9]])
 
@@ -165,8 +168,8 @@ def test_proves_a_window(seconds: Floats, rate: float) -> None:
     assert narrow.value <= found.value + 1e-9 <= narrow.upper + 2e-9
 
 
-def test_narrow_search_admits_that_it_is_not_proven(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clairvoyant, "FIRST_WIDTH", 1)
+def test_a_narrow_search_reports_that_it_is_not_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimal_schedule, "FIRST_WIDTH", 1)
     times_s, budgets_s = window(2, 30, 170, CPU_S[-1, 0])
     narrow = best(times_s, budgets_s, ACCURACY, CPU_S, width=1)
     full = best(times_s, budgets_s, ACCURACY, CPU_S)
