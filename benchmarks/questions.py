@@ -224,7 +224,7 @@ def start(args: argparse.Namespace, job: Job) -> None:
         command.append(f"--init={args.work / job.after}")
     if job.timed_by:
         command.append(f"--epochs={equal_time(args.work, job)}")
-    if (checkpoints.place(folder) / "config.json").exists():
+    if (checkpoints.find_checkpoint(folder) / "config.json").exists():
         command.append("--resume")
     say(f"{job.name}: pcae-train {' '.join(command)}")
     launch(job, command, folder)

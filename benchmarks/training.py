@@ -22,11 +22,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.draws import SampleRng
 from pcae_training.finetune import FinetuneSettings, Finetuning
 from pcae_training.journal import surroundings
 from pcae_training.model import VisionTransformer
 from pcae_training.pretrain import Pretraining, PretrainSettings, build
+from pcae_training.sample_rng import SampleRng
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import parameter_groups
 

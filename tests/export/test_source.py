@@ -78,7 +78,7 @@ def test_a_checkpoint_of_our_own_needs_no_telling(tmp_path: Path) -> None:
 
 
 def test_heads_that_no_tensor_tells_must_be_told(file: Path) -> None:
-    refused(file, replace(HALF, heads=None), "no tensor tells how many heads width 16 has")
+    refused(file, replace(HALF, heads=None), "cannot derive the number of heads from width 16")
     assert read(file, replace(HALF, heads=4)).checkpoint.model.config.heads == 4
 
 

@@ -48,7 +48,7 @@ def test_the_installed_command(class_folders: Any, tmp_path: Path) -> None:
         (["--colour", "red"], 2, "unrecognized arguments: --colour red"),
         (["--data", "/nowhere/at/all"], 1, "cannot read split 'train' of data set '/nowhere"),
         (["--holdout", "24"], 1, "cannot hold out 24 of the 24 images of images/train"),
-        (["--resume"], 1, "no checkpoint: "),
+        (["--resume"], 1, "checkpoint not found: "),
         (["--keep", "0.5"], 2, "--keep trains one keep ratio, --budgets several: leave out one"),
         (["--batch-size", "100"], 1, "14 images do not fill one step of --batch-size 100"),
         (["--init", "/nowhere.pth"], 2, "--init decides the model's sizes: leave out"),

@@ -17,7 +17,6 @@ from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import DataError, LabelledImages, load
-from pcae_training.draws import generator
 from pcae_training.evaluate import (
     EvaluateSettings,
     evaluate,
@@ -27,6 +26,7 @@ from pcae_training.evaluate import (
     together,
 )
 from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.sample_rng import generator
 from pcae_training.score import Score
 from pcae_training.world import World
 
@@ -246,6 +246,30 @@ def test_other_labels_are_refused(settings: Any, labels: tuple[str, ...], messag
     assert "\n" not in str(caught.value)
 
 
+def test_a_checkpoint_of_another_project(
+    hugging_face: Any, class_folders: Any, tmp_path: Path
+) -> None:
+    sizes = {"image_size": 8, "patch_size": 2, "hidden_size": 8, "num_attention_heads": 2}
+    names = {0: "bright", 1: "dark"}
+    theirs = hugging_face.ViTForImageClassification(
+        hugging_face.ViTConfig(**sizes, num_hidden_layers=11, intermediate_size=16, id2label=names)
+    )
+    theirs.save_pretrained(tmp_path / "vit")
+    data = str(class_folders(6, split="test"))
+    settings = EvaluateSettings(checkpoint=tmp_path / "vit", data=data)
+    with pytest.raises(PcaeError, match="does not specify how images are preprocessed"):
+        run_evaluation(settings)
+    content = json.dumps(PREPROCESS.to_config())
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(content)
+    evaluation = run_evaluation(settings)
+    assert evaluation is not None
+    images = load(data, "test", PREPROCESS)
+    pixels = torch.stack([images[i][0] for i in range(12)])
+    with torch.inference_mode():
+        answers = theirs.eval()(normalise(pixels, PREPROCESS)).logits.argmax(dim=1)
+    assert evaluation.scores[1.0].correct.tolist() == (answers == images.labels).tolist()
+
+
 def test_what_cannot_be_is_told_before_anything_is_measured(
     settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,7 +281,7 @@ def test_what_cannot_be_is_told_before_anything_is_measured(
     (tmp_path / "file").touch()
     with pytest.raises(PcaeError, match="is no folder that can be written to"):
         run_evaluation(settings(json=tmp_path / "file" / "x.json"))
-    with pytest.raises(PcaeError, match="no checkpoint"):
+    with pytest.raises(PcaeError, match="checkpoint not found"):
         run_evaluation(EvaluateSettings(checkpoint=tmp_path / "none", data="x"))
     if not torch.cuda.is_available():
         with pytest.raises(PcaeError, match="there is no cuda"):

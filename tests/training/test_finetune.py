@@ -15,9 +15,9 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.draws import SampleRng
 from pcae_training.finetune import FinetuneSettings, Finetuning, finetune, prepare
 from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.sample_rng import SampleRng
 
 OFF: dict[str, Any] = {
     "crop": 0, "flip": False, "shift": 0, "randaugment": 0, "erase": 0, "mixup": 0, "cutmix": 0,
@@ -231,7 +231,7 @@ def test_a_place_that_holds_something_else_is_refused_before_training(
 ) -> None:
     (tmp_path / "out" / "checkpoint").mkdir(parents=True)
     (tmp_path / "out" / "checkpoint" / "thesis.txt").write_text("")
-    with pytest.raises(PcaeError, match="is no checkpoint: it is not replaced"):
+    with pytest.raises(PcaeError, match="is not a checkpoint: it is not replaced"):
         finetune(settings())
 
 

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
-from pcae_training.draws import SampleRng
 from pcae_training.finetune import FinetuneSettings, finetune
 from pcae_training.masking import Mask, mask, patchify
 from pcae_training.pretrain import Pretraining, PretrainSettings, build, embed, pretrain
+from pcae_training.sample_rng import SampleRng
 from pcae_training.schedule import momentum
 
 PREPROCESS = Preprocess(24, 24, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

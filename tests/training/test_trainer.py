@@ -21,10 +21,10 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.draws import SampleRng
 from pcae_training.finetune import FinetuneSettings, Finetuning, finetune
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.pretrain import PretrainSettings, build, pretrain
+from pcae_training.sample_rng import SampleRng
 from pcae_training.trainer import Trainer, parameter_groups
 
 MODEL = {"image_size": 8, "patch_size": 2, "width": 8, "depth": 11, "heads": 2}
@@ -372,7 +372,7 @@ def test_one_run_at_a_time_writes_to_a_folder(tune: Any, monkeypatch: pytest.Mon
 
 
 def test_resume_refuses_another_run(tune: Any) -> None:
-    with pytest.raises(PcaeError, match=r"no checkpoint: .*config\.json cannot be read"):
+    with pytest.raises(PcaeError, match=r"checkpoint not found: .*config\.json"):
         finetune(tune("run", resume=True))
     finetune(tune("run", epochs=1))
     with pytest.raises(PcaeError, match=r"written with another --epochs, --lr$"):
@@ -444,7 +444,7 @@ def test_the_slurm_script_goes_on_after_a_process_is_killed(learn: Any, tmp_path
     environment = ONE_THREAD | slurm | {"SLURM_JOB_ID": str(os.getpid()), "PATH": path}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 90
-        while not (run.out / checkpoints.LAST / "config.json").exists():
+        while not (run.out / checkpoints.RUN_CHECKPOINT / "config.json").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)

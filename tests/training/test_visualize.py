@@ -237,7 +237,7 @@ def test_what_cannot_be_drawn(settings: Any, files: list[Path], class_folders: A
         assert "\n" not in str(caught.value)
     assert not out.exists()
     assert read(files[1]).shape == (8, 8, 3)
-    with pytest.raises(PcaeError, match="no checkpoint"):
+    with pytest.raises(PcaeError, match="checkpoint not found"):
         visualize(VisualizeSettings(checkpoint=folder / "none", image=tuple(files), out=out))
 
 

@@ -31,7 +31,7 @@ from pcae_training.columns import (
     check_value,
     choose,
 )
-from pcae_training.draws import generator
+from pcae_training.sample_rng import generator
 from pcae_training.skipped import MAX_UNREADABLE, PATIENCE, Skipped, none_readable
 from pcae_training.source import DataError as DataError
 from pcae_training.source import open_source, title

@@ -21,12 +21,12 @@ from tqdm import tqdm
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import Geometry, exact
 from pcae_serve.errors import PcaeError
-from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
-from pcae_training.draws import generator
+from pcae_training.import_weights import load_checkpoint
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.output import check_place, write_whole
+from pcae_training.sample_rng import generator
 from pcae_training.score import LEAST_CLASSES_FOR_TOP5, Difference, Score, Top1
 from pcae_training.world import World, join
 
@@ -226,7 +226,7 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    checkpoint = checkpoints.load(settings.checkpoint)
+    checkpoint = load_checkpoint(settings.checkpoint).build(settings.checkpoint)
     budgets = ratios_for(checkpoint, settings.budgets)
     if settings.json_file is not None:
         check_place(settings.json_file)

@@ -21,15 +21,15 @@ from torch.nn import functional as F
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import REDUCTION_POINTS, Rule
 from pcae_serve.errors import PcaeError, one_line
-from pcae_training import foreign
 from pcae_training.augment import Augmentation, Mixing
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, TrainingData, hold_out, load
-from pcae_training.draws import SampleRng, drop_path_factors, sent
 from pcae_training.evaluate import evaluate, normalise, read_ratios, together
+from pcae_training.import_weights import LoadedCheckpoint, initialise, load_checkpoint
 from pcae_training.model import VisionTransformer
 from pcae_training.plan import describe
-from pcae_training.schedule import ladder, ramped
+from pcae_training.sample_rng import SampleRng, drop_path_factors, to_device
+from pcae_training.schedule import keep_ratio_ramp, lowest_keep_ratio
 from pcae_training.score import Score, Top1
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import Trainer, check_out, parameter_groups, training_data
@@ -116,7 +116,7 @@ class FinetuneSettings(RunSettings):
     def ramp(self) -> tuple[float, ...]:
         """The few keep ratios that training ever meets, from 1.0 down."""
         if self.keep is not None:
-            return ladder(self.keep)
+            return keep_ratio_ramp(self.keep)
         return self.budgets if self.budgets[0] == 1.0 else (1.0, *self.budgets)
 
 
@@ -143,19 +143,19 @@ class Finetuning(nn.Module):
             mixup=settings.mixup, cutmix=settings.cutmix, smoothing=settings.label_smoothing
         )
 
-    def forward(self, pixels: Tensor, labels: Tensor, draws: SampleRng, progress: float) -> Tensor:
+    def forward(self, pixels: Tensor, labels: Tensor, rng: SampleRng, progress: float) -> Tensor:
         """Mean loss of uint8 pixels [b, 3, S, S] and labels [b], over the budgets of the step."""
         config, device = self.model.config, pixels.device
         with torch.no_grad():
-            images = self.augment(pixels.float() / 255, draws)
-            images = self.augment.erased(normalise(images * 255, self.start.preprocess), draws)
-            images, targets = self.mix(images, labels, config.classes, draws)
-        drop_path = drop_path_factors(draws, config.depth, self.settings.drop_path, device)
+            images = self.augment(pixels.float() / 255, rng)
+            images = self.augment.erased(normalise(images * 255, self.start.preprocess), rng)
+            images, targets = self.mix(images, labels, config.classes, rng)
+        drop_path = drop_path_factors(rng, config.depth, self.settings.drop_path, device)
         noise = None
         if config.reduction == "random":
-            noise = sent(draws.uniform("reduction", config.geometry.patches), device)
+            noise = to_device(rng.uniform("reduction", config.geometry.patches), device)
         first, losses = None, []
-        for keep_ratio in self.visited(draws, progress):
+        for keep_ratio in self.visited(rng, progress):
             counts = config.geometry.counts(keep_ratio)
             logits = self.model(images, counts, drop_path=drop_path, noise=noise).float()
             loss = F.cross_entropy(logits, targets)
@@ -167,21 +167,21 @@ class Finetuning(nn.Module):
             losses.append(loss)
         return torch.stack(losses).mean()
 
-    def visited(self, draws: SampleRng, progress: float) -> list[float]:
+    def visited(self, rng: SampleRng, progress: float) -> list[float]:
         """The keep ratios of a step, from the largest: the same in every process."""
         settings = self.settings
         ramp = settings.ramp
-        lowest = ramped(ramp, progress, settings.ramp_start, settings.ramp_length)
+        lowest = lowest_keep_ratio(ramp, progress, settings.ramp_start, settings.ramp_length)
         if settings.keep is not None:
             return [lowest]
         allowed = [ratio for ratio in ramp if ratio >= lowest and ratio in settings.budgets]
         allowed = allowed or [lowest]
         if settings.sampling == "one":
-            return [allowed[int(draws.shared("budget") * len(allowed))]]
+            return [allowed[int(rng.draw_shared("budget") * len(allowed))]]
         inner = allowed[1:-1]
         chosen = {allowed[0], allowed[-1]}
         for i in range(min(settings.between, len(inner))):
-            chosen.add(inner.pop(int(draws.shared(f"budget {i}") * len(inner))))
+            chosen.add(inner.pop(int(rng.draw_shared(f"budget {i}") * len(inner))))
         return sorted(chosen, reverse=True)
 
     def stepped(self) -> None:
@@ -245,7 +245,7 @@ def prepare(
     found = None
     if settings.init is not None:
         heads = settings.heads if "heads" in settings.model_fields_set else None
-        found = foreign.read(settings.init, heads=heads)
+        found = load_checkpoint(settings.init, heads=heads)
     if found is None:
         preprocess = settings.preprocess(settings.image_size or 224)
     else:
@@ -279,7 +279,7 @@ def load_labelled(settings: FinetuneSettings, preprocess: Preprocess) -> Labelle
     return images
 
 
-def _preprocess(found: foreign.LoadedCheckpoint, settings: FinetuneSettings) -> Preprocess:
+def _preprocess(found: LoadedCheckpoint, settings: FinetuneSettings) -> Preprocess:
     """The source's own, at the size asked for; ImageNet's statistics where it has none."""
     size = settings.image_size or found.config.image_size
     own = found.preprocess
@@ -292,7 +292,7 @@ def _preprocess(found: foreign.LoadedCheckpoint, settings: FinetuneSettings) -> 
 
 def _model(
     settings: FinetuneSettings,
-    found: foreign.LoadedCheckpoint | None,
+    found: LoadedCheckpoint | None,
     labels: list[str],
     report: bool,
 ) -> VisionTransformer:
@@ -303,7 +303,7 @@ def _model(
         config = settings.config(classes, pooling=pooling, reduction=settings.reduction)
         return VisionTransformer(config)
     if found.labels is not None and found.labels != labels:
-        found = found.headless()
+        found = found.drop_head()
     try:
         config = replace(
             found.config,
@@ -320,13 +320,13 @@ def _model(
     if not config.reduction_points and settings.ratios[-1] < 1:
         raise PcaeError(f"{settings.init} has {config.depth} blocks: to drop patches takes 11")
     model = VisionTransformer(config)
-    adapted = foreign.initialise(model, found)
-    if isinstance(model.head, nn.Linear) and "head.weight" in adapted.fresh:
+    fitted = initialise(model, found)
+    if isinstance(model.head, nn.Linear) and "head.weight" in fitted.missing:
         nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE: it does not disturb at first
     if report:
-        unused = [*adapted.dropped, *found.ignored]
-        print(f"{settings.init}: {len(adapted.weights)} tensors taken", file=sys.stderr)
-        for what, names in (("new, untrained", adapted.fresh), ("not used", unused)):
+        unused = [*fitted.unused, *found.ignored]
+        print(f"{settings.init}: {len(fitted.weights)} tensors taken", file=sys.stderr)
+        for what, names in (("new, untrained", fitted.missing), ("not used", unused)):
             if names:
                 print(f"  {what}: {_shortened(names)}", file=sys.stderr)
     return model

@@ -26,11 +26,11 @@ from pcae_serve.errors import PcaeError, one_line
 from pcae_training.augment import Augmentation
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.decoder import Decoder, default_width
-from pcae_training.draws import SampleRng, drop_path_factors, sent
 from pcae_training.evaluate import normalise
 from pcae_training.masking import Mask, gather, mask, patchify, visible_patches
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.plan import Plan, describe
+from pcae_training.sample_rng import SampleRng, drop_path_factors, to_device
 from pcae_training.schedule import momentum
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import Trainer, check_out, parameter_groups, training_data
@@ -194,22 +194,20 @@ class Pretraining(nn.Module):
             flip=settings.flip,
         )
 
-    def forward(self, pixels: Tensor, labels: Tensor, draws: SampleRng, progress: float) -> Tensor:
+    def forward(self, pixels: Tensor, labels: Tensor, rng: SampleRng, progress: float) -> Tensor:
         """Mean loss of uint8 pixels [b, 3, S, S]; labels are not looked at."""
         settings, config = self.settings, self.model.config
         device = pixels.device
         with torch.no_grad():
-            images = normalise(self.augment(pixels.float() / 255, draws) * 255, self.preprocess)
+            images = normalise(self.augment(pixels.float() / 255, rng) * 255, self.preprocess)
             values = patchify(images, config.patch_size)
             squares = (config.grid // settings.mask_unit) ** 2
-            noise = sent(draws.uniform("mask", squares), device)
+            noise = to_device(rng.uniform("mask", squares), device)
             parts = mask(noise, settings.hidden_share, settings.mask_unit)
-        drop_path = drop_path_factors(draws, config.depth, settings.drop_path, device)
-        return self.loss(values, parts, draws, drop_path)
+        drop_path = drop_path_factors(rng, config.depth, settings.drop_path, device)
+        return self.loss(values, parts, rng, drop_path)
 
-    def loss(
-        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
-    ) -> Tensor:
+    def loss(self, values: Tensor, mask: Mask, rng: SampleRng, drop_path: Tensor | None) -> Tensor:
         """values [b, n, C p p]: the patches of normalised images, as plain numbers."""
         raise NotImplementedError
 
@@ -238,10 +236,10 @@ class Pretraining(nn.Module):
         carried: Tensor = self.model.norm(last.x[:, -wanted.shape[1] :])
         return carried
 
-    def targets(self, values: Tensor, hidden: Tensor, draws: SampleRng) -> Targets:
+    def targets(self, values: Tensor, hidden: Tensor, rng: SampleRng) -> Targets:
         """What the teacher retains of the patches `hidden` [b, h]."""
         assert self.teacher is not None  # `has_teacher` says which methods have one
-        noise = sent(draws.uniform("teacher", values.shape[1]), values.device)
+        noise = to_device(rng.uniform("teacher", values.shape[1]), values.device)
         targets: Targets = self.teacher(values, hidden, noise)
         return targets
 
@@ -306,10 +304,8 @@ class Pcae(Pretraining):
         config = start.model.config
         self.decoder = decoder(config, start.settings, outputs=config.width)
 
-    def loss(
-        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
-    ) -> Tensor:
-        targets = self.targets(values, mask.hidden, draws)
+    def loss(self, values: Tensor, mask: Mask, rng: SampleRng, drop_path: Tensor | None) -> Tensor:
+        targets = self.targets(values, mask.hidden, rng)
         latent = self.encode(values, mask.visible, drop_path)
         prediction = self.decoder(latent, mask.visible, targets.position)
         return cosine_loss(prediction, targets.tokens)
@@ -327,10 +323,8 @@ class PcaeSimMim(Pretraining):
         width = start.model.config.width
         self.mask_token, self.predict = mask_token(width), linear(width, width)
 
-    def loss(
-        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
-    ) -> Tensor:
-        targets = self.targets(values, mask.hidden, draws)
+    def loss(self, values: Tensor, mask: Mask, rng: SampleRng, drop_path: Tensor | None) -> Tensor:
+        targets = self.targets(values, mask.hidden, rng)
         carried = self.carry(values, mask.visible, targets.position, self.mask_token, drop_path)
         return cosine_loss(self.predict(carried), targets.tokens)
 
@@ -348,13 +342,11 @@ class Mae(Pretraining):
         config = start.model.config
         self.decoder = decoder(config, start.settings, outputs=config.geometry.patch_values)
 
-    def loss(
-        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
-    ) -> Tensor:
+    def loss(self, values: Tensor, mask: Mask, rng: SampleRng, drop_path: Tensor | None) -> Tensor:
         latent = self.encode(values, mask.visible, drop_path)
         if self.teacher is None:
             return self.errors(latent, values, mask.visible, mask.hidden).mean()
-        retained = self.targets(values, mask.hidden, draws).position
+        retained = self.targets(values, mask.hidden, rng).position
         if self.settings.drop_targets == "decoder":
             return self.errors(latent, values, mask.visible, retained).mean()
         errors = self.errors(latent, values, mask.visible, mask.hidden)
@@ -379,9 +371,7 @@ class SimMim(Pretraining):
         width, values = start.model.config.width, start.model.config.geometry.patch_values
         self.mask_token, self.predict = mask_token(width), linear(width, values)
 
-    def loss(
-        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
-    ) -> Tensor:
+    def loss(self, values: Tensor, mask: Mask, rng: SampleRng, drop_path: Tensor | None) -> Tensor:
         carried = self.carry(values, mask.visible, mask.hidden, self.mask_token, drop_path)
         prediction: Tensor = self.predict(carried).float()
         return (prediction - gather(values, mask.hidden)).abs().mean()

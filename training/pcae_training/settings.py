@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_training.checkpoint import place
+from pcae_training.checkpoint import find_checkpoint
 from pcae_training.columns import ColumnChoice
 from pcae_training.model import ViTConfig
 
@@ -93,7 +93,7 @@ class RunSettings(BaseModel):
     @model_validator(mode="after")
     def _goes_on(self) -> Self:
         """Known before the first process saves, which none does before all have started."""
-        if self.resume_or_begin and (place(self.out) / "config.json").exists():
+        if self.resume_or_begin and (find_checkpoint(self.out) / "config.json").exists():
             self.resume = True
         return self
 

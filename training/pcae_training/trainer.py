@@ -28,10 +28,10 @@ from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.columns import ColumnChoice
 from pcae_training.data import LabelledImages, TrainingData, load
-from pcae_training.draws import SampleRng
 from pcae_training.journal import Journal
 from pcae_training.model import Block, VisionTransformer
 from pcae_training.plan import Plan
+from pcae_training.sample_rng import SampleRng
 from pcae_training.schedule import cosine
 from pcae_training.settings import PLACE, RunSettings
 from pcae_training.stream import ImageStream, load_stream
@@ -48,7 +48,7 @@ class Objective(Protocol):
     @property
     def model(self) -> VisionTransformer: ...
 
-    def __call__(self, pixels: Tensor, labels: Tensor, draws: SampleRng, progress: float) -> Tensor:
+    def __call__(self, pixels: Tensor, labels: Tensor, rng: SampleRng, progress: float) -> Tensor:
         """Mean loss of a micro-batch: pixels uint8 [b, 3, S, S], labels int64 [b]."""
         ...
 
@@ -179,14 +179,14 @@ class Trainer:
         parts = plan.micro_batches
         for part in parts:
             pixels, labels = next(batches)
-            draws = SampleRng(settings.seed, self.step, settings.batch_size, part.start, part.stop)
+            rng = SampleRng(settings.seed, self.step, settings.batch_size, part.start, part.stop)
             last = part is parts[-1]
             alone = self.world.size > 1 and not last  # gradients are shared once, with the last
             with learner.no_sync() if alone else nullcontext():
                 with torch.autocast(
                     self.world.device.type, settings.dtype, enabled=settings.precision != "fp32"
                 ):
-                    loss = learner(pixels, labels, draws, progress)
+                    loss = learner(pixels, labels, rng, progress)
                 (loss / len(parts)).backward()
             self._note(loss.detach())
         if settings.clip:
@@ -264,7 +264,7 @@ class Trainer:
         for name, parameter in self.objective.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer/{name}/{key}"] = value
-        checkpoints.save(checkpoint, self.settings.out / checkpoints.LAST, state)
+        checkpoints.save(checkpoint, self.settings.out / checkpoints.RUN_CHECKPOINT, state)
 
     def _resume(self) -> None:
         """Take weights, optimiser and step from the checkpoint in --out."""
@@ -359,8 +359,8 @@ class Trainer:
 
 def check_out(settings: RunSettings) -> None:
     """Raise PcaeError where --out holds what this run must not replace."""
-    checkpoints.check_place(settings.out / checkpoints.LAST)
-    saved = checkpoints.place(settings.out) / "config.json"
+    checkpoints.check_replaceable(settings.out / checkpoints.RUN_CHECKPOINT)
+    saved = checkpoints.find_checkpoint(settings.out) / "config.json"
     if settings.resume:
         checkpoints.read_json(saved)  # says what is missing
     elif saved.exists() and not settings.dry_run:

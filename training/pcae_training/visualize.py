@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from pcae_serve.bundle.preprocess import MAX_PIXELS, Preprocess
 from pcae_serve.errors import PcaeError, RequestError
-from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import load, to_pixels
 from pcae_training.diversity import diversity
 from pcae_training.evaluate import Ratios, normalise, ratios_for, row_noise
+from pcae_training.import_weights import load_checkpoint
 from pcae_training.output import check_place, write_whole
 from pcae_training.world import join
 
@@ -137,7 +137,7 @@ def visualize(settings: VisualizeSettings) -> list[Path]:
     Patches kept: all images in one .png, or one for each in a folder. Diversity: a chart, and its
     numbers beside it. Each file is written whole or not at all. Raises PcaeError.
     """
-    checkpoint = checkpoints.load(settings.checkpoint)
+    checkpoint = load_checkpoint(settings.checkpoint).build(settings.checkpoint)
     ratios = ratios_for(checkpoint, settings.budgets)
     if settings.budgets is None:  # 1.0 drops nothing: what curves are compared with, no panel's aim
         smaller = tuple(ratio for ratio in ratios if ratio < 1)
