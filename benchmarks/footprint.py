@@ -33,7 +33,7 @@ from pcae_serve.bundle.reader import ELASTIC_GRAPH, Bundle
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.journal import surroundings
+from pcae_training.journal import describe_machine
 from pcae_training.model import VisionTransformer, ViTConfig
 
 MODELS = {
@@ -81,7 +81,7 @@ def main() -> None:
         found["speed"] = speed(served, options.rounds)
         print(*speed_table(found["speed"]), sep="\n")
     if options.json:
-        options.json.write_text(json.dumps(found | surroundings(), indent=1) + "\n")
+        options.json.write_text(json.dumps(found | describe_machine(), indent=1) + "\n")
 
 
 def export(name: str, parity_images: int, scratch: Path) -> tuple[Path, dict[str, float]]:

@@ -25,7 +25,7 @@ from pcae_serve.bundle import reader as bundles
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_training import checkpoint as checkpoints
 from pcae_training.data import load
-from pcae_training.journal import surroundings
+from pcae_training.journal import describe_machine
 
 BATCH = 8
 
@@ -48,7 +48,7 @@ def main() -> None:
         rows = measure(served, options.data, options.limit)
     print(*table(rows), sep="\n")
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows} | surroundings(), indent=1) + "\n")
+        options.json.write_text(json.dumps({"rows": rows} | describe_machine(), indent=1) + "\n")
 
 
 def measure(served: bundles.Bundle, data: str, limit: int) -> list[dict[str, Any]]:

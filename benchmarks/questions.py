@@ -28,7 +28,7 @@ from typing import Any
 from scipy.stats import t
 
 from pcae_training import checkpoint as checkpoints
-from pcae_training.journal import surroundings
+from pcae_training.journal import describe_machine
 from pcae_training.model import ViTConfig
 
 FAILED, OUT_OF_TIME = 1, 3  # exit codes: a job has failed; something is left to do
@@ -393,7 +393,7 @@ def main() -> None:
     found = report(args)
     print(*table(found), sep="\n")
     if args.report:
-        content = found | {"finished": finished(scale, args)} | surroundings()
+        content = found | {"finished": finished(scale, args)} | describe_machine()
         args.report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     sys.exit(code)
 

@@ -96,7 +96,8 @@ def test_a_dry_run_says_what_the_teacher_keeps(
     printed = capsys.readouterr().out
     assert "pcae, 9 of 36 patches visible" in printed
     assert "27 → 13 → 6 → 3 patches by ptr, momentum" in printed
-    assert "GMACs a training image" in printed
+    assert "GMACs per training image" in printed
+    assert "for 100 epochs on this machine" in printed
     assert not run.out.exists()
 
 
@@ -234,7 +235,7 @@ def test_the_teacher_begins_as_the_student_and_follows() -> None:
     with torch.no_grad():
         for parameter in learner.model.parameters():
             parameter.add_(1.0)
-    learner.stepped()
+    learner.after_step()
     for name, parameter in learner.teacher.network.named_parameters():
         torch.testing.assert_close(parameter, before[name] + 0.1)
 
@@ -275,18 +276,18 @@ def test_random_dropping_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask_ratio": 0.999}, "hides all of 36 patches"),
+        ({"mask_ratio": 0.999}, "hides all 36 patches"),
         ({"mask_ratio": 0.05}, "leaves no patch"),
-        ({"mask_unit": 4}, "--mask-unit 4 does not divide the 6 patches of a side"),
+        ({"mask_unit": 4}, "--mask-unit 4 does not divide the 6 patches per side"),
         ({"teacher_keep": 0.1}, "leaves no patch"),
         ({"reduce_after": "0,4,9"}, "outside 9 blocks"),
         ({"reduce_after": "4,0"}, "must rise"),
-        ({"drop_targets": "loss"}, "--drop-targets is for --method mae"),
+        ({"drop_targets": "loss"}, "--drop-targets is only for --method mae"),
         ({"stream": True}, "--epoch-size"),
-        ({"epoch_size": 10}, "--epoch-size is for --stream"),
+        ({"epoch_size": 10}, "--epoch-size is only for --stream"),
         ({"min_lr": 1}, "--min-lr 1.0 is above the peak"),
         ({"seed": -1}, "greater than or equal to 0"),
-        ({"accumulate": 3}, "does not divide"),
+        ({"accumulate": 3}, "cannot be divided"),
     ],
 )
 def test_flags_that_cannot_be(changes: dict[str, Any], message: str) -> None:
