@@ -34,7 +34,7 @@ from pcae_serve.engines.base import Engine, Pixels
 from pcae_serve.engines.loader import load_engine
 from pcae_serve.errors import PcaeError, one_line
 from pcae_training.checkpoint import from_config, read_json
-from pcae_training.journal import surroundings
+from pcae_training.journal import describe_machine
 from pcae_training.model import VisionTransformer, ViTConfig
 
 MODELS = {
@@ -73,7 +73,7 @@ def main() -> None:
     rows = measure(found, macs, batches, config.image_size, options.rounds)
     print(*table(rows), sep="\n")
     if options.json:
-        content = {"config": vars(config), "rows": rows, "missing": missing} | surroundings()
+        content = {"config": vars(config), "rows": rows, "missing": missing} | describe_machine()
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -31,8 +31,9 @@ from pcae_serve.bundle.manifest import ELASTIC_GRAPH
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
-from pcae_training.checkpoint import Checkpoint, save_checkpoint
-from pcae_training.journal import surroundings
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
+from pcae_training.journal import describe_machine
 from pcae_training.model import VisionTransformer, ViTConfig
 
 MODELS = {
@@ -80,7 +81,7 @@ def main() -> None:
         found["speed"] = speed(served, options.rounds)
         print(*speed_table(found["speed"]), sep="\n")
     if options.json:
-        options.json.write_text(json.dumps(found | surroundings(), indent=1) + "\n")
+        options.json.write_text(json.dumps(found | describe_machine(), indent=1) + "\n")
 
 
 def export(name: str, parity_images: int, scratch: Path) -> tuple[Path, dict[str, float]]:
@@ -90,7 +91,7 @@ def export(name: str, parity_images: int, scratch: Path) -> tuple[Path, dict[str
     size = config.image_size
     preprocess = Preprocess(size, round(size / 0.875), mean=(0.5,) * 3, std=(0.5,) * 3)
     labels = [f"class {i}" for i in range(config.classes)]
-    save_checkpoint(Checkpoint(VisionTransformer(config), preprocess, labels), scratch / "model")
+    checkpoints.save(Checkpoint(VisionTransformer(config), preprocess, labels), scratch / "model")
     command = [sys.executable, "-m", "pcae_export.cli", "bundle", scratch / "model"]
     command += [scratch / "bundle", f"--parity-images={parity_images}"]
     begin = time.perf_counter()

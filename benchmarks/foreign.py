@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pcae_export.measure import cosine
-from pcae_training.journal import surroundings
+from pcae_training.journal import describe_machine
 
 LABELS = {i: f"class {i}" for i in range(10)}
 #: A ViT-Ti of 224 pixels: large enough to have all that a real one has.
@@ -84,7 +84,7 @@ def main() -> None:
     print(*table(rows), sep="\n")
     if options.json:
         content = {"transformers": transformers.__version__, "rows": [asdict(r) for r in rows]}
-        options.json.write_text(json.dumps(content | surroundings(), indent=1) + "\n")
+        options.json.write_text(json.dumps(content | describe_machine(), indent=1) + "\n")
 
 
 def cases(scratch: Path, dinov2: Path | None) -> Iterator[Case]:

@@ -23,9 +23,9 @@ from pcae_export.images import decode
 from pcae_export.pack import Part, TierSpec
 from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
-from pcae_training.checkpoint import load_checkpoint
+from pcae_training import checkpoint as checkpoints
 from pcae_training.data import load
-from pcae_training.journal import surroundings
+from pcae_training.journal import describe_machine
 
 BATCH = 8
 
@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     demo = load_bundle(demo_path())
     model = demo.tiers[0].model
-    checkpoint = load_checkpoint(demo.root / "models" / model)
+    checkpoint = checkpoints.load(demo.root / "models" / model)
     wanted = {}
     for tier in demo.tiers:
         wanted[tier.name] = TierSpec(tier.keep_ratio)
@@ -48,7 +48,7 @@ def main() -> None:
         rows = measure(served, options.data, options.limit)
     print(*table(rows), sep="\n")
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows} | surroundings(), indent=1) + "\n")
+        options.json.write_text(json.dumps({"rows": rows} | describe_machine(), indent=1) + "\n")
 
 
 def measure(served: Bundle, data: str, limit: int) -> list[dict[str, Any]]:

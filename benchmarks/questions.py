@@ -27,8 +27,8 @@ from typing import Any
 
 from scipy.stats import t
 
-from pcae_training.checkpoint import place
-from pcae_training.journal import surroundings
+from pcae_training import checkpoint as checkpoints
+from pcae_training.journal import describe_machine
 from pcae_training.model import ViTConfig
 
 FAILED, OUT_OF_TIME = 1, 3  # exit codes: a job has failed; something is left to do
@@ -224,7 +224,7 @@ def start(args: argparse.Namespace, job: Job) -> None:
         command.append(f"--init={args.work / job.after}")
     if job.timed_by:
         command.append(f"--epochs={equal_time(args.work, job)}")
-    if (place(folder) / "config.json").exists():
+    if (checkpoints.find_checkpoint(folder) / "config.json").exists():
         command.append("--resume")
     say(f"{job.name}: pcae-train {' '.join(command)}")
     launch(job, command, folder)
@@ -393,7 +393,7 @@ def main() -> None:
     found = report(args)
     print(*table(found), sep="\n")
     if args.report:
-        content = found | {"finished": finished(scale, args)} | surroundings()
+        content = found | {"finished": finished(scale, args)} | describe_machine()
         args.report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     sys.exit(code)
 

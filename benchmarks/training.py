@@ -22,11 +22,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.draws import SampleRng
 from pcae_training.finetune import FinetuneSettings, Finetuning
-from pcae_training.journal import surroundings
+from pcae_training.journal import describe_machine
 from pcae_training.model import VisionTransformer
 from pcae_training.pretrain import Pretraining, PretrainSettings, build
+from pcae_training.sample_rng import SampleRng
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import parameter_groups
 
@@ -53,7 +53,7 @@ class Case:
             loss = self.objective(self.pixels, self.labels, draws, 1.0)  # the ramp is over
         loss.backward()
         self.optimizer.step()
-        self.objective.stepped()  # type: ignore[operator]
+        self.objective.after_step()  # type: ignore[operator]
         self.steps += 1
 
 
@@ -113,7 +113,7 @@ def waits(case: Case) -> int:
 def macs(case: Case) -> float:
     """Multiply-adds of a training step for one image."""
     if isinstance(case.objective, Pretraining):
-        return case.objective.macs()
+        return case.objective.macs(1.0)
     assert isinstance(case.settings, FinetuneSettings)
     geometry = case.objective.model.config.geometry  # type: ignore[union-attr]
     return 3.0 * geometry.macs(geometry.counts(case.settings.ratios[-1]))
@@ -176,7 +176,7 @@ def main() -> None:
         )
     if args.json:
         flags = {name: value for name, value in vars(args).items() if name != "json"}
-        content = {"flags": flags, **surroundings(), "rows": found}
+        content = {"flags": flags, **describe_machine(), "rows": found}
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

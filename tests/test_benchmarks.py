@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 
-from pcae_training.checkpoint import load_checkpoint
+from pcae_training import checkpoint as checkpoints
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -67,7 +67,7 @@ def test_the_gpu_script_from_end_to_end(data: Path, tmp_path: Path) -> None:
     assert "stopped" not in done.stdout
 
     subprocess.run(f"cat {out}/demo.tar.part-* | tar -x -C {tmp_path}", shell=True, check=True)
-    model = load_checkpoint(tmp_path / "demo").model  # as it comes back from the GPU's machine
+    model = checkpoints.load(tmp_path / "demo").model  # as it comes back from the GPU's machine
     assert (model.config.grid**2, model.config.classes) == (196, 10)
     demo = json.loads((out / "demo.json").read_text())
     assert [budget["keep_ratio"] for budget in demo["budgets"]][::8] == [1.0, 0.25]

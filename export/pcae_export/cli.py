@@ -25,7 +25,8 @@ from pcae_serve.command import config, run
 from pcae_serve.engines.base import Pixels
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_serve.errors import PcaeError
-from pcae_training.checkpoint import Checkpoint, load_checkpoint
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
 
 IMAGES_HELP = "class folders, plain images, parquet or a hub name"
@@ -241,7 +242,7 @@ class Verify(BaseModel):
     def cli_cmd(self) -> None:
         bundle = load_bundle(self.bundle)
         for model in bundle.manifest.models:
-            stored = load_checkpoint(bundle.root / "models" / model)
+            stored = checkpoints.load(bundle.root / "models" / model)
             parity = verify.verify_model(bundle, stored, self._pixels(stored), model)
             print(f"{self.bundle}, model {model}: parity holds: {parity}\n")
             print(*parity.format_table(), sep="\n")

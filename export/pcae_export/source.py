@@ -13,9 +13,8 @@ from typing import Any, Literal
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import Rule
 from pcae_serve.errors import PcaeError
-from pcae_training import foreign
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.foreign import LoadedCheckpoint
+from pcae_training.import_weights import LoadedCheckpoint, initialise, load_checkpoint
 from pcae_training.model import VisionTransformer
 
 #: Mean and std of the pixel values that published ViTs were trained on.
@@ -55,12 +54,12 @@ class Source:
 
 
 def read_source(path: Path, told: SourceOverrides) -> Source:
-    """Open a checkpoint (see `foreign.read`). Raises PcaeError with one line on what is missing."""
-    found = foreign.read(path, heads=told.heads)
+    """Open a checkpoint of any format. Raise PcaeError with one line on what is missing."""
+    found = load_checkpoint(path, heads=told.heads)
     ignored = [name for name in found.ignored if not name.endswith("mask_token")]
     notes = [f"left out of {path}: {', '.join(ignored)}"] if ignored else []
     if told.features:
-        found = found.headless()
+        found = found.drop_head()
     preprocess = _preprocess(path, found, told)
     if (size := preprocess.image_size) != found.config.image_size:
         notes.append(
@@ -80,11 +79,11 @@ def read_source(path: Path, told: SourceOverrides) -> Source:
         raise SourceError(f"{path} takes {config.channels} channels: only RGB is served")
     labels = _labels(path, found, told, notes)
     model = VisionTransformer(config)
-    adapted = foreign.initialise(model, found)
-    if adapted.fresh:
-        raise SourceError(f"{path} lacks {', '.join(adapted.fresh)}: nothing could be answered")
+    adapted = initialise(model, found)
+    if adapted.missing:
+        raise SourceError(f"{path} lacks {', '.join(adapted.missing)}: nothing could be answered")
     checkpoint = Checkpoint(model.eval(), preprocess, labels, found.training)
-    return Source(checkpoint, found.ours or told.reduction is not None, tuple(notes))
+    return Source(checkpoint, found.reduction_known or told.reduction is not None, tuple(notes))
 
 
 def _preprocess(path: Path, found: LoadedCheckpoint, told: SourceOverrides) -> Preprocess:

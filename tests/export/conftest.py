@@ -19,7 +19,8 @@ from pcae_export.cli import Export
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.command import run
-from pcae_training.checkpoint import Checkpoint, save_checkpoint
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import VisionTransformer, ViTConfig
 from tests.support.exporting import PREPROCESS
 
@@ -104,7 +105,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Made:
     folder = tmp_path_factory.mktemp("made")
-    save_checkpoint(make_tiny(), folder / "checkpoint")
+    checkpoints.save(make_tiny(), folder / "checkpoint")
     flags = [flag for name, ratio in TIERS.items() for flag in ("--tier", f"{name}={ratio}")]
     argv = ["bundle", str(folder / "checkpoint"), str(folder / "toys"), "--eval-data", str(data)]
     assert run(Export, [*argv, *flags, "--card-note", "Toys, not for use."]) == 0

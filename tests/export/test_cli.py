@@ -18,7 +18,8 @@ from pcae_export.pack import TierSpec
 from pcae_serve.bundle.reader import file_sha256, load_bundle
 from pcae_serve.command import run
 from pcae_serve.errors import PcaeError
-from pcae_training.checkpoint import Checkpoint, save_checkpoint
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
 from tests.support.exporting import bundled, fails
 from tests.support.foreign_checkpoints import saved, vit
 
@@ -31,7 +32,7 @@ FULL = ("--tier", "full=1.0", "--half", "none")
 @pytest.fixture
 def quick(tiny: Tiny, tmp_path: Path) -> Path:
     """A checkpoint of our own that is quick to export."""
-    save_checkpoint(tiny(depth=1, reduction_points=()), tmp_path / "quick")
+    checkpoints.save(tiny(depth=1, reduction_points=()), tmp_path / "quick")
     return tmp_path / "quick"
 
 
@@ -138,7 +139,7 @@ def test_which_reduction_it_is(
 ) -> None:  # fmt: skip
     source = tmp_path / "x.pth"
     if ours:
-        save_checkpoint(tiny(reduction="weighted"), source)
+        checkpoints.save(tiny(reduction="weighted"), source)
     else:
         saved(vit().state_dict(), tmp_path)
     given = (data if flag == "DATA" else flag for flag in flags)
@@ -161,7 +162,7 @@ def test_a_model_out_of_a_bundle_keeps_the_reduction_it_says(
 ) -> None:
     """It has no record of its training, and yet it is our own."""
     weighted = replace(tiny(reduction="weighted"), training={})
-    save_checkpoint(weighted, tmp_path / "model")
+    checkpoints.save(weighted, tmp_path / "model")
     (tmp_path / "model" / "training.json").unlink()
     argv = (tmp_path / "model", tmp_path / "out", "--tier", "low=0.5", "--eval-data", data)
     parts = planned(monkeypatch, "bundle", *argv)

@@ -291,13 +291,13 @@ HUGE = vit().state_dict() | {"head.bias": torch.full((5,), 1e6)}
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        (CNN, TOLD, "is no vision transformer: it has no patch_embed.proj.weight"),
-        (OBLONG, TOLD, "patch_embed.proj.weight is [16, 3, 4, 3], not [16, 3, 4, 4]"),
-        (renamed(vit().state_dict(), ("^norm", "norms")), TOLD, "lacks norm.weight [16]"),
+        (CNN, TOLD, "not a vision transformer: it has no patch_embed.proj.weight"),
+        (OBLONG, TOLD, "proj.weight has shape [16, 3, 4, 3], expected [16, 3, 4, 4]"),
+        (renamed(vit().state_dict(), ("^norm", "norms")), TOLD, "norm.weight [16] is missing"),
         (HUGE, TOLD, "head.bias has values that float16 cannot hold (largest 1e+06)"),
         (vit().state_dict(), (*TOLD, "--image-size", 30), "patch size 4 does not divide 30"),
         (vit().state_dict(), (*TOLD, "--resize", 20), "cannot crop 24 pixels out of 20"),
-        (vit().state_dict(), TOLD[2:], "no tensor tells how many heads width 16 has: say --heads"),
+        (vit().state_dict(), TOLD[2:], "number of heads from width 16: give --heads"),
         (vit().state_dict(), (*TOLD[2:], "--heads", 3), "3 heads do not divide width 16"),
         (vit().state_dict(), TOLD[:2], "does not say how its images were normalised: give --"),
         (
@@ -316,7 +316,7 @@ HUGE = vit().state_dict() | {"head.bias": torch.full((5,), 1e6)}
             vit(replace(TINY, classes=0)).state_dict(), (*TOLD, "--labels", __file__),
             "has no head: --labels would name nothing",
         ),
-        ([1, 2], TOLD, "holds a list, no state dict"),
+        ([1, 2], TOLD, "contains a list, expected a state dict"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_a_bundle_is_one_line_and_leaves_nothing(
@@ -330,7 +330,7 @@ def test_what_cannot_be_a_bundle_is_one_line_and_leaves_nothing(
 def test_code_in_a_pickle_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = saved({"model": vit().state_dict(), "epoch": Malicious(tmp_path / "ran")}, tmp_path)
     line = fails(capsys, 1, "bundle", file, tmp_path / "out", *FULL, *TOLD)
-    assert "x.pth: holds more than tensors, or is damaged: save its state dict" in line
+    assert "x.pth: contains objects other than tensors, or is damaged: save its state dict" in line
     assert list(tmp_path.iterdir()) == [file]
 
 

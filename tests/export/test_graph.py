@@ -19,7 +19,8 @@ from pcae_export.torch_reference import run_torch
 from pcae_export.verify import MARGIN
 from pcae_serve.bundle.manifest import ELASTIC_GRAPH, WEIGHTS
 from pcae_serve.bundle.reader import Bundle
-from pcae_training.checkpoint import Checkpoint, load_checkpoint
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
 
 Tiny = Callable[..., Checkpoint]
 
@@ -129,7 +130,7 @@ def rounded(checkpoint: Checkpoint) -> Checkpoint:
 @pytest.fixture(scope="module")
 def stored(made: Any) -> Checkpoint:
     """The model with the bundle's own weights."""
-    return load_checkpoint(made.bundle.root / "models" / "vit")
+    return checkpoints.load(made.bundle.root / "models" / "vit")
 
 
 # Elastic and static, float32

@@ -20,7 +20,8 @@ from pcae_export.source import (
 )
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
-from pcae_training.checkpoint import Checkpoint, save_checkpoint
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import ViTConfig
 from tests.support.foreign_checkpoints import TINY, dino_teacher, mae_pretrained, saved, vit
 
@@ -52,7 +53,7 @@ def text(folder: Path, content: str, name: str = "labels.txt") -> Path:
 def ours(folder: Path, config: ViTConfig = TINY) -> Path:
     preprocess = Preprocess(24, 24, (0.1,) * 3, (0.2,) * 3)
     found = Checkpoint(vit(config), preprocess, list("abcde")[: config.classes], {"epochs_done": 3})
-    save_checkpoint(found, folder / "run")
+    checkpoints.save(found, folder / "run")
     return folder / "run"
 
 
@@ -84,7 +85,7 @@ def test_a_checkpoint_of_our_own_needs_no_telling(tmp_path: Path) -> None:
 
 
 def test_heads_that_no_tensor_tells_must_be_told(file: Path) -> None:
-    refused(file, replace(HALF, heads=None), "no tensor tells how many heads width 16 has")
+    refused(file, replace(HALF, heads=None), "cannot derive the number of heads from width 16")
     assert read_source(file, replace(HALF, heads=4)).checkpoint.model.config.heads == 4
 
 

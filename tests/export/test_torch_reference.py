@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pcae_export.torch_reference import run_torch
-from pcae_training.checkpoint import Checkpoint, load_checkpoint
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
 from pcae_training.evaluate import normalise
 from pcae_training.reduction import redundancy
 
@@ -20,7 +21,7 @@ COUNTS = (38, 22, 13)
 
 @pytest.fixture(scope="module")
 def stored(made: Any) -> Checkpoint:
-    return load_checkpoint(made.bundle.root / "models" / "vit")
+    return checkpoints.load(made.bundle.root / "models" / "vit")
 
 
 def test_torch_made_to_keep_its_own_patches_answers_the_same(stored: Checkpoint) -> None:

@@ -28,7 +28,8 @@ from pcae_export.verify import (
 from pcae_serve.bundle.manifest import INT8_GRAPH, WEIGHTS
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Output
-from pcae_training.checkpoint import Checkpoint, load_checkpoint
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
 
 Tiny = Callable[..., Checkpoint]
 
@@ -38,7 +39,7 @@ COUNTS = (38, 22, 13)
 
 @pytest.fixture(scope="module")
 def stored(made: Any) -> Checkpoint:
-    return load_checkpoint(made.bundle.root / "models" / "vit")
+    return checkpoints.load(made.bundle.root / "models" / "vit")
 
 
 @pytest.fixture
@@ -210,7 +211,7 @@ def test_few_images_are_refused(made: Any, stored: Checkpoint) -> None:
 def test_graphs_in_bfloat16_are_said_not_to_have_run(tiny: Tiny, tmp_path: Path) -> None:
     parts = {"vit": Part(tiny(depth=1, reduction_points=()), {"full": TierSpec(1.0)})}
     bundle = pack.write_bundle(parts, tmp_path / "out", half="bfloat16")
-    stored = load_checkpoint(bundle.root / "models" / "vit")
+    stored = checkpoints.load(bundle.root / "models" / "vit")
     parity = verify_model(bundle, stored, PIXELS, "vit")
     assert [row.graph for row in parity.rows] == ["elastic", "static"]
     assert len(parity.not_run) == 1

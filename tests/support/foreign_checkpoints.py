@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcae_training.foreign import LoadedCheckpoint
+from pcae_training.import_weights import LoadedCheckpoint
 from pcae_training.model import VisionTransformer, ViTConfig
 
 TINY = ViTConfig(

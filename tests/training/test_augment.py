@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pcae_training.augment import Augmentation, Mixing, move, rectangles, resized_crop
-from pcae_training.draws import SampleRng
+from pcae_training.sample_rng import SampleRng
 
 SIDE = 28
 ALL_ON = {"crop": 0.3, "shift": 3, "flip": True, "randaugment": 9.0, "erase": 0.5}

@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_training import checkpoint
-from pcae_training.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    load_checkpoint,
-    load_state,
-    save_checkpoint,
-)
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint, CheckpointError, load, load_state, save
 from pcae_training.model import VisionTransformer, ViTConfig
 
 TINY = ViTConfig(image_size=16, patch_size=4, width=16, depth=12, heads=2, classes=3)
@@ -46,8 +40,8 @@ def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
 def test_round_trip_is_exact(config: ViTConfig, tmp_path: Path) -> None:
     before = fresh(config=config)
     state = {"exp_avg/head.bias": torch.arange(3.0), "step/head.bias": torch.tensor(7.0)}
-    save_checkpoint(before, tmp_path / "a" / "b", state)
-    after = load_checkpoint(tmp_path / "a" / "b")
+    save(before, tmp_path / "a" / "b", state)
+    after = load(tmp_path / "a" / "b")
     assert after.model.config.hidden == config.hidden
     assert replace(after.model.config, mlp_ratio=config.mlp_ratio) == config
     assert same_weights(before, after)
@@ -60,21 +54,21 @@ def test_round_trip_is_exact(config: ViTConfig, tmp_path: Path) -> None:
 
 
 def test_without_state_there_is_none(tmp_path: Path) -> None:
-    save_checkpoint(fresh(), tmp_path / "one")
+    save(fresh(), tmp_path / "one")
     assert load_state(tmp_path / "one") is None
 
 
 def test_half_weights_come_back_as_float32(tmp_path: Path) -> None:
     before = fresh()
     before.model.half()
-    save_checkpoint(before, tmp_path / "one")
-    assert load_checkpoint(tmp_path / "one").model.head.weight.dtype == torch.float32
+    save(before, tmp_path / "one")
+    assert load(tmp_path / "one").model.head.weight.dtype == torch.float32
 
 
 def test_replacing_leaves_nothing_beside_it(tmp_path: Path) -> None:
     for seed in range(3):
-        save_checkpoint(fresh(seed), tmp_path / "one")
-    assert load_checkpoint(tmp_path / "one").training == {"seed": 2}
+        save(fresh(seed), tmp_path / "one")
+    assert load(tmp_path / "one").training == {"seed": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
@@ -82,15 +76,15 @@ def test_replacing_leaves_nothing_beside_it(tmp_path: Path) -> None:
 def test_a_failure_while_writing_leaves_the_old_one(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_checkpoint(fresh(1), tmp_path / "one")
+    save(fresh(1), tmp_path / "one")
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, step, full)
+    monkeypatch.setattr(checkpoints, step, full)
     with pytest.raises(CheckpointError, match=r"cannot write .* No space left"):
-        save_checkpoint(fresh(2), tmp_path / "one")
-    assert load_checkpoint(tmp_path / "one").training == {"seed": 1}
+        save(fresh(2), tmp_path / "one")
+    assert load(tmp_path / "one").training == {"seed": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
@@ -103,7 +97,7 @@ def test_killed_between_the_renames_the_last_good_one_is_found(
     rename: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, calls, real = tmp_path / "one", 0, Path.rename
-    save_checkpoint(fresh(1), place, {"x": torch.ones(1)})
+    save(fresh(1), place, {"x": torch.ones(1)})
 
     def dying(self: Path, target: Path) -> Path:
         nonlocal calls
@@ -116,31 +110,31 @@ def test_killed_between_the_renames_the_last_good_one_is_found(
         patch.setattr(Path, "rename", dying)
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the killed clean nothing up
         with pytest.raises(Killed):
-            save_checkpoint(fresh(2), place, {"x": torch.zeros(1)})
+            save(fresh(2), place, {"x": torch.zeros(1)})
     assert place.exists() == (rename == 1)
-    assert load_checkpoint(place).training == {"seed": 1}
+    assert load(place).training == {"seed": 1}
     state = load_state(place)
     assert state is not None
     assert state["x"] == 1
-    save_checkpoint(fresh(3), place)
-    assert load_checkpoint(place).training == {"seed": 3}
+    save(fresh(3), place)
+    assert load(place).training == {"seed": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
 def test_what_is_no_checkpoint_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     for place in (tmp_path, tmp_path / "thesis.txt"):
-        with pytest.raises(CheckpointError, match="is no checkpoint: it is not replaced"):
-            save_checkpoint(fresh(), place)
+        with pytest.raises(CheckpointError, match="is not a checkpoint: it is not replaced"):
+            save(fresh(), place)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
-    save_checkpoint(fresh(), tmp_path / "empty")
+    save(fresh(), tmp_path / "empty")
 
 
 def test_a_place_under_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"^cannot write the checkpoint .*$"):
-        save_checkpoint(fresh(), tmp_path / "file" / "one")
+        save(fresh(), tmp_path / "file" / "one")
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -155,38 +149,41 @@ def truncate(file: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, r"config\.json cannot be read: No such file"),
-        (lambda f: (f / "config.json").unlink(), r"config\.json cannot be read"),
-        (lambda f: (f / "config.json").write_text("{"), r"config\.json is no JSON"),
-        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), r"config\.json is no JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), r"is no JSON object"),
+        (shutil.rmtree, r"checkpoint not found: .*config\.json does not exist"),
+        (lambda f: (f / "config.json").unlink(), r"config\.json does not exist"),
+        (lambda f: (f / "config.json").write_text("{"), r"config\.json is not valid JSON"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), r"config\.json is not valid JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), r"is not a JSON object"),
         (lambda f: edit_config(f, model_type="vit"), "model_type is 'vit', not 'pcae_vit'"),
         (
             lambda f: (f / "config.json").write_text('{"model_type": "pcae_vit"}'),
-            "lacks 'id2label'",
+            "no field 'id2label'",
         ),
-        (lambda f: edit_config(f, patch_size="4"), "configuration is damaged"),
-        (lambda f: edit_config(f, patch_size=0), "configuration is damaged"),
-        (lambda f: edit_config(f, hidden_size=20), "damaged|disagree"),
-        (lambda f: edit_config(f, hidden_size=32), r"disagree: .*size mismatch"),
-        (lambda f: edit_config(f, id2label={"1": "x"}), "lacks '0'"),
-        (lambda f: (f / "preprocessor_config.json").unlink(), r"preprocessor_config\.json cannot"),
-        (lambda f: (f / "preprocessor_config.json").write_text("{}"), "lacks 'size'"),
-        (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors is missing"),
-        (lambda f: truncate(f / "model.safetensors"), r"model\.safetensors cannot be read"),
+        (lambda f: edit_config(f, patch_size="4"), "configuration is invalid"),
+        (lambda f: edit_config(f, patch_size=0), "configuration is invalid"),
+        (lambda f: edit_config(f, hidden_size=20), "invalid|do not match"),
+        (lambda f: edit_config(f, hidden_size=32), r"do not match config.json: .*size mismatch"),
+        (lambda f: edit_config(f, id2label={"1": "x"}), "no field '0'"),
+        (
+            lambda f: (f / "preprocessor_config.json").unlink(),
+            "preprocessor_config.json does not",
+        ),
+        (lambda f: (f / "preprocessor_config.json").write_text("{}"), "no field 'size'"),
+        (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors does not exist"),
+        (lambda f: truncate(f / "model.safetensors"), r"cannot read .*model\.safetensors"),
     ],
 )
-def test_damage_is_told_in_one_line(damage: Any, message: str, tmp_path: Path) -> None:
-    save_checkpoint(fresh(), tmp_path / "one")
+def test_damage_is_reported_in_one_line(damage: Any, message: str, tmp_path: Path) -> None:
+    save(fresh(), tmp_path / "one")
     damage(tmp_path / "one")
     with pytest.raises(CheckpointError, match=message) as raised:
-        load_checkpoint(tmp_path / "one")
+        load(tmp_path / "one")
     assert "\n" not in str(raised.value)
     assert str(tmp_path / "one") in str(raised.value)
 
 
-def test_damaged_state_is_told_in_one_line(tmp_path: Path) -> None:
-    save_checkpoint(fresh(), tmp_path / "one", {"x": torch.ones(100)})
+def test_a_damaged_state_is_reported_in_one_line(tmp_path: Path) -> None:
+    save(fresh(), tmp_path / "one", {"x": torch.ones(100)})
     truncate(tmp_path / "one" / "training_state.safetensors")
-    with pytest.raises(CheckpointError, match=r"training_state\.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*training_state\.safetensors"):
         load_state(tmp_path / "one")

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from pcae_serve.command import run
-from pcae_training.checkpoint import load_checkpoint
-from pcae_training.cli import Train
+from pcae_serve.version import __version__
+from pcae_training import checkpoint as checkpoints
+from pcae_training import cli
+from pcae_training.commands import Train
 
 # fmt: off
 TINY = [
@@ -30,10 +32,13 @@ def test_the_installed_command(class_folders: Any, tmp_path: Path) -> None:
         [command, "finetune", *flags, *TINY], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert f"wrote {tmp_path / 'out'}; top-1 on images that were not trained on" in done.stdout
+    assert f"wrote {tmp_path / 'out'}; top-1 on held-out images" in done.stdout
     assert "keep 1.0  " in done.stdout
     assert "keep 0.5  " in done.stdout
-    assert load_checkpoint(tmp_path / "out").training["settings"]["budgets"] == [1.0, 0.5]
+    assert done.stdout.splitlines()[-1] == (
+        f"export it with: pcae-export bundle {tmp_path / 'out'} {tmp_path / 'out'}-bundle"
+    )
+    assert checkpoints.load(tmp_path / "out").training["settings"]["budgets"] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -48,10 +53,10 @@ def test_the_installed_command(class_folders: Any, tmp_path: Path) -> None:
         (["--colour", "red"], 2, "unrecognized arguments: --colour red"),
         (["--data", "/nowhere/at/all"], 1, "cannot read split 'train' of data set '/nowhere"),
         (["--holdout", "24"], 1, "cannot hold out 24 of the 24 images of images/train"),
-        (["--resume"], 1, "no checkpoint: "),
-        (["--keep", "0.5"], 2, "--keep trains one keep ratio, --budgets several: leave out one"),
-        (["--batch-size", "100"], 1, "14 images do not fill one step of --batch-size 100"),
-        (["--init", "/nowhere.pth"], 2, "--init decides the model's sizes: leave out"),
+        (["--resume"], 1, "checkpoint not found: "),
+        (["--keep", "0.5"], 2, "--keep trains for one keep ratio, --budgets for several: omit one"),
+        (["--batch-size", "100"], 1, "14 images are fewer than one step of --batch-size 100"),
+        (["--init", "/nowhere.pth"], 2, "--init determines the model's sizes: omit"),
         (["--out", "/dev/null/x"], 1, "cannot write to /dev/null/x"),
     ],
 )
@@ -75,12 +80,30 @@ def test_what_is_wrong_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_missing_is_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(Train, ["finetune"]) == 2
-    assert capsys.readouterr().err.splitlines() == [
-        "pcae-train: --data: Field required",
-        "pcae-train: --out: Field required",
-    ]
+    assert capsys.readouterr().err == "pcae-train: --data: Field required\n"
+    assert run(Train, ["finetune", "--data", "x"]) == 2
+    assert capsys.readouterr().err == (
+        "pcae-train: --out: Field required (only --dry-run needs none)\n"
+    )
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.start(["--version"]) == 0
+    assert capsys.readouterr().out == f"pcae-train {__version__}\n"
+
+
+def test_without_torch_one_line_says_what_to_install() -> None:
+    code = "import sys; sys.modules['torch'] = None; from pcae_training.cli import main; main()"
+    for flags, status, output in (
+        (["finetune", "--help"], 1, "torch is not installed: pip install '.[train]'"),
+        (["--version"], 0, __version__),
+    ):
+        command = [sys.executable, "-c", code, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == status
+        assert (done.stderr or done.stdout) == f"pcae-train{':' * status} {output}\n"
 
 
 def test_alone_it_prints_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,15 +121,23 @@ def test_the_whole_way(
     class_folders(6, split="test")
     model, steps = TINY[:10], ["--batch-size", "10", "--epochs", "1", "--threads", "1"]
     assert run(Train, ["pretrain", "--data", data, "--out", str(first), *model, *steps]) == 0
-    assert f"wrote {first}; fine-tune from it: pcae-train finetune --init" in (
-        capsys.readouterr().out
-    )
+    assert capsys.readouterr().out.splitlines() == [
+        f"wrote {first}",
+        f"fine-tune it with: pcae-train finetune --data {data} --init {first}"
+        f" --out {first}-finetuned",
+    ]
     tune = ["--init", str(first), "--out", str(second), "--holdout", "4", "--keep", "0.5"]
     assert run(Train, ["finetune", "--data", data, *tune, *steps]) == 0
     assert "not used: norm." in capsys.readouterr().err
     result = tmp_path / "result.json"
     assert run(Train, ["evaluate", str(second), "--data", data, "--json", str(result)]) == 0
-    assert "12 images of images/test" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "12 images of images/test" in printed
+    assert printed.splitlines()[-2].startswith("computed in float32 with float32 weights; a bundle")
+    assert printed.splitlines()[-1] == (
+        f"export it with: pcae-export bundle {second} {second}-bundle --eval-data {data}"
+        " --eval-split test"
+    )
     (budget,) = json.loads(result.read_text())["budgets"]
     assert budget["keep_ratio"] == 0.5
     assert budget["top1"]["value"] == pytest.approx(1 - len(budget["wrong"]) / 12)

@@ -14,18 +14,20 @@ from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.command import config, run
 from pcae_serve.errors import PcaeError
-from pcae_training.checkpoint import Checkpoint, save_checkpoint
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import DataError, LabelledImages, load
-from pcae_training.draws import generator
 from pcae_training.evaluate import (
     EvaluateSettings,
+    choose_ratios,
+    describe_precision,
     evaluate,
+    join_scores,
     normalise,
-    ratios_for,
     run_evaluation,
-    together,
 )
 from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.sample_rng import generator
 from pcae_training.score import Score
 from pcae_training.world import World
 
@@ -64,7 +66,7 @@ def settings(class_folders: Any, tmp_path: Path) -> Any:
         **changes: Any,
     ) -> EvaluateSettings:
         folder = tmp_path / "checkpoint"
-        save_checkpoint(Checkpoint(vit(config), PREPROCESS, list(labels), training or {}), folder)
+        checkpoints.save(Checkpoint(vit(config), PREPROCESS, list(labels), training or {}), folder)
         return EvaluateSettings(checkpoint=folder, data=str(data), **changes)
 
     return make
@@ -169,11 +171,12 @@ def test_a_run_tells_what_a_loop_finds(settings: Any, slow_score: Any, tmp_path:
         change = right[found["keep_ratio"]].astype(int) - right[1.0].astype(int)
         assert found["top1_difference"]["value"] == pytest.approx(change.mean())
         assert f"{100 * change.mean():+.2f} [" in text
-    header, *lines, note = text.splitlines()[1:]
-    assert "against keep 1 " in header
+    header, *lines, note, precision = text.splitlines()[1:]
+    assert "minus keep 1 " in header
     assert [line.split()[0] for line in lines] == ["1", "0.6", "0.5"]
     assert "9, 5, 3" in lines[1]
-    assert note == "top-5 says nothing about 2 classes"
+    assert note == "top-5 is not meaningful with 2 classes"
+    assert precision == content["precision"]
 
 
 def test_scores_of_processes_are_put_together_by_budget() -> None:
@@ -184,7 +187,7 @@ def test_scores_of_processes_are_put_together_by_budget() -> None:
         {1.0: score(True), 0.5: score(False)},
         {1.0: score(True, False), 0.5: score(True, True)},
     ]
-    whole = {budget: joined.correct.tolist() for budget, joined in together(parts).items()}
+    whole = {budget: joined.correct.tolist() for budget, joined in join_scores(parts).items()}
     assert whole == {1.0: [True, True, False], 0.5: [False, True, True]}
 
 
@@ -205,7 +208,7 @@ def test_processes_share_the_images_and_keep_their_order(
         place = Together(torch.device("cpu"), rank, 3)
         monkeypatch.setattr("pcae_training.evaluate.join", lambda _, at=place: nullcontext(at))
         assert (run_evaluation(asked) is None) == (rank > 0)
-    shared = together(parts)[0.6]
+    shared = join_scores(parts)[0.6]
     assert [part[0.6].n for part in parts] == [4, 4, 4]
     assert whole is not None
     assert torch.equal(shared.correct, whole.scores[0.6].correct)
@@ -225,8 +228,8 @@ def test_budgets_are_those_of_the_training(
     training: dict[str, Any], ratios: tuple[float, ...]
 ) -> None:
     checkpoint = Checkpoint(vit(), PREPROCESS, ["bright", "dark"], training)
-    assert ratios_for(checkpoint, None) == ratios
-    assert ratios_for(checkpoint, (0.8,)) == (0.8,)
+    assert choose_ratios(checkpoint, None) == ratios
+    assert choose_ratios(checkpoint, (0.8,)) == (0.8,)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +248,37 @@ def test_other_labels_are_refused(settings: Any, labels: tuple[str, ...], messag
     assert "\n" not in str(caught.value)
 
 
+def test_precision_is_named_if_it_differs_from_the_bundle(model: VisionTransformer) -> None:
+    assert describe_precision(model, torch.float32).startswith("computed in float32 with float32 w")
+    assert "bfloat16" in describe_precision(model, torch.bfloat16)
+    model.half().float()  # as stored in a bundle
+    assert describe_precision(model, torch.float32) == ""
+
+
+def test_a_checkpoint_of_another_project(
+    hugging_face: Any, class_folders: Any, tmp_path: Path
+) -> None:
+    sizes = {"image_size": 8, "patch_size": 2, "hidden_size": 8, "num_attention_heads": 2}
+    names = {0: "bright", 1: "dark"}
+    theirs = hugging_face.ViTForImageClassification(
+        hugging_face.ViTConfig(**sizes, num_hidden_layers=11, intermediate_size=16, id2label=names)
+    )
+    theirs.save_pretrained(tmp_path / "vit")
+    data = str(class_folders(6, split="test"))
+    settings = EvaluateSettings(checkpoint=tmp_path / "vit", data=data)
+    with pytest.raises(PcaeError, match="does not specify how images are preprocessed"):
+        run_evaluation(settings)
+    content = json.dumps(PREPROCESS.to_config())
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(content)
+    evaluation = run_evaluation(settings)
+    assert evaluation is not None
+    images = load(data, "test", PREPROCESS)
+    pixels = torch.stack([images[i][0] for i in range(12)])
+    with torch.inference_mode():
+        answers = theirs.eval()(normalise(pixels, PREPROCESS)).logits.argmax(dim=1)
+    assert evaluation.scores[1.0].correct.tolist() == (answers == images.labels).tolist()
+
+
 def test_what_cannot_be_is_told_before_anything_is_measured(
     settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +290,7 @@ def test_what_cannot_be_is_told_before_anything_is_measured(
     (tmp_path / "file").touch()
     with pytest.raises(PcaeError, match="is no folder that can be written to"):
         run_evaluation(settings(json=tmp_path / "file" / "x.json"))
-    with pytest.raises(PcaeError, match="no checkpoint"):
+    with pytest.raises(PcaeError, match="checkpoint not found"):
         run_evaluation(EvaluateSettings(checkpoint=tmp_path / "none", data="x"))
     if not torch.cuda.is_available():
         with pytest.raises(PcaeError, match="there is no cuda"):

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
-from pcae_training.checkpoint import Checkpoint, load_checkpoint
-from pcae_training.draws import SampleRng
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
 from pcae_training.finetune import FinetuneSettings, Finetuning, finetune, prepare
 from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.sample_rng import SampleRng
 
 OFF: dict[str, Any] = {
     "crop": 0, "flip": False, "shift": 0, "randaugment": 0, "erase": 0, "mixup": 0, "cutmix": 0,
@@ -65,7 +66,7 @@ def test_learns_what_can_be_told_apart(settings: Any, capsys: pytest.CaptureFixt
         1.0: (1.0, 10),
         0.6: (1.0, 10),
     }
-    saved = load_checkpoint(run.out)
+    saved = checkpoints.load(run.out)
     assert saved.labels == ["bright", "dark"]
     training = saved.training
     losses = [epoch["train_loss"] for epoch in training["history"]]
@@ -83,11 +84,11 @@ def test_a_run_can_be_had_in_two_parts(settings: Any) -> None:
     whole, parts = settings("whole", epochs=2), settings("parts", epochs=2)
     finetune(whole)
     finetune(parts.model_copy(update={"stop_after": 1}))
-    training = load_checkpoint(parts.out).training
+    training = checkpoints.load(parts.out).training
     assert training["epochs_done"] == 1
     assert training["final"]
     finetune(parts.model_copy(update={"resume": True}))
-    one, two = (load_checkpoint(run.out).model.state_dict() for run in (whole, parts))
+    one, two = (checkpoints.load(run.out).model.state_dict() for run in (whole, parts))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -125,7 +126,7 @@ def test_one_ratio_is_plain_cross_entropy() -> None:
 
 
 def visits(objective: Finetuning, progress: float) -> list[list[float]]:
-    return [objective.visited(SampleRng(0, step, 4), progress) for step in range(200)]
+    return [objective.choose_ratios(SampleRng(0, step, 4), progress) for step in range(200)]
 
 
 def test_both_ends_are_always_visited_and_all_between_sometimes() -> None:
@@ -138,7 +139,7 @@ def test_both_ends_are_always_visited_and_all_between_sometimes() -> None:
     assert visits(learner(budgets=budgets, between=9), 1.0) == [list(budgets)] * 200
 
 
-def test_one_budget_a_step() -> None:
+def test_one_budget_per_step() -> None:
     steps = visits(learner(budgets=(1.0, 0.6), sampling="one"), 1.0)
     assert 70 < steps.count([1.0]) < 130
     assert steps.count([1.0]) + steps.count([0.6]) == 200
@@ -159,7 +160,7 @@ def test_the_ramp_holds_small_budgets_back(sampling: Any) -> None:
 
 def test_the_ramp_of_one_ratio_takes_few_steps() -> None:
     objective = learner(keep=0.6)
-    ratios = [objective.visited(SampleRng(0, 0, 4), i / 100) for i in range(101)]
+    ratios = [objective.choose_ratios(SampleRng(0, 0, 4), i / 100) for i in range(101)]
     assert ratios == sorted(ratios, reverse=True)
     assert {ratio for step in ratios for ratio in step} == {1.0, 0.9, 0.8, 0.7, 0.6}
 
@@ -181,7 +182,7 @@ def test_from_a_checkpoint_with_another_patch_size(settings: Any) -> None:
     finetune(first)
     second = settings("second", init=first.out, epochs=1)
     finetune(second)
-    saved = load_checkpoint(second.out)
+    saved = checkpoints.load(second.out)
     assert (saved.model.config.patch_size, saved.model.config.image_size) == (2, 8)
     assert saved.training["init"]["settings"]["patch_size"] == 4  # how it came about is kept
 
@@ -191,12 +192,12 @@ def test_other_labels_get_a_new_head(settings: Any, capsys: pytest.CaptureFixtur
     finetune(first)
     config = first.out / "checkpoint" / "config.json"
     config.write_text(config.read_text().replace('"dark"', '"dusky"'))
-    before = load_checkpoint(first.out).model
+    before = checkpoints.load(first.out).model
     start, _, _ = prepare(settings("second", init=first.out, patch_size=None))
     assert start.labels == ["bright", "dark"]
     assert not torch.equal(start.model.head.weight, before.head.weight)
     assert torch.equal(start.model.patch_embed.proj.weight, before.patch_embed.proj.weight)
-    assert "new, untrained: head.weight, head.bias" in capsys.readouterr().err
+    assert "newly initialised: head.weight, head.bias" in capsys.readouterr().err
 
 
 def test_from_a_state_dict_of_another_project(
@@ -212,9 +213,9 @@ def test_from_a_state_dict_of_another_project(
     )
     assert start.preprocess.mean == (0.485, 0.456, 0.406)
     assert torch.equal(start.model.blocks[3].mlp.fc1.weight, theirs.blocks[3].mlp.fc1.weight)
-    told = capsys.readouterr().err
-    assert "new, untrained: head.weight, head.bias" in told
-    unused = next(line for line in told.splitlines() if "not used: " in line)
+    printed = capsys.readouterr().err
+    assert "newly initialised: head.weight, head.bias" in printed
+    unused = next(line for line in printed.splitlines() if "not used: " in line)
     assert set(unused.split(": ")[1].split(", ")) == {"head.weight", "head.bias", "mask_token"}
 
 
@@ -230,7 +231,7 @@ def test_a_place_that_holds_something_else_is_refused_before_training(
 ) -> None:
     (tmp_path / "out" / "checkpoint").mkdir(parents=True)
     (tmp_path / "out" / "checkpoint" / "thesis.txt").write_text("")
-    with pytest.raises(PcaeError, match="is no checkpoint: it is not replaced"):
+    with pytest.raises(PcaeError, match="is not a checkpoint: it is not replaced"):
         finetune(settings())
 
 
@@ -238,7 +239,7 @@ def test_bf16_and_lazy_loading(settings: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("pcae_training.data.MEMORY_LIMIT_BYTES", 0)
     run = settings(epochs=1, precision="bf16")
     finetune(run)
-    saved = load_checkpoint(run.out)
+    saved = checkpoints.load(run.out)
     assert {tensor.dtype for tensor in saved.model.state_dict().values()} == {torch.float32}
     assert saved.training["epochs_done"] == 1
 
@@ -251,15 +252,18 @@ def test_measured_on_images_of_another_data_set(settings: Any, class_folders: An
 
 
 def test_a_dry_run_says_what_would_be_done(
-    settings: Any, capsys: pytest.CaptureFixture[str]
+    settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = settings(dry_run=True)
+    run = settings(dry_run=True).model_copy(update={"out": None})
+    before = set(tmp_path.iterdir())
     assert finetune(run) == {}
     printed = capsys.readouterr().out
     assert "16 patches), width 8, depth 11, 2 heads, 2 classes" in printed
     assert "keep 0.6   16 → 9 → 5 → 3 patches" in printed
-    assert "2 epochs x 3 steps of 10 images (30 images an epoch)" in printed
-    assert not run.out.exists()
+    assert "2 epochs x 3 steps of 10 images (30 images per epoch)" in printed
+    assert "for 2 epochs on this machine, for the training steps alone" in printed
+    assert "writes     nothing" in printed
+    assert set(tmp_path.iterdir()) - before <= {tmp_path / "cache"}
 
 
 def test_the_defaults_are_the_recipe_of_mae_and_the_ramp_of_the_paper() -> None:
@@ -284,16 +288,16 @@ def test_budgets_are_read_in_many_forms(written: Any) -> None:
         ({"budgets": ""}, "keep ratio must be a number"),
         ({"budgets": "1.0,1.1"}, "not 1.1"),
         ({"budgets": "nan"}, "keep ratio must be"),
-        ({"budgets": ()}, "keep ratios are numbers with commas between"),
-        ({"budgets": 0.01}, "keep ratios are numbers with commas between"),
+        ({"budgets": ()}, "keep ratios must be numbers separated by commas"),
+        ({"budgets": 0.01}, "keep ratios must be numbers separated by commas"),
         ({"budgets": "0.01"}, "leaves no patch"),
         ({"image_size": 28}, "patch size 16 does not divide 28"),
         ({"width": 194}, "do not divide width"),
-        ({"depth": 4}, "ends before the last reduction point"),
-        ({"keep": 0.5, "budgets": (0.5,)}, "leave out one"),
+        ({"depth": 4}, "--depth 4 is too small: the last reduction point"),
+        ({"keep": 0.5, "budgets": (0.5,)}, "omit one"),
         ({"stream": True, "epoch_size": 9}, "--eval-data"),
-        ({"ramp_start": 0.5, "ramp_length": 0.6}, "reach beyond the run"),
-        ({"init": Path("z"), "width": 64, "depth": 12}, "leave out --depth, --width"),
+        ({"ramp_start": 0.5, "ramp_length": 0.6}, "add up to more than the run"),
+        ({"init": Path("z"), "width": 64, "depth": 12}, "omit --depth, --width"),
         ({"device": "tpu"}, "should match pattern"),
         ({"lr": 0}, "greater than 0"),
     ],

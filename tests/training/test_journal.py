@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,17 +60,17 @@ def test_a_new_run_starts_an_empty_log(tmp_path: Path) -> None:
     assert lines(tmp_path) == []
 
 
-def test_the_bar_shows_loss_rate_and_what_is_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_progress_shows_loss_and_learning_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with journal(tmp_path, step=2) as log:
         log.advance(10, "epoch 1/2")
         log.report(3, {"loss": 0.25, "lr": 0.001, "unreadable": 0})
-        log.tell("epoch 1  top1 0.5")
+        log.write("epoch 1  top1 0.5")
     shown = capsys.readouterr().err
     assert "epoch 1/2:" in shown
     assert "30.0/50.0" in shown
-    assert "img/s" in shown
     assert "loss=0.25, lr=0.001" in shown
     assert "unreadable" not in shown
     assert "epoch 1  top1 0.5" in shown

@@ -38,12 +38,12 @@ def test_processes_share_every_step(size: int, accumulate: int) -> None:
 
 
 def test_what_does_not_divide() -> None:
-    with pytest.raises(PcaeError, match="does not divide into 5 processes x 1 micro-batches"):
+    with pytest.raises(PcaeError, match="cannot be divided into 5 processes x 1 micro-batches"):
         plan(size=5)
     with pytest.raises(PcaeError, match="4 micro-batches of an odd number of images"):
         plan(size=2, accumulate=2).check_pairs()
     plan(size=2, accumulate=3).check_pairs()
-    with pytest.raises(PcaeError, match="11 images do not fill one step of --batch-size 12"):
+    with pytest.raises(PcaeError, match="11 images are fewer than one step of --batch-size 12"):
         plan(images=11)
 
 
@@ -55,6 +55,6 @@ def test_in_words() -> None:
     assert "196 patches), width 192, depth 12, 3 heads, no classes" in text
     assert "keep 0.7   196 → 137 → 95 → 66 patches, 0.78" in text  # of 1.26
     assert "1.59 times fewer" in text
-    assert "2 epochs x 234 steps of 256 images (60,000 images an epoch) = 468 steps" in text
+    assert "2 epochs x 234 steps of 256 images (60,000 images per epoch) = 468 steps" in text
     assert "learning rate 0.00015 after 5% warm-up" in text
     assert "writes     runs/one" in text

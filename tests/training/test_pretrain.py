@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
-from pcae_training.checkpoint import load_checkpoint
-from pcae_training.draws import SampleRng
+from pcae_training import checkpoint as checkpoints
 from pcae_training.finetune import FinetuneSettings, finetune
 from pcae_training.masking import Mask, mask, patchify
 from pcae_training.pretrain import Pretraining, PretrainSettings, build, embed, pretrain
+from pcae_training.sample_rng import SampleRng
 from pcae_training.schedule import momentum
 
 PREPROCESS = Preprocess(24, 24, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -96,7 +96,8 @@ def test_a_dry_run_says_what_the_teacher_keeps(
     printed = capsys.readouterr().out
     assert "pcae, 9 of 36 patches visible" in printed
     assert "27 → 13 → 6 → 3 patches by ptr, momentum" in printed
-    assert "GMACs a training image" in printed
+    assert "GMACs per training image" in printed
+    assert "for 100 epochs on this machine" in printed
     assert not run.out.exists()
 
 
@@ -234,7 +235,7 @@ def test_the_teacher_begins_as_the_student_and_follows() -> None:
     with torch.no_grad():
         for parameter in learner.model.parameters():
             parameter.add_(1.0)
-    learner.stepped()
+    learner.after_step()
     for name, parameter in learner.teacher.network.named_parameters():
         torch.testing.assert_close(parameter, before[name] + 0.1)
 
@@ -275,18 +276,18 @@ def test_random_dropping_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask_ratio": 0.999}, "hides all of 36 patches"),
+        ({"mask_ratio": 0.999}, "hides all 36 patches"),
         ({"mask_ratio": 0.05}, "leaves no patch"),
-        ({"mask_unit": 4}, "--mask-unit 4 does not divide the 6 patches of a side"),
+        ({"mask_unit": 4}, "--mask-unit 4 does not divide the 6 patches per side"),
         ({"teacher_keep": 0.1}, "leaves no patch"),
         ({"reduce_after": "0,4,9"}, "outside 9 blocks"),
         ({"reduce_after": "4,0"}, "must rise"),
-        ({"drop_targets": "loss"}, "--drop-targets is for --method mae"),
+        ({"drop_targets": "loss"}, "--drop-targets is only for --method mae"),
         ({"stream": True}, "--epoch-size"),
-        ({"epoch_size": 10}, "--epoch-size is for --stream"),
+        ({"epoch_size": 10}, "--epoch-size is only for --stream"),
         ({"min_lr": 1}, "--min-lr 1.0 is above the peak"),
         ({"seed": -1}, "greater than or equal to 0"),
-        ({"accumulate": 3}, "does not divide"),
+        ({"accumulate": 3}, "cannot be divided"),
     ],
 )
 def test_flags_that_cannot_be(changes: dict[str, Any], message: str) -> None:
@@ -303,7 +304,7 @@ def test_a_run_learns_and_can_be_fine_tuned_from(
         data=data, out=tmp_path / method, method=method, epochs=6, batch_size=10, blr=0.05, depth=11
     )
     assert pretrain(run)
-    saved = load_checkpoint(run.out)
+    saved = checkpoints.load(run.out)
     assert saved.model.config.classes == 0
     assert saved.labels == []
     losses = [epoch["train_loss"] for epoch in saved.training["history"]]
@@ -314,7 +315,7 @@ def test_a_run_learns_and_can_be_fine_tuned_from(
         batch_size=10, holdout=10, randaugment=0, mixup=0, cutmix=0, crop=0, lr=1e-9, min_lr=0,
     )  # fmt: skip
     finetune(tuned)
-    classifier = load_checkpoint(tuned.out)
+    classifier = checkpoints.load(tuned.out)
     assert classifier.model.config == replace(
         saved.model.config, classes=2, pooling="mean", reduction_points=(0, 7, 10)
     )

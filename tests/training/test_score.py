@@ -26,7 +26,7 @@ def test_top1_tells_its_interval() -> None:
 
 def test_a_score_agrees_with_a_slow_one(slow_score: Any) -> None:
     logits, labels = random_answers()
-    score, expected = Score.of(logits, labels), slow_score(logits, labels)
+    score, expected = Score.from_logits(logits, labels), slow_score(logits, labels)
     assert score.top1 == Top1(sum(expected.top1), 400)
     assert score.top5 == Top1(sum(expected.top5), 400)
     assert 0 < score.top1.correct < score.top5.correct < 400
@@ -46,20 +46,23 @@ def test_calibration_error_where_it_is_known() -> None:
 
 def test_no_top5_below_six_classes() -> None:
     logits, labels = random_answers(classes=5)
-    assert Score.of(logits, labels).top5 is None
+    assert Score.from_logits(logits, labels).top5 is None
     logits, labels = random_answers(classes=6)
-    assert Score.of(logits, labels).top5 is not None
+    assert Score.from_logits(logits, labels).top5 is not None
 
 
 def test_scores_of_parts_add_up() -> None:
     logits, labels = random_answers()
-    whole = Score.of(logits, labels)
-    parts = [Score.of(logits[:130], labels[:130]), Score.of(logits[130:], labels[130:])]
-    for score in (parts[0] + parts[1], pickle.loads(pickle.dumps(Score.joined(parts)))):
+    whole = Score.from_logits(logits, labels)
+    parts = [
+        Score.from_logits(logits[:130], labels[:130]),
+        Score.from_logits(logits[130:], labels[130:]),
+    ]
+    for score in (parts[0] + parts[1], pickle.loads(pickle.dumps(Score.join(parts)))):
         assert (score.n, score.top1, score.top5) == (400, whole.top1, whole.top5)
         assert score.calibration_error == pytest.approx(whole.calibration_error)
     with pytest.raises(ValueError, match="no scores"):
-        Score.joined([])
+        Score.join([])
 
 
 def test_a_difference_counts_the_images_that_one_alone_gets() -> None:
@@ -69,7 +72,7 @@ def test_a_difference_counts_the_images_that_one_alone_gets() -> None:
     difference = score([1, 1, 0, 0, 1]).against(score([1, 0, 1, 1, 0]))
     assert difference == Difference(gained=2, lost=2, n=5)
     assert score([1, 0, 0]).against(score([1, 1, 1])).value == pytest.approx(-2 / 3)
-    with pytest.raises(ValueError, match="5 answers cannot be paired with 3"):
+    with pytest.raises(ValueError, match="5 results cannot be paired with 3"):
         score([1, 1, 1, 1, 1]).against(score([1, 1, 1]))
 
 

@@ -19,11 +19,12 @@ from torch._dynamo.testing import CompileCounter
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
-from pcae_training.checkpoint import LAST, Checkpoint, load_checkpoint, load_state
-from pcae_training.draws import SampleRng
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
 from pcae_training.finetune import FinetuneSettings, Finetuning, finetune
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.pretrain import PretrainSettings, build, pretrain
+from pcae_training.sample_rng import SampleRng
 from pcae_training.trainer import Trainer, parameter_groups
 
 MODEL = {"image_size": 8, "patch_size": 2, "width": 8, "depth": 11, "heads": 2}
@@ -60,9 +61,9 @@ def learn(class_folders: Any, tmp_path: Path) -> Callable[..., PretrainSettings]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    state = load_state(folder)
+    state = checkpoints.load_state(folder)
     assert state is not None
-    return load_checkpoint(folder).model.state_dict() | state
+    return checkpoints.load(folder).model.state_dict() | state
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -109,7 +110,7 @@ def test_killed_anywhere_and_resumed_is_unbroken(
     accuracy = finetune(tune("broken", save_every_s=save_every_s, resume=True))
     broken = tune("broken")
     assert same(weights(whole.out), weights(broken.out))
-    one, other = (load_checkpoint(run.out).training for run in (whole, broken))
+    one, other = (checkpoints.load(run.out).training for run in (whole, broken))
     assert one["final"] == other["final"]
     assert [e["train_loss"] for e in one["history"]] == [e["train_loss"] for e in other["history"]]
     assert accuracy is not None
@@ -133,7 +134,7 @@ def test_killed_before_an_epoch_is_closed(tune: Any, monkeypatch: pytest.MonkeyP
         with pytest.raises(Killed):
             finetune(tune("broken", save_every_s=1e-9))
     finetune(tune("broken", resume=True))
-    one, other = (load_checkpoint(tune(out).out).training for out in ("whole", "broken"))
+    one, other = (checkpoints.load(tune(out).out).training for out in ("whole", "broken"))
     for epochs in (one["history"], other["history"]):
         for epoch in epochs:
             del epoch["train_s"]
@@ -158,7 +159,7 @@ def test_a_pretraining_is_resumed_with_its_teacher(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_saves_itself(
+def test_a_signal_stops_and_saves_the_run(
     number: signal.Signals, tune: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, stopped = tune("whole"), tune("stopped", log_every=100)
@@ -168,17 +169,17 @@ def test_told_to_stop_it_saves_itself(
         kill_at(1, patch, lambda: os.kill(os.getpid(), number))
         assert finetune(stopped) is None
     assert signal.getsignal(number) is before
-    assert load_checkpoint(stopped.out).training["step"] == 2  # the step at hand is finished
+    assert checkpoints.load(stopped.out).training["step"] == 2  # the step at hand is finished
     assert finetune(stopped.model_copy(update={"resume": True})) is not None
     assert same(weights(whole.out), weights(stopped.out))
 
 
-def test_the_command_says_so_and_exits_143(learn: Any) -> None:
+def test_a_stopped_command_exits_with_143(learn: Any) -> None:
     run = learn("run")
     flags = [f"--data={run.data}", f"--out={run.out}", "--image-size=8", "--patch-size=2"]
-    flags += ["--width=8", "--heads=2", "--batch-size=10", "--epochs=100000", "--log-every=1"]
+    flags += ["--width=8", "--heads=2", "--batch-size=10", "--epochs=120000", "--log-every=1"]
     with subprocess.Popen([*TRAIN, "pretrain", *flags], stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (run.out / "metrics.jsonl").exists() or not metrics(run.out):
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -186,9 +187,12 @@ def test_the_command_says_so_and_exits_143(learn: Any) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
         printed = process.stderr.read().decode()
-        assert process.wait(30) == 143
-    assert printed.splitlines()[-1] == f"pcae-train: stopped; go on with --resume --out {run.out}"
-    assert load_checkpoint(run.out).training["step"] >= 1
+        assert process.wait(120) == 143
+    lines = printed.splitlines()
+    assert "training: 0 of 4,800,000 images" in lines  # a log, not a terminal
+    again = f"continue with the same command and --resume (--out {run.out})"
+    assert lines[-1] == f"pcae-train: stopped and saved; {again}"
+    assert checkpoints.load(run.out).training["step"] >= 1
 
 
 def flags(run: FinetuneSettings | PretrainSettings) -> list[str]:
@@ -250,9 +254,9 @@ def test_two_processes_share_masks_and_stop_together(learn: Any) -> None:
         assert process.stderr is not None
         printed = process.stderr.read().decode()
         process.wait(60)
-    step = load_checkpoint(shared.out).training["step"]
+    step = checkpoints.load(shared.out).training["step"]
     assert step >= 3, printed[-2000:]
-    assert printed.count("pcae-train: stopped; go on with --resume") == 1
+    assert printed.count("pcae-train: stopped and saved; continue with") == 1
     pretrain(alone.model_copy(update={"stop_after": 1}))
     losses = [[line["loss"] for line in metrics(run.out)][:3] for run in (shared, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -277,13 +281,13 @@ def test_budgets_cost_few_graphs(tune: Any, monkeypatch: pytest.MonkeyPatch) -> 
     )
     torch._dynamo.reset()
     graphs = []
-    ended = Finetuning.epoch_ended
+    ended = Finetuning.after_epoch
 
     def counted(self: Finetuning, world: Any) -> Any:
         graphs.append(counter.frame_count)  # before evaluation's own
         return ended(self, world)
 
-    monkeypatch.setattr(Finetuning, "epoch_ended", counted)
+    monkeypatch.setattr(Finetuning, "after_epoch", counted)
     budgets = (1.0, 0.9, 0.8, 0.7, 0.6)
     finetune(tune("run", compile=True, budgets=budgets, epochs=6, batch_size=5, drop_path=0))
     torch._dynamo.reset()
@@ -318,21 +322,21 @@ def test_a_step_asks_the_device_for_nothing(
     pixels = torch.zeros(batch, 3, 28, 28, dtype=torch.uint8, device="meta")
     labels = torch.zeros(batch, dtype=torch.int64, device="meta")
     learner(pixels, labels, SampleRng(0, 0, batch), 1.0).backward()
-    learner.stepped()
+    learner.after_step()
 
 
 def test_a_loss_that_is_no_number(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tune("run", log_every=1)
     forward = Finetuning.forward
 
-    def poisoned(self: Finetuning, pixels: Tensor, labels: Tensor, draws: Any, at: float) -> Tensor:
-        loss = forward(self, pixels, labels, draws, at)
-        return loss / 0 if draws.step == 4 else loss
+    def poisoned(self: Finetuning, pixels: Tensor, labels: Tensor, rng: Any, at: float) -> Tensor:
+        loss = forward(self, pixels, labels, rng, at)
+        return loss / 0 if rng.step == 4 else loss
 
     monkeypatch.setattr(Finetuning, "forward", poisoned)
     with pytest.raises(PcaeError, match=r"not finite in step 5 \(epoch 2\): try a smaller --lr"):
         finetune(run)
-    saved = load_checkpoint(run.out)
+    saved = checkpoints.load(run.out)
     assert saved.training["step"] == 3
     assert all(tensor.isfinite().all() for tensor in saved.model.state_dict().values())
 
@@ -342,7 +346,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
 ) -> None:
     """The loss of a step is finite, what the optimiser makes of it is not."""
     run = tune("run", log_every=100)
-    stepped = Finetuning.stepped
+    stepped = Finetuning.after_step
 
     def spoilt(self: Finetuning) -> None:
         stepped(self)
@@ -351,10 +355,10 @@ def test_weights_that_are_no_numbers_are_not_saved(
                 self.model.head.bias[0] = float("nan")
 
     spoil = [False, False, False, False, False, True]
-    monkeypatch.setattr(Finetuning, "stepped", spoilt)
+    monkeypatch.setattr(Finetuning, "after_step", spoilt)
     with pytest.raises(PcaeError, match=r"head\.bias is not finite after step 6"):
         finetune(run)
-    assert load_checkpoint(run.out).training["step"] == 3
+    assert checkpoints.load(run.out).training["step"] == 3
 
 
 def test_one_run_at_a_time_writes_to_a_folder(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,22 +375,22 @@ def test_one_run_at_a_time_writes_to_a_folder(tune: Any, monkeypatch: pytest.Mon
 
 
 def test_resume_refuses_another_run(tune: Any) -> None:
-    with pytest.raises(PcaeError, match=r"no checkpoint: .*config\.json cannot be read"):
+    with pytest.raises(PcaeError, match=r"checkpoint not found: .*config\.json"):
         finetune(tune("run", resume=True))
     finetune(tune("run", epochs=1))
-    with pytest.raises(PcaeError, match=r"written with another --epochs, --lr$"):
+    with pytest.raises(PcaeError, match=r"started with other values of --epochs, --lr$"):
         finetune(tune("run", resume=True, epochs=3, lr=1e-4))
     (Path(tune("run").data) / "train" / "dark" / "000.png").unlink()
     with pytest.raises(PcaeError, match="was trained on 30 images, and there are 29 now"):
         finetune(tune("run", resume=True, epochs=1))
     (tune("run").out / "checkpoint" / "training_state.safetensors").unlink()
-    with pytest.raises(PcaeError, match="without its optimiser's state"):
+    with pytest.raises(PcaeError, match="its checkpoint has no optimiser state"):
         finetune(tune("run", resume=True, epochs=1))
 
 
 def test_a_new_run_does_not_replace_an_old_one_unasked(tune: Any) -> None:
     finetune(tune("run", epochs=1))
-    with pytest.raises(PcaeError, match="holds a run already: go on with --resume"):
+    with pytest.raises(PcaeError, match="already contains a run; continue it with --resume"):
         finetune(tune("run", epochs=1, seed=5))
 
 
@@ -419,9 +423,9 @@ def test_a_launcher_that_knows_no_state_begins_and_then_goes_on(tune: Any) -> No
     run = tune("again", stop_after=1)
     again = {"resume_or_begin": True}
     finetune(FinetuneSettings(**run.model_dump() | again))
-    assert load_checkpoint(run.out).training["step"] == 3
+    assert checkpoints.load(run.out).training["step"] == 3
     finetune(FinetuneSettings(**run.model_dump() | again | {"stop_after": None}))
-    assert load_checkpoint(run.out).training["step"] == 6
+    assert checkpoints.load(run.out).training["step"] == 6
 
 
 @pytest.mark.slow
@@ -443,7 +447,7 @@ def test_the_slurm_script_goes_on_after_a_process_is_killed(learn: Any, tmp_path
     environment = ONE_THREAD | slurm | {"SLURM_JOB_ID": str(os.getpid()), "PATH": path}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 90
-        while not (run.out / LAST / "config.json").exists():
+        while not (run.out / checkpoints.RUN_CHECKPOINT / "config.json").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -453,7 +457,7 @@ def test_the_slurm_script_goes_on_after_a_process_is_killed(learn: Any, tmp_path
         printed = process.stderr.read().decode()
         assert process.wait(120) == 0, printed[-3000:]
     _, _, again = printed.partition("(exitcode: -9)")
-    begun = re.search(r"epoch \d+/30: +\d+%\|[^|]*\| ([\d.]+)", again)
+    begun = re.search(r"training: ([\d,]+) of", again)
     assert begun is not None, printed[-3000:]
-    assert float(begun[1]) > 0  # it went on, not anew
-    assert load_checkpoint(run.out).training["step"] == 30 * 4
+    assert begun[1] != "0"  # resumed, not started again
+    assert checkpoints.load(run.out).training["step"] == 30 * 4

@@ -15,7 +15,8 @@ from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.command import config, run
 from pcae_serve.errors import PcaeError
-from pcae_training.checkpoint import Checkpoint, save_checkpoint
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
 from pcae_training.diversity import diversity
 from pcae_training.evaluate import normalise, row_noise
 from pcae_training.model import VisionTransformer, ViTConfig
@@ -51,7 +52,7 @@ def settings(tmp_path: Path) -> Any:
     ) -> VisualizeSettings:
         folder = tmp_path / "checkpoint"
         checkpoint = Checkpoint(vit(config), PREPROCESS, ["bright", "dark"], training or {})
-        save_checkpoint(checkpoint, folder)
+        checkpoints.save(checkpoint, folder)
         return VisualizeSettings(checkpoint=folder, **changes)
 
     return make
@@ -236,7 +237,7 @@ def test_what_cannot_be_drawn(settings: Any, files: list[Path], class_folders: A
         assert "\n" not in str(caught.value)
     assert not out.exists()
     assert read(files[1]).shape == (8, 8, 3)
-    with pytest.raises(PcaeError, match="no checkpoint"):
+    with pytest.raises(PcaeError, match="checkpoint not found"):
         visualize(VisualizeSettings(checkpoint=folder / "none", image=tuple(files), out=out))
 
 

@@ -15,8 +15,8 @@ from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional as F
 
-from pcae_training.draws import SampleRng, generator
 from pcae_training.operations import OPERATIONS, operate_, sampling_grid
+from pcae_training.sample_rng import SampleRng, generator
 
 #: Width over height of a random crop.
 CROP_ASPECT = (3 / 4, 4 / 3)
@@ -52,7 +52,7 @@ class Augmentation:
         _check("erase", self.erase, 0, 1)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, draws: SampleRng) -> Tensor:
+    def __call__(self, images: Tensor, rng: SampleRng) -> Tensor:
         """Float [B, 3, S, S] in [0, 1] to [B, 3, size, size] in [0, 1], on the same device.
 
         Without a crop the centre is taken, and S must not be below `size` (ValueError). Nothing is
@@ -60,27 +60,27 @@ class Augmentation:
         """
         # Colours and places need float32, whatever the trainer computes in.
         with torch.autocast(images.device.type, enabled=False):
-            flipped = draws.uniform("flip") < (0.5 if self.flip else 0)
+            flipped = rng.uniform("flip") < (0.5 if self.flip else 0)
             if self.crop:
-                boxes = rectangles(draws.uniform("crop", 4), (self.crop, 1), CROP_ASPECT)
+                boxes = rectangles(rng.uniform("crop", 4), (self.crop, 1), CROP_ASPECT)
                 images = resized_crop(images, boxes, flipped, self.size)
             else:
                 images = mirror(centre(images, self.size), flipped)
             if self.shift:
-                steps = draws.uniform("shift", 2) * (2 * self.shift + 1)
+                steps = rng.uniform("shift", 2) * (2 * self.shift + 1)
                 images = move(images, steps.long() - self.shift)
             if self.randaugment:
-                images = self._randaugmented(images, draws)
+                images = self._randaugmented(images, rng)
         return images
 
     @torch.no_grad()
-    def erased(self, normalised: Tensor, draws: SampleRng) -> Tensor:
+    def erased(self, normalised: Tensor, rng: SampleRng) -> Tensor:
         """Normalised [B, 3, size, size] with noise of N(0, 1) in a rectangle of some images.
 
         The noise is a window of a fixed tile, at an offset drawn for each image.
         """
         device, side = normalised.device, normalised.shape[3]
-        numbers = draws.uniform("erase", 7)  # [B, 7]
+        numbers = rng.uniform("erase", 7)  # [B, 7]
         index = (numbers[:, 0] < self.erase).nonzero().squeeze(1)
         if not len(index):
             return normalised
@@ -94,9 +94,9 @@ class Augmentation:
         part = torch.where(inside[:, None], noise, normalised.index_select(0, index))
         return normalised.index_copy(0, index, part)
 
-    def _randaugmented(self, images: Tensor, draws: SampleRng) -> Tensor:
+    def _randaugmented(self, images: Tensor, rng: SampleRng) -> Tensor:
         images = images.clone()  # what comes in is the caller's
-        for numbers in draws.uniform("randaugment", ROUNDS, 3).unbind(1):
+        for numbers in rng.uniform("randaugment", ROUNDS, 3).unbind(1):
             pick, noise, sign = numbers.unbind(1)  # [B] each
             magnitude = self.randaugment + MAGNITUDE_STD * torch.special.ndtri(noise)
             operate_(
@@ -128,7 +128,7 @@ class Mixing:
 
     @torch.no_grad()
     def __call__(
-        self, images: Tensor, labels: Tensor, classes: int, draws: SampleRng
+        self, images: Tensor, labels: Tensor, classes: int, rng: SampleRng
     ) -> tuple[Tensor, Tensor]:
         """Float images [B, 3, S, S] and labels int64 [B], to images and float32 [B, classes].
 
@@ -139,7 +139,7 @@ class Mixing:
         pairs, side = len(images) // 2, images.shape[3]
         if not pairs or not (self.mixup or self.cutmix):
             return images, targets
-        numbers = draws.uniform("mixing", 4)[: 2 * pairs : 2]  # [p, 4]
+        numbers = rng.uniform("mixing", 4)[: 2 * pairs : 2]  # [p, 4]
         weight, edges = self._shares(numbers, side)
         cut = (edges[:, 2] - edges[:, 0]) * (edges[:, 3] - edges[:, 1]) / side**2
         share = (weight * (1 - cut)).to(images.device, non_blocking=True)

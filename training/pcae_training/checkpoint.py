@@ -1,14 +1,15 @@
-"""A checkpoint is a folder that rebuilds its model: two configs, the weights, the state to resume.
+"""Save and load pcae-train's checkpoints: a folder with the model, its preprocessing and labels.
 
     config.json                sizes, labels            (Hugging Face field names)
     preprocessor_config.json   how images become pixels
     model.safetensors          weights under timm's names
-    training_state.safetensors / training.json   optimiser and position, to resume
+    training_state.safetensors / training.json   optimiser state and position in the run, to resume
 
-Written whole or not at all, also when the power goes: a new one is made and synced as `.NAME.new`;
-the old one steps aside as `.NAME.old` until the new one stands in its place, where `load` finds it
-if the writer was killed. One writer at a time. A training run's folder may stand for the checkpoint
-inside it. It knows nothing of data or schedules.
+Writing is atomic, also if the power fails: the new folder is written and synced as `.NAME.new`, the
+old one is renamed to `.NAME.old` and removed after the new one has its name. `load` finds the old
+one if the writer was killed in between. One writer at a time. Wherever a checkpoint is read, the
+folder of the training run that contains it is accepted too. Checkpoints of other projects:
+`import_weights`.
 """
 
 import json
@@ -28,26 +29,26 @@ from pcae_serve.errors import PcaeError
 from pcae_training.model import VisionTransformer, ViTConfig
 
 MODEL_TYPE = "pcae_vit"
-#: Where a training run keeps its checkpoint, inside its folder.
-LAST = "checkpoint"
+#: Name of the checkpoint inside the folder of a training run.
+RUN_CHECKPOINT = "checkpoint"
 
 
 class CheckpointError(PcaeError):
-    """The checkpoint is missing, damaged or of another kind."""
+    """A checkpoint is missing, damaged or of an unsupported kind."""
 
 
 @dataclass
 class Checkpoint:
-    """A model in memory with what it needs to be used."""
+    """A model with the preprocessing and labels it is used with."""
 
     model: VisionTransformer
     preprocess: Preprocess
     labels: list[str]
-    training: dict[str, Any] = field(default_factory=dict)  # how it came about: goes on the card
+    training: dict[str, Any] = field(default_factory=dict)  # how it was trained, for the model card
 
 
 def to_config(config: ViTConfig, labels: list[str]) -> dict[str, Any]:
-    """config.json, with the field names of Hugging Face's ViTConfig where it has one."""
+    """Return the content of config.json, with Hugging Face's field names for those it shares."""
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["VisionTransformer"],
@@ -72,7 +73,7 @@ def to_config(config: ViTConfig, labels: list[str]) -> dict[str, Any]:
 
 
 def from_config(config: dict[str, Any]) -> tuple[ViTConfig, list[str]]:
-    """The inverse of `to_config`. Raises KeyError where a field is missing."""
+    """Invert `to_config`. Raise KeyError if a field is missing."""
     labels = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
     return ViTConfig(
         image_size=config["image_size"],
@@ -86,7 +87,7 @@ def from_config(config: dict[str, Any]) -> tuple[ViTConfig, list[str]]:
         pooling=config["pooling"],
         norm_eps=config["layer_norm_eps"],
         reduction_points=tuple(config["reduction_points"]),
-        # checkpoints of version 0.1 lack what follows
+        # checkpoints of version 0.1 do not have the fields below
         reduction=config.get("reduction", "ptr"),
         qkv_bias=config.get("qkv_bias", True),
         layer_scale=config.get("layer_scale", False),
@@ -95,19 +96,18 @@ def from_config(config: dict[str, Any]) -> tuple[ViTConfig, list[str]]:
     ), labels
 
 
-def save_checkpoint(
-    checkpoint: Checkpoint, folder: Path, state: dict[str, Tensor] | None = None
-) -> None:
-    """Write the folder beside its place, then put it there: the last good one is never lost.
+def save(checkpoint: Checkpoint, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write a checkpoint atomically; a previous one is replaced only by a complete one.
 
-    Raises CheckpointError where it cannot be written, or would replace what is no checkpoint.
+    state: what `load_state` returns. Raise CheckpointError if it cannot be written, or if `folder`
+    exists and is not a checkpoint.
     """
-    check_place(folder)
+    check_replaceable(folder)
     folder = folder.absolute()
     fresh = folder.with_name(f".{folder.name}.new")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(fresh, ignore_errors=True)  # of a writer that was killed
+        shutil.rmtree(fresh, ignore_errors=True)  # left by a writer that was killed
         fresh.mkdir()
         config = to_config(checkpoint.model.config, checkpoint.labels)
         _write_json(fresh / "config.json", config)
@@ -117,32 +117,32 @@ def save_checkpoint(
         if state is not None:
             _write_tensors(fresh / "training_state.safetensors", state)
         atomic.replace_folder(fresh, folder)
-    except (OSError, SafetensorError) as error:  # of a full disk, say
+    except (OSError, SafetensorError) as error:  # such as a full disk
         raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def check_place(folder: Path) -> None:
-    """Raise CheckpointError unless `folder` is free, empty or a checkpoint: all else is kept."""
+def check_replaceable(folder: Path) -> None:
+    """Raise CheckpointError unless `folder` does not exist, is empty or is a checkpoint."""
     try:
         replaceable = (
             not folder.exists()
-            or (folder / "training.json").exists()  # `save` writes it, other tools' folders lack it
+            or (folder / "training.json").exists()  # written by `save` alone
             or (folder.is_dir() and not any(folder.iterdir()))
         )
     except OSError as error:
         raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from None
     if not replaceable:
-        raise CheckpointError(f"{folder} exists and is no checkpoint: it is not replaced")
+        raise CheckpointError(f"{folder} exists and is not a checkpoint: it is not replaced")
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Rebuild the model (float32, evaluation mode).
+def load(folder: Path) -> Checkpoint:
+    """Load a checkpoint, its model in float32 and evaluation mode.
 
-    Raises CheckpointError with one line that names the file at fault.
+    Raise CheckpointError with a one-line message that names the faulty file.
     """
-    found = place(folder)
+    found = find_checkpoint(folder)
     content = read_json(found / "config.json")
     if content.get("model_type") != MODEL_TYPE:
         kind = content.get("model_type")
@@ -153,9 +153,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         config, labels = from_config(content)
         preprocess = Preprocess.from_config(read_json(found / "preprocessor_config.json"))
     except KeyError as error:
-        raise CheckpointError(f"{folder}: its configuration lacks {error}") from None
+        raise CheckpointError(f"{folder}: its configuration has no field {error}") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder}: its configuration is damaged: {error}") from None
+        raise CheckpointError(f"{folder}: its configuration is invalid: {error}") from None
     training_file = found / "training.json"
     training = read_json(training_file) if training_file.exists() else {}
     weights = read_tensors(found / "model.safetensors")
@@ -166,22 +166,23 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {error}") from None
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: weights and config.json disagree: {reason}") from None
+        raise CheckpointError(f"{folder}: the weights do not match config.json: {reason}") from None
     return Checkpoint(model.eval(), preprocess, labels, training)
 
 
 def load_state(folder: Path) -> dict[str, Tensor] | None:
-    """The training state saved with the checkpoint, or None where it was saved without."""
-    file = place(folder) / "training_state.safetensors"
+    """Return the training state saved with a checkpoint, or None if it was saved without."""
+    file = find_checkpoint(folder) / "training_state.safetensors"
     return read_tensors(file) if file.exists() else None
 
 
-def place(folder: Path) -> Path:
-    """Where the last good checkpoint is: `folder`, or beside it where a writer was killed.
+def find_checkpoint(folder: Path) -> Path:
+    """Return the folder of the last complete checkpoint.
 
-    Or inside it, where `folder` is that of a training run.
+    It is `folder`, or `folder`/checkpoint of a training run, or the previous one next to either if
+    a writer was killed while replacing it. Return `folder` if there is none.
     """
-    for candidate in (folder, folder / LAST):
+    for candidate in (folder, folder / RUN_CHECKPOINT):
         old = atomic.previous(candidate.absolute())
         if (candidate / "config.json").exists():
             return candidate
@@ -195,15 +196,17 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError where there is none."""
+    """Return the object in a JSON file. Raise CheckpointError if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint not found: {file} does not exist") from None
     except OSError as error:
-        raise CheckpointError(f"no checkpoint: {file} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
     except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON: {error}") from None
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is no JSON object")
+        raise CheckpointError(f"{file} is not a JSON object")
     return content
 
 
@@ -213,10 +216,10 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; CheckpointError where it is missing or damaged."""
+    """Return the tensors of a safetensors file. Raise CheckpointError if missing or damaged."""
     try:
         return load_file(file)
     except FileNotFoundError:
-        raise CheckpointError(f"no checkpoint: {file} is missing") from None
+        raise CheckpointError(f"checkpoint not found: {file} does not exist") from None
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
+        raise CheckpointError(f"cannot read {file}: {error}") from None

@@ -19,7 +19,6 @@ import datasets  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import RequestError
@@ -31,7 +30,8 @@ from pcae_training.columns import (
     check_value,
     choose,
 )
-from pcae_training.draws import generator
+from pcae_training.progress import Progress
+from pcae_training.sample_rng import generator
 from pcae_training.skipped import MAX_UNREADABLE, PATIENCE, Skipped, none_readable
 from pcae_training.source import DataError as DataError
 from pcae_training.source import open_source, title
@@ -47,10 +47,11 @@ CHUNK = 128
 
 
 class TrainingData(Protocol):
-    """What a trainer reads: map-style data and streams alike."""
+    """The data of a training run: map-style data sets and streams."""
 
     name: str
-    classes: list[str]  # empty where unlabelled
+    classes: list[str]  # empty if unlabelled
+    preprocess: Preprocess
 
     def __len__(self) -> int:
         """Images an epoch."""
@@ -240,12 +241,12 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         """Decode every image, into `pixels` [len, 3, S, S] where given; note the unreadable."""
         chunks = [range(i, min(i + CHUNK, len(self))) for i in range(0, len(self), CHUNK)]
         reasons: dict[Hashable, str] = {}
-        bar = tqdm(total=len(self), desc=f"decoding {self.name}", unit="img", leave=False)
-        with bar, ThreadPoolExecutor(_cores()) as pool:
+        progress = Progress(f"decoding {self.name}", len(self))
+        with progress, ThreadPoolExecutor(_cores()) as pool:
             unread = pool.map(partial(self._decode, pixels), chunks)
             for chunk, found in zip(chunks, unread, strict=True):
                 reasons.update(found)
-                bar.update(len(chunk))
+                progress.update(len(chunk))
         self._skipped.note(reasons, len(self))
 
     def _decode(self, pixels: Tensor | None, chunk: range) -> dict[Hashable, str]:

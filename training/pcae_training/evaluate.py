@@ -1,9 +1,8 @@
-"""A model's scores per budget on labelled images: what tiers are chosen by.
+"""Evaluate a model at several budgets on labelled images.
 
-Budgets answer the same images, so that their accuracies are compared image by image: a difference
-may be certain where the two accuracies' own intervals overlap. It knows a model, pixels and labels,
-not what answers are worth (`score`); it changes nothing, and what the `random` rule draws depends
-on an image's row alone.
+All budgets classify the same images, so their accuracies are compared image by image: a difference
+can be significant even if the intervals of the two accuracies overlap. The `random` rule's draws
+depend on an image's row alone.
 """
 
 import json
@@ -16,17 +15,18 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_settings import CliPositionalArg, NoDecode
 from torch import Tensor
-from tqdm import tqdm
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import Geometry, parse_keep_ratio
 from pcae_serve.errors import PcaeError
-from pcae_training.checkpoint import Checkpoint, load_checkpoint
+from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
-from pcae_training.draws import generator
+from pcae_training.import_weights import load_checkpoint
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.output import check_place, write_whole
-from pcae_training.score import LEAST_CLASSES_FOR_TOP5, Difference, Score, Top1
+from pcae_training.progress import Progress
+from pcae_training.sample_rng import generator
+from pcae_training.score import MIN_CLASSES_FOR_TOP5, Difference, Score, Top1
 from pcae_training.world import World, join
 
 #: The keep ratios of the paper's tables.
@@ -34,7 +34,7 @@ PAPER_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
-    """uint8 pixels [B, 3, H, W] to the float32 images a model takes."""
+    """Return the float32 model input of uint8 pixels [B, 3, H, W]."""
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1).to(pixels.device, non_blocking=True)
         for values in (preprocess.mean, preprocess.std)
@@ -43,9 +43,9 @@ def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
 
 
 def row_noise(config: ViTConfig, rows: Iterable[int], device: torch.device) -> Tensor | None:
-    """What the `random` rule ranks by, [B, patches]: by an image's row, whatever its batch.
+    """Return the `random` rule's ranking noise [B, patches], which depends on the row alone.
 
-    None under other rules.
+    Return None for other rules.
     """
     if config.reduction != "random":
         return None
@@ -65,17 +65,18 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     workers: int = 0,
 ) -> dict[float, Score]:
-    """Scores of `model` at every keep ratio in `budgets`, on the given rows of `images`.
+    """Return the scores of `model` at every keep ratio in `budgets` on the given rows of `images`.
 
     Each image is decoded once. workers: loader processes for images that are not in memory.
     """
     config, device = model.config, model.pos_embed.device
-    none = Score.of(torch.empty(0, config.classes, device=device), torch.empty(0, device=device))
-    parts = {budget: [none] for budget in budgets}  # a process may have no row to itself
+    no_logits, no_labels = torch.empty(0, config.classes), torch.empty(0)
+    none = Score.from_logits(no_logits.to(device), no_labels.to(device))
+    parts = {budget: [none] for budget in budgets}  # a process may have no rows
     was_training, done = model.training, 0
     model.eval()
     try:
-        with tqdm(total=len(rows), desc="evaluating", unit="img", leave=False) as bar:
+        with Progress("evaluating", len(rows)) as progress:
             for pixels, labels in images.batches(rows, batch_size, workers):
                 batch = normalise(pixels.to(device, non_blocking=True), images.preprocess)
                 labels = labels.to(device, non_blocking=True)
@@ -84,54 +85,60 @@ def evaluate(
                     counts = config.geometry.counts(budget)
                     with torch.autocast(device.type, precision, precision != torch.float32):
                         logits = model(batch, counts, noise=noise)
-                    scores.append(Score.of(logits, labels))
+                    scores.append(Score.from_logits(logits, labels))
                 done += len(labels)
-                bar.update(len(labels))
+                progress.update(len(labels))
     finally:
         model.train(was_training)
-    return {budget: Score.joined(scores) for budget, scores in parts.items()}
+    return {budget: Score.join(scores) for budget, scores in parts.items()}
 
 
-def together(parts: Sequence[dict[float, Score]]) -> dict[float, Score]:
-    """The scores of several processes as one's, in the order of the parts."""
-    return {budget: Score.joined([part[budget] for part in parts]) for budget in parts[0]}
+def join_scores(parts: Sequence[dict[float, Score]]) -> dict[float, Score]:
+    """Concatenate the scores of several processes, by budget, in the order of `parts`."""
+    return {budget: Score.join([part[budget] for part in parts]) for budget in parts[0]}
 
 
 def read_ratios(value: object) -> tuple[float, ...]:
-    """Keep ratios written as one text with commas, or as numbers: each once, from the largest.
+    """Parse keep ratios, a comma-separated text or numbers; return each once, from the largest.
 
-    Raises ValueError on what is no keep ratio in (0, 1].
+    Raise ValueError unless each is in (0, 1].
     """
     if isinstance(value, str):
         value = value.strip("[]()").split(",")
     if not isinstance(value, Sequence) or not value:
-        raise ValueError(f"keep ratios are numbers with commas between, not {value!r}")
+        raise ValueError(f"keep ratios must be numbers separated by commas, not {value!r}")
     return tuple(sorted({float(parse_keep_ratio(ratio)) for ratio in value}, reverse=True))
 
 
-#: Keep ratios as a flag takes them; None: what the checkpoint was trained for.
+#: Keep ratios of a flag; None for those that the checkpoint was trained for.
 Ratios = Annotated[tuple[float, ...] | None, NoDecode, BeforeValidator(read_ratios)]
 
 
 class EvaluateSettings(BaseModel):
-    """Measure a checkpoint at several token budgets, on labelled images."""
+    """Evaluate a checkpoint at several token budgets on labelled images."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
-    checkpoint: CliPositionalArg[Path] = Field(description="folder written by pcae-train")
-    data: str = Field(description="class folders, parquet or a hub name")
+    checkpoint: CliPositionalArg[Path] = Field(
+        description="run or checkpoint of pcae-train, or a Hugging Face or timm folder"
+    )
+    data: str = Field(description="class folders, parquet files or a name on the Hugging Face hub")
     split: str = Field("test", description="split of --data")
     budgets: Ratios = Field(
-        None, description="keep ratios, as 1.0,0.8,.6; default: those trained for"
+        None, description="keep ratios separated by commas; default: those trained for"
     )
     json_file: Path | None = Field(
-        None, alias="json", description="also write the numbers to this file"
+        None, alias="json", description="also write the figures to this JSON file"
     )
-    batch_size: int = Field(250, ge=1, description="images at a time")
+    batch_size: int = Field(250, ge=1, description="images per batch")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs under autocast")
-    threads: int = Field(0, ge=0, description="CPU threads; 0 = torch's choice")
-    workers: int = Field(0, ge=0, description="loader processes")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16 uses autocast; weights stay float32"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads; 0 = torch's default")
+    workers: int = Field(
+        0, ge=0, description="loader processes, for data that do not fit into memory"
+    )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,18 +147,19 @@ class EvaluateSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores with what they are of; as text it is a table with a line per budget."""
+    """The scores of a model; as text, a table with a line per budget."""
 
     data: str
     geometry: Geometry
-    scores: dict[float, Score]  # from the largest keep ratio, with which the others are compared
+    scores: dict[float, Score]  # from the largest keep ratio, which the others are compared with
+    precision: str = ""  # a line on the number formats of weights and arithmetic
 
     @property
     def n(self) -> int:
         return next(iter(self.scores.values())).n
 
     def differences(self) -> dict[float, Difference]:
-        """Top-1 of every smaller budget less that of the largest."""
+        """Return the top-1 of every smaller budget minus that of the largest."""
         largest, *smaller = self.scores
         return {ratio: self.scores[ratio].against(self.scores[largest]) for ratio in smaller}
 
@@ -159,14 +167,15 @@ class Evaluation:
         return self.geometry.macs(self.geometry.counts(ratio))
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers as JSON: shares and differences in [0, 1], a list entry per budget.
+        """Return the figures as JSON: shares and differences in [0, 1], a list entry per budget.
 
-        `wrong` are the images whose answer was wrong, by their place in the data.
+        `wrong` lists the misclassified images by their index in the data.
         """
         differences = self.differences()
         return {
             "data": self.data,
             "n": self.n,
+            "precision": self.precision,
             "budgets": [
                 {
                     "keep_ratio": ratio,
@@ -192,7 +201,7 @@ class Evaluation:
                 "top-1 % [95 %]",
                 "top-5 %",
                 "ECE %",
-                f"top-1 against keep {largest:g} [95 %]",
+                f"top-1 minus keep {largest:g} [95 %]",
             )
         ]
         for ratio, score in self.scores.items():
@@ -213,39 +222,54 @@ class Evaluation:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        if self.geometry.classes < LEAST_CLASSES_FOR_TOP5:
-            lines.append(f"top-5 says nothing about {self.geometry.classes} classes")
+        if self.geometry.classes < MIN_CLASSES_FOR_TOP5:
+            lines.append(f"top-5 is not meaningful with {self.geometry.classes} classes")
+        if self.precision:
+            lines.append(self.precision)
         return "\n".join([f"{self.n:,} images of {self.data}", *lines])
 
 
 def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
-    """Measure a checkpoint; None in all processes but the main one, where torchrun started several.
+    """Evaluate a checkpoint. Return None in processes of torchrun other than the main one.
 
-    Raises PcaeError where checkpoint, data and budgets do not fit, before anything is measured.
+    Raise PcaeError if checkpoint, data and budgets do not fit together, before evaluating.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    checkpoint = load_checkpoint(settings.checkpoint)
-    budgets = ratios_for(checkpoint, settings.budgets)
+    checkpoint = load_checkpoint(settings.checkpoint).build(settings.checkpoint)
+    budgets = choose_ratios(checkpoint, settings.budgets)
     if settings.json_file is not None:
         check_place(settings.json_file)
     images = load(settings.data, settings.split, checkpoint.preprocess)
     check_labels(checkpoint, images)
     with join(settings.device) as world:
-        scores = _measured(checkpoint, images, budgets, settings, world)
+        precision = describe_precision(checkpoint.model, settings.dtype)
+        scores = _measure(checkpoint, images, budgets, settings, world)
         if not world.main:
             return None
-    evaluation = Evaluation(images.name, checkpoint.model.config.geometry, scores)
+    evaluation = Evaluation(images.name, checkpoint.model.config.geometry, scores, precision)
     if settings.json_file is not None:
         content = {"checkpoint": str(settings.checkpoint)} | evaluation.to_json()
         write_whole(settings.json_file, (json.dumps(content, indent=2) + "\n").encode())
     return evaluation
 
 
-def ratios_for(checkpoint: Checkpoint, asked: tuple[float, ...] | None) -> tuple[float, ...]:
-    """The keep ratios asked for, else those of the training, else the paper's; largest first.
+def describe_precision(model: VisionTransformer, precision: torch.dtype) -> str:
+    """Return a line on number formats if they make a difference to the exported bundle, else ""."""
+    exact_in_half = all(torch.equal(w, w.half().float()) for w in model.state_dict().values())
+    if exact_in_half and precision == torch.float32:
+        return ""
+    arithmetic = "float32" if precision == torch.float32 else "bfloat16 (autocast)"
+    return (
+        f"computed in {arithmetic} with float32 weights; a bundle stores float16 weights, so its"
+        " accuracy can differ by the images closest to a decision boundary"
+    )
 
-    Raises PcaeError where one of them leaves this model no patch.
+
+def choose_ratios(checkpoint: Checkpoint, asked: tuple[float, ...] | None) -> tuple[float, ...]:
+    """Return the keep ratios asked for, else those trained for, else the paper's; largest first.
+
+    Raise PcaeError if one of them leaves no patch.
     """
     trained = checkpoint.training.get("settings", {})
     ratios = asked
@@ -263,29 +287,31 @@ def ratios_for(checkpoint: Checkpoint, asked: tuple[float, ...] | None) -> tuple
 def check_labels(checkpoint: Checkpoint, images: LabelledImages) -> None:
     """Raise PcaeError unless the images' classes are the checkpoint's, in the same order."""
     found, wanted = images.classes, checkpoint.labels
+    if not wanted and checkpoint.model.config.classes:
+        raise PcaeError("the checkpoint does not name its classes (id2label in its config.json)")
     if not wanted:
-        raise PcaeError("the checkpoint has no classes: fine-tune it before it is evaluated")
+        raise PcaeError("the checkpoint has no classes: fine-tune it before evaluating it")
     if len(found) != len(wanted):
         raise PcaeError(
-            f"{images.name} has {len(found)} classes, the checkpoint {len(wanted)}: give data with"
+            f"{images.name} has {len(found)} classes, the checkpoint {len(wanted)}: use data with"
             " the classes it was trained on"
         )
     for i, (label, other) in enumerate(zip(found, wanted, strict=True)):
         if label != other:
             raise PcaeError(
-                f"class {i} of {images.name} is {label!r}, but {other!r} in the checkpoint: give"
+                f"class {i} of {images.name} is {label!r}, but {other!r} in the checkpoint: use"
                 " data with the classes it was trained on, in the same order"
             )
 
 
-def _measured(
+def _measure(
     checkpoint: Checkpoint,
     images: LabelledImages,
     budgets: Sequence[float],
     settings: EvaluateSettings,
     world: World,
 ) -> dict[float, Score]:
-    """Scores on all images in their order, of which every process measures a stretch."""
+    """Return the scores on all images in order; every process evaluates a contiguous part."""
     first, end = (len(images) * rank // world.size for rank in (world.rank, world.rank + 1))
     own = evaluate(
         checkpoint.model.to(world.device),
@@ -296,7 +322,7 @@ def _measured(
         precision=settings.dtype,
         workers=settings.workers,
     )
-    return together(world.gather(own))
+    return join_scores(world.gather(own))
 
 
 def _share(share: Top1 | Difference | None) -> dict[str, Any] | None:

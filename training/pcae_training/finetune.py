@@ -1,16 +1,16 @@
-"""Fine-tune a ViT on labels: at one keep ratio as the paper, or one set of weights for all.
+"""Fine-tune a ViT on labels: at one keep ratio as in the paper, or one set of weights for all.
 
-Elastic training, which is this project's own: every step runs both ends of the budgets and some
-between; all learn the labels, and the smaller ones what the largest says as well (the sandwich rule
-and in-place distillation of slimmable networks, arXiv 1903.05134). It knows losses and budgets;
-`trainer` has the loop.
+Elastic training (not in the paper): every step runs the largest and the smallest budget and some in
+between. All are trained on the labels, the smaller ones also on the largest one's output (the
+sandwich rule and in-place distillation of slimmable networks, arXiv 1903.05134).
 """
 
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from statistics import fmean
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
@@ -21,115 +21,158 @@ from torch.nn import functional as F
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import REDUCTION_POINTS, Rule
 from pcae_serve.errors import PcaeError, one_line
-from pcae_training import foreign
 from pcae_training.augment import Augmentation, Mixing
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, TrainingData, hold_out, load
-from pcae_training.draws import SampleRng, drop_path_factors, sent
-from pcae_training.evaluate import evaluate, normalise, read_ratios, together
+from pcae_training.evaluate import evaluate, join_scores, normalise, read_ratios
+from pcae_training.import_weights import LoadedCheckpoint, initialise, load_checkpoint
 from pcae_training.model import VisionTransformer
 from pcae_training.plan import describe
-from pcae_training.schedule import ladder, ramped
+from pcae_training.sample_rng import SampleRng, drop_path_factors, to_device
+from pcae_training.schedule import keep_ratio_ramp, lowest_keep_ratio
 from pcae_training.score import Score, Top1
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import Trainer, check_out, parameter_groups, training_data
 from pcae_training.world import World, join
 
-#: What a model without statistics of its own was most likely trained with.
+#: Pixel statistics assumed for weights that come without their preprocessing.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FinetuneSettings(RunSettings):
-    """Fine-tune on labelled images; the defaults are MAE's recipe and the paper's ramp."""
+    """Fine-tune on labelled images, for one keep ratio or for all budgets.
+
+    The defaults are MAE's recipe and the paper's ramp.
+    """
+
+    flag_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **RunSettings.flag_groups,
+        "run": ("init", *RunSettings.flag_groups["run"]),
+        "evaluation": ("eval_data", "eval_split", "holdout"),
+        "token reduction": (
+            "keep", "budgets", "sampling", "between", "distil", "ramp_start", "ramp_length",
+            "reduction",
+        ),
+        "model": (*RunSettings.flag_groups["model"], "pooling"),
+        "augmentation": (
+            *RunSettings.flag_groups["augmentation"], "randaugment", "erase", "mixup", "cutmix",
+            "label_smoothing",
+        ),
+        "optimiser": (*RunSettings.flag_groups["optimiser"], "layer_decay"),
+    }  # fmt: skip
 
     init: Path | None = Field(
-        None, description="weights to start from: checkpoint, .pth, .safetensors, Hugging Face"
+        None,
+        description="weights to start from: a run or checkpoint of pcae-train, a Hugging Face or"
+        " timm folder, a .pth or .safetensors file",
     )
     pooling: Literal["mean", "cls"] | None = Field(
-        None, description="what the head reads: mean of the patches or CLS; mean, or as --init"
+        None, description="input of the head: mean of the patches or CLS; mean, or as --init"
     )
     eval_data: str | None = Field(
-        None, description="measure on these images, not on some held out of --data"
+        None, description="evaluate on these images instead of images held out of --data"
     )
     eval_split: str = Field("validation", description="split of --eval-data")
-    holdout: int = Field(5000, ge=1, description="training images held out for every choice")
+    holdout: int = Field(
+        5000, ge=1, description="number of training images held out for evaluation"
+    )
 
-    keep: float | None = Field(None, gt=0, le=1, description="one keep ratio, as the paper trains")
+    keep: float | None = Field(
+        None, gt=0, le=1, description="train for one keep ratio, as in the paper"
+    )
     budgets: Annotated[tuple[float, ...], NoDecode, BeforeValidator(read_ratios)] = Field(
-        (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), description="keep ratios, as 1.0,0.8,.6"
+        (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
+        description="keep ratios to train for, separated by commas",
     )
     sampling: Literal["sandwich", "one"] = Field(
-        "sandwich", description="budgets of a step: both ends and some between, or one drawn"
+        "sandwich",
+        description="budgets per step: the largest, the smallest and some between, or a random one",
     )
-    between: int = Field(1, ge=0, description="sandwich: budgets drawn between the ends")
+    between: int = Field(1, ge=0, description="sandwich: random budgets between the ends")
     distil: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="share of a small budget's loss that comes from the largest's"
-        " answer instead of the labels",
+        description="share of the smaller budgets' loss that is distilled from the largest budget's"
+        " output; the rest is from the labels",
     )
-    ramp_start: float = Field(0.10, ge=0, le=1, description="share of the run before any dropping")
-    ramp_length: float = Field(0.25, ge=0, le=1, description="share over which dropping rises")
-    reduction: Rule = Field("ptr", description="how patches are ranked")
+    ramp_start: float = Field(
+        0.10, ge=0, le=1, description="share of the run before anything is dropped"
+    )
+    ramp_length: float = Field(
+        0.25, ge=0, le=1, description="share of the run over which the drop ratio rises"
+    )
+    reduction: Rule = Field("ptr", description="rule that ranks the patches")
 
-    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end")
+    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the run")
     layer_decay: float | None = Field(
-        None, gt=0, le=1, description="learning rate of a layer over that above; 0.65 with --init"
+        None,
+        gt=0,
+        le=1,
+        description="rate of a layer over that of the layer above; 0.65 with --init, else 1",
     )
-    drop_path: float = Field(0.1, ge=0, lt=1, description="rate in the last block; 0 = off")
+    drop_path: float = Field(
+        0.1, ge=0, lt=1, description="stochastic depth: drop rate of the last block; 0 = off"
+    )
     crop: float = Field(
-        0.08, ge=0, le=1, description="least share of the image a random crop takes; 0 = off"
+        0.08, ge=0, le=1, description="smallest share of the area a random crop keeps; 0 = off"
     )
     randaugment: float = Field(9, ge=0, le=10, description="magnitude of RandAugment; 0 = off")
-    erase: float = Field(0.25, ge=0, le=1, description="share of images partly erased; 0 = off")
+    erase: float = Field(
+        0.25, ge=0, le=1, description="share of images with a random rectangle erased; 0 = off"
+    )
     mixup: float = Field(0.8, ge=0, description="alpha of mixup; 0 = off")
     cutmix: float = Field(1.0, ge=0, description="alpha of CutMix; 0 = off")
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="0 = off")
+    label_smoothing: float = Field(
+        0.1, ge=0, lt=1, description="share of a target spread over all classes; 0 = off"
+    )
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        """What flags together cannot mean is told before any data is read."""
+    def _check_combinations(self) -> Self:
         if self.ramp_start + self.ramp_length > 1:
-            raise ValueError("--ramp-start and --ramp-length together reach beyond the run")
+            raise ValueError("--ramp-start and --ramp-length add up to more than the run")
         if self.keep is not None and "budgets" in self.model_fields_set:
-            raise ValueError("--keep trains one keep ratio, --budgets several: leave out one")
+            raise ValueError("--keep trains for one keep ratio, --budgets for several: omit one")
         if self.init is None:
             if self.depth <= max(REDUCTION_POINTS):
-                raise ValueError(f"--depth {self.depth} ends before the last reduction point, 10")
+                last = max(REDUCTION_POINTS)
+                raise ValueError(
+                    f"--depth {self.depth} is too small: the last reduction point is after block"
+                    f" {last}, counted from 0"
+                )
             config = self.config(classes=1)
             for budget in self.ratios:
                 config.geometry.counts(budget)
         elif fixed := self.model_fields_set & {"width", "depth"}:
             flags = ", ".join(f"--{name}" for name in sorted(fixed))
-            raise ValueError(f"--init decides the model's sizes: leave out {flags}")
+            raise ValueError(f"--init determines the model's sizes: omit {flags}")
         if self.stream and self.eval_data is None:
-            raise ValueError("--stream cannot hold images out: name some with --eval-data")
+            raise ValueError("--stream cannot hold images out: give --eval-data")
         return self
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """The keep ratios that the run is for, from the largest."""
+        """The keep ratios to train for, from the largest."""
         return self.budgets if self.keep is None else (self.keep,)
 
     @property
     def ramp(self) -> tuple[float, ...]:
-        """The few keep ratios that training ever meets, from 1.0 down."""
+        """All keep ratios that occur in training, from 1.0 down."""
         if self.keep is not None:
-            return ladder(self.keep)
+            return keep_ratio_ramp(self.keep)
         return self.budgets if self.budgets[0] == 1.0 else (1.0, *self.budgets)
 
 
 class Finetuning(nn.Module):
-    """Cross-entropy at the budgets that a step visits, and what the run leaves behind."""
+    """Mean cross-entropy over the budgets of a step, and held-out evaluation."""
 
     def __init__(
-        self, start: Checkpoint, settings: FinetuneSettings, judge: LabelledImages
+        self, start: Checkpoint, settings: FinetuneSettings, holdout: LabelledImages
     ) -> None:
-        """judge: the images that accuracy is measured on."""
+        """start: the model to train. holdout: the images to evaluate on."""
         super().__init__()
         self.model, self.start, self.settings = start.model, start, settings
-        self.judge = judge
+        self.holdout = holdout
         self.final: dict[str, dict[str, float]] = {}  # by keep ratio: top1 and n
         self.augment = Augmentation(
             size=start.model.config.image_size,
@@ -143,82 +186,99 @@ class Finetuning(nn.Module):
             mixup=settings.mixup, cutmix=settings.cutmix, smoothing=settings.label_smoothing
         )
 
-    def forward(self, pixels: Tensor, labels: Tensor, draws: SampleRng, progress: float) -> Tensor:
-        """Mean loss of uint8 pixels [b, 3, S, S] and labels [b], over the budgets of the step."""
+    def forward(self, pixels: Tensor, labels: Tensor, rng: SampleRng, progress: float) -> Tensor:
+        """Return the mean loss of uint8 pixels [b, 3, S, S] and labels [b], over the budgets."""
         config, device = self.model.config, pixels.device
         with torch.no_grad():
-            images = self.augment(pixels.float() / 255, draws)
-            images = self.augment.erased(normalise(images * 255, self.start.preprocess), draws)
-            images, targets = self.mix(images, labels, config.classes, draws)
-        drop_path = drop_path_factors(draws, config.depth, self.settings.drop_path, device)
+            images = self.augment(pixels.float() / 255, rng)
+            images = self.augment.erased(normalise(images * 255, self.start.preprocess), rng)
+            images, targets = self.mix(images, labels, config.classes, rng)
+        drop_path = drop_path_factors(rng, config.depth, self.settings.drop_path, device)
         noise = None
         if config.reduction == "random":
-            noise = sent(draws.uniform("reduction", config.geometry.patches), device)
-        first, losses = None, []
-        for keep_ratio in self.visited(draws, progress):
+            noise = to_device(rng.uniform("reduction", config.geometry.patches), device)
+        largest, losses = None, []
+        for keep_ratio in self.choose_ratios(rng, progress):
             counts = config.geometry.counts(keep_ratio)
             logits = self.model(images, counts, drop_path=drop_path, noise=noise).float()
             loss = F.cross_entropy(logits, targets)
-            if first is None:
-                first = logits.detach().softmax(dim=-1)
+            if largest is None:
+                largest = logits.detach().softmax(dim=-1)
             elif self.settings.distil:
-                taught = F.cross_entropy(logits, first)
-                loss = torch.lerp(loss, taught, self.settings.distil)
+                distilled = F.cross_entropy(logits, largest)
+                loss = torch.lerp(loss, distilled, self.settings.distil)
             losses.append(loss)
         return torch.stack(losses).mean()
 
-    def visited(self, draws: SampleRng, progress: float) -> list[float]:
-        """The keep ratios of a step, from the largest: the same in every process."""
+    def choose_ratios(self, rng: SampleRng, progress: float) -> list[float]:
+        """Return the keep ratios of a step, from the largest; the same in every process."""
         settings = self.settings
-        ramp = settings.ramp
-        lowest = ramped(ramp, progress, settings.ramp_start, settings.ramp_length)
-        if settings.keep is not None:
-            return [lowest]
-        allowed = [ratio for ratio in ramp if ratio >= lowest and ratio in settings.budgets]
-        allowed = allowed or [lowest]
+        allowed = self._allowed_ratios(progress)
         if settings.sampling == "one":
-            return [allowed[int(draws.shared("budget") * len(allowed))]]
+            return [allowed[int(rng.draw_shared("budget") * len(allowed))]]
         inner = allowed[1:-1]
         chosen = {allowed[0], allowed[-1]}
         for i in range(min(settings.between, len(inner))):
-            chosen.add(inner.pop(int(draws.shared(f"budget {i}") * len(inner))))
+            chosen.add(inner.pop(int(rng.draw_shared(f"budget {i}") * len(inner))))
         return sorted(chosen, reverse=True)
 
-    def stepped(self) -> None:
-        """Nothing follows the weights."""
+    def _allowed_ratios(self, progress: float) -> list[float]:
+        """Return the keep ratios that a step may run, from the largest."""
+        settings, ramp = self.settings, self.settings.ramp
+        lowest = lowest_keep_ratio(ramp, progress, settings.ramp_start, settings.ramp_length)
+        if settings.keep is not None:
+            return [lowest]
+        allowed = [ratio for ratio in ramp if ratio >= lowest and ratio in settings.budgets]
+        return allowed or [lowest]
 
-    def epoch_ended(self, world: World) -> Mapping[str, Mapping[str, float]]:
-        """Held-out top-1 at both ends of the budgets."""
+    def macs(self, progress: float) -> float:
+        """Return the expected multiply-adds of a training step for one image.
+
+        Forward and backward count as three forward passes.
+        """
+        geometry, settings = self.model.config.geometry, self.settings
+        costs = [geometry.macs(geometry.counts(k)) for k in self._allowed_ratios(progress)]
+        if settings.sampling == "one" or len(costs) == 1:
+            return 3 * fmean(costs)
+        inner = costs[1:-1]
+        between = min(settings.between, len(inner)) * fmean(inner) if inner else 0.0
+        return 3 * (costs[0] + costs[-1] + between)
+
+    def after_step(self) -> None:
+        """Do nothing: nothing follows the weights."""
+
+    def after_epoch(self, world: World) -> Mapping[str, Mapping[str, float]]:
+        """Return held-out top-1 at the largest and the smallest budget."""
         ends = dict.fromkeys((self.settings.ratios[0], self.settings.ratios[-1]))
         scores = self.measure(ends, world)
         return {"holdout_top1": {str(ratio): score.top1.value for ratio, score in scores.items()}}
 
     def measure(self, ratios: Iterable[float], world: World) -> dict[float, Score]:
-        """Held-out scores; every process measures its share of the rows."""
-        rows = range(world.rank, len(self.judge), world.size)
-        own = evaluate(self.model, self.judge, rows, ratios, precision=self.settings.dtype)
-        return together(world.gather(own))
+        """Return held-out scores; every process evaluates its share of the rows."""
+        rows = range(world.rank, len(self.holdout), world.size)
+        own = evaluate(self.model, self.holdout, rows, ratios, precision=self.settings.dtype)
+        return join_scores(world.gather(own))
 
     def checkpoint(self) -> Checkpoint:
-        """The classifier, and how it came about."""
+        """Return the classifier, with the record of its training."""
         training = {"final": self.final, "init": self.start.training or None}
         return replace(self.start, training=training)
 
 
 def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
-    """Train to the end, and return held-out top-1 per budget; of a dry run, nothing.
+    """Fine-tune, and return held-out top-1 by budget; an empty dict for a dry run.
 
-    None where a signal stopped the run before, with a checkpoint to resume from.
+    Return None if a signal stopped the run, with a checkpoint to resume from.
     """
     check_out(settings)
     torch.manual_seed(settings.seed)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with join(settings.device) as world:
-        start, data, judge = prepare(settings, report=world.main)
+        start, data, holdout = prepare(settings, report=world.main)
         try:
-            objective = Finetuning(start, settings, judge).to(world.device)
-        except ValueError as error:  # of flags that only fit larger images
+            objective = Finetuning(start, settings, holdout).to(world.device)
+        except ValueError as error:  # flags that only fit larger images
             raise PcaeError(one_line(error)) from None
         decay = settings.layer_decay or (0.65 if settings.init else 1.0)
         groups = parameter_groups(objective, objective.model, settings.weight_decay, decay)
@@ -226,8 +286,10 @@ def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
         if settings.mixup or settings.cutmix:
             trainer.plan.check_pairs()
         if settings.dry_run:
+            estimate = trainer.estimate()
             if world.main:
                 print(*describe(trainer.plan, objective, settings.ratios), sep="\n")
+                print(f"time       {estimate}, for the training steps alone")
             return {}
         if not trainer.run():
             return None
@@ -241,46 +303,46 @@ def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
 def prepare(
     settings: FinetuneSettings, report: bool = True
 ) -> tuple[Checkpoint, TrainingData, LabelledImages]:
-    """The model to train, what to train it on, and the images to measure it on."""
+    """Return the model to train, the training images and the held-out images."""
     found = None
     if settings.init is not None:
         heads = settings.heads if "heads" in settings.model_fields_set else None
-        found = foreign.read(settings.init, heads=heads)
+        found = load_checkpoint(settings.init, heads=heads)
     if found is None:
         preprocess = settings.preprocess(settings.image_size or 224)
     else:
-        preprocess = _preprocess(found, settings)
-    source = settings.source(preprocess)
+        preprocess = _choose_preprocess(found, settings)
+    source = settings.decoding(preprocess)
     if settings.eval_data is not None:
         limit = settings.max_unreadable
-        judge = load(
+        holdout = load(
             settings.eval_data,
             settings.eval_split,
             preprocess,
             max_unreadable=limit,
             **settings.columns,
         )
-        images: TrainingData = training_data(settings, source, classes=judge.classes)
+        images: TrainingData = training_data(settings, source, classes=holdout.classes)
     else:
         whole = load_labelled(settings, source)
         split = hold_out(whole, settings.holdout, settings.seed)
         images = whole.subset(split.train)
         same = whole if source == preprocess else load_labelled(settings, preprocess)
-        judge = same.subset(split.holdout)
-    model = _model(settings, found, images.classes, report)
+        holdout = same.subset(split.holdout)
+    model = _build_model(settings, found, images.classes, report)
     training = {} if found is None else found.training
-    return Checkpoint(model, preprocess, images.classes, training), images, judge.readable()
+    return Checkpoint(model, preprocess, images.classes, training), images, holdout.readable()
 
 
 def load_labelled(settings: FinetuneSettings, preprocess: Preprocess) -> LabelledImages:
-    """All of --data, as `preprocess` makes it."""
+    """Open all of --data, decoded as `preprocess` says."""
     images = training_data(settings, preprocess)
-    assert isinstance(images, LabelledImages)  # --stream asks for --eval-data
+    assert isinstance(images, LabelledImages)  # --stream requires --eval-data
     return images
 
 
-def _preprocess(found: foreign.LoadedCheckpoint, settings: FinetuneSettings) -> Preprocess:
-    """The source's own, at the size asked for; ImageNet's statistics where it has none."""
+def _choose_preprocess(found: LoadedCheckpoint, settings: FinetuneSettings) -> Preprocess:
+    """Return the checkpoint's preprocessing at the size asked for, or ImageNet's if unknown."""
     size = settings.image_size or found.config.image_size
     own = found.preprocess
     if own is None:
@@ -290,20 +352,20 @@ def _preprocess(found: foreign.LoadedCheckpoint, settings: FinetuneSettings) -> 
     return replace(own, image_size=size, resize=round(own.resize * size / own.image_size))
 
 
-def _model(
+def _build_model(
     settings: FinetuneSettings,
-    found: foreign.LoadedCheckpoint | None,
+    found: LoadedCheckpoint | None,
     labels: list[str],
     report: bool,
 ) -> VisionTransformer:
-    """A new model, with what the source has for it."""
+    """Build the model and load the weights of --init that fit it."""
     classes = len(labels)
     if found is None:
         pooling = settings.pooling or "mean"
         config = settings.config(classes, pooling=pooling, reduction=settings.reduction)
         return VisionTransformer(config)
     if found.labels is not None and found.labels != labels:
-        found = found.headless()
+        found = found.drop_head()
     try:
         config = replace(
             found.config,
@@ -318,20 +380,20 @@ def _model(
     except ValueError as error:
         raise PcaeError(f"{settings.init}: {error}") from None
     if not config.reduction_points and settings.ratios[-1] < 1:
-        raise PcaeError(f"{settings.init} has {config.depth} blocks: to drop patches takes 11")
+        raise PcaeError(f"{settings.init} has {config.depth} blocks: dropping patches needs 11")
     model = VisionTransformer(config)
-    adapted = foreign.initialise(model, found)
-    if isinstance(model.head, nn.Linear) and "head.weight" in adapted.fresh:
-        nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE: it does not disturb at first
+    fitted = initialise(model, found)
+    if isinstance(model.head, nn.Linear) and "head.weight" in fitted.missing:
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE: near zero at first
     if report:
-        unused = [*adapted.dropped, *found.ignored]
-        print(f"{settings.init}: {len(adapted.weights)} tensors taken", file=sys.stderr)
-        for what, names in (("new, untrained", adapted.fresh), ("not used", unused)):
+        unused = [*fitted.unused, *found.ignored]
+        print(f"{settings.init}: {len(fitted.weights)} tensors loaded", file=sys.stderr)
+        for what, names in (("newly initialised", fitted.missing), ("not used", unused)):
             if names:
-                print(f"  {what}: {_shortened(names)}", file=sys.stderr)
+                print(f"  {what}: {_shorten(names)}", file=sys.stderr)
     return model
 
 
-def _shortened(names: list[str], most: int = 8) -> str:
+def _shorten(names: list[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

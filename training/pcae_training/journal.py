@@ -1,10 +1,10 @@
-"""What a run writes down as it goes: metrics.jsonl, TensorBoard events, a progress bar.
+"""Record a training run: metrics.jsonl, TensorBoard events, progress on standard error.
 
     RUN/run.json        the whole configuration, versions and hardware of the last start
-    RUN/metrics.jsonl   a line per report: step, epoch, loss, learning rate, images a second …
+    RUN/metrics.jsonl   a line per report: step, epoch, loss, learning rate, images/s …
     RUN/tensorboard/    the same figures as curves
 
-It knows names and numbers, nothing of what they measure. Only the main process writes.
+Only the main process records.
 """
 
 import json
@@ -18,58 +18,61 @@ from typing import Any, Self
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from pcae_training.output import write_whole
+from pcae_training.progress import Progress
 
 METRICS, CONFIGURATION, EVENTS = "metrics.jsonl", "run.json", "tensorboard"
 
 
 class Journal:
-    """One run's log from `step` on; lines of later steps, of a run that was killed, are dropped."""
+    """The records of one run. Lines of steps after `step`, left by a killed run, are dropped."""
 
     def __init__(
         self, folder: Path, configuration: Mapping[str, Any], *, step: int, images: int, total: int
     ) -> None:
-        """images: how many the run has seen before `step`; total: how many it will have seen."""
+        """Open the records to continue after `step`.
+
+        images: images processed up to `step`. total: images processed when the run ends.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"settings": dict(configuration), "started": now(), **surroundings()}
+        content = {"settings": dict(configuration), "started": now(), **describe_machine()}
         write_whole(folder / CONFIGURATION, (json.dumps(content, indent=2) + "\n").encode())
         file = folder / METRICS
         lines = file.read_bytes().splitlines() if file.exists() and step else []
         write_whole(file, b"".join(line + b"\n" for line in lines if _step(line) <= step))
         self._metrics = file.open("a", encoding="utf-8", buffering=1)  # whole lines
         self._events = SummaryWriter(str(folder / EVENTS), purge_step=step or None)
-        self._bar = tqdm(total=total, initial=images, unit="img", unit_scale=True, smoothing=0.05)
+        self._progress = Progress("training", total, done=images, announce=True)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    def __exit__(self, *error: object) -> None:
+        self._progress.__exit__(*error)
         self._metrics.close()
         self._events.close()
 
     def advance(self, images: int, title: str) -> None:
-        """Move the bar on."""
-        self._bar.set_description_str(title, refresh=False)
-        self._bar.update(images)
+        """Add `images` to the progress."""
+        self._progress.update(images, title)
 
     def report(self, step: int, figures: Mapping[str, float | int]) -> None:
-        """Write `figures` after `step` steps, and show them behind the bar."""
+        """Record `figures` after `step` steps; loss and learning rate go to the progress too."""
         self._metrics.write(json.dumps({"step": step, **figures}) + "\n")
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)
-        short = {name: f"{value:.4g}" for name, value in figures.items() if name in ("loss", "lr")}
-        self._bar.set_postfix(short)
+        shown = {name: value for name, value in figures.items() if name in ("loss", "lr")}
+        if shown:
+            self._progress.show(shown)
 
-    def tell(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._bar.write(text, file=sys.stderr)
+    def write(self, text: str) -> None:
+        """Print a line without disturbing the progress bar."""
+        self._progress.write(text)
 
 
-def surroundings() -> dict[str, Any]:
-    """The machine and the versions that a run is on."""
+def describe_machine() -> dict[str, Any]:
+    """Return the command, versions and hardware of this process."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "command": sys.argv,
@@ -84,12 +87,12 @@ def surroundings() -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time as ISO 8601, to the second, UTC."""
+    """Return the time as ISO 8601 in UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _step(line: bytes) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # cut off where the writer was killed
+    except (ValueError, KeyError, TypeError):  # cut off by a killed writer
         return sys.maxsize

@@ -1,7 +1,4 @@
-"""What a run is going to do, and what one is split in: steps, micro-batches, processes.
-
-It computes; it trains nothing, reads no data and writes nothing.
-"""
+"""How a run is divided into steps, micro-batches and processes, and the text of --dry-run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,37 +13,37 @@ from pcae_training.world import World
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps there are, and which part of them is this process's."""
+    """The steps of a run, and this process's part of each."""
 
     settings: RunSettings
     world: World
-    images: int  # an epoch
+    images: int  # per epoch
 
     def __post_init__(self) -> None:
         parts = self.world.size * self.settings.accumulate
         if self.settings.batch_size % parts:
             raise PcaeError(
-                f"--batch-size {self.settings.batch_size} does not divide into"
+                f"--batch-size {self.settings.batch_size} cannot be divided into"
                 f" {self.world.size} processes x {self.settings.accumulate} micro-batches"
             )
         if self.images < self.settings.batch_size:
             raise PcaeError(
-                f"{self.images} images do not fill one step of --batch-size"
-                f" {self.settings.batch_size}"
+                f"{self.images} images are fewer than one step of --batch-size"
+                f" {self.settings.batch_size}: choose a smaller one"
             )
 
     def check_pairs(self) -> None:
-        """Raise PcaeError where two processes would share a pair of neighbours, to be mixed."""
+        """Raise PcaeError if a pair of neighbours, to be mixed, would be split over processes."""
         parts = self.world.size * self.settings.accumulate
         if parts > 1 and self.settings.batch_size // parts % 2:
             raise PcaeError(
-                f"--batch-size {self.settings.batch_size} leaves {parts} micro-batches of an odd"
-                " number of images, and --mixup and --cutmix mix pairs: make it even"
+                f"--batch-size {self.settings.batch_size} gives {parts} micro-batches of an odd"
+                " number of images, but --mixup and --cutmix mix pairs: choose an even one"
             )
 
     @property
     def steps_per_epoch(self) -> int:
-        """An epoch leaves out what does not fill a step: other images in each epoch."""
+        """Full steps per epoch; the images left over differ from epoch to epoch."""
         return self.images // self.settings.batch_size
 
     @property
@@ -55,25 +52,25 @@ class Plan:
 
     @property
     def last_step(self) -> int:
-        """Where this start of the run ends."""
+        """The step that this start of the run ends at."""
         return self.steps_per_epoch * min(
             self.settings.epochs, self.settings.stop_after or self.settings.epochs
         )
 
     @property
     def micro_batches(self) -> list[slice]:
-        """This process's parts of a global batch."""
+        """This process's micro-batches, as slices of the global batch."""
         size = self.settings.batch_size // (self.world.size * self.settings.accumulate)
         first = self.world.rank * self.settings.accumulate * size
         return [slice(at, at + size) for at in range(first, first + self.share, size)]
 
     @property
     def share(self) -> int:
-        """Images a step in this process."""
+        """Images per step in this process."""
         return self.settings.batch_size // self.world.size
 
     def slices(self, first_step: int) -> list[slice]:
-        """This process's micro-batches of an epoch from its step `first_step` on."""
+        """Return this process's micro-batches from step `first_step`, as slices of the epoch."""
         size = self.settings.batch_size
         return [
             slice(step * size + part.start, step * size + part.stop)
@@ -83,17 +80,17 @@ class Plan:
 
 
 def describe(plan: Plan, objective: Any, budgets: tuple[float, ...] = ()) -> Iterator[str]:
-    """Lines for people on the model of an Objective, each budget's cost, and the steps to come."""
+    """Yield lines of text on an Objective's model, the cost of each budget, and the plan."""
     config, geometry = objective.model.config, objective.model.config.geometry
     settings = plan.settings
-    learnt = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     own = sum(p.numel() for p in objective.model.parameters())
     yield (
         f"model      ViT, {config.image_size} px in patches of {config.patch_size}"
         f" ({geometry.patches} patches), width {config.width}, depth {config.depth},"
         f" {config.heads} heads, {config.classes or 'no'} classes"
     )
-    yield f"parameters {own:,} in the model, {learnt:,} learnt in this run"
+    yield f"parameters {own:,} in the model, {trained:,} trained in this run"
     if budgets:
         full = geometry.macs(geometry.counts(1))
         points = ", ".join(map(str, config.reduction_points))
@@ -106,13 +103,13 @@ def describe(plan: Plan, objective: Any, budgets: tuple[float, ...] = ()) -> Ite
             yield f"  keep {ratio:<5g} {left} patches, {cost}"
     yield (
         f"plan       {settings.epochs} epochs x {plan.steps_per_epoch:,} steps of"
-        f" {settings.batch_size} images ({plan.images:,} images an epoch)"
+        f" {settings.batch_size} images ({plan.images:,} images per epoch)"
         f" = {plan.steps:,} steps, {plan.steps * settings.batch_size:,} images"
     )
     yield (
         f"           {plan.world.size} process{'es' if plan.world.size > 1 else ''} on"
         f" {plan.world.device}, {settings.accumulate} micro-batch"
-        f"{'es' if settings.accumulate > 1 else ''} a step, {settings.precision},"
+        f"{'es' if settings.accumulate > 1 else ''} per step, {settings.precision},"
         f" {torch.get_num_threads()} threads"
     )
     yield (
@@ -120,4 +117,4 @@ def describe(plan: Plan, objective: Any, budgets: tuple[float, ...] = ()) -> Ite
         " warm-up,"
         f" cosine to {settings.min_lr:.3g}; seed {settings.seed}"
     )
-    yield f"writes     {settings.out}"
+    yield f"writes     {settings.out or 'nothing: there is no --out'}"

@@ -1,17 +1,16 @@
-"""Pretrain a ViT without labels: PCAE, and what the paper compares it with, in the same code.
+"""Pretrain a ViT without labels: PCAE, and the methods that the paper compares it with.
 
-    pcae         the student sees the visible patches; a decoder predicts what its moving average,
-                 the teacher, makes of the hidden ones that progressive reduction leaves (section 3)
-    mae          a decoder predicts the pixels of all hidden patches (arXiv 2111.06377)
-    simmim       the encoder itself carries mask tokens to the pixels (arXiv 2111.09886)
-    pcae-simmim  the encoder carries mask tokens to the teacher's retained ones (appendix D)
-
-It knows losses and masks; `trainer` has the loop.
+pcae         the student encodes the visible patches; a decoder predicts the teacher's tokens of
+             those hidden patches that progressive reduction keeps; the teacher is the student's
+             moving average (section 3)
+mae          a decoder predicts the pixels of all hidden patches (arXiv 2111.06377)
+simmim       the encoder processes mask tokens too and predicts the pixels (arXiv 2111.09886)
+pcae-simmim  the encoder processes mask tokens for the teacher's kept tokens (appendix D)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -26,11 +25,11 @@ from pcae_serve.errors import PcaeError, one_line
 from pcae_training.augment import Augmentation
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.decoder import Decoder, default_width
-from pcae_training.draws import SampleRng, drop_path_factors, sent
 from pcae_training.evaluate import normalise
 from pcae_training.masking import Mask, gather, mask, patchify, visible_patches
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.plan import Plan, describe
+from pcae_training.sample_rng import SampleRng, drop_path_factors, to_device
 from pcae_training.schedule import momentum
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import Trainer, check_out, parameter_groups, training_data
@@ -40,75 +39,91 @@ Method = Literal["pcae", "mae", "simmim", "pcae-simmim"]
 
 
 class PretrainSettings(RunSettings):
-    """Pretrain without labels; the checkpoint is an encoder to fine-tune from (--init)."""
+    """Pretrain an encoder without labels, to be fine-tuned with `finetune --init`."""
 
-    method: Method = Field("pcae", description="what is learnt")
+    flag_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **RunSettings.flag_groups,
+        "run": ("method", *RunSettings.flag_groups["run"]),
+        "method": (
+            "mask_ratio", "mask_unit", "decoder_depth", "decoder_width", "normalise_pixels",
+        ),
+        "teacher": ("ema", "reduce_after", "teacher_keep", "reduction", "drop_targets"),
+    }  # fmt: skip
+
+    method: Method = Field("pcae", description="pretraining method")
     mask_ratio: float | None = Field(
-        None, gt=0, lt=1, description="share of patches hidden; 0.75, or SimMIM's 0.6"
+        None, gt=0, lt=1, description="share of patches hidden; default: 0.75, SimMIM 0.6"
     )
     mask_unit: int = Field(
-        1, ge=1, description="side, in patches, of what is hidden as a whole; SimMIM's own is 2"
+        1, ge=1, description="patches are hidden in squares of this side; SimMIM's original uses 2"
     )
     decoder_depth: int | None = Field(
-        None, ge=1, description="decoder blocks; 2 for pcae, 8 for mae"
+        None, ge=1, description="decoder blocks; default: mae 8, pcae 2"
     )
     decoder_width: int | None = Field(
-        None, ge=32, multiple_of=32, description="512 beside ViT-B, narrower beside narrower ones"
+        None,
+        ge=32,
+        multiple_of=32,
+        description="token width of the decoder; default: 512 for ViT-B, proportionally less for"
+        " narrower encoders",
     )
-    normalise_pixels: bool = Field(True, description="mae: pixel targets standardised by patch")
+    normalise_pixels: bool = Field(
+        True, description="mae: standardise the target pixels of each patch"
+    )
 
     ema: float | None = Field(
-        None, gt=0, lt=1, description="the teacher's momentum; 0.9999, in a short run less"
+        None, gt=0, lt=1, description="momentum of the teacher; default: 0.9999, less in short runs"
     )
     reduce_after: Annotated[tuple[int, ...], NoDecode] = Field(
-        (0, 4, 8), description="blocks of the teacher after which it drops tokens; from 0"
+        (0, 4, 8), description="blocks after which the teacher drops tokens, counted from 0"
     )
-    teacher_keep: float = Field(0.5, gt=0, le=1, description="share each of those stages keeps")
-    reduction: Rule = Field("ptr", description="how the teacher ranks tokens")
+    teacher_keep: float = Field(
+        0.5, gt=0, le=1, description="share of the tokens that the teacher keeps at each of them"
+    )
+    reduction: Rule = Field("ptr", description="rule that ranks the teacher's tokens")
     drop_targets: Literal["none", "loss", "decoder"] = Field(
-        "none", description="mae: leave dropped patches out of the loss, or out of the decoder too"
+        "none", description="mae: exclude patches that the teacher drops from the loss or decoder"
     )
 
-    blr: float = Field(1.5e-4, gt=0, description="peak learning rate for 256 images a step")
+    blr: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 images of a step")
     crop: float = Field(
-        0.2, ge=0, le=1, description="least share of the image a random crop takes; 0 = off"
+        0.2, ge=0, le=1, description="smallest share of the area a random crop keeps; 0 = off"
     )
 
     @field_validator("reduce_after", mode="before")
     @classmethod
-    def _blocks(cls, blocks: object) -> object:
+    def _split_blocks(cls, blocks: object) -> object:
         return blocks.strip("[]()").split(",") if isinstance(blocks, str) else blocks
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        """What flags together cannot mean is told before any data is read."""
+    def _check_combinations(self) -> Self:
         if self.drop_targets != "none" and self.method != "mae":
-            raise ValueError("--drop-targets is for --method mae: pcae always drops")
+            raise ValueError("--drop-targets is only for --method mae: pcae always drops targets")
         points = self.reduce_after if self.has_teacher else ()
         config = self.config(classes=0, reduction_points=points)
         if config.grid % self.mask_unit:
             raise ValueError(
-                f"--mask-unit {self.mask_unit} does not divide the {config.grid} patches of a side"
+                f"--mask-unit {self.mask_unit} does not divide the {config.grid} patches per side"
             )
         patches = config.grid**2
         if self.visible(patches) < 1:
-            raise ValueError(f"--mask-ratio {self.hidden_share} hides all of {patches} patches")
+            raise ValueError(f"--mask-ratio {self.hidden_share} hides all {patches} patches")
         if self.has_teacher:
             self.teacher_counts(patches)
         return self
 
     @property
     def hidden_share(self) -> float:
-        """The mask ratio in force."""
+        """The mask ratio used: --mask-ratio or the method's default."""
         return self.mask_ratio or (0.6 if self.method.endswith("simmim") else 0.75)
 
     def visible(self, patches: int) -> int:
-        """Patches that stay visible."""
+        """Return how many of `patches` stay visible."""
         square = self.mask_unit**2
         return visible_patches(patches // square, self.hidden_share) * square
 
     def teacher_counts(self, patches: int) -> tuple[int, ...]:
-        """Hidden patches left after each of the teacher's stages: 147 → 73, 36, 18."""
+        """Return the hidden patches left after each of the teacher's stages: 147 → 73, 36, 18."""
         hidden = patches - self.visible(patches)
         return patches_kept(hidden, self.teacher_keep, len(self.reduce_after))
 
@@ -118,14 +133,14 @@ class PretrainSettings(RunSettings):
 
 
 class Targets(NamedTuple):
-    """What the teacher retains of the hidden patches."""
+    """The tokens that the teacher keeps of the hidden patches."""
 
-    tokens: Tensor  # [B, w, D], standardised by token
-    position: Tensor  # [B, w]: which of the image's patches they are
+    tokens: Tensor  # [B, w, D], each token standardised
+    position: Tensor  # [B, w]: their index among the image's patches
 
 
 class Teacher(nn.Module):
-    """The student's moving average, which sees the hidden patches and drops the redundant."""
+    """The student's moving average, which encodes the hidden patches and drops redundant ones."""
 
     def __init__(
         self,
@@ -136,7 +151,7 @@ class Teacher(nn.Module):
         ema: float,
     ) -> None:
         super().__init__()
-        # its own copy of the modules, with the rule that ranks
+        # a separate copy of the modules, because the config holds the rule
         self.network = VisionTransformer(replace(student.config, reduction=rule))
         self.network.load_state_dict(student.state_dict())
         self.network.requires_grad_(False)
@@ -145,8 +160,11 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, values: Tensor, hidden: Tensor, noise: Tensor) -> Targets:
-        """values [B, n, C p p]; hidden [B, h]; noise [B, n], for the `random` rule."""
-        x = embed(self.network, values, hidden)  # no CLS: the teacher sees patches alone
+        """Return the targets of values [B, n, C p p] at `hidden` [B, h].
+
+        noise [B, n]: for the `random` rule.
+        """
+        x = embed(self.network, values, hidden)  # without CLS
         *_, last = self.network.walk(
             x,
             self.counts,
@@ -161,27 +179,27 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, student: VisionTransformer) -> None:
-        """Move a step towards the student."""
+        """Update the moving average with the student's weights."""
         self._average(list(self.network.parameters()), list(student.parameters()), None)
 
 
 class Start(NamedTuple):
-    """What a method is made from."""
+    """The parts that every method is built from."""
 
-    model: VisionTransformer  # a new encoder, without a head
+    model: VisionTransformer  # the new encoder, without a head
     preprocess: Preprocess
     settings: PretrainSettings
-    ema: float  # the teacher's momentum
+    ema: float  # momentum of the teacher
 
 
 class Pretraining(nn.Module):
-    """What all methods share: images, masks, the encoder, and what is kept of them."""
+    """Base of all methods: augmentation, masks, encoder, teacher and checkpoint."""
 
     def __init__(self, start: Start) -> None:
         super().__init__()
         model, settings = start.model, start.settings
         self.model, self.preprocess, self.settings = model, start.preprocess, settings
-        self.model.pos_embed.requires_grad_(False)  # fixed sine-cosine, as MAE
+        self.model.pos_embed.requires_grad_(False)  # fixed sine-cosine, as in MAE
         self.teacher: Teacher | None = None
         if settings.has_teacher:
             counts = settings.teacher_counts(model.config.grid**2)
@@ -194,34 +212,32 @@ class Pretraining(nn.Module):
             flip=settings.flip,
         )
 
-    def forward(self, pixels: Tensor, labels: Tensor, draws: SampleRng, progress: float) -> Tensor:
-        """Mean loss of uint8 pixels [b, 3, S, S]; labels are not looked at."""
+    def forward(self, pixels: Tensor, labels: Tensor, rng: SampleRng, progress: float) -> Tensor:
+        """Return the mean loss of uint8 pixels [b, 3, S, S]; labels are ignored."""
         settings, config = self.settings, self.model.config
         device = pixels.device
         with torch.no_grad():
-            images = normalise(self.augment(pixels.float() / 255, draws) * 255, self.preprocess)
+            images = normalise(self.augment(pixels.float() / 255, rng) * 255, self.preprocess)
             values = patchify(images, config.patch_size)
             squares = (config.grid // settings.mask_unit) ** 2
-            noise = sent(draws.uniform("mask", squares), device)
+            noise = to_device(rng.uniform("mask", squares), device)
             parts = mask(noise, settings.hidden_share, settings.mask_unit)
-        drop_path = drop_path_factors(draws, config.depth, settings.drop_path, device)
-        return self.loss(values, parts, draws, drop_path)
+        drop_path = drop_path_factors(rng, config.depth, settings.drop_path, device)
+        return self.loss(values, parts, rng, drop_path)
 
-    def loss(
-        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
-    ) -> Tensor:
-        """values [b, n, C p p]: the patches of normalised images, as plain numbers."""
+    def loss(self, values: Tensor, mask: Mask, rng: SampleRng, drop_path: Tensor | None) -> Tensor:
+        """Return the mean loss of values [b, n, C p p], the pixels of each patch, normalised."""
         raise NotImplementedError
 
     def encode(self, values: Tensor, visible: Tensor, drop_path: Tensor | None) -> Tensor:
-        """Latents of CLS and the visible patches: [b, 1 + v, D]."""
+        """Return the latents of CLS and the visible patches: [b, 1 + v, D]."""
         cls = self.model.prefix_tokens(len(values))
         x = torch.cat([cls, embed(self.model, values, visible)], dim=1)
         *_, last = self.model.walk(x, drop_path=drop_path)
         latent: Tensor = self.model.norm(last.x)
         return latent
 
-    def carry(
+    def encode_with_masks(
         self,
         values: Tensor,
         visible: Tensor,
@@ -229,7 +245,7 @@ class Pretraining(nn.Module):
         token: Tensor,
         drop_path: Tensor | None,
     ) -> Tensor:
-        """SimMIM's encoder: mask tokens at `wanted` [b, w] go along; what they become [b, w, D]."""
+        """Encode `visible` patches and mask tokens at `wanted` [b, w]; return these [b, w, D]."""
         cls = self.model.prefix_tokens(len(values))
         positions = self.model.pos_embed[:, self.model.config.positioned :]
         masks = token + gather(positions.expand(len(values), -1, -1), wanted)
@@ -238,42 +254,42 @@ class Pretraining(nn.Module):
         carried: Tensor = self.model.norm(last.x[:, -wanted.shape[1] :])
         return carried
 
-    def targets(self, values: Tensor, hidden: Tensor, draws: SampleRng) -> Targets:
-        """What the teacher retains of the patches `hidden` [b, h]."""
-        assert self.teacher is not None  # `has_teacher` says which methods have one
-        noise = sent(draws.uniform("teacher", values.shape[1]), values.device)
+    def targets(self, values: Tensor, hidden: Tensor, rng: SampleRng) -> Targets:
+        """Return the teacher's targets among the patches `hidden` [b, h]."""
+        assert self.teacher is not None  # see `has_teacher`
+        noise = to_device(rng.uniform("teacher", values.shape[1]), values.device)
         targets: Targets = self.teacher(values, hidden, noise)
         return targets
 
-    def macs(self) -> int:
-        """Multiply-adds of a training step for one image.
+    def macs(self, progress: float = 1.0) -> int:
+        """Return the multiply-adds of a training step for one image, the same at any progress.
 
-        Forward and backward of what learns count as three forward passes, the teacher as one.
+        Forward and backward of the student count as three forward passes, the teacher as one.
         """
         config, settings = self.model.config, self.settings
         patches, width = config.geometry.patches, config.width
         visible = settings.visible(patches)
         hidden = patches - visible
-        carried = settings.method.endswith("simmim")
-        taught, wanted = 0, hidden
+        masks_encoded = settings.method.endswith("simmim")
+        teacher, wanted = 0, hidden
         if self.teacher is not None:
             left, lengths = hidden, []
             after = dict(zip(self.teacher.points, self.teacher.counts, strict=True))
             for block in range(config.depth):  # no CLS, nothing appended
                 lengths.append(left)
                 left = after.get(block, left)
-            taught = _blocks(width, lengths) + hidden * config.geometry.patch_values * width
+            teacher = _blocks(width, lengths) + hidden * config.geometry.patch_values * width
             wanted = hidden if settings.drop_targets == "loss" else left
-        learnt = _blocks(width, [1 + visible + (wanted if carried else 0)] * config.depth)
-        learnt += visible * config.geometry.patch_values * width
+        student = _blocks(width, [1 + visible + (wanted if masks_encoded else 0)] * config.depth)
+        student += visible * config.geometry.patch_values * width
         if isinstance(decoder := getattr(self, "decoder", None), Decoder):
-            learnt += decoder.macs(visible, wanted)
+            student += decoder.macs(visible, wanted)
         else:
-            learnt += wanted * width * (width if self.teacher else config.geometry.patch_values)
-        return 3 * learnt + taught
+            student += wanted * width * (width if self.teacher else config.geometry.patch_values)
+        return 3 * student + teacher
 
     def facts(self) -> Iterator[str]:
-        """Lines for people on what this method makes of the model."""
+        """Yield lines of text on the method and its cost, for --dry-run."""
         settings, patches = self.settings, self.model.config.geometry.patches
         visible = settings.visible(patches)
         yield f"method     {settings.method}, {visible} of {patches} patches visible"
@@ -281,88 +297,84 @@ class Pretraining(nn.Module):
             left = " → ".join(map(str, (patches - visible, *self.teacher.counts)))
             rule, ema = settings.reduction, self.teacher.ema
             yield f"  teacher  {left} patches by {rule}, momentum {ema:.5g}"
-        yield f"  cost     {self.macs() / 1e9:.3f} GMACs a training image, backward and teacher too"
+        yield f"  cost     {self.macs() / 1e9:.3f} GMACs per training image, backward pass included"
 
-    def stepped(self) -> None:
-        """The optimiser has made a step: the teacher follows."""
+    def after_step(self) -> None:
+        """Update the teacher."""
         if self.teacher is not None:
             self.teacher.follow(self.model)
 
     def checkpoint(self) -> Checkpoint:
-        """The encoder, without a head."""
+        """Return the encoder, without a head."""
         training = {"method": self.settings.method}
         return Checkpoint(self.model, self.preprocess, [], training)
 
-    def epoch_ended(self, world: World) -> Mapping[str, Mapping[str, float]]:
-        """Nothing to measure without labels."""
+    def after_epoch(self, world: World) -> Mapping[str, Mapping[str, float]]:
+        """Return no figures: there is nothing to evaluate without labels."""
         return {}
 
 
 class Pcae(Pretraining):
-    """Predict the teacher's retained tokens from the visible patches (paper, section 3)."""
+    """Predict the teacher's kept tokens from the visible patches (paper, section 3)."""
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
         config = start.model.config
-        self.decoder = decoder(config, start.settings, outputs=config.width)
+        self.decoder = build_decoder(config, start.settings, outputs=config.width)
 
-    def loss(
-        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
-    ) -> Tensor:
-        targets = self.targets(values, mask.hidden, draws)
+    def loss(self, values: Tensor, mask: Mask, rng: SampleRng, drop_path: Tensor | None) -> Tensor:
+        targets = self.targets(values, mask.hidden, rng)
         latent = self.encode(values, mask.visible, drop_path)
         prediction = self.decoder(latent, mask.visible, targets.position)
         return cosine_loss(prediction, targets.tokens)
 
 
 class PcaeSimMim(Pretraining):
-    """Predict the teacher's retained tokens within the encoder (paper, appendix D).
+    """Predict the teacher's kept tokens within the encoder (paper, appendix D).
 
-    The text's sequence of 96 tokens is 78 visible and 18 mask tokens. Halving the 118 hidden
-    patches three times gives 14, so 92; --teacher-keep 0.54 gives 63, 34 and the text's 18.
+    The appendix states a sequence of 96 tokens: 78 visible and 18 mask tokens. Halving the 118
+    hidden patches three times gives 14 and so 92 tokens; --teacher-keep 0.54 gives 63, 34 and 18.
     """
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
         width = start.model.config.width
-        self.mask_token, self.predict = mask_token(width), linear(width, width)
+        self.mask_token, self.predict = new_mask_token(width), new_linear(width, width)
 
-    def loss(
-        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
-    ) -> Tensor:
-        targets = self.targets(values, mask.hidden, draws)
-        carried = self.carry(values, mask.visible, targets.position, self.mask_token, drop_path)
-        return cosine_loss(self.predict(carried), targets.tokens)
+    def loss(self, values: Tensor, mask: Mask, rng: SampleRng, drop_path: Tensor | None) -> Tensor:
+        targets = self.targets(values, mask.hidden, rng)
+        tokens = self.encode_with_masks(
+            values, mask.visible, targets.position, self.mask_token, drop_path
+        )
+        return cosine_loss(self.predict(tokens), targets.tokens)
 
 
 class Mae(Pretraining):
     """Predict the pixels of the hidden patches from the visible ones.
 
-    --drop-targets leaves out the pixels of what a teacher drops (paper, appendix C): `loss` decodes
-    every hidden patch and counts the retained ones, `decoder` decodes only these. The text does not
-    say what ranks the patches; here it is PCAE's teacher.
+    --drop-targets excludes the pixels of patches that a teacher drops (paper, appendix C): `loss`
+    decodes every hidden patch and counts the kept ones, `decoder` decodes only these. The paper
+    does not state what ranks the patches; here it is PCAE's teacher.
     """
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
         config = start.model.config
-        self.decoder = decoder(config, start.settings, outputs=config.geometry.patch_values)
+        self.decoder = build_decoder(config, start.settings, outputs=config.geometry.patch_values)
 
-    def loss(
-        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
-    ) -> Tensor:
+    def loss(self, values: Tensor, mask: Mask, rng: SampleRng, drop_path: Tensor | None) -> Tensor:
         latent = self.encode(values, mask.visible, drop_path)
         if self.teacher is None:
             return self.errors(latent, values, mask.visible, mask.hidden).mean()
-        retained = self.targets(values, mask.hidden, draws).position
+        kept = self.targets(values, mask.hidden, rng).position
         if self.settings.drop_targets == "decoder":
-            return self.errors(latent, values, mask.visible, retained).mean()
+            return self.errors(latent, values, mask.visible, kept).mean()
         errors = self.errors(latent, values, mask.visible, mask.hidden)
-        counted = (mask.hidden.unsqueeze(2) == retained.unsqueeze(1)).any(dim=2)
+        counted = (mask.hidden.unsqueeze(2) == kept.unsqueeze(1)).any(dim=2)
         return (errors * counted).sum() / counted.sum()
 
     def errors(self, latent: Tensor, values: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
-        """Mean squared error of the patches `wanted` [b, w], as decoded together: [b, w]."""
+        """Return the mean squared error of each patch `wanted` [b, w], decoded together: [b, w]."""
         prediction: Tensor = self.decoder(latent, visible, wanted)
         target = gather(values, wanted)
         if self.settings.normalise_pixels:
@@ -372,46 +384,48 @@ class Mae(Pretraining):
 
 
 class SimMim(Pretraining):
-    """Predict the pixels of hidden patches within the encoder, by absolute error."""
+    """Predict the pixels of the hidden patches within the encoder, by absolute error."""
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
         width, values = start.model.config.width, start.model.config.geometry.patch_values
-        self.mask_token, self.predict = mask_token(width), linear(width, values)
+        self.mask_token, self.predict = new_mask_token(width), new_linear(width, values)
 
-    def loss(
-        self, values: Tensor, mask: Mask, draws: SampleRng, drop_path: Tensor | None
-    ) -> Tensor:
-        carried = self.carry(values, mask.visible, mask.hidden, self.mask_token, drop_path)
-        prediction: Tensor = self.predict(carried).float()
+    def loss(self, values: Tensor, mask: Mask, rng: SampleRng, drop_path: Tensor | None) -> Tensor:
+        tokens = self.encode_with_masks(
+            values, mask.visible, mask.hidden, self.mask_token, drop_path
+        )
+        prediction: Tensor = self.predict(tokens).float()
         return (prediction - gather(values, mask.hidden)).abs().mean()
 
 
 def pretrain(settings: PretrainSettings) -> bool:
-    """Train to the end, or until stopped by a signal: then False, with a checkpoint to resume."""
+    """Pretrain. Return False if a signal stopped the run, with a checkpoint to resume from."""
     check_out(settings)
     torch.manual_seed(settings.seed)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with join(settings.device) as world:
         preprocess = settings.preprocess(settings.image_size or 224)
-        images = training_data(settings, settings.source(preprocess), labelled=False)
+        images = training_data(settings, settings.decoding(preprocess), labelled=False)
         plan = Plan(settings, world, len(images))
         try:
             objective = build(settings, preprocess, plan.steps).to(world.device)
-        except ValueError as error:  # of flags that only fit larger images
+        except ValueError as error:  # flags that only fit larger images
             raise PcaeError(one_line(error)) from None
         groups = parameter_groups(objective, objective.model, settings.weight_decay)
         trainer = Trainer(settings, objective, groups, (0.9, 0.95), images, world)
         if settings.dry_run:
+            estimate = trainer.estimate()
             if world.main:
                 print(*describe(plan, objective), *objective.facts(), sep="\n")
+                print(f"time       {estimate}, for the training steps alone")
             return True
         return trainer.run()
 
 
 def build(settings: PretrainSettings, preprocess: Preprocess, steps: int) -> Pretraining:
-    """The objective of a run of `steps` optimiser steps, from random weights."""
+    """Return the objective of a run of `steps` optimiser steps, from random weights."""
     points = REDUCTION_POINTS if settings.depth > max(REDUCTION_POINTS) else ()
     config = settings.config(classes=0, pooling="cls", reduction_points=points)
     model = VisionTransformer(config)
@@ -430,9 +444,9 @@ METHODS: dict[Method, type[Pretraining]] = {
 
 
 def embed(model: VisionTransformer, values: Tensor, index: Tensor) -> Tensor:
-    """Tokens of the patches `index` [B, m], of values [B, n, C p p], with positions: [B, m, D].
+    """Embed the patches `index` [B, m] of values [B, n, C p p], with positions: [B, m, D].
 
-    The patch embedding as the linear layer it is: patches that nobody sees cost nothing.
+    The patch embedding is applied as a linear layer, to these patches only.
     """
     projection = model.patch_embed.proj
     tokens = F.linear(gather(values, index), projection.weight.flatten(1), projection.bias)
@@ -441,29 +455,29 @@ def embed(model: VisionTransformer, values: Tensor, index: Tensor) -> Tensor:
 
 
 def _blocks(width: int, lengths: Sequence[int]) -> int:
-    """Multiply-adds of blocks with so many tokens each (see `pcae_serve.bundle.tokens`)."""
+    """Return the multiply-adds of blocks of `lengths` tokens (see `pcae_serve.bundle.tokens`)."""
     return sum(12 * n * width**2 + 2 * n * n * width for n in lengths)
 
 
-def decoder(config: ViTConfig, settings: PretrainSettings, outputs: int) -> Decoder:
-    """MAE's decoder with the depth that belongs to the method."""
+def build_decoder(config: ViTConfig, settings: PretrainSettings, outputs: int) -> Decoder:
+    """Return MAE's decoder, by default with the method's depth."""
     depth = settings.decoder_depth or (8 if settings.method == "mae" else 2)
     width = settings.decoder_width or default_width(config.width)
     return Decoder(config, outputs, depth, width, heads=width // 32)
 
 
 def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """1 - cosine, averaged over tokens (paper, equation 1)."""
+    """Return 1 - cosine, averaged over tokens (paper, equation 1)."""
     return 1 - F.cosine_similarity(prediction.float(), target, dim=-1).mean()
 
 
-def mask_token(width: int) -> nn.Parameter:
-    """What stands for a hidden patch: [1, 1, width]."""
+def new_mask_token(width: int) -> nn.Parameter:
+    """Return a new learnt token that replaces hidden patches: [1, 1, width]."""
     return nn.Parameter(torch.randn(1, 1, width) * 0.02)
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A prediction layer, initialised as the encoder's."""
+def new_linear(inputs: int, outputs: int) -> nn.Linear:
+    """Return a prediction layer, initialised like the encoder's layers."""
     layer = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)

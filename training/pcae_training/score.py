@@ -1,7 +1,4 @@
-"""What answers are worth: accuracy, its differences and calibration, with intervals.
-
-It knows logits and labels, image by image, and nothing of models.
-"""
+"""Accuracy, paired differences of accuracy and calibration error, with intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +12,15 @@ from pcae_serve.bundle.quality import wilson_interval
 #: Confidence bins of the calibration error, of equal width (Guo et al. 2017).
 BINS = 15
 
-#: Below so many classes the label is among the five highest logits whatever the model says.
-LEAST_CLASSES_FOR_TOP5 = 6
+#: With fewer classes the label is always among the five highest logits.
+MIN_CLASSES_FOR_TOP5 = 6
 
 _Z_95 = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
 class Top1:
-    """Share of images answered rightly, with a 95 % Wilson interval."""
+    """Share of images classified correctly, with a 95 % Wilson interval."""
 
     correct: int
     n: int
@@ -43,10 +40,10 @@ class Top1:
 
 @dataclass(frozen=True)
 class Difference:
-    """One budget's top-1 less another's, on the same n images, with a 95 % interval."""
+    """One budget's top-1 minus another's, on the same n images, with a 95 % interval."""
 
-    gained: int  # images that only the one answers rightly
-    lost: int  # images that only the other does
+    gained: int  # images that only the first budget classifies correctly
+    lost: int  # images that only the second one does
     n: int
 
     @property
@@ -55,10 +52,10 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wald's for paired proportions after one more image either way (Bonett and Price 2012).
+        """Wald's interval for paired proportions, one image added to `gained` and to `lost`.
 
-        Without the two images it would be of no width where both answer alike, and too narrow
-        where nearly so.
+        Bonett and Price 2012. Without the two images its width would be zero if both budgets
+        always agree, and too small if they nearly do.
         """
         n = self.n + 2
         centre = (self.gained - self.lost) / n
@@ -73,24 +70,24 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """One budget's answers, image by image; scores of other images add up with `+`."""
+    """One budget's results, image by image; `+` concatenates the scores of different images."""
 
     correct: Tensor  # [n] bool: the label has the highest logit
     among_five: Tensor | None  # [n] bool: one of the five highest; None below six classes
-    confidence: Tensor  # [n] float32: the answer's probability
+    confidence: Tensor  # [n] float32: probability of the predicted class
 
     @classmethod
-    def of(cls, logits: Tensor, labels: Tensor) -> "Score":
-        """Of logits [n, classes] and labels [n], on their device: nothing waits for it."""
+    def from_logits(cls, logits: Tensor, labels: Tensor) -> "Score":
+        """Score logits [n, classes] against labels [n], on their device and without a sync."""
         among_five = None
-        if logits.shape[1] >= LEAST_CLASSES_FOR_TOP5:
+        if logits.shape[1] >= MIN_CLASSES_FOR_TOP5:
             among_five = (logits.topk(5, dim=1).indices == labels[:, None]).any(dim=1)
         confidence = logits.float().softmax(dim=1).amax(dim=1)
         return cls(logits.argmax(dim=1) == labels, among_five, confidence)
 
     @classmethod
-    def joined(cls, parts: Sequence["Score"]) -> "Score":
-        """The parts' images one after the other, on the CPU. Raises ValueError on no part."""
+    def join(cls, parts: Sequence["Score"]) -> "Score":
+        """Concatenate scores, on the CPU. Raise ValueError if there are none."""
         if not parts:
             raise ValueError("no scores to join")
         five = [part.among_five for part in parts if part.among_five is not None]
@@ -101,7 +98,7 @@ class Score:
         )
 
     def __add__(self, other: "Score") -> "Score":
-        return Score.joined([self, other])
+        return Score.join([self, other])
 
     @property
     def n(self) -> int:
@@ -122,8 +119,8 @@ class Score:
     def calibration_error(self) -> float:
         """Expected calibration error in [0, 1] (Guo et al., arXiv 1706.04599, equation 3).
 
-        The mean distance between confidence and accuracy, over BINS bins that hold confidences
-        above their lower edge, up to and with their upper one.
+        The mean distance between confidence and accuracy over BINS bins, each open at its lower
+        and closed at its upper edge.
         """
         edges = torch.arange(1, BINS, dtype=torch.float64) / BINS
         confidence = self.confidence.double()
@@ -132,9 +129,12 @@ class Score:
         return float(gaps.abs().sum()) / self.n
 
     def against(self, other: "Score") -> Difference:
-        """Top-1 less that of `other` on the same images. Raises ValueError on fewer or more."""
+        """Return top-1 minus that of `other` on the same images.
+
+        Raise ValueError if the numbers of images differ.
+        """
         if self.n != other.n:
-            raise ValueError(f"{self.n} answers cannot be paired with {other.n}")
+            raise ValueError(f"{self.n} results cannot be paired with {other.n}")
         return Difference(
             gained=int((self.correct & ~other.correct).sum()),
             lost=int((other.correct & ~self.correct).sum()),

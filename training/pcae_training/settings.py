@@ -1,22 +1,21 @@
-"""What every training run is told, as flags and in run.json.
+"""Settings that all training runs share: flags of the command line, recorded in run.json."""
 
-It knows names, ranges and defaults; nothing of how a run goes about it.
-"""
-
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_training.checkpoint import place
+from pcae_training.checkpoint import find_checkpoint
 from pcae_training.columns import ColumnChoice
 from pcae_training.model import ViTConfig
 
-#: Settings that say where or how a run is computed, not what comes of it: free when it is resumed.
+#: Settings of where and how a run is computed, which do not change its result: a resumed run may
+#: have other values.
 PLACE = {
     "resume", "resume_or_begin", "dry_run", "out", "stop_after", "save_every_s", "log_every",
     "device", "threads", "workers", "compile", "accumulate", "max_unreadable",
@@ -24,96 +23,157 @@ PLACE = {
 
 
 class RunSettings(BaseModel):
-    """What every training run is told."""
+    """Settings of a training run."""
 
-    data: str = Field(description="class folders, parquet, .tar shards or a hub name")
-    out: Path = Field(description="folder of the run: checkpoint, metrics, configuration")
-    resume: bool = Field(False, description="go on from the checkpoint in --out")
-    resume_or_begin: bool = Field(
-        False, description="go on where --out has a checkpoint; for launchers that start anew"
+    #: Sections of --help: title to fields.
+    flag_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "run": (
+            "data", "out", "resume", "resume_or_begin", "dry_run", "epochs", "stop_after", "seed",
+        ),
+        "data": (
+            "split", "stream", "epoch_size", "image_column", "label_column", "classes",
+            "max_unreadable",
+        ),
+        "model": ("image_size", "patch_size", "width", "depth", "heads"),
+        "augmentation": ("crop", "flip", "shift", "drop_path"),
+        "optimiser": (
+            "batch_size", "accumulate", "lr", "blr", "min_lr", "warmup", "weight_decay", "clip",
+        ),
+        "machine": (
+            "device", "precision", "compile", "threads", "workers", "save_every_s", "log_every",
+        ),
+    }  # fmt: skip
+
+    data: str = Field(
+        description="class folders, parquet files, .tar shards, or a name on the Hugging Face hub"
     )
-    dry_run: bool = Field(False, description="print model, budgets, cost and plan, train nothing")
+    out: Path | None = Field(
+        None, description="folder to write the run to; required, except with --dry-run"
+    )
+    resume: bool = Field(False, description="continue from the checkpoint in --out")
+    resume_or_begin: bool = Field(
+        False,
+        description="continue if --out has a checkpoint, else begin; for launchers that restart"
+        " the same command",
+    )
+    dry_run: bool = Field(
+        False, description="print model, budgets, cost and an estimate of the time; do not train"
+    )
 
     split: str = Field("train", description="split of --data to train on")
-    stream: bool = Field(False, description="read shards as they come, never all at once")
-    epoch_size: int | None = Field(None, ge=1, description="images an epoch; needed with --stream")
-    image_column: str | None = Field(None, description="column of images, where there are several")
-    label_column: str | None = Field(None, description="column of labels, where there are several")
+    stream: bool = Field(False, description="read the data sequentially, without loading it whole")
+    epoch_size: int | None = Field(
+        None, ge=1, description="images per epoch; required with --stream"
+    )
+    image_column: str | None = Field(
+        None, description="column of images, if the data set has more than one"
+    )
+    label_column: str | None = Field(
+        None, description="column of labels, if the data set has more than one"
+    )
     classes: Annotated[tuple[str, ...] | None, NoDecode] = Field(
-        None, description="class names with commas between, where --data has numbers"
+        None, description="class names separated by commas, if the labels are numbers"
     )
     max_unreadable: float = Field(
-        0.01, ge=0, le=1, description="share of images that may be unreadable; they are skipped"
+        0.01, ge=0, le=1, description="stop if a larger share of the images cannot be read"
     )
 
     image_size: int | None = Field(
-        None, ge=1, description="side of the square the model sees; 224, or as --init"
+        None, ge=1, description="side of the model's square input, in pixels; 224, or as --init"
     )
-    patch_size: int | None = Field(None, ge=1, description="16, or as --init; another resizes it")
-    width: int = Field(192, ge=4, description="token width; 192 is DeiT-Ti, 384 ViT-S, 768 ViT-B")
-    depth: int = Field(12, ge=1, description="blocks")
-    heads: int = Field(3, ge=1, description="attention heads; of --init, if its file tells not")
+    patch_size: int | None = Field(
+        None,
+        ge=1,
+        description="side of a patch, in pixels; 16, or as --init, whose kernel is resized",
+    )
+    width: int = Field(192, ge=4, description="token width: DeiT-Ti 192, ViT-S 384, ViT-B 768")
+    depth: int = Field(12, ge=1, description="number of blocks")
+    heads: int = Field(
+        3, ge=1, description="attention heads; with --init, only if its files do not state them"
+    )
 
     crop: float = Field(
-        0.0, ge=0, le=1, description="least share of the image a random crop takes; 0 = off"
+        0.0, ge=0, le=1, description="smallest share of the area a random crop keeps; 0 = off"
     )
     flip: bool = Field(True, description="mirror half of the images")
-    shift: int = Field(0, ge=0, description="pixels an image may move each way; 0 = off")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="rate in the last block; 0 = off")
+    shift: int = Field(
+        0, ge=0, description="largest random shift in each direction, in pixels; 0 = off"
+    )
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="stochastic depth: drop rate of the last block; 0 = off"
+    )
 
     epochs: int = Field(100, ge=1, description="passes over the training images")
     stop_after: int | None = Field(
-        None, ge=1, description="stop after so many epochs, to go on with --resume another time"
+        None, ge=1, description="stop after this many epochs, to be continued with --resume"
     )
-    batch_size: int = Field(64, ge=1, description="images a step, over all processes")
-    accumulate: int = Field(1, ge=1, description="micro-batches that a process splits its share in")
-    lr: float | None = Field(None, gt=0, description="peak learning rate; default from --blr")
-    blr: float = Field(5e-4, gt=0, description="peak learning rate for 256 images a step")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the run before the peak")
-    weight_decay: float = Field(0.05, ge=0, description="on matrices; none on biases and norms")
-    clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 = any")
+    batch_size: int = Field(64, ge=1, description="images per step, over all processes")
+    accumulate: int = Field(
+        1, ge=1, description="micro-batches per step and process; more need less memory"
+    )
+    lr: float | None = Field(None, gt=0, description="peak learning rate; default: from --blr")
+    blr: float = Field(5e-4, gt=0, description="peak learning rate per 256 images of a step")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the run")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the run spent on warm-up")
+    weight_decay: float = Field(
+        0.05, ge=0, description="of matrices; biases, norms and single tokens have none"
+    )
+    clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 = unlimited")
 
     seed: int = Field(
         0, ge=0, lt=2**63, description="of weights, order, crops, masks, budgets and hold-out"
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs under autocast")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16 uses autocast; weights stay float32"
+    )
     compile: bool = Field(False, description="compile the blocks with torch.compile")
-    threads: int = Field(0, ge=0, description="CPU threads; 0 = torch's choice")
-    workers: int = Field(0, ge=0, description="loader processes for data too large for memory")
-    save_every_s: float = Field(600, gt=0, description="seconds between checkpoints in an epoch")
+    threads: int = Field(0, ge=0, description="CPU threads; 0 = torch's default")
+    workers: int = Field(
+        0, ge=0, description="loader processes, for data that do not fit into memory"
+    )
+    save_every_s: float = Field(
+        600, gt=0, description="seconds between checkpoints within an epoch"
+    )
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
 
     @field_validator("classes", mode="before")
     @classmethod
-    def _names(cls, classes: object) -> object:
+    def _split_names(cls, classes: object) -> object:
         return classes.split(",") if isinstance(classes, str) else classes
 
     @model_validator(mode="after")
-    def _goes_on(self) -> Self:
-        """Known before the first process saves, which none does before all have started."""
-        if self.resume_or_begin and (place(self.out) / "config.json").exists():
-            self.resume = True
+    def _decide_whether_to_resume(self) -> Self:
+        """Resume if there is a checkpoint; before any process can have written one in this run."""
+        if self.resume_or_begin and self.out is not None:
+            self.resume = self.resume or (find_checkpoint(self.out) / "config.json").exists()
         return self
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _check_flags(self) -> Self:
+        if self.out is None and not self.dry_run:
+            raise ValueError("--out: Field required (only --dry-run needs none)")
         if self.stream and self.epoch_size is None:
-            raise ValueError("--stream has no end: say how long an epoch is with --epoch-size")
+            raise ValueError("--stream needs --epoch-size: a stream has no length of its own")
         if self.epoch_size is not None and not self.stream:
-            raise ValueError("--epoch-size is for --stream: other data have a size of their own")
+            raise ValueError("--epoch-size is only for --stream: other data have their own length")
         if self.min_lr > self.peak_lr:
             raise ValueError(f"--min-lr {self.min_lr} is above the peak, {self.peak_lr:.3g}")
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"--batch-size {self.batch_size} does not divide into --accumulate"
+                f"--batch-size {self.batch_size} cannot be divided into --accumulate"
                 f" {self.accumulate} micro-batches"
             )
         return self
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the run, which only a dry run has not."""
+        assert self.out is not None
+        return self.out
+
     def config(self, classes: int, **changes: Any) -> ViTConfig:
-        """The model that the sizes describe."""
+        """Return the configuration of a new model with these sizes."""
         return ViTConfig(
             image_size=self.image_size or 224,
             patch_size=self.patch_size or 16,
@@ -125,7 +185,7 @@ class RunSettings(BaseModel):
         )
 
     def preprocess(self, size: int) -> Preprocess:
-        """How images become pixels for a model that starts from random weights."""
+        """Return the preprocessing of a model that starts from random weights."""
         return Preprocess(
             image_size=size,
             resize=size if size < 64 else round(size / 0.875),  # ImageNet's 256 for 224
@@ -133,22 +193,22 @@ class RunSettings(BaseModel):
             std=(0.5, 0.5, 0.5),
         )
 
-    def source(self, preprocess: Preprocess) -> Preprocess:
-        """What is decoded to train on: with random crops, all of the resized image's square."""
+    def decoding(self, preprocess: Preprocess) -> Preprocess:
+        """Return how training images are decoded: with random crops, the whole resized square."""
         if not self.crop:
             return preprocess
         return replace(preprocess, image_size=preprocess.resize)
 
     @property
     def columns(self) -> ColumnChoice:
-        """What is said about the columns of the data."""
+        """The columns of the data, as far as flags choose them."""
         return ColumnChoice(
             image_column=self.image_column, label_column=self.label_column, classes=self.classes
         )
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up."""
+        """The learning rate at the end of warm-up."""
         return self.lr if self.lr is not None else self.blr * self.batch_size / 256
 
     @property

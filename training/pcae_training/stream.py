@@ -21,7 +21,7 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import RequestError, one_line
 from pcae_training.columns import ColumnChoice, Columns, check_value, choose
 from pcae_training.data import to_pixels
-from pcae_training.draws import generator
+from pcae_training.sample_rng import generator
 from pcae_training.skipped import MAX_UNREADABLE, PATIENCE, Skipped, none_readable
 from pcae_training.source import READ_ERRORS, DataError, open_source, title
 

@@ -1,11 +1,11 @@
-"""The loop that all training shares: batches, optimiser, processes, checkpoints, stop and resume.
+"""The training loop: batches, optimiser, processes, checkpoints, stop and resume.
 
-    RUN/                       what --out names; beside it what `journal` writes
-      checkpoint/              the last good one (see `checkpoint`)
+    RUN/                       --out; also contains the files of `journal`
+      checkpoint/              the last complete checkpoint (see `checkpoint`)
 
-It knows nothing of what is learnt: an `Objective` gives the loss of a micro-batch. A step depends
-on the weights, the seed and its own number alone, so a run that was stopped anywhere goes on from
-its last checkpoint as if it had never stopped.
+An `Objective` gives the loss of a micro-batch. A step depends on the weights, the seed and its
+number alone, so a run that was stopped anywhere continues from its last checkpoint as if it had not
+been stopped.
 """
 
 import platform
@@ -24,62 +24,65 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError, one_line
-from pcae_training.checkpoint import (
-    LAST,
-    Checkpoint,
-    check_place,
-    load_checkpoint,
-    load_state,
-    place,
-    read_json,
-    save_checkpoint,
-)
+from pcae_training import checkpoint as checkpoints
+from pcae_training.checkpoint import Checkpoint
 from pcae_training.columns import ColumnChoice
 from pcae_training.data import LabelledImages, TrainingData, load
-from pcae_training.draws import SampleRng
+from pcae_training.estimate import TIME_LIMIT_S, TIMED_STEPS, describe_time, measure_step, wait_for
 from pcae_training.journal import Journal
 from pcae_training.model import Block, VisionTransformer
 from pcae_training.plan import Plan
+from pcae_training.sample_rng import SampleRng
 from pcae_training.schedule import cosine
 from pcae_training.settings import PLACE, RunSettings
 from pcae_training.stream import ImageStream, load_stream
 from pcae_training.world import World
 
 LOCK = "lock"
-STOPPED = 128 + signal.SIGTERM  # exit code of a run that was told to stop and has saved itself
-MODEL = "model."  # what an objective calls the weights that its checkpoint holds
+STOPPED = 128 + signal.SIGTERM  # exit code of a run that a signal stopped, after saving
+MODEL = "model."  # prefix, in an objective's state dict, of the weights that its checkpoint holds
+
+#: The run's duration is stated at its start if it is at least this long.
+STATED_FROM_S = 60.0
 
 
 class Objective(Protocol):
-    """What a run minimises. A module, so that processes can share its gradients."""
+    """The loss that a run minimises. A module, so that processes can share its gradients."""
 
     @property
     def model(self) -> VisionTransformer: ...
 
-    def __call__(self, pixels: Tensor, labels: Tensor, draws: SampleRng, progress: float) -> Tensor:
-        """Mean loss of a micro-batch: pixels uint8 [b, 3, S, S], labels int64 [b]."""
+    def __call__(self, pixels: Tensor, labels: Tensor, rng: SampleRng, progress: float) -> Tensor:
+        """Return the mean loss of a micro-batch: pixels uint8 [b, 3, S, S], labels int64 [b]."""
         ...
 
-    def stepped(self) -> None:
-        """The optimiser has made a step."""
+    def macs(self, progress: float) -> float:
+        """Return the expected multiply-adds of a training step for one image."""
+        ...
+
+    def after_step(self) -> None:
+        """Update what follows the weights, after each optimiser step."""
         ...
 
     def checkpoint(self) -> Checkpoint:
-        """What is worth keeping, as of now."""
+        """Return the current model with its preprocessing and labels."""
         ...
 
-    def epoch_ended(self, world: World) -> Mapping[str, Mapping[str, float]]:
-        """Figures by name and case, as held-out top-1 by keep ratio; every process calls it."""
+    def after_epoch(self, world: World) -> Mapping[str, Mapping[str, float]]:
+        """Return figures by name and case, such as held-out top-1 by keep ratio.
+
+        Called in every process.
+        """
         ...
 
 
 class Trainer:
-    """One start of a run: from step `resume` found, to the last or until told to stop."""
+    """One start of a run: from the first step, or the one it resumes at, to the last."""
 
     def __init__(
         self,
         settings: RunSettings,
-        objective: Any,  # an Objective that is an nn.Module: Python has no such type
+        objective: Any,  # an Objective and nn.Module: Python has no intersection types
         groups: list[dict[str, Any]],
         betas: tuple[float, float],
         data: TrainingData,
@@ -91,14 +94,16 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=settings.peak_lr, betas=betas, fused=True)
         self.step = 0
         self.history: list[dict[str, Any]] = []  # by epoch
-        self._epoch_loss, self._epoch_steps, self._epoch_s = 0.0, 0, 0.0  # of the epoch at hand
-        # since the last report: sum of losses, first step whose loss is no number, micro-batches
+        self._epoch_loss, self._epoch_steps, self._epoch_s = 0.0, 0, 0.0  # of the current epoch
+        # since the last report: sum of losses, first step with a non-finite loss, micro-batches
         self._loss = torch.zeros(3, dtype=torch.float64, device=world.device)
         self._clock = 0.0  # when the last report ended
+        self._first_step, self._first_step_end = 0, 0.0  # of this start
+        self._time_stated = False
         self._stop: signal.Signals | None = None
 
     def run(self) -> bool:
-        """Train to the end of this start; False where a signal stopped it before."""
+        """Train to the last step. Return False if a signal stopped the run before."""
         settings, plan = self.settings, self.plan
         if settings.compile:
             for block in (m for m in self.objective.modules() if isinstance(m, Block)):
@@ -109,12 +114,13 @@ class Trainer:
         with self._lock(), self._signals(), self._compiling():
             if settings.resume:
                 self._resume()
+            self._first_step = self.step
             seen = self.step * settings.batch_size
             total = plan.last_step * settings.batch_size
             journal: Any = nullcontext(None)
             if self.world.main:
                 journal = Journal(
-                    settings.out,
+                    settings.folder,
                     settings.model_dump(mode="json"),
                     step=self.step,
                     images=seen,
@@ -125,8 +131,14 @@ class Trainer:
                     self._epoch(learner, log)
         return self._stop is None
 
+    def estimate(self) -> str | None:
+        """Return a text on how long the run will take, from a few steps on random pixels."""
+        classes = self.objective.model.config.classes
+        step_s = measure_step(self.objective, self.plan, self.data.preprocess, classes)
+        return describe_time(self.plan, self.objective.macs, step_s, progress=1.0)
+
     def _epoch(self, learner: nn.Module, log: Journal | None) -> None:
-        """What is left of the epoch that the next step is in."""
+        """Train to the end of the current epoch."""
         settings, plan = self.settings, self.plan
         epoch, at = divmod(self.step, plan.steps_per_epoch)
         batches = self.data.epoch(
@@ -138,8 +150,10 @@ class Trainer:
             self._step(learner, batches)
             if log:
                 log.advance(settings.batch_size, f"epoch {epoch + 1}/{settings.epochs}")
+                if not self._time_stated:
+                    self._state_time(log)
             if self.step % plan.steps_per_epoch == 0:
-                break  # to be saved once it is closed, not before
+                break  # saved after `_close_epoch`
             if self.step % settings.log_every == 0:
                 self._report(log)
                 if self.world.any(self._clock - saved > settings.save_every_s):
@@ -147,16 +161,40 @@ class Trainer:
                     self._clock = saved = time.monotonic()
             if self._stopped():
                 break
-        if self._loss[2] > 0:  # steps that no report has told of
+        if self._loss[2] > 0:  # steps that have not been reported
             self._report(log)
         if self.step % plan.steps_per_epoch == 0:
             self._close_epoch(log)
         self.save()
 
+    def _state_time(self, log: Journal) -> None:
+        """Print how long the run will take, after its first steps."""
+        steps = self.step - self._first_step
+        if steps in (1, 1 + TIMED_STEPS):
+            wait_for(self.world.device)
+        now = time.monotonic()
+        if steps == 1:  # the first step, which allocates memory and chooses kernels, is not timed
+            self._first_step_end = now
+            return
+        elapsed_s = now - self._first_step_end
+        if steps < 1 + TIMED_STEPS and elapsed_s < TIME_LIMIT_S:
+            return
+        self._time_stated = True
+        text = describe_time(
+            self.plan,
+            self.objective.macs,
+            elapsed_s / (steps - 1),
+            progress=self.step / self.plan.steps,
+            first_step=self._first_step,
+            shortest_s=STATED_FROM_S,
+        )
+        if text is not None:
+            log.write(text)
+
     def _close_epoch(self, log: Journal | None) -> None:
-        """Measure, and write down what the epoch came to."""
+        """Evaluate, and record the figures of the epoch."""
         epoch = self.step // self.plan.steps_per_epoch
-        figures = self.objective.epoch_ended(self.world)
+        figures = self.objective.after_epoch(self.world)
         self.history.append(
             {
                 "epoch": epoch,
@@ -173,12 +211,12 @@ class Trainer:
                 for case, value in cases.items()
             }
             log.report(self.step, {"epoch": epoch, **flat})
-            log.tell(f"epoch {epoch}  " + "  ".join(f"{n} {v:.4f}" for n, v in flat.items()))
+            log.write(f"epoch {epoch}  " + "  ".join(f"{n} {v:.4f}" for n, v in flat.items()))
 
     def _step(self, learner: Any, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """One optimiser step over the global batch."""
+        """Make one optimiser step over the global batch."""
         settings, plan = self.settings, self.plan
-        progress = (self.step + 0.5) / plan.steps  # its middle, where the rate is never 0
+        progress = (self.step + 0.5) / plan.steps  # the step's middle: the rate is never 0
         final = settings.min_lr / settings.peak_lr
         rate = settings.peak_lr * cosine(progress, settings.warmup, final)
         for group in self.optimizer.param_groups:
@@ -187,26 +225,26 @@ class Trainer:
         parts = plan.micro_batches
         for part in parts:
             pixels, labels = next(batches)
-            draws = SampleRng(settings.seed, self.step, settings.batch_size, part.start, part.stop)
+            rng = SampleRng(settings.seed, self.step, settings.batch_size, part.start, part.stop)
             last = part is parts[-1]
-            alone = self.world.size > 1 and not last  # gradients are shared once, with the last
+            alone = self.world.size > 1 and not last  # gradients are reduced once, with the last
             with learner.no_sync() if alone else nullcontext():
                 with torch.autocast(
                     self.world.device.type, settings.dtype, enabled=settings.precision != "fp32"
                 ):
-                    loss = learner(pixels, labels, draws, progress)
+                    loss = learner(pixels, labels, rng, progress)
                 (loss / len(parts)).backward()
-            self._note(loss.detach())
+            self._add_loss(loss.detach())
         if settings.clip:
             nn.utils.clip_grad_norm_(self.objective.parameters(), settings.clip)
         self.optimizer.step()
-        self.objective.stepped()
+        self.objective.after_step()
         self.step += 1
 
-    def _note(self, loss: Tensor) -> None:
-        """Add to the reported loss, and remember the first step whose loss was no number.
+    def _add_loss(self, loss: Tensor) -> None:
+        """Add to the reported loss, and keep the number of the first step with a non-finite loss.
 
-        On the device: nothing waits for it.
+        Computed on the device, without a sync.
         """
         bad = ~loss.isfinite() & (self._loss[1] == 0)
         self._loss[0] += loss
@@ -214,16 +252,16 @@ class Trainer:
         self._loss[2] += 1
 
     def _report(self, log: Journal | None) -> None:
-        """Read the loss of the steps since the last time; PcaeError where it was not finite."""
+        """Report the steps since the last report. Raise PcaeError if a loss was not finite."""
         epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
         readings = self.world.gather([*self._loss.tolist(), self.data.unreadable])
-        now = time.monotonic()  # the device has been waited for
+        now = time.monotonic()  # `tolist` has waited for the device
         seconds, self._clock = now - self._clock, now
         self._loss.zero_()
         if bad := [int(step) for _, step, _, _ in readings if step]:
             raise PcaeError(
                 f"the loss is not finite in step {min(bad)} (epoch {epoch}): try a smaller --lr;"
-                f" {self.settings.out} keeps the last good checkpoint, if there was one"
+                f" {self.settings.folder} keeps the last good checkpoint, if there was one"
             )
         steps = round(readings[0][2]) // self.settings.accumulate
         total = sum(loss for loss, *_ in readings) / len(readings) / self.settings.accumulate
@@ -243,14 +281,14 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Write the checkpoint with all that is needed to go on from it.
+        """Write the checkpoint with the state to resume from it.
 
-        Raises PcaeError, and leaves the last one, where a weight is no finite number.
+        Raise PcaeError, and keep the previous checkpoint, if a weight is not finite.
         """
         if bad := [n for n, p in self.objective.named_parameters() if not p.isfinite().all()]:
             raise PcaeError(
                 f"{bad[0]} is not finite after step {self.step}: try a smaller --lr;"
-                f" {self.settings.out} keeps the last good checkpoint, if there was one"
+                f" {self.settings.folder} keeps the last good checkpoint, if there was one"
             )
         if not self.world.main:
             return
@@ -261,7 +299,7 @@ class Trainer:
             "images": self.plan.images,
             "epochs_done": self.step // self.plan.steps_per_epoch,
             "history": self.history,
-            "epoch_at_hand": [self._epoch_loss, self._epoch_steps, self._epoch_s],
+            "current_epoch": [self._epoch_loss, self._epoch_steps, self._epoch_s],
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
         state = {
@@ -272,19 +310,19 @@ class Trainer:
         for name, parameter in self.objective.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer/{name}/{key}"] = value
-        save_checkpoint(checkpoint, self.settings.out / LAST, state)
+        checkpoints.save(checkpoint, self.settings.folder / checkpoints.RUN_CHECKPOINT, state)
 
     def _resume(self) -> None:
-        """Take weights, optimiser and step from the checkpoint in --out."""
-        out = self.settings.out
-        saved, state = load_checkpoint(out), load_state(out)
+        """Load weights, optimiser state and step from the checkpoint in --out."""
+        out = self.settings.folder
+        saved, state = checkpoints.load(out), checkpoints.load_state(out)
         training = saved.training
         if state is None:
-            raise PcaeError(f"cannot resume {out}: it was saved without its optimiser's state")
+            raise PcaeError(f"cannot resume {out}: its checkpoint has no optimiser state")
         before, now = training.get("settings", {}), self.settings.model_dump(mode="json")
         if changed := [name for name in now if name not in PLACE and before.get(name) != now[name]]:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-            raise PcaeError(f"cannot resume {out}: it was written with another {flags}")
+            raise PcaeError(f"cannot resume {out}: it was started with other values of {flags}")
         if training["images"] != self.plan.images:
             raise PcaeError(
                 f"cannot resume {out}: it was trained on {training['images']} images, and there are"
@@ -304,21 +342,21 @@ class Trainer:
                     }
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise PcaeError(f"cannot resume {out}: another model was saved: {reason}") from None
+            raise PcaeError(f"cannot resume {out}: it is of another model: {reason}") from None
         self.step, self.history = int(training["step"]), list(training["history"])
-        self._epoch_loss, self._epoch_steps, self._epoch_s = training["epoch_at_hand"]
+        self._epoch_loss, self._epoch_steps, self._epoch_s = training["current_epoch"]
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """Keep a second run from writing to the same folder; all processes go on, or none."""
-        folder, failure = self.settings.out, ""
+        """Lock the folder against a second run; on failure all processes raise PcaeError."""
+        folder, failure = self.settings.folder, ""
         lock = FileLock(folder / LOCK, timeout=0)
         if self.world.main:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
             except Timeout:
-                failure = f"another run is writing to {folder}: choose another --out"
+                failure = f"another run is writing to {folder}; choose another --out"
             except OSError as error:
                 failure = f"cannot write to {folder}: {error.strerror}"
         if any(failures := self.world.gather(failure)):
@@ -330,17 +368,18 @@ class Trainer:
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:
-        """What stops --compile, such as a missing compiler, in one line."""
+        """Report a failure of --compile, such as a missing compiler, in one line."""
         try:
             yield
         except TorchDynamoException as error:
-            raise PcaeError(f"--compile does not work here: {one_line(error)}") from None
+            raise PcaeError(f"--compile failed: {one_line(error)}") from None
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run after the step at hand; a second one ends it at once.
+        """Stop after the current step on SIGTERM or Ctrl-C, at once on a second signal.
 
-        Not where torchrun started several: it passes on what its terminal has sent already.
+        Under torchrun only the first rule holds: it forwards signals that the terminal has sent to
+        the whole process group already, so every process gets two.
         """
 
         def stop(number: int, _: FrameType | None) -> None:
@@ -359,32 +398,35 @@ class Trainer:
                 signal.signal(each, handler)
 
     def _stopped(self) -> bool:
-        """Whether to end now: all processes or none."""
+        """Return whether to stop now; the same in all processes."""
         if self.world.any(self._stop is not None):
             self._stop = self._stop or signal.SIGTERM
         return self._stop is not None
 
 
 def check_out(settings: RunSettings) -> None:
-    """Raise PcaeError where --out holds what this run must not replace."""
-    check_place(settings.out / LAST)
-    saved = place(settings.out) / "config.json"
+    """Raise PcaeError if --out contains something that this run must not replace."""
+    if settings.out is None:  # a dry run
+        return
+    checkpoints.check_replaceable(settings.out / checkpoints.RUN_CHECKPOINT)
+    saved = checkpoints.find_checkpoint(settings.out) / "config.json"
     if settings.resume:
-        read_json(saved)  # says what is missing
+        checkpoints.read_json(saved)  # raises if there is none
     elif saved.exists() and not settings.dry_run:
         raise PcaeError(
-            f"{settings.out} holds a run already: go on with --resume, or choose another --out"
+            f"{settings.out} already contains a run; continue it with --resume, or choose another"
+            " --out"
         )
 
 
 def training_data(
-    settings: RunSettings, preprocess: Preprocess, **wanted: Unpack[ColumnChoice]
+    settings: RunSettings, preprocess: Preprocess, **choice: Unpack[ColumnChoice]
 ) -> LabelledImages | ImageStream:
-    """The images that a run is told to train on. Raises DataError where they cannot be read.
+    """Open the training images. Raise DataError if they cannot be read.
 
-    wanted: about the columns, where the caller knows better than the settings.
+    choice: columns that override those of the settings.
     """
-    columns: ColumnChoice = {**settings.columns, **wanted}
+    columns: ColumnChoice = {**settings.columns, **choice}
     source, split, limit = settings.data, settings.split, settings.max_unreadable
     if settings.epoch_size is not None and settings.stream:
         size = settings.epoch_size
@@ -397,11 +439,11 @@ def training_data(
 def parameter_groups(
     objective: nn.Module, model: VisionTransformer, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Parameters by weight decay and learning-rate scale, as MAE groups them to fine-tune.
+    """Return AdamW's parameter groups by weight decay and learning-rate scale, as MAE fine-tunes.
 
-    No decay on biases, norms, and single tokens (in pretraining MAE decays CLS and mask token); the
-    rate of a layer is `layer_decay` times that of the layer above it: embeddings lowest, head and
-    final norm at 1.
+    Biases, norms and single tokens have no decay (in pretraining MAE decays CLS and mask token).
+    The rate of a layer is `layer_decay` times that of the layer above it: embeddings have the
+    lowest, head and final norm the full one.
     """
     depth = model.config.depth
     layer = {

@@ -16,15 +16,16 @@ import torch
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_settings import CliPositionalArg, NoDecode
 from torch import Tensor
-from tqdm import tqdm
 
 from pcae_serve.bundle.preprocess import MAX_PIXELS, Preprocess
 from pcae_serve.errors import PcaeError, RequestError
-from pcae_training.checkpoint import Checkpoint, load_checkpoint
+from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import load, to_pixels
 from pcae_training.diversity import diversity
-from pcae_training.evaluate import Ratios, normalise, ratios_for, row_noise
+from pcae_training.evaluate import Ratios, choose_ratios, normalise, row_noise
+from pcae_training.import_weights import load_checkpoint
 from pcae_training.output import check_place, write_whole
+from pcae_training.progress import Progress
 from pcae_training.world import join
 
 if TYPE_CHECKING:  # imported where it draws: on import it writes caches, which training needs not
@@ -136,8 +137,8 @@ def visualize(settings: VisualizeSettings) -> list[Path]:
     Patches kept: all images in one .png, or one for each in a folder. Diversity: a chart, and its
     numbers beside it. Each file is written whole or not at all. Raises PcaeError.
     """
-    checkpoint = load_checkpoint(settings.checkpoint)
-    ratios = ratios_for(checkpoint, settings.budgets)
+    checkpoint = load_checkpoint(settings.checkpoint).build(settings.checkpoint)
+    ratios = choose_ratios(checkpoint, settings.budgets)
     if settings.budgets is None:  # 1.0 drops nothing: what curves are compared with, no panel's aim
         smaller = tuple(ratio for ratio in ratios if ratio < 1)
         ratios = (1.0, *smaller) if settings.diversity else smaller or ratios
@@ -244,7 +245,7 @@ def measure_diversity(
     model, preprocess = checkpoint.model, checkpoint.preprocess
     config, device = model.config, model.pos_embed.device
     totals = {ratio: torch.zeros(config.depth + 1) for ratio in ratios}
-    with tqdm(total=len(pictures), desc="measuring", unit="img", leave=False) as bar:
+    with Progress("measuring diversity", len(pictures)) as progress:
         for start in range(0, len(pictures), BATCH):
             batch = pictures[start : start + BATCH]
             pixels = torch.stack([picture.pixels(preprocess) for picture in batch])
@@ -254,7 +255,7 @@ def measure_diversity(
                 counts = config.geometry.counts(ratio)
                 mean = diversity(model, images, counts, noise=noise)
                 total += mean.cpu() * len(batch)
-            bar.update(len(batch))
+            progress.update(len(batch))
     return Curves(
         images=len(pictures),
         stages=tuple(point + 1 for point in config.reduction_points),

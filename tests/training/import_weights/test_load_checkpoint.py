@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_training import checkpoint
+from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint, CheckpointError
-from pcae_training.foreign import LoadedCheckpoint, adapt, initialise, read, resize_kernel
+from pcae_training.import_weights import initialise, load_checkpoint
 from pcae_training.model import VisionTransformer, ViTConfig
 from tests.support.foreign_checkpoints import (
     SCALED,
@@ -34,7 +33,7 @@ from tests.support.foreign_checkpoints import (
     vit,
 )
 
-DINOV2_SMALL = Path(__file__).parents[2].parent / "shared" / "data" / "dinov2-small"
+DINOV2_SMALL = Path(__file__).parents[3].parent / "shared" / "data" / "dinov2-small"
 
 
 def pixels(size: int = 24) -> Tensor:
@@ -49,7 +48,7 @@ def normed_tokens(model: VisionTransformer, images: Tensor) -> Tensor:
 
 def refused(source: Path, message: str, **flags: Any) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
-        read(source, **flags)
+        load_checkpoint(source, **flags)
     assert "\n" not in str(caught.value)
     assert source.name in str(caught.value)
 
@@ -66,14 +65,14 @@ def test_vit_of_hugging_face(hugging_face: Any, as_on_disk: bool, tmp_path: Path
     theirs.save_pretrained(tmp_path, save_original_format=as_on_disk)
     names = " ".join(load_file(tmp_path / "model.safetensors"))
     assert ("vit.encoder.layer.0." in names) == as_on_disk
-    found = read(tmp_path)
+    found = load_checkpoint(tmp_path)
     assert found.config == replace(TINY, mlp_ratio=2.5, norm_eps=0.05)
     assert (found.labels, found.ignored) == (list(labels.values()), [])
     close(rebuilt(found)(pixels()), theirs(pixels()).logits)
 
     larger = VisionTransformer(replace(found.config, image_size=40)).eval()
-    adapted = initialise(larger, found)
-    assert (adapted.fresh, adapted.dropped) == ([], [])
+    fitted = initialise(larger, found)
+    assert (fitted.missing, fitted.unused) == ([], [])
     expected = theirs(pixels(40), interpolate_pos_encoding=True).logits
     close(larger(pixels(40)), expected)
 
@@ -86,12 +85,14 @@ def test_vit_without_head_biases_and_prefix(hugging_face: Any, tmp_path: Path) -
     weights = tmp_path / "model.safetensors"
     saved(load_file(weights), tmp_path, "pytorch_model.bin")
     weights.unlink()
-    found = read(tmp_path)
+    found = load_checkpoint(tmp_path)
     assert (found.config.classes, found.config.qkv_bias, found.labels) == (0, False, None)
     assert sorted(found.ignored) == ["pooler.dense.bias", "pooler.dense.weight"]
     expected = theirs(pixels()).last_hidden_state
     close(normed_tokens(rebuilt(found), pixels()), expected)
-    assert read(tmp_path / "pytorch_model.bin").config == found.config  # config.json beside it
+    assert (
+        load_checkpoint(tmp_path / "pytorch_model.bin").config == found.config
+    )  # config.json beside it
 
 
 @torch.inference_mode()
@@ -105,7 +106,7 @@ def test_deit_of_hugging_face(
     config = hugging_face.DeiTConfig(**SIZES, intermediate_size=40, num_labels=5)
     theirs = randomised(getattr(hugging_face, f"DeiT{kind}")(config))
     theirs.save_pretrained(tmp_path)
-    found = read(tmp_path)
+    found = load_checkpoint(tmp_path)
     assert (found.config.distilled, found.config.registers) == (distilled, registers)
     close(rebuilt(found)(pixels()), theirs(pixels()).logits)
 
@@ -116,7 +117,7 @@ def test_dinov2_with_registers(hugging_face: Any, as_on_disk: bool, tmp_path: Pa
     config = hugging_face.Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, num_register_tokens=3)
     theirs = randomised(hugging_face.Dinov2WithRegistersModel(config))
     theirs.save_pretrained(tmp_path, save_original_format=as_on_disk)
-    found = read(tmp_path)
+    found = load_checkpoint(tmp_path)
     assert (found.config.registers, found.config.layer_scale) == (3, True)
     assert found.ignored == ["embeddings.mask_token"]
     for size in (24, 16, 32):  # smaller is told from larger by antialiasing
@@ -132,7 +133,7 @@ def test_dinov2_classifier_reads_two_tokens_so_it_is_left_out(
     config = hugging_face.Dinov2Config(**SIZES, mlp_ratio=2, num_labels=5)
     theirs = randomised(hugging_face.Dinov2ForImageClassification(config))
     theirs.save_pretrained(tmp_path)
-    found = read(tmp_path)
+    found = load_checkpoint(tmp_path)
     assert (found.config.classes, found.labels) == (0, None)
     assert {"classifier.weight", "classifier.bias"} < set(found.ignored)
     close(rebuilt(found)(pixels()), theirs.dinov2(pixels()).pooler_output)
@@ -151,7 +152,7 @@ def test_mae_of_hugging_face(hugging_face: Any, tmp_path: Path) -> None:
     )
     theirs = randomised(hugging_face.ViTMAEForPreTraining(config))
     theirs.save_pretrained(tmp_path)
-    found = read(tmp_path)
+    found = load_checkpoint(tmp_path)
     assert found.config.classes == 0
     assert all(name.startswith("decoder.") for name in found.ignored)
     assert "decoder.mask_token" in found.ignored
@@ -163,7 +164,7 @@ def test_mae_of_hugging_face(hugging_face: Any, tmp_path: Path) -> None:
 @torch.inference_mode()
 @pytest.mark.skipif(not DINOV2_SMALL.is_dir(), reason=f"no weights of DINOv2 at {DINOV2_SMALL}")
 def test_real_dinov2_at_224(hugging_face: Any) -> None:
-    found = read(DINOV2_SMALL)
+    found = load_checkpoint(DINOV2_SMALL)
     assert found.preprocess is not None
     assert (found.preprocess.resize, found.preprocess.image_size) == (256, 224)
     assert found.config == ViTConfig(
@@ -211,7 +212,7 @@ def test_state_dicts_give_the_same_logits(
     config: ViTConfig, written: Callable[[Weights], Any], tmp_path: Path
 ) -> None:
     model = vit(config)
-    found = read(saved(written(model.state_dict()), tmp_path), heads=2)
+    found = load_checkpoint(saved(written(model.state_dict()), tmp_path), heads=2)
     assert found.config == config
     images = pixels()[:, : config.channels]
     assert torch.equal(rebuilt(found)(images), model(images))
@@ -219,16 +220,16 @@ def test_state_dicts_give_the_same_logits(
 
 def test_what_means_nothing_is_named(tmp_path: Path) -> None:
     weights = vit(replace(TINY, classes=0)).state_dict()
-    found = read(saved(mae_pretrained(weights), tmp_path), heads=2)
+    found = load_checkpoint(saved(mae_pretrained(weights), tmp_path), heads=2)
     assert found.ignored == ["mask_token", "decoder_embed.weight"]
-    found = read(saved(dino_teacher(weights), tmp_path), heads=2)
+    found = load_checkpoint(saved(dino_teacher(weights), tmp_path), heads=2)
     assert found.ignored == ["head.mlp.0.weight"]
 
 
 def test_half_weights_of_a_safetensors_file_come_as_float32(tmp_path: Path) -> None:
     weights = vit().half().state_dict()
     save_file(weights, tmp_path / "x.safetensors")
-    found = read(tmp_path / "x.safetensors", heads=2)
+    found = load_checkpoint(tmp_path / "x.safetensors", heads=2)
     assert {tensor.dtype for tensor in found.weights.values()} == {torch.float32}
     assert torch.equal(found.weights["head.bias"], weights["head.bias"].float())
 
@@ -236,12 +237,14 @@ def test_half_weights_of_a_safetensors_file_come_as_float32(tmp_path: Path) -> N
 @pytest.mark.parametrize(("width", "heads"), [(64, 1), (192, 3), (1280, 16)])  # ViT-H: 80 a head
 def test_heads_by_width(width: int, heads: int, tmp_path: Path) -> None:
     model = VisionTransformer(replace(TINY, width=width, heads=1, depth=1, mlp_ratio=0.1))
-    assert read(saved(model.state_dict(), tmp_path)).config.heads == heads
+    assert load_checkpoint(saved(model.state_dict(), tmp_path)).config.heads == heads
 
 
 def test_deep_models_reduce_where_the_paper_does(tmp_path: Path) -> None:
     model = VisionTransformer(replace(TINY, depth=12))
-    assert read(saved(model.state_dict(), tmp_path), heads=2).config.reduction_points == (0, 7, 10)
+    assert load_checkpoint(
+        saved(model.state_dict(), tmp_path), heads=2
+    ).config.reduction_points == (0, 7, 10)
 
 
 def test_folder_of_timm(tmp_path: Path) -> None:
@@ -254,7 +257,7 @@ def test_folder_of_timm(tmp_path: Path) -> None:
         "std": [0.1, 0.2, 0.3],
     }
     write_json(tmp_path, {"architecture": "vit_tiny", "pretrained_cfg": preprocess})
-    found = read(tmp_path, heads=2)
+    found = load_checkpoint(tmp_path, heads=2)
     assert found.config == TINY
     assert found.preprocess == Preprocess(
         24, 26, (0.5, 0.5, 0.5), (0.1, 0.2, 0.3), Image.Resampling.BILINEAR
@@ -263,10 +266,10 @@ def test_folder_of_timm(tmp_path: Path) -> None:
 
 def test_preprocessing_that_lies_beside(tmp_path: Path) -> None:
     source = saved(vit().state_dict(), tmp_path)
-    assert read(source, heads=2).preprocess is None
+    assert load_checkpoint(source, heads=2).preprocess is None
     content = {"size": 24, "image_mean": [0.1] * 3, "image_std": [0.2] * 3, "resample": 2}
     write_json(tmp_path, content, "preprocessor_config.json")
-    found = read(source, heads=2)
+    found = load_checkpoint(source, heads=2)
     expected = Preprocess(24, 24, (0.1,) * 3, (0.2,) * 3, Image.Resampling.BILINEAR, squash=True)
     assert found.preprocess == expected
     write_json(tmp_path, {"size": 24}, "preprocessor_config.json")
@@ -275,89 +278,15 @@ def test_preprocessing_that_lies_beside(tmp_path: Path) -> None:
 
 def test_checkpoints_of_our_own(tmp_path: Path) -> None:
     model, preprocess = vit(), Preprocess(24, 24, (0.5,) * 3, (0.5,) * 3)
-    checkpoint.save_checkpoint(Checkpoint(model, preprocess, list("abcde")), tmp_path / "run")
+    checkpoints.save(Checkpoint(model, preprocess, list("abcde")), tmp_path / "run")
     for source in (tmp_path / "run", tmp_path / "run" / "model.safetensors"):
-        found = read(source)
+        found = load_checkpoint(source)
         assert (found.config, found.labels, found.preprocess) == (TINY, list("abcde"), preprocess)
         assert torch.equal(rebuilt(found)(pixels()), model(pixels()))
 
 
 def write_json(folder: Path, content: Any, name: str = "config.json") -> None:
     (folder / name).write_text(json.dumps(content))
-
-
-# A model that is not the checkpoint's own
-
-
-def found_from(model: VisionTransformer) -> LoadedCheckpoint:
-    return LoadedCheckpoint(model.config, dict(model.state_dict()))
-
-
-HEAD = ["head.weight", "head.bias"]
-NORM, FC_NORM = ["norm.weight", "norm.bias"], ["fc_norm.weight", "fc_norm.bias"]
-
-
-@pytest.mark.parametrize(
-    ("change", "fresh", "dropped"),
-    [
-        ({"image_size": 40}, [], []),
-        ({"classes": 3}, HEAD, HEAD),
-        ({"classes": 0}, [], HEAD),
-        ({"pooling": "mean"}, [*FC_NORM, *HEAD], [*NORM, *HEAD]),
-    ],
-)
-def test_fresh_parameters_stay_as_they_are(
-    change: dict[str, Any], fresh: list[str], dropped: list[str]
-) -> None:
-    source, model = vit(seed=1), vit(replace(TINY, **change), seed=2)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapted = initialise(model, found_from(source))
-    assert (adapted.fresh, adapted.dropped) == (fresh, dropped)
-    for name, tensor in model.state_dict().items():
-        if name in fresh:
-            assert torch.equal(tensor, before[name]), name
-        elif name != "pos_embed":
-            assert torch.equal(tensor, source.state_dict()[name]), name
-    prefix = model.pos_embed[:, :1]
-    assert torch.equal(prefix, source.pos_embed[:, :1])  # CLS has no place on the grid
-
-
-def test_another_count_of_classes_of_a_distilled_model() -> None:
-    adapted = adapt(
-        found_from(vit(replace(TINY, distilled=True))), replace(TINY, distilled=True, classes=3)
-    )
-    assert adapted.fresh == [*HEAD, "head_dist.weight", "head_dist.bias"]
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("distilled", [False, True])
-def test_another_patch_size_gives_a_resized_patch_its_token(distilled: bool) -> None:
-    source = vit(replace(TINY, distilled=distilled))
-    config = replace(source.config, image_size=48, patch_size=8)  # the same grid
-    model = VisionTransformer(config).eval()
-    initialise(model, found_from(source))
-    patch = torch.randn(1, 3, 4, 4)
-    resized = F.interpolate(patch, size=(8, 8), mode="bilinear")
-    expected = source.patch_embed(patch)
-    torch.testing.assert_close(model.patch_embed(resized), expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(model.pos_embed, source.pos_embed)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"width": 32}, r"cls_token is \[1, 1, 16\], not \[1, 1, 32\]"),
-        ({"depth": 3}, r"lacks blocks.2.norm1.weight \[16\]"),
-        ({"depth": 1}, r"blocks.1.norm1.weight \[16\] has no place"),
-        ({"mlp_ratio": 2.0}, r"blocks.0.mlp.fc1.weight is \[64, 16\], not \[32, 16\]"),
-        ({"heads": 4}, "the checkpoint has 2 heads, the model 4"),
-        ({"registers": 2}, r"lacks reg_token \[1, 2, 16\]"),
-        ({"channels": 1}, r"patch_embed.proj.weight is \[16, 3, 4, 4\], not \[16, 1, 4, 4\]"),
-    ],
-)
-def test_what_cannot_fit_is_named_with_both_shapes(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        adapt(found_from(vit()), replace(TINY, **change))
 
 
 # Files that are refused
@@ -375,16 +304,25 @@ def with_tensor(name: str) -> Weights:
         (with_tensor("blocks.0.attn.q_norm.weight"), "normalised queries and keys"),
         (with_tensor("norm_pre.weight"), "a norm before the blocks"),
         (with_tensor("layers.0.blocks.0.norm1.weight"), "stages that merge patches"),
-        (with_tensor("pre_logits.fc.weight"), r"pre_logits.fc.weight \[2\] has no place"),
+        (with_tensor("pre_logits.fc.weight"), r"unexpected tensor pre_logits.fc.weight \[2\]"),
         (with_tensor("momentum.patch_embed.proj.weight"), "more than one encoder"),
-        ({"conv1.weight": torch.zeros(2)}, "is no vision transformer"),
-        ({1: torch.zeros(2)}, "is no vision transformer"),
-        ({"model": {"epoch": 3}}, "is no vision transformer"),
-        ([1, 2], "holds a list, no state dict"),
-        (renamed(vit().state_dict(), ("^norm.weight", "mask_token")), "lacks norm.weight"),
-        (renamed(vit().state_dict(), ("^pos_embed", "mask_token")), "lacks pos_embed"),
-        (vit().state_dict() | {"pos_embed": torch.zeros(1, 31, 16)}, "30 patches are no square"),
-        (vit().state_dict() | {"norm.bias": torch.zeros(3)}, r"norm.bias is \[3\], not \[16\]"),
+        ({"conv1.weight": torch.zeros(2)}, "not a vision transformer"),
+        ({1: torch.zeros(2)}, "not a vision transformer"),
+        ({"model": {"epoch": 3}}, "not a vision transformer"),
+        ([1, 2], "contains a list, expected a state dict"),
+        (
+            renamed(vit().state_dict(), ("^norm.weight", "mask_token")),
+            r"norm.weight .* is missing",
+        ),
+        (renamed(vit().state_dict(), ("^pos_embed", "mask_token")), "pos_embed is missing"),
+        (
+            vit().state_dict() | {"pos_embed": torch.zeros(1, 31, 16)},
+            "30 patches do not form",
+        ),
+        (
+            vit().state_dict() | {"norm.bias": torch.zeros(3)},
+            r"norm.bias has shape \[3\]",
+        ),
         (vit().state_dict() | {"pos_embed": torch.zeros(16)}, r"pos_embed \[16\] must have 3"),
     ],
 )
@@ -402,27 +340,27 @@ def test_keys_without_biases_among_queries_that_have_them(tmp_path: Path) -> Non
     weights = renamed(vit().state_dict(), *names)
     weights.pop("layers.0.attn.qkv.weight")
     weights |= {"layers.0.attention.q_proj.weight": q, "layers.0.attention.v_proj.weight": v}
-    refused(saved(weights, tmp_path), "lacks blocks.0.attn.qkv.weight", heads=2)
+    refused(saved(weights, tmp_path), "blocks.0.attn.qkv.weight .* is missing", heads=2)
     weights["layers.0.attention.k_proj.weight"] = k
-    assert read(saved(weights, tmp_path), heads=2).config == TINY
+    assert load_checkpoint(saved(weights, tmp_path), heads=2).config == TINY
 
 
 def test_heads_no_tensor_tells(tmp_path: Path) -> None:
     source = saved(vit().state_dict(), tmp_path)
-    refused(source, "no tensor tells how many heads width 16 has: say --heads")
+    refused(source, "cannot derive the number of heads from width 16: give --heads")
     refused(source, "3 heads do not divide width 16", heads=3)
 
 
 def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     source = saved({"model": Malicious(tmp_path / "ran")}, tmp_path)
-    refused(source, "holds more than tensors")
+    refused(source, "contains objects other than tensors")
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x.bin"])
 def test_files_that_are_damaged(name: str, tmp_path: Path) -> None:
     file = tmp_path / name
-    refused(file, "no checkpoint: .* is missing")
+    refused(file, "checkpoint not found: .* does not exist")
     if file.suffix == ".safetensors":
         save_file(vit().state_dict(), file)
     else:
@@ -430,17 +368,20 @@ def test_files_that_are_damaged(name: str, tmp_path: Path) -> None:
     whole = file.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:5], b"", b"<html>404</html>"):
         file.write_bytes(content)
-        refused(file, "cannot be read|truncated|damaged")
+        refused(file, "cannot read|truncated|damaged")
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "swin"}, "model_type 'swin' is not supported: only vit, deit"),
+        ({"model_type": "swin"}, "model_type 'swin' is not supported, only vit, deit"),
         ({"hidden_size": 16}, "model_type None is not supported"),
         ({"model_type": "vit", "hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
         ({"model_type": "dinov2", "use_swiglu_ffn": True}, "SwiGLU"),
-        ({"model_type": "vit", "num_attention_heads": "two"}, "config.json is damaged: .*'str'"),
+        (
+            {"model_type": "vit", "num_attention_heads": "two"},
+            "in config.json: .*'str'",
+        ),
         (
             {"model_type": "vit", "num_attention_heads": 2, "id2label": {"0": "a"}},
             "names 1 labels for 5 classes",
@@ -454,28 +395,6 @@ def test_folders_that_are_no_plain_vit(config: Any, message: str, tmp_path: Path
 
 
 def test_folders_that_lack_something(tmp_path: Path) -> None:
-    refused(tmp_path, r"config.json cannot be read")
+    refused(tmp_path, r"checkpoint not found: .*config.json")
     write_json(tmp_path, {"model_type": "vit"})
-    refused(tmp_path, "holds neither model.safetensors nor pytorch_model.bin")
-
-
-@pytest.mark.parametrize(("new", "limit"), [(2, 0.2), (8, 0.05)])  # 2 x 2 lose the slopes
-def test_a_resized_patch_gives_nearly_the_same_token(new: int, limit: float) -> None:
-    torch.manual_seed(0)
-    kernel = torch.randn(16, 3, 4, 4) / 7  # 48 numbers a patch
-    y, x = torch.meshgrid(torch.linspace(0, 2, 16), torch.linspace(0, 3, 16), indexing="ij")
-    smooth = torch.stack([x.sin(), y.cos(), (x + y).sin()])[None]
-    resized = F.interpolate(smooth, scale_factor=new / 4, mode="bilinear")  # same patches, new size
-    tokens = F.conv2d(smooth, kernel, stride=4)
-    again = F.conv2d(resized, resize_kernel(kernel, new), stride=new)
-    assert (again - tokens).norm() / tokens.norm() < limit
-    flat = torch.full((1, 3, 16, 16), 0.7)
-    torch.testing.assert_close(
-        F.conv2d(flat, resize_kernel(kernel, new), stride=new)[..., 0, 0],
-        F.conv2d(flat, kernel, stride=4)[..., 0, 0],
-    )
-
-
-def test_the_same_patch_size_is_the_identity() -> None:
-    kernel = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(resize_kernel(kernel, 4), kernel)
+    refused(tmp_path, "contains neither model.safetensors nor pytorch_model.bin")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pcae_training.draws import SampleRng, drop_path_factors, generator
+from pcae_training.sample_rng import SampleRng, drop_path_factors, generator
 
 
 def test_a_sample_draws_the_same_whoever_has_it() -> None:
@@ -11,7 +11,7 @@ def test_a_sample_draws_the_same_whoever_has_it() -> None:
             SampleRng(3, 7, 8, start, start + 2).uniform(purpose, 5) for start in range(0, 8, 2)
         ]
         assert torch.equal(torch.cat(parts), whole.uniform(purpose, 5))
-    assert SampleRng(3, 7, 8, 4, 8).shared("budget") == whole.shared("budget")
+    assert SampleRng(3, 7, 8, 4, 8).draw_shared("budget") == whole.draw_shared("budget")
 
 
 def test_what_came_before_makes_no_difference() -> None:
@@ -35,7 +35,7 @@ def test_numbers_are_even_in_the_unit_interval() -> None:
     assert numbers.min() >= 0
     assert numbers.max() < 1
     assert numbers.mean() == pytest.approx(0.5, abs=3 * 0.2887 / len(numbers) ** 0.5)
-    shared = [SampleRng(0, step, 4).shared("budget") for step in range(400)]
+    shared = [SampleRng(0, step, 4).draw_shared("budget") for step in range(400)]
     assert 0.45 < sum(shared) / 400 < 0.55
 
 

@@ -1,0 +1,114 @@
+"""The commands of pcae-train: each runs its settings and prints the result and the next command."""
+
+import os
+import shlex
+import sys
+
+from pydantic_settings import BaseSettings, CliApp, CliSubCommand
+
+from pcae_serve.command import config
+from pcae_training.evaluate import EvaluateSettings, run_evaluation
+from pcae_training.finetune import FinetuneSettings, finetune
+from pcae_training.pretrain import PretrainSettings, pretrain
+from pcae_training.settings import RunSettings
+from pcae_training.trainer import STOPPED
+from pcae_training.visualize import VisualizeSettings, visualize
+
+#: Whether this process prints, of those that torchrun started.
+MAIN = os.environ.get("RANK", "0") == "0"
+
+
+class Pretrain(PretrainSettings):
+    __doc__ = PretrainSettings.__doc__
+
+    def cli_cmd(self) -> None:
+        finished = pretrain(self)
+        if self.dry_run:
+            _print_start(self)
+        elif not finished:
+            _exit_stopped(self)
+        elif MAIN:
+            out = self.folder
+            print(f"wrote {out}")
+            _print_next(
+                "fine-tune it with",
+                *("pcae-train", "finetune", "--data", self.data),
+                *("--init", str(out), "--out", f"{out}-finetuned"),
+            )
+
+
+class Finetune(FinetuneSettings):
+    __doc__ = FinetuneSettings.__doc__
+
+    def cli_cmd(self) -> None:
+        accuracy = finetune(self)
+        if self.dry_run:
+            _print_start(self)
+        elif accuracy is None:
+            _exit_stopped(self)
+        elif MAIN:
+            out = self.folder
+            print(f"wrote {out}; top-1 on held-out images:")
+            for budget, top1 in accuracy.items():
+                print(f"  keep {budget:<4} {top1}")
+            _print_next(
+                "evaluate it on test images with",
+                *("pcae-train", "evaluate", str(out), "--data", self.eval_data or self.data),
+            )
+            _print_next("export it with", "pcae-export", "bundle", str(out), f"{out}-bundle")
+
+
+class Evaluate(EvaluateSettings):
+    __doc__ = EvaluateSettings.__doc__
+
+    def cli_cmd(self) -> None:
+        evaluation = run_evaluation(self)
+        if evaluation is not None:
+            print(evaluation)
+            _print_next(
+                "export it with",
+                *("pcae-export", "bundle", str(self.checkpoint), f"{self.checkpoint}-bundle"),
+                *("--eval-data", self.data, "--eval-split", self.split),
+            )
+
+
+class Visualize(VisualizeSettings):
+    __doc__ = VisualizeSettings.__doc__
+
+    def cli_cmd(self) -> None:
+        for file in visualize(self):
+            print(f"wrote {file}")
+
+
+class Train(BaseSettings):
+    """Train vision transformers whose one set of weights runs at several token budgets."""
+
+    model_config = config("pcae-train")
+
+    pretrain: CliSubCommand[Pretrain]
+    finetune: CliSubCommand[Finetune]
+    evaluate: CliSubCommand[Evaluate]
+    visualize: CliSubCommand[Visualize]
+
+    def cli_cmd(self) -> None:
+        CliApp.run_subcommand(self)
+
+
+def _print_next(purpose: str, *command: str) -> None:
+    """Print the command that a user would type next."""
+    print(f"{purpose}: {shlex.join(command)}")
+
+
+def _print_start(settings: RunSettings) -> None:
+    """Print how to start the run that a dry run has described."""
+    if MAIN:
+        out = "" if settings.out else ", and with --out"
+        print(f"start it with the same command without --dry-run{out}")
+
+
+def _exit_stopped(settings: RunSettings) -> None:
+    """Exit with the code of a run that a signal stopped."""
+    if MAIN:
+        again = f"continue with the same command and --resume (--out {settings.out})"
+        print(f"pcae-train: stopped and saved; {again}", file=sys.stderr)
+    sys.exit(STOPPED)

@@ -1,0 +1,40 @@
+"""Load a checkpoint of any supported format, and fit its weights to a model of other sizes.
+
+    FILE.pth | .pt | .bin | .safetensors   MAE, timm, DeiT, DINO and DINOv2 state dicts
+    FOLDER                                 Hugging Face ViT, DeiT, DINOv2, ViTMAE; timm; our own
+
+`load_checkpoint` detects the format once (`detect`) and calls its one reader (`readers`). A reader
+takes the state dict out of the file (`tensors`), renames it (`rename`) and derives the model's
+sizes from the tensors' shapes (`sizes`); only what no shape tells (heads, epsilon, labels) comes
+from config.json. A tensor that would change what the encoder computes is never skipped: the
+checkpoint is refused. `initialise` loads the weights into a model, resized if need be (`resize`).
+"""
+
+from pathlib import Path
+
+from pcae_serve.errors import one_line
+from pcae_training.checkpoint import CheckpointError
+from pcae_training.import_weights.detect import detect_format
+from pcae_training.import_weights.loaded import LoadedCheckpoint
+from pcae_training.import_weights.readers import READERS
+from pcae_training.import_weights.resize import FittedWeights, fit_weights, initialise
+
+__all__ = ["FittedWeights", "LoadedCheckpoint", "fit_weights", "initialise", "load_checkpoint"]
+
+
+def load_checkpoint(path: Path, *, heads: int | None = None) -> LoadedCheckpoint:
+    """Read a state dict, a Hugging Face or timm folder, or a checkpoint of pcae-train.
+
+    heads: number of attention heads, for files that do not state it; default: config.json's, else
+    the published models' for that width. Pooling is "mean" if the file has an `fc_norm`, else
+    "cls". Reduction points are the paper's, or none if the model is too shallow for them.
+    Raise CheckpointError with a one-line message that names the file.
+    """
+    source = detect_format(path)
+    try:
+        return READERS[source.format](source, heads)
+    except ValueError as error:  # of ViTConfig too
+        raise CheckpointError(f"{source.path}: {one_line(error)}") from None
+    except TypeError as error:  # a field of config.json is not a number
+        reason = one_line(error)
+        raise CheckpointError(f"{source.path}: invalid value in config.json: {reason}") from None

@@ -1,0 +1,46 @@
+"""A checkpoint in memory, in the one form that all readers return."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_training.checkpoint import Checkpoint, CheckpointError
+from pcae_training.model import VisionTransformer, ViTConfig
+
+
+@dataclass
+class LoadedCheckpoint:
+    """Weights under timm's names, and what the checkpoint says about them."""
+
+    config: ViTConfig  # the checkpoint's sizes; 0 classes if it has no head that fits
+    weights: dict[str, Tensor]  # float32; exactly the state dict of a model of `config`
+    labels: list[str] | None = None
+    preprocess: Preprocess | None = None  # None if the checkpoint does not specify it
+    ignored: list[str] = field(default_factory=list)  # decoder, pooler: names as in the file
+    antialias: bool = False  # whether its model family antialiases when the position grid shrinks
+    training: dict[str, Any] = field(default_factory=dict)  # how it was trained, if recorded
+    reduction_known: bool = False  # `config.reduction` was recorded, it is not a default
+
+    def drop_head(self) -> "LoadedCheckpoint":
+        """Return a copy without the classification head and labels."""
+        weights = {name: t for name, t in self.weights.items() if not name.startswith("head")}
+        return replace(self, config=replace(self.config, classes=0), weights=weights, labels=None)
+
+    def build(self, path: Path) -> Checkpoint:
+        """Build the model (float32, evaluation mode), with `labels` empty if unknown.
+
+        Raise CheckpointError, naming `path`, if the preprocessing is unknown.
+        """
+        if self.preprocess is None:
+            raise CheckpointError(
+                f"{path} does not specify how images are preprocessed: place a"
+                " preprocessor_config.json next to the weights"
+            )
+        with torch.device("meta"):  # nothing is initialised: every tensor comes from the weights
+            model = VisionTransformer(self.config)
+        model.load_state_dict(self.weights, assign=True)
+        return Checkpoint(model.eval(), self.preprocess, self.labels or [], self.training)

@@ -1,0 +1,150 @@
+"""Rename and rearrange the tensors of other projects to the names and shapes of our model."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pcae_training.import_weights.detect import Naming, detect_naming
+from pcae_training.import_weights.sizes import require_tensor
+
+_RENAMES_TIMM = (
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 in chunks; the second number counts through
+    (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III
+    (r"^register_tokens$", "reg_token"),  # DINOv2
+)
+
+#: Names of transformers 4, which version 5 still writes, and of version 5 in memory.
+_RENAMES_HUGGING_FACE = (
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.", ""),  # cls_token, mask_token
+    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.", r".attn.\1."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"^layernorm\.", "norm."),
+)
+
+#: Hugging Face's heads, which are outside of the encoder.
+_HEADS_HUGGING_FACE = {
+    "classifier": "head",
+    "cls_classifier": "head",
+    "distillation_classifier": "head_dist",
+}
+
+#: Tensors that no prediction of the encoder depends on.
+_IGNORED = re.compile(r"mask_token$|decoder_|decoder\.|pooler\.|(?:dino|ibot)_head\.")
+
+_UNSUPPORTED = (
+    (r"mlp\.(?:w12|w3|weights_in|weights_out|gate_proj|up_proj|fc1_g)\b", "SwiGLU MLPs"),
+    (r"relative_position|rel_pos|attn\.[qv]_bias", "relative positions (BEiT, Swin, SAM)"),
+    (r"^layers\.\d+\.(?:blocks|downsample)\.", "stages that merge patches (Swin)"),
+    (r"\b[qk]_norm\.", "normalised queries and keys"),
+    (r"^norm_pre\.", "a norm before the blocks (CLIP)"),
+    (r"^attn_pool\.", "pooling by attention (SigLIP)"),
+)
+
+
+class Renamed(NamedTuple):
+    """A state dict under our names."""
+
+    weights: dict[str, Tensor]  # float32
+    ignored: list[str]  # names, as in the file, of tensors that were left out
+    antialias: bool  # see `LoadedCheckpoint`
+
+
+def rename_weights(tensors: Mapping[str, Tensor]) -> Renamed:
+    """Return the encoder and its head under our names, in float32.
+
+    Raise ValueError if the tensors are not those of a plain ViT.
+    """
+    naming = detect_naming(tensors)
+    weights: dict[str, Tensor] = {}
+    original: dict[str, str] = {}  # our name to the file's
+    ignored = []
+    for name, tensor in tensors.items():
+        ours = _rename(name, naming)
+        if ours is None:
+            ignored.append(name)
+        else:
+            weights[ours], original[ours] = tensor.float(), name
+    ignored += [original[head] for head in _remove_unfit_head(weights)]
+    antialias = "reg_token" in weights  # DINOv2 with registers does, the other families do not
+    weights = _fuse_qkv(weights)
+    weights = _pad_prefix_positions(weights)
+    weights = _fold_unread_distillation_token(weights)
+    return Renamed(weights, ignored, antialias)
+
+
+def _rename(name: str, naming: Naming) -> str | None:
+    """Return our name, or None to ignore the tensor. Raise ValueError if it is not supported."""
+    if not name.startswith(naming.prefix):  # outside of the encoder
+        module, _, kind = name.rpartition(".")
+        head = _HEADS_HUGGING_FACE.get(module) if naming.hugging_face else None
+        return f"{head}.{kind}" if head else None
+    inner = name.removeprefix(naming.prefix)
+    for pattern, feature in _UNSUPPORTED:
+        if re.search(pattern, inner):
+            raise ValueError(f"{feature} are not supported: it has {name}")
+    for pattern, replacement in _RENAMES_HUGGING_FACE if naming.hugging_face else _RENAMES_TIMM:
+        inner = re.sub(pattern, replacement, inner)
+    return None if _IGNORED.match(inner) else inner
+
+
+def _remove_unfit_head(weights: dict[str, Tensor]) -> list[str]:
+    """Remove a head that reads more than one pooled token (DINOv2: CLS and mean), in place.
+
+    Return the names removed.
+    """
+    width = require_tensor(weights, "patch_embed.proj.weight", 4).shape[0]
+    head = weights.get("head.weight")
+    if head is None or head.shape[1:] == (width,):
+        return []
+    return [name for name in ("head.weight", "head.bias") if weights.pop(name, None) is not None]
+
+
+def _fuse_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Concatenate separate queries, keys and values [D, D] to one qkv [3 D, D]; biases too."""
+    fused = dict(weights)
+    for query in (name for name in weights if ".attn.q." in name):
+        parts = [query.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        shapes = {weights[part].shape if part in weights else None for part in parts}
+        if shapes == {weights[query].shape}:
+            whole = query.replace(".attn.q.", ".attn.qkv.")
+            fused[whole] = torch.cat([fused.pop(part) for part in parts])
+    return fused
+
+
+def _pad_prefix_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add zero positions for the prefix if only patches have one (DeiT III, timm's DINOv2)."""
+    positions = require_tensor(weights, "pos_embed", 3)  # [1, n, D] or [1, prefix + n, D]
+    n = positions.shape[1]
+    if math.isqrt(n) ** 2 != n:
+        return weights
+    return weights | {"pos_embed": F.pad(positions, (0, 0, 1 + ("dist_token" in weights), 0))}
+
+
+def _fold_unread_distillation_token(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn a distillation token that no head reads into a register, its position added to it.
+
+    Hugging Face's DeiTForImageClassification, which classifies the CLS token alone, so keeps its
+    predictions.
+    """
+    if "dist_token" not in weights or "head.weight" not in weights or "head_dist.weight" in weights:
+        return weights
+    folded = dict(weights)
+    positions = folded["pos_embed"]
+    folded["reg_token"] = folded.pop("dist_token") + positions[:, 1:2]
+    folded["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
+    return folded
