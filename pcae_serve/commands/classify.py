@@ -9,11 +9,12 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, Field, model_validator
 from pydantic_settings import CliUnknownArgs
 
+from pcae_serve.command import Metavar
 from pcae_serve.errors import PcaeError
 
 if TYPE_CHECKING:  # an extra, and serving does not need it
@@ -33,7 +34,9 @@ class Classify(BaseModel):
     """
 
     # not CliPositionalArg: that would split a name at its commas and drop its quotes
-    files: CliUnknownArgs = Field(description="images; - is standard input")
+    files: Annotated[CliUnknownArgs, Metavar("FILE")] = Field(
+        description="images; - is standard input"
+    )
     url: str = Field("http://127.0.0.1:8000", description="of the server")
     tier: str = Field("auto", description="a tier's name, or auto")
     budget_ms: float | None = Field(
