@@ -31,14 +31,14 @@ from pydantic import BaseModel, ValidationError
 
 from pcae_serve.errors import PcaeError, one_line
 from pcae_serve.schemas import Classification, Embedding, Health, Tiers
-from pcae_serve.version import __version__
+from pcae_serve.version import __version__, install_command
 
 try:
     import anyio  # httpx needs it
     import httpx
 except ImportError:
     raise ImportError(
-        "pcae_serve.client needs httpx: pip install 'pcae-serve[client]'", name="httpx"
+        f"pcae_serve.client needs httpx: {install_command('client')}", name="httpx"
     ) from None
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image

@@ -16,6 +16,7 @@ from pydantic_settings import CliUnknownArgs
 
 from pcae_serve.command import Metavar
 from pcae_serve.errors import PcaeError
+from pcae_serve.version import install_command
 
 if TYPE_CHECKING:  # an extra, and serving does not need it
     from pcae_serve.client import AsyncClient
@@ -73,7 +74,7 @@ class Classify(BaseModel):
             if error.name != "httpx":
                 raise
             raise PcaeError(
-                "pcae-serve classify needs httpx: pip install 'pcae-serve[client]'"
+                f"pcae-serve classify needs httpx: {install_command('client')}"
             ) from None
         key = self._key()
         # here, and not in a thread: one that waits for a terminal would outlive Ctrl-C

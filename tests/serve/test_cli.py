@@ -302,5 +302,5 @@ def test_a_missing_extra(
     url = ["http://127.0.0.1:9", "--rate", "5"] if command == "replay" else []
     assert start([command, *url]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert "pip install 'pcae-serve[simulate]'" in line
+    assert "pip install '.[simulate]'" in line
     assert command in line

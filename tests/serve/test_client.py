@@ -607,4 +607,4 @@ asyncio.run(main())
 
 def test_without_httpx_it_says_what_to_install() -> None:
     told = in_a_process("import sys; sys.modules['httpx'] = None; import pcae_serve.client")
-    assert told.splitlines()[-1].endswith("pip install 'pcae-serve[client]'")
+    assert told.splitlines()[-1].endswith("pip install '.[client]'")
