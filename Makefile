@@ -6,6 +6,8 @@ PYTHON ?=
 # Passed on: make serve ARGS="--port 9000", make test ARGS="tests/serve -x".
 ARGS ?=
 
+# What .venv holds; a variable, because a comma would end the argument of $(call).
+SERVE := .[cpu,client]
 TEST_PYTHON := .venv-test/bin/python
 
 # Pins also hold for the environments in which pip builds packages: old versions of pip read the
@@ -107,7 +109,7 @@ clean:  ## remove both environments, all caches and dist/
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml constraints.txt
-	$(call install,.venv,.[cpu,client])
+	$(call install,.venv,$(SERVE))
 
 .venv-test/installed: pyproject.toml constraints.txt
 	$(call install,.venv-test,.[dev])
