@@ -1,7 +1,7 @@
 """Command lines described by settings models, shared by pcae-serve, pcae-export and pcae-train.
 
-    exit 0   done              exit 1     failed (PcaeError)
-    exit 2   wrong flags       exit 130   interrupted
+    exit 0   done            exit 1     failed (PcaeError), or the reader of the output has left
+    exit 2   wrong flags     exit 130   interrupted
 
 Errors are printed as one line to standard error. Each program has --help and --version. A model
 may add two things to what pydantic-settings reads from its fields:
@@ -15,6 +15,7 @@ import difflib
 import inspect
 import os
 import re
+import select
 import shutil
 import sys
 import textwrap
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TextIO, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -114,8 +115,23 @@ def run(
     """Parse `argv` (default sys.argv) into `command`, call its cli_cmd and return the exit code.
 
     `commands` are listed by --help, by name and description, in addition to the subcommands of the
-    model. Without any argument, a program of subcommands prints its help and returns 2.
+    model. Without any argument, a program of subcommands prints its help and returns 2. If the
+    reader of standard output or standard error leaves, as `head` does, the command ends without a
+    message and with exit code 1.
     """
+    _open_missing_streams()
+    try:
+        code = _run(command, argv, commands)
+    except BrokenPipeError:
+        if not any(map(_reader_left, (sys.stdout, sys.stderr))):
+            raise  # another pipe, such as one to a worker process
+        code = 1
+    return code if _flush() else code or 1
+
+
+def _run(
+    command: type[BaseSettings], argv: Sequence[str] | None, commands: Mapping[str, str]
+) -> int:
     program = command.model_config.get("cli_prog_name") or "pcae"
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(command, program, commands)
@@ -128,7 +144,7 @@ def run(
     except SettingsError as error:
         if not arguments and parser.has_commands:
             with contextlib.redirect_stdout(sys.stderr):
-                run(command, ["--help"], commands=commands)
+                _run(command, ["--help"], commands)
             return 2
         message = one_line(error).removeprefix("error parsing CLI: ")
         wrong = re.match(r"unrecognized arguments: (--[\w-]+)", message)
@@ -303,3 +319,47 @@ def _value_type(annotation: Any) -> Any:
     if get_origin(annotation) is Annotated:
         return _value_type(inner[0])
     return _value_type(next(each for each in inner if each is not NoneType))
+
+
+# --- standard streams
+
+
+def _open_missing_streams() -> None:
+    """Open the null device in place of standard streams that were closed before the start.
+
+    Python sets such a stream to None, and its descriptor would go to the next file opened.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
+
+
+def _reader_left(stream: TextIO) -> bool:
+    """Whether the stream is a pipe whose other end is closed."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+    except (OSError, ValueError):  # not a file, as in tests
+        return False
+    return bool(poll.poll(0))
+
+
+def _flush() -> bool:
+    """Flush standard output and error; False if the reader of one has left.
+
+    What is still buffered then goes to the null device: otherwise the interpreter would try again
+    at exit and print the error.
+    """
+    whole = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            whole = False
+    return whole
