@@ -19,7 +19,8 @@ from pydantic_settings import (
 )
 
 from pcae_serve.bundle.preprocess import MAX_PIXELS
-from pcae_serve.command import Metavar, config, did_you_mean
+from pcae_serve.command import config
+from pcae_serve.flags import Metavar, did_you_mean
 from pcae_serve.scheduling.policies.registry import NAMES, WITH_TIER
 
 #: Default cache folder, for what belongs to this machine: latency profiles and TensorRT plans.

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import BaseModel, Field, model_validator
 from pydantic_settings import CliUnknownArgs
 
-from pcae_serve.command import Metavar
 from pcae_serve.errors import PcaeError
+from pcae_serve.flags import Metavar
 from pcae_serve.version import install_command
 
 if TYPE_CHECKING:  # an extra, and serving does not need it

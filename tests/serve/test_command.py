@@ -8,8 +8,9 @@ import pytest
 from pydantic import BaseModel, Field, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
-from pcae_serve.command import Metavar, config, run
+from pcae_serve.command import config, run
 from pcae_serve.errors import PcaeError
+from pcae_serve.flags import Metavar
 from pcae_serve.version import __version__
 
 
