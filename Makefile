@@ -74,9 +74,10 @@ lint: .venv-test/installed  ## check rules, format, types, the direction of impo
 	.venv-test/bin/codespell
 
 .PHONY: format
-format: .venv-test/installed  ## rewrite the code in ruff's format
+format: .venv-test/installed  ## rewrite the code in ruff's format, and generated documents
 	$(TEST_PYTHON) -m ruff check --fix-only
 	$(TEST_PYTHON) -m ruff format
+	$(TEST_PYTHON) .ci/configuration.py
 
 .PHONY: dist
 dist: .venv-test/installed  ## build wheel and sdist into dist/, and check their metadata

@@ -18,8 +18,8 @@ DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 COMPOSE = DOCKER / "compose.yaml"
 SERVICES = yaml.safe_load(COMPOSE.read_text())["services"]
 TARGETS = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE))
-README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/containers.md"))
-# those of Kubernetes and Ray: test_deployment
+GUIDE = (ROOT / "docs" / "containers.md").read_text()
+# test_deployment has those of Kubernetes and Ray
 YAMLS = sorted(
     {*DOCKER.rglob("*.yaml")} - {*DOCKER.glob("kubernetes/**/*")} - {*DOCKER.glob("ray/*")}
 )
@@ -62,10 +62,9 @@ def test_servers_are_read_only_and_published_to_this_machine_alone(name: str) ->
     assert f"AS {service['build']['target']}\n" in DOCKERFILE
 
 
-@pytest.mark.parametrize("text", [README, GUIDE], ids=["README.md", "containers.md"])
-def test_what_is_typed_names_what_there_is(text: str) -> None:
-    """No Docker engine is at hand: targets, files, profiles and settings are looked up."""
-    typed = re.findall(r"^(docker .*(?:\\\n.*)*)", text, re.MULTILINE)
+def test_documented_commands_name_existing_targets_files_profiles_and_settings() -> None:
+    """They are not run: that needs a Docker engine."""
+    typed = re.findall(r"^(docker .*(?:\\\n.*)*)", GUIDE, re.MULTILINE)
     assert len(typed) >= 3
     profiles = {name for service in SERVICES.values() for name in service.get("profiles", [])}
     for command in typed:

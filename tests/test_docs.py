@@ -1,0 +1,54 @@
+"""Pages of docs/ agree with the code: routes, settings, folders, layers."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from pcae_serve.api.app import create_app
+from pcae_serve.bundle import reader
+from pcae_serve.runtime.service import Service
+from pcae_serve.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+API, ARCHITECTURE = ((ROOT / "docs" / name).read_text() for name in ("api.md", "architecture.md"))
+
+
+def test_every_route_and_parameter_is_documented() -> None:
+    served = reader.load(reader.demo())
+    openapi = create_app(Service(Settings(), served, engines=[]), print).openapi()
+    for parameter in openapi["paths"]["/classify"]["post"]["parameters"]:
+        assert f"`{parameter['name']}`".lower() in API.lower(), parameter["name"]
+    for path, operations in openapi["paths"].items():
+        assert path in API
+        for status in {status for each in operations.values() for status in each["responses"]}:
+            assert status == "200" or status in API.split("## Errors")[1], (path, status)
+
+
+def test_the_tables_of_settings_are_generated() -> None:
+    command = [sys.executable, ROOT / ".ci" / "configuration.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_folder_is_explained() -> None:
+    named = set(re.findall(r"^\| `([\w/]+/?)` \|", ARCHITECTURE, re.MULTILINE))
+    packages = {
+        str(file.parent.relative_to(ROOT))
+        for package in ("pcae_serve", "export/pcae_export", "training/pcae_training")
+        for file in (ROOT / package).rglob("__init__.py")
+    }
+    assert packages <= {name.rstrip("/") for name in named}
+    assert all((ROOT / name).is_dir() for name in named)
+
+
+def test_the_order_of_imports_is_that_of_the_contract() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    [layers] = [
+        contract["layers"]
+        for contract in project["tool"]["importlinter"]["contracts"]
+        if contract.get("containers") == ["pcae_serve"]
+    ]
+    shown = ARCHITECTURE.split("## Imports")[1].split("```")[1].strip().splitlines()
+    assert shown == [re.sub(r"[()]", "", layer) for layer in layers]
