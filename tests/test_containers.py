@@ -1,4 +1,4 @@
-"""The files of docker/ by themselves; docker/try.sh builds the image and tries it."""
+"""The files of docker/ without a build; docker/try.sh builds an image and tests it."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 from compose_spec import PyCompose
 
 from pcae_serve.settings import Settings
@@ -33,7 +33,7 @@ def test_hadolint_finds_nothing() -> None:
 
 
 def test_compose_is_of_the_compose_specification() -> None:
-    # its reader knows neither `<<` nor variables
+    # its reader supports neither `<<` nor variables
     text = re.sub(r"\$\{\w+:-(\w+)\}", r"\1", COMPOSE.read_text())
     merged = yaml.safe_dump(yaml.safe_load(text))
     assert set(PyCompose.from_yaml(merged).service_names()) == SERVICES.keys()

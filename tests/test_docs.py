@@ -27,7 +27,7 @@ def test_every_route_and_parameter_is_documented() -> None:
 
 
 def test_the_tables_of_settings_are_generated() -> None:
-    command = [sys.executable, ROOT / ".ci" / "configuration.py", "--check"]
+    command = (sys.executable, ROOT / ".ci" / "configuration.py", "--check")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -1,4 +1,4 @@
-"""What a fresh interpreter loads; import-linter checks the direction of imports (pyproject.toml)."""
+"""What a fresh interpreter loads; import-linter checks the direction of imports."""
 
 import subprocess
 import sys

@@ -26,7 +26,7 @@ def test_it_reads_strings_and_documents_but_no_comments(tmp_path: Path) -> None:
     module, document = tmp_path / "module.py", tmp_path / "document.md"
     module.write_text(MODULE)
     document.write_text(DOCUMENT.replace("\\n", "\n"))
-    command = [sys.executable, CHECK, module, document]
+    command = (sys.executable, CHECK, module, document)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     found = [

@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an sdist, and the wheel built from it, as `make dist` builds them."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
+    command = (sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -96,8 +96,10 @@ def test_serving_needs_no_torch(wheel: ZipFile) -> None:
 
 
 def test_metadata_is_what_an_index_accepts(dist: Path) -> None:
-    command = [sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir()]
-    done = subprocess.run(command, capture_output=True, text=True)
+    files = map(str, dist.iterdir())
+    done = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *files], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -119,8 +121,8 @@ def test_the_wheel_serves_in_an_empty_environment(dist: Path, tmp_path: Path) ->
     [file] = dist.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     scripts = tmp_path / "venv" / "bin"
-    install = [scripts / "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
-    subprocess.run([*install, f"{file}[cpu,client]"], check=True, timeout=600)
+    install = (scripts / "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt")
+    subprocess.run((*install, f"{file}[cpu,client]"), check=True, timeout=1800)
 
     port = free_port()
     environment = {"PATH": str(scripts), "HOME": str(tmp_path)}
