@@ -22,7 +22,7 @@ from tests.support.server_process import COMMAND, server
 
 
 def failed(*flags: str, **environment: str) -> tuple[int, str]:
-    """Exit code and the one line of a start that fails."""
+    """Return the exit code and the one line of a start that fails."""
     done = subprocess.run(
         (*COMMAND, *flags),
         capture_output=True,
@@ -46,20 +46,20 @@ def test_a_server_on_a_real_socket_answers_and_stops(bundle_dir: Path, tmp_path:
         assert process.wait(timeout=60) in (0, -signal.SIGTERM)
 
 
-def test_sigterm_is_heard_before_anything_is_loaded() -> None:
-    """PID 1 of a container hears only signals that it has a handler for."""
+def test_sigterm_ends_a_process_that_is_still_loading() -> None:
+    """PID 1 of a container only gets signals that it has a handler for."""
     with subprocess.Popen((*COMMAND, "--port", "0"), stderr=subprocess.PIPE) as process:
         status = Path(f"/proc/{process.pid}/status")
         handled = 1 << (signal.SIGTERM - 1)
         while not handled & int(re.findall(r"SigCgt:\s(\w+)", status.read_text())[0], 16):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=60)
+        _, log = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert b"listening" not in told  # by then it is the server that takes signals
+    assert b"listening" not in log  # from then on the server itself handles signals
 
 
-def test_what_stands_at_the_start_is_not_looked_through_by_the_collector(bundle_dir: Path) -> None:
+def test_objects_of_the_start_are_excluded_from_garbage_collection(bundle_dir: Path) -> None:
     flags = ["--bundle", str(bundle_dir), "--backend", "simulated", "--port", "0"]
     script = (
         "import gc; from pcae_serve.cli import start; from pcae_serve.api.server import Server;"
@@ -111,7 +111,7 @@ def test_nagles_algorithm_is_off() -> None:
     assert asyncio.run(no_delay())
 
 
-def test_the_address_is_told_and_a_free_port_can_be_asked_for(
+def test_the_address_is_logged_and_a_free_port_can_be_selected(
     bundle_dir: Path, tmp_path: Path
 ) -> None:
     flags = ("--bundle", str(bundle_dir), "--backend", "simulated", "--profile-s", "0.1")
@@ -281,14 +281,14 @@ def test_serving_loads_nothing_that_only_the_commands_need() -> None:
 
 
 def test_classifying_loads_no_server() -> None:
-    """It is to answer quickly: half its time went into what serving needs."""
+    """Importing the server would double the time of a call."""
     loaded = loaded_by(["classify", "--url", "http://127.0.0.1:9", "none.png"])
     assert "pcae_serve.client" in loaded
     assert not loaded & {"fastapi", "uvicorn", "prometheus_client", "pcae_serve.settings"}
 
 
 def loaded_by(argv: list[str]) -> set[str]:
-    """Modules of a fresh interpreter once it has run a command."""
+    """Return the modules of a fresh interpreter once it has run a command."""
     code = f"from pcae_serve.cli import start; start({argv!r}); import sys; print(*sys.modules)"
     done = subprocess.run((sys.executable, "-c", code), capture_output=True, text=True, timeout=60)
     return set(done.stdout.split())
