@@ -1,4 +1,4 @@
-"""The installed command, as a process with a real socket."""
+"""The command `pcae-serve`: in this process, or as one with a real socket."""
 
 import asyncio
 import os
@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
@@ -16,24 +17,27 @@ import pytest
 
 from pcae_serve.cli import COMMANDS, start
 from pcae_serve.commands.serve import listen
+from pcae_serve.observability import logs
 from pcae_serve.scheduling.event_log import replay
 from tests.support.images import image_bytes
 from tests.support.server_process import COMMAND, server
 
+Failed = Callable[..., tuple[int, str]]
 
-def failed(*flags: str, **environment: str) -> tuple[int, str]:
-    """Return the exit code and the one line of a start that fails."""
-    done = subprocess.run(
-        (*COMMAND, *flags),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | environment,
-    )
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("pcae-serve: ")
-    return done.returncode, lines[0]
+
+@pytest.fixture
+def failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Failed:
+    """Run a start that fails, in this process; return its exit code and its one line."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(logs, "configure", lambda format, level: None)
+
+    def run(*flags: str) -> tuple[int, str]:
+        code = start(flags)
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("pcae-serve: ")
+        return code, line
+
+    return run
 
 
 def test_a_server_on_a_real_socket_answers_and_stops(bundle_dir: Path, tmp_path: Path) -> None:
@@ -143,19 +147,22 @@ def test_a_taken_port(bundle_dir: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
-        port = holder.getsockname()[1]
-        code, line = failed("--port", str(port), "--bundle", str(bundle_dir))
-    assert code == 1
-    assert str(port) in line
+        port = str(holder.getsockname()[1])
+        command = (*COMMAND, "--port", port, "--bundle", str(bundle_dir))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("pcae-serve: ")
+    assert port in line
 
 
-def test_a_missing_bundle(tmp_path: Path) -> None:
+def test_a_missing_bundle(tmp_path: Path, failed: Failed) -> None:
     code, line = failed("--port", "0", "--bundle", str(tmp_path / "nowhere"))
     assert code == 1
     assert "no bundle" in line
 
 
-def test_a_tampered_bundle(bundle_dir: Path, tmp_path: Path) -> None:
+def test_a_tampered_bundle(bundle_dir: Path, tmp_path: Path, failed: Failed) -> None:
     tampered = tmp_path / "tampered"
     shutil.copytree(bundle_dir, tampered)
     (tampered / "models" / "vit" / "model.safetensors").write_bytes(b"weighty")
@@ -164,7 +171,7 @@ def test_a_tampered_bundle(bundle_dir: Path, tmp_path: Path) -> None:
     assert "model.safetensors" in line
 
 
-def test_a_graph_that_does_not_load(bundle_dir: Path) -> None:
+def test_a_graph_that_does_not_load(bundle_dir: Path, failed: Failed) -> None:
     pytest.importorskip("onnxruntime")
     code, line = failed("--port", "0", "--bundle", str(bundle_dir))
     assert code == 1
@@ -181,14 +188,14 @@ def test_a_graph_that_does_not_load(bundle_dir: Path) -> None:
     ],
 )
 def test_a_backend_and_a_device_that_do_not_go_together(
-    bundle_dir: Path, flags: tuple[str, ...], word: str
+    bundle_dir: Path, flags: tuple[str, ...], word: str, failed: Failed
 ) -> None:
     code, line = failed("--port", "0", "--bundle", str(bundle_dir), *flags)
     assert code == 1
     assert re.search(word, line)
 
 
-def test_a_policy_that_does_not_exist(bundle_dir: Path) -> None:
+def test_a_policy_that_does_not_exist(bundle_dir: Path, failed: Failed) -> None:
     flags = ("--port", "0", "--bundle", str(bundle_dir), "--backend", "simulated")
     for policy, word in (("clairvoyant", "greedy"), ("fixed:turbo", "fast, balanced, full")):
         code, line = failed(*flags, "--policy", policy)
@@ -197,7 +204,9 @@ def test_a_policy_that_does_not_exist(bundle_dir: Path) -> None:
         assert word in line
 
 
-def test_an_event_log_that_cannot_be_written(bundle_dir: Path, tmp_path: Path) -> None:
+def test_an_event_log_that_cannot_be_written(
+    bundle_dir: Path, tmp_path: Path, failed: Failed
+) -> None:
     flags = ("--port", "0", "--bundle", str(bundle_dir), "--backend", "simulated")
     code, line = failed(*flags, "--event-log", str(tmp_path))
     assert code == 1
@@ -214,14 +223,15 @@ def test_an_event_log_that_cannot_be_written(bundle_dir: Path, tmp_path: Path) -
         (("--backend", "torch"), "--backend"),
     ],
 )
-def test_a_wrong_flag(flags: tuple[str, ...], word: str) -> None:
+def test_a_wrong_flag(flags: tuple[str, ...], word: str, failed: Failed) -> None:
     code, line = failed(*flags)
     assert code == 2
     assert word in line
 
 
-def test_a_wrong_variable() -> None:
-    code, line = failed(PCAE_BUDGET_MS="soon")
+def test_a_wrong_variable(failed: Failed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PCAE_BUDGET_MS", "soon")
+    code, line = failed()
     assert code == 2
     assert line.startswith("pcae-serve: PCAE_BUDGET_MS: ")
 
