@@ -11,6 +11,7 @@ import yaml  # type: ignore[import-untyped]
 from compose_spec import PyCompose
 
 from pcae_serve.settings import Settings
+from pcae_serve.version import __version__
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -73,6 +74,10 @@ def test_documented_commands_name_existing_targets_files_profiles_and_settings()
         assert all((ROOT / file).is_file() for file in re.findall(r"-f (\S+)", command)), command
         settings = {name.lower() for name in re.findall(r"PCAE_([A-Z_]+)=", command)}
         assert settings <= Settings.model_fields.keys(), command
+
+
+def test_the_label_has_the_version() -> None:
+    assert f"ARG VERSION={__version__}\n" in DOCKERFILE
 
 
 def test_gpus_are_reserved_where_they_are_used() -> None:
