@@ -77,7 +77,7 @@ lint: .venv-test/installed  ## check rules, format, types, the direction of impo
 format: .venv-test/installed  ## rewrite the code in ruff's format, and generated documents
 	$(TEST_PYTHON) -m ruff check --fix-only
 	$(TEST_PYTHON) -m ruff format
-	$(TEST_PYTHON) .ci/configuration.py
+	$(TEST_PYTHON) .ci/documents.py
 
 .PHONY: dist
 dist: .venv-test/installed  ## build wheel and sdist into dist/, and check their metadata

@@ -46,7 +46,8 @@ class _Flag:
 
     name: str
     field: FieldInfo
-    group: str | None  # title of the section; None: the parser's own
+    group: str | None  # title of its section in --help; None: the parser's own
+    groups: tuple[str, ...]  # all titles of its model, in their order
 
     @property
     def explicit(self) -> str | None:
@@ -122,10 +123,10 @@ class Parser:
                 many = options.get("nargs") in ("*", "+") and not flag.explicit
                 usage.append(options["metavar"] + "..." * many)
             if flag.group is not None:
-                key = (parser, flag.group)
-                if key not in self._groups:
-                    self._groups[key] = parser.add_argument_group(flag.group)
-                parser = self._groups[key]
+                for title in flag.groups:  # all at once: they are shown as they were added
+                    if (parser, title) not in self._groups:
+                        self._groups[parser, title] = parser.add_argument_group(title)
+                parser = self._groups[parser, flag.group]
         self.options += names
         added = parser.add_argument(*names, **options)
         if options.get("action") == "help":  # of the whole program
@@ -165,7 +166,7 @@ def _flags(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, _Fla
     titles = {name: title for title, names in groups.items() for name in names}
     for name, field in model.model_fields.items():
         dest = f"{prefix}{field.alias or name}"
-        yield dest, _Flag(name, field, titles.get(name))
+        yield dest, _Flag(name, field, titles.get(name), tuple(groups))
         for each in get_args(field.annotation):
             if isinstance(each, type) and issubclass(each, BaseModel):
                 yield from _flags(each, f"{dest}.")

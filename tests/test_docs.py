@@ -1,9 +1,8 @@
-"""Pages of docs/ agree with the code: routes, settings, folders, layers."""
+"""Pages of docs/ agree with the code: routes, settings, folders."""
 
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 from pcae_serve.api.app import create_app
@@ -26,8 +25,8 @@ def test_every_route_and_parameter_is_documented() -> None:
             assert status == "200" or status in API.split("## Errors")[1], (path, status)
 
 
-def test_the_tables_of_settings_are_generated() -> None:
-    command = (sys.executable, ROOT / ".ci" / "configuration.py", "--check")
+def test_generated_parts_are_up_to_date() -> None:
+    command = (sys.executable, ROOT / ".ci" / "documents.py", "--check")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -41,14 +40,3 @@ def test_every_folder_is_explained() -> None:
     }
     assert packages <= {name.rstrip("/") for name in named}
     assert all((ROOT / name).is_dir() for name in named)
-
-
-def test_the_order_of_imports_is_that_of_the_contract() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    [layers] = [
-        contract["layers"]
-        for contract in project["tool"]["importlinter"]["contracts"]
-        if contract.get("containers") == ["pcae_serve"]
-    ]
-    shown = ARCHITECTURE.split("## Imports")[1].split("```")[1].strip().splitlines()
-    assert shown == [re.sub(r"[()]", "", layer) for layer in layers]
