@@ -1,22 +1,24 @@
-# A newcomer needs make and Python 3.11 or newer with its venv module. `make` says what there is.
-# Two environments, both pinned by constraints.txt: .venv serves, .venv-test does all the rest.
+# Needs make and Python 3.11 or newer with its venv module. `make` lists the targets.
+# Two environments, both pinned by constraints.txt: .venv serves, .venv-test is for everything else.
 
-# The interpreter to build environments with; empty: the newest found.
+# The interpreter to build environments with; empty: the newest one found.
 PYTHON ?=
-# Handed on: make serve ARGS="--port 9000", make test ARGS="tests/serve -x".
+# Passed on: make serve ARGS="--port 9000", make test ARGS="tests/serve -x".
 ARGS ?=
 
+# What .venv holds; a variable, because a comma would end the argument of $(call).
+SERVE := .[cpu,client]
 TEST_PYTHON := .venv-test/bin/python
 
-# Pins hold for the environments that pip builds packages in, too: old pips read the first name
-# there, new ones the second.
+# Pins also hold for the environments in which pip builds packages: old versions of pip read the
+# first variable there, new ones the second.
 PINS := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 PIP_FLAGS := --disable-pip-version-check --no-input
-# What tests run on; the packages themselves take newer ones.
+# The version that the tests run on; the packages accept newer ones.
 TORCH := 2.13.0
 
-# Prints the first interpreter that will do, or what is missing. Each match on the PATH is tried by
-# running it: a pyenv shim may stand there and not run, before a python that does.
+# Prints the first suitable interpreter, or what is missing. Each match on the PATH is run, because
+# it may be a pyenv shim that does not work, ahead of a python that does.
 define find_python
 venv=; for python in $$(which -a $(or $(PYTHON),python3.13 python3.12 python3.11 python3)); do \
     "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
@@ -25,22 +27,21 @@ venv=; for python in $$(which -a $(or $(PYTHON),python3.13 python3.12 python3.11
     venv=$${venv:-$$lacking}; \
 done; \
 if [ "$$venv" ]; then echo "missing: $$venv is missing: apt-get install $$venv"; \
-elif [ "$(PYTHON)" ]; then echo "missing: PYTHON=$(PYTHON) is no Python 3.11 or newer"; \
+elif [ "$(PYTHON)" ]; then echo "missing: PYTHON=$(PYTHON) is not Python 3.11 or newer"; \
 elif which python3 >/dev/null; then \
     echo "missing: Python 3.11 or newer is missing: apt-get install python3.11-venv"; \
 else echo "missing: python3 is missing: apt-get install python3-venv"; fi
 endef
 
-# $(call environment,FOLDER): an empty virtual environment, or one line that says why not.
+# $(call environment,FOLDER): create an empty virtual environment, or fail with one line.
 define environment
 $(eval found := $(shell $(find_python)))
 $(if $(filter missing:,$(firstword $(found))),$(error $(wordlist 2,99,$(found))))
 "$(found)" -m venv --clear $(1)
 endef
 
-# $(call install,FOLDER,REQUIREMENT): this checkout in an environment, and a stamp that says that
-# the install ran to its end. Without the stamp all is made anew: packages that pip was
-# interrupted in can look installed.
+# $(call install,FOLDER,REQUIREMENT): install this clone into an environment, then write a stamp.
+# Without the stamp the environment is rebuilt: after an interrupted pip, packages can look installed.
 define install
 $(if $(wildcard $@),,$(call environment,$(1)))
 @rm -f $@
@@ -49,45 +50,54 @@ $(PINS) $(1)/bin/python -m pip install $(PIP_FLAGS) --editable '$(2)'
 endef
 
 .PHONY: help
-help:  ## what there is (this list)
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: serve
-serve: .venv/installed  ## install what serving on a CPU needs into .venv, then serve on 127.0.0.1:8000
+serve: .venv/installed  ## install the server for CPUs into .venv, then serve on 127.0.0.1:8000
 	@exec .venv/bin/pcae-serve $(ARGS)
 
 .PHONY: test
-test: .venv-test/installed  ## the suite, in a few minutes
+test: .venv-test/installed  ## run the fast tests, in a few minutes
 	$(TEST_PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 .PHONY: test-all
-test-all: .venv-test/ray  ## all tests but those that need a GPU
-	$(TEST_PYTHON) -m pytest -m "not gpu" $(ARGS)
+test-all: .venv-test/ray  ## run all tests that need no GPU, and measure coverage
+	$(TEST_PYTHON) -m pytest -m "not gpu" --cov --cov-report=term $(ARGS)
 
 .PHONY: lint
-lint: .venv-test/installed  ## ruff's rules, its format, types, and the direction of imports
+lint: .venv-test/installed  ## check rules, format, types, the direction of imports, spelling and language
 	$(TEST_PYTHON) -m ruff check
 	$(TEST_PYTHON) -m ruff format --check
 	$(TEST_PYTHON) -m mypy
 	.venv-test/bin/lint-imports
+	.venv-test/bin/codespell
+	$(TEST_PYTHON) .ci/language.py
 
 .PHONY: format
-format: .venv-test/installed  ## rewrite the code in ruff's format
+format: .venv-test/installed  ## rewrite the code in ruff's format, and generated documents
 	$(TEST_PYTHON) -m ruff check --fix-only
 	$(TEST_PYTHON) -m ruff format
+	$(TEST_PYTHON) .ci/documents.py
+
+.PHONY: dist
+dist: .venv-test/installed  ## build wheel and sdist into dist/, and check their metadata
+	rm -rf dist
+	$(TEST_PYTHON) -m build --no-isolation
+	$(TEST_PYTHON) -m twine check --strict dist/*
 
 .PHONY: bench
-bench: .venv-test/installed  ## images per second of every tier on this machine
+bench: .venv-test/installed  ## measure images per second of every tier on this machine
 	$(TEST_PYTHON) benchmarks/tiers.py $(ARGS)
 
 .PHONY: image
-image:  ## build the cpu image without a Docker engine and try it (as root: buildah, debootstrap)
+image:  ## build and test the cpu image without a Docker engine (as root; buildah, debootstrap)
 	@docker/try.sh $(ARGS)
 
 .PHONY: constraints
-# On the oldest Python we take: what it resolves to, newer ones have too.
+# On the oldest supported Python: newer ones have the versions that it resolves to.
 constraints: PYTHON = python3.11
-constraints:  ## resolve everything anew into constraints.txt
+constraints:  ## resolve all requirements and rewrite constraints.txt
 	$(call environment,.venv-constraints)
 	.venv-constraints/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev,ray]' torch==$(TORCH)
 	sed -n '/^#/p' constraints.txt > .venv-constraints/new
@@ -96,17 +106,17 @@ constraints:  ## resolve everything anew into constraints.txt
 	rm -rf .venv-constraints
 
 .PHONY: clean
-clean:  ## remove both environments and all caches
-	rm -rf .venv .venv-test .venv-constraints .pytest_cache .mypy_cache .ruff_cache dist
+clean:  ## remove both environments, all caches and dist/
+	rm -rf .venv .venv-test .venv-constraints .*_cache .coverage* dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml constraints.txt
-	$(call install,.venv,.[cpu])
+	$(call install,.venv,$(SERVE))
 
 .venv-test/installed: pyproject.toml constraints.txt
 	$(call install,.venv-test,.[dev])
 
-# beside the rest, in the same environment: `make test` does without it
+# Added to the same environment; `make test` does not need it.
 .venv-test/ray: .venv-test/installed
 	$(PINS) $(TEST_PYTHON) -m pip install $(PIP_FLAGS) --editable '.[dev,ray]'
 	@touch $@

@@ -1,7 +1,7 @@
-"""Exit 0 where the server of this container is ready, 1 where it is not. It reads PCAE_PORT only.
+"""Health check of the images: exit 0 if the server on PCAE_PORT is ready, else 1.
 
-Of the standard library alone, and run without site-packages: a container's health is asked every
-ten seconds, beside the traffic.
+Uses the standard library only and runs without site-packages, because it runs every ten seconds
+while the server is under load.
 """
 
 import http.client
@@ -13,6 +13,6 @@ try:
     connection.request("GET", "/readyz")
     status = connection.getresponse().status
 except (OSError, http.client.HTTPException) as error:
-    sys.exit(f"/readyz does not answer: {error}")
+    sys.exit(f"no answer from /readyz: {error}")
 if status != 200:
-    sys.exit(f"/readyz says {status}")
+    sys.exit(f"/readyz returned {status}")

@@ -1,4 +1,4 @@
-"""python -m pcae_serve"""
+"""Run pcae-serve as `python -m pcae_serve`."""
 
 from pcae_serve.cli import main
 

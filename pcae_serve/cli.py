@@ -1,9 +1,7 @@
-"""pcae-serve: the first word chooses a command, and only what that one needs is loaded.
+"""pcae-serve: the first word chooses a command, and only its modules are imported.
 
 pcae-serve [serve] …     pcae-serve classify FILE…
 pcae-serve simulate …    pcae-serve replay URL …
-
-It knows commands by name; each stands in a module of its own.
 """
 
 import signal
@@ -17,12 +15,13 @@ from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
 from pcae_serve.command import config, run
 
-#: What pcae-serve does besides serving: where each command stands.
+#: Commands other than `serve`: module and class, and the description in `pcae-serve --help`.
 COMMANDS = {
-    "classify": ("pcae_serve.commands.classify", "Classify"),
-    "simulate": ("pcae_serve.commands.simulate", "Simulate"),
-    "replay": ("pcae_serve.commands.replay", "Replay"),
+    "classify": ("pcae_serve.commands.classify:Classify", "classify images on a running server"),
+    "simulate": ("pcae_serve.commands.simulate:Simulate", "compare policies on a virtual clock"),
+    "replay": ("pcae_serve.commands.replay:Replay", "send a trace to a running server"),
 }
+SERVE = {"serve": "serve a bundle over HTTP; the default, with the options below"}
 
 
 class _Command(BaseSettings):
@@ -33,21 +32,24 @@ class _Command(BaseSettings):
 
 
 def start(argv: Sequence[str]) -> int:
-    """Run the command that the first word names, and serve where it names none."""
+    """Run the command that the first word names, or `serve`, and return the exit code."""
     word = argv[0] if argv else ""
     if word in COMMANDS:
         return run(_command(word), argv)
-    # Until the server takes signals: a container's first process would not hear SIGTERM, for the
-    # kernel drops what PID 1 has no handler for.
+    if word == "--version":  # without loading the server
+        return run(_Command, argv)
+    # Until the server handles signals: as PID 1 of a container this process would not get SIGTERM,
+    # because the kernel drops signals to PID 1 that have no handler.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    from pcae_serve.commands.serve import Serve  # half a second that the others need not wait for
+    from pcae_serve.commands.serve import Serve  # 0.5 s, which the other commands save
 
-    return run(Serve, argv[1:] if word == "serve" else argv)
+    commands = SERVE | {name: about for name, (_, about) in COMMANDS.items()}
+    return run(Serve, argv[1:] if word == "serve" else argv, commands=commands)
 
 
 def _command(word: str) -> type[BaseSettings]:
-    """A command line with one command: the others are not loaded for it."""
-    module, name = COMMANDS[word]
+    """Return a command line with this one command; the others are not imported."""
+    module, _, name = COMMANDS[word][0].partition(":")
     model: Any = getattr(import_module(module), name)
     fields: dict[str, Any] = {word: (CliSubCommand[model], ...)}  # type: ignore[misc]
     return create_model("Command", __base__=_Command, **fields)

@@ -39,14 +39,14 @@ from pydantic import BaseModel, ValidationError
 
 from pcae_serve.errors import TYPE_PREFIX, PcaeError, one_line
 from pcae_serve.schemas import Classification, Embedding, Health, Tiers
-from pcae_serve.version import __version__
+from pcae_serve.version import __version__, install_command
 
 try:
     import anyio  # httpx2 depends on it
     import httpx2
 except ImportError:
     raise ImportError(
-        "pcae_serve.client needs httpx2: pip install 'pcae-serve[client]'", name="httpx2"
+        f"pcae_serve.client needs httpx2: {install_command('client')}", name="httpx2"
     ) from None
 
 __all__ = [

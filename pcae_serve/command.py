@@ -3,42 +3,53 @@
     exit 0   done            exit 1     failed (PcaeError), or the reader of the output has left
     exit 2   wrong flags     exit 130   interrupted
 
-Without any argument, a command with subcommands prints its usage (exit 2).
+Used by pcae-serve, pcae-export and pcae-train.
 """
 
 import contextlib
 import os
+import re
 import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TextIO
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from pydantic_settings import CliApp, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from pcae_serve.errors import PcaeError, one_line
+from pcae_serve.flags import Parser, did_you_mean
 
 
 def config(program: str) -> SettingsConfigDict:
-    """How every command reads its flags; variables are named after it, as PCAE_TRAIN_…."""
+    """Return the settings of a program's root model; its variables start with PCAE_SERVE_ etc."""
     return SettingsConfigDict(
         cli_prog_name=program,
         cli_kebab_case=True,
         cli_implicit_flags=True,
+        cli_hide_none_type=True,
         env_prefix=f"{program.replace('-', '_').upper()}_",
     )
 
 
-def run(command: type[BaseModel], argv: Sequence[str] | None = None) -> int:
-    """Parse `argv` (default sys.argv) into `command`, call its cli_cmd, return the exit code.
+def run(
+    command: type[BaseSettings],
+    argv: Sequence[str] | None = None,
+    *,
+    commands: Mapping[str, str] = MappingProxyType({}),
+) -> int:
+    """Parse `argv` (default sys.argv) into `command`, call its cli_cmd and return the exit code.
 
-    If the reader of standard output or standard error leaves, as `head` does, the command ends
-    without a message and with exit code 1.
+    `commands` are listed by --help, by name and description, in addition to the subcommands of the
+    model. Without any argument, a program of subcommands prints its help and returns 2. If the
+    reader of standard output or standard error leaves, as `head` does, the command ends without a
+    message and with exit code 1.
     """
     _open_missing_streams()
     try:
-        code = _run(command, argv)
+        code = _run(command, argv, commands)
     except BrokenPipeError:
         if not any(map(_reader_left, (sys.stdout, sys.stderr))):
             raise  # another pipe, such as one to a worker process
@@ -46,40 +57,59 @@ def run(command: type[BaseModel], argv: Sequence[str] | None = None) -> int:
     return code if _flush() else code or 1
 
 
-def _run(command: type[BaseModel], argv: Sequence[str] | None) -> int:
+def _run(
+    command: type[BaseSettings], argv: Sequence[str] | None, commands: Mapping[str, str]
+) -> int:
     program = command.model_config.get("cli_prog_name") or "pcae"
     arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(command, program, commands)
     try:
-        CliApp.run(command, cli_args=arguments, cli_exit_on_error=False)
+        CliApp.run(command, cli_args=arguments, cli_settings_source=parser.source)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            print(f"{program}: {_problem(problem)}", file=sys.stderr)
+            print(f"{program}: {_problem(problem, command, arguments)}", file=sys.stderr)
         return 2
     except SettingsError as error:
-        if not arguments:
+        if not arguments and parser.has_commands:
             with contextlib.redirect_stdout(sys.stderr):
-                _run(command, ["--help"])
+                _run(command, ["--help"], commands)
             return 2
-        print(f"{program}: {one_line(error).removeprefix('error parsing CLI: ')}", file=sys.stderr)
+        message = one_line(error).removeprefix("error parsing CLI: ")
+        wrong = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        message += did_you_mean(wrong[1], parser.options, "--") if wrong else ""
+        print(f"{program}: {message}", file=sys.stderr)
         return 2
     except PcaeError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    except SystemExit as stop:  # of --help
+    except SystemExit as stop:  # of --help and --version, or of a command with its own exit code
         return int(stop.code or 0)
     return 0
 
 
-def _problem(problem: ErrorDetails) -> str:
-    """One line on what is wrong with a flag, or with several flags together."""
+def _problem(problem: ErrorDetails, command: type[BaseModel], arguments: Sequence[str]) -> str:
+    """Return one line on what is wrong with a flag, or with several flags together."""
     message = problem["msg"].removeprefix("Value error, ")
     names = [part for part in problem["loc"] if isinstance(part, str)]
     together = problem["type"] == "value_error" and not isinstance(problem["input"], str | tuple)
     if together or not names:  # a check of the whole model: its message names the flags
         return message
-    return f"--{names[-1].replace('_', '-')}: {message}"
+    return f"{_origin(names, command, arguments)}: {message}"
+
+
+def _origin(names: Sequence[str], command: type[BaseModel], arguments: Sequence[str]) -> str:
+    """Return where a field's value comes from: its flag, its variable or a config file's key."""
+    name = names[-1]
+    flag = f"--{name.strip('_').replace('_', '-')}"
+    if len(names) > 1 or any(each.partition("=")[0] == flag for each in arguments):
+        return flag
+    variable = f"{command.model_config.get('env_prefix', '')}{name}".upper()
+    if variable in map(str.upper, os.environ):
+        return variable
+    config_key = getattr(command, "config_key", None)
+    return (config_key(name) if config_key else None) or flag
 
 
 def _open_missing_streams() -> None:

@@ -1,12 +1,13 @@
-"""Every setting of the server, once: flag, PCAE_* variable and config key name the same field.
+"""Every setting of the server; a flag, a PCAE_* variable and a config key share its name.
 
-Flags win over the environment, the environment over the file, the file over these defaults.
+Flags override the environment, the environment the config file, the file these defaults.
 """
 
 import os
+from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from platformdirs import user_cache_path
 from pydantic import Field, field_validator, model_validator
@@ -19,96 +20,147 @@ from pydantic_settings import (
 
 from pcae_serve.bundle.preprocess import MAX_PIXELS
 from pcae_serve.command import config
+from pcae_serve.flags import Metavar, did_you_mean
 from pcae_serve.scheduling.policies.registry import NAMES, WITH_TIER
 
-#: Where what belongs to this machine is kept: latency profiles, TensorRT plans.
+#: Default cache folder, for what belongs to this machine: latency profiles and TensorRT plans.
 CACHE_DIR = user_cache_path("pcae-serve")
-MAX_BATCH = 32  # images in one batch at most
+MAX_BATCH = 32  # images per batch
 
-_POLICIES = (
-    ", ".join(f"{name}:TIER" if name in WITH_TIER else name for name in NAMES)
-    + "; each also with +drop, which gives up those who cannot make it in a full batch"
-)
+#: The variable that names the config file.
+CONFIG_FILE = "PCAE_CONFIG"
+#: Variables that are no settings of the server: the client's key, and what other programs read.
+OTHER_VARIABLES = (CONFIG_FILE, "PCAE_API_KEY")
+OTHER_PREFIXES = ("PCAE_SERVE_", "PCAE_TRAIN_", "PCAE_EXPORT_")
+
+_POLICIES = ", ".join(f"{name}:TIER" if name in WITH_TIER else name for name in NAMES)
 
 
 class Settings(BaseSettings):
-    """Serve a bundle over HTTP; without --bundle, the demo bundle inside the package."""
+    """Serve a bundle over HTTP. Without --bundle, serve the demo bundle inside the package."""
 
     model_config = config("pcae-serve") | {"env_prefix": "PCAE_", "extra": "forbid"}
 
-    bundle: Path | None = Field(None, description="bundle folder; the demo bundle where left out")
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
-    api_keys_file: Path | None = Field(
-        None, description="file of API keys, one a line, one of which every request must bring"
+    #: Sections of --help and of docs/configuration.md.
+    flag_groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "bundle and device": ("bundle", "device", "backend", "threads", "decode_threads"),
+        "network and access": ("host", "port", "api_keys_file", "admin_keys_file", "open_access"),
+        "scheduling": ("policy", "budget_ms", "max_batch", "queue_limit"),
+        "request limits": ("max_body_mb", "max_images", "max_pixels", "upload_s"),
+        "failure and shutdown": ("watchdog_s", "drain_s"),
+        "latency profile and cache": ("cache_dir", "profile_s"),
+        "logging": ("log_format", "log_level", "access_log", "event_log"),
+    }
+
+    bundle: Annotated[Path | None, Metavar("DIR")] = Field(
+        None, description="folder of the bundle to serve; the demo bundle by default"
     )
-    admin_keys_file: Path | None = Field(
-        None, description="file of keys for /admin; without it nobody may use those routes"
-    )
-    open_access: bool = Field(
-        False, description="answer without API keys where others than this machine can reach us"
-    )
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    device: str = Field(
+    device: Annotated[str, Metavar("auto|cpu|cuda:N")] = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda:\d+(,cuda:\d+)*)$",
-        description="cpu, cuda:N, several equal GPUs with one queue as cuda:0,cuda:1, or auto: the"
-        " first NVIDIA GPU where there is one, else the CPU",
+        description="device to run on; auto uses the first NVIDIA GPU, or the CPU if there is none;"
+        " several equal GPUs share one queue: cuda:0,cuda:1",
     )
     backend: Literal["auto", "tensorrt", "cuda", "onnxruntime", "simulated"] = Field(
         "auto",
-        description="tensorrt (needs plans: pcae-export tensorrt), cuda (ONNX Runtime on the GPU),"
-        " onnxruntime (on the CPU), or auto: the first of these that works, each step down logged;"
-        " simulated answers nonsense in realistic time",
+        description="inference engine: tensorrt (needs plans: pcae-export tensorrt), cuda (ONNX"
+        " Runtime on the GPU), onnxruntime (ONNX Runtime on the CPU); auto uses the first of these"
+        " that works and logs why the others do not; simulated returns dummy predictions with"
+        " realistic latency",
     )
     threads: int = Field(
         0,
         ge=0,
-        description="threads of one batch on a CPU; 0 = one for each core that we may use, by"
+        description="CPU threads per batch; 0: one for each core that the process may use, by CPU"
         " affinity and quota",
     )
-    policy: str = Field("pace", description=f"how tier and batch are chosen: {_POLICIES}")
+    decode_threads: int = Field(
+        0,
+        ge=0,
+        description="images decoded in parallel; 0: one for each core that the process may use",
+    )
 
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all interfaces")
+    port: Annotated[int, Metavar("PORT")] = Field(
+        8000, ge=0, le=65535, description="port to listen on; 0 selects a free port"
+    )
+    api_keys_file: Path | None = Field(
+        None, description="file of API keys, one per line; every request must carry one of them"
+    )
+    admin_keys_file: Path | None = Field(
+        None, description="file of keys for /admin; without it the admin routes are disabled"
+    )
+    open_access: bool = Field(
+        False, description="allow unauthenticated access on a non-loopback address"
+    )
+
+    policy: Annotated[str, Metavar("NAME")] = Field(
+        "pace",
+        description=f"how tier and batch are chosen: {_POLICIES}; NAME+drop also drops requests"
+        " that cannot be answered in time as part of a full batch",
+    )
     budget_ms: float = Field(
-        1000, gt=0, allow_inf_nan=False, description="for requests that name no budget_ms"
+        1000,
+        gt=0,
+        allow_inf_nan=False,
+        description="latency budget of requests that do not set budget_ms",
     )
-    max_batch: int = Field(MAX_BATCH, ge=1, description="images in one batch at most")
+    max_batch: int = Field(MAX_BATCH, ge=1, description="maximum number of images per batch")
     queue_limit: int = Field(
-        256, ge=1, description="requests that wait at once; beyond, 503 with Retry-After"
+        256,
+        ge=1,
+        description="maximum number of waiting requests; more get 503 with Retry-After",
     )
+
+    max_body_mb: float = Field(
+        20, gt=0, description="maximum size of a request body; larger ones get 413"
+    )
+    max_images: int = Field(
+        64, ge=1, description="maximum number of images per request; more get 413"
+    )
+    max_pixels: int = Field(
+        MAX_PIXELS, ge=1, description="maximum number of pixels per image; more get 413"
+    )
+    upload_s: float = Field(
+        30, gt=0, description="maximum time to receive a request body; then 408"
+    )
+
     watchdog_s: float = Field(
-        10, gt=0, le=600, description="a batch that takes longer has failed, and its engine hangs"
+        10,
+        gt=0,
+        le=600,
+        description="batch timeout; a batch that exceeds it is failed and its engine is terminated",
     )
     drain_s: float = Field(
-        20, ge=0, le=3600, description="after SIGTERM, for requests in hand; then the server ends"
+        20,
+        ge=0,
+        le=3600,
+        description="after SIGTERM, maximum time to answer accepted requests before the exit",
     )
-    upload_s: float = Field(30, gt=0, description="time that a request's body may take; then 408")
-    decode_threads: int = Field(
-        0, ge=0, description="images decoded at the same time; 0 = as many as cores that we may use"
-    )
-    max_body_mb: float = Field(20, gt=0, description="bytes of a request body; beyond, 413")
-    max_images: int = Field(64, ge=1, description="images in one request; beyond, 413")
-    max_pixels: int = Field(MAX_PIXELS, ge=1, description="pixels of an image; beyond, 413")
 
-    profile_s: float = Field(
-        6.0, gt=0, le=10, description="time to measure latencies where none are cached"
-    )
     cache_dir: Path = Field(
-        CACHE_DIR, description="what belongs to this machine: latency profiles, TensorRT plans"
+        CACHE_DIR, description="cache of this machine's latency profiles and TensorRT plans"
     )
-    log_format: Literal["text", "json"] = Field("text", description="of the log, on stderr")
+    profile_s: float = Field(
+        6.0, gt=0, le=10, description="time to measure latencies at start if none are cached"
+    )
+
+    log_format: Literal["text", "json"] = Field(
+        "text", description="format of log records, which go to standard error"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="the least serious records that are logged"
+        "info", description="lowest level to log"
     )
-    access_log: bool = Field(True, description="log a line at the end of each request")
-    event_log: Path | None = Field(
+    access_log: bool = Field(True, description="log one record per request")
+    event_log: Annotated[Path | None, Metavar("FILE")] = Field(
         None,
-        description="file for all that the scheduler sees and does, to be replayed; begun anew at"
-        " each start, it then grows without bound, by about 0.5 kB a request",
+        description="record the scheduler's events and actions in this file, for replay; it is"
+        " overwritten at each start and grows without bound, by about 0.5 kB per request",
     )
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The devices by themselves; one where it is auto or the CPU."""
+        """Return each device by itself; one element for auto and cpu."""
         return tuple(self.device.split(","))
 
     @field_validator("device")
@@ -121,13 +173,21 @@ class Settings(BaseSettings):
         return device
 
     @model_validator(mode="after")
-    def _guarded(self) -> Self:
-        if self.api_keys_file is None and not self.open_access and not _loopback(self.host):
+    def _access_controlled(self) -> Self:
+        if self.api_keys_file is None and not self.open_access and not _is_loopback(self.host):
             raise ValueError(
-                f"--host {self.host} lets others than this machine ask: give --api-keys-file, or"
-                " --open-access to answer everybody"
+                f"--host {self.host} accepts requests from other machines: set --api-keys-file, or"
+                " --open-access to allow requests without a key"
             )
         return self
+
+    @classmethod
+    def config_key(cls, name: str) -> str | None:
+        """Return where the config file sets a field, as "FILE: KEY", or None if it does not."""
+        path = os.environ.get(CONFIG_FILE)
+        if path is None or name not in TomlConfigSettingsSource(cls, path).toml_data:
+            return None
+        return f"{path}: {name}"
 
     @classmethod
     def settings_customise_sources(
@@ -138,20 +198,36 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags and arguments, then the environment, then the file named by PCAE_CONFIG."""
-        path = os.environ.get("PCAE_CONFIG")
+        """Read arguments, then the environment, then the file that PCAE_CONFIG names."""
+        path = os.environ.get(CONFIG_FILE)
         if path is None:
             return init_settings, env_settings
         try:
-            config = TomlConfigSettingsSource(settings_cls, path)
+            file_settings = TomlConfigSettingsSource(settings_cls, path)
             Path(path).stat()  # a missing file is skipped in silence otherwise
         except (OSError, ValueError) as error:
-            raise SettingsError(f"PCAE_CONFIG: {path} cannot be read: {error}") from None
-        return init_settings, env_settings, config
+            raise SettingsError(f"{CONFIG_FILE}: {path} cannot be read: {error}") from None
+        known = settings_cls.model_fields
+        for key in file_settings.toml_data:
+            if key not in known:
+                raise SettingsError(f"{path}: unknown key {key!r}{did_you_mean(key, known)}")
+        return init_settings, env_settings, file_settings
 
 
-def _loopback(host: str) -> bool:
-    """Whether only this machine reaches an address. A name that is not known to be so is not."""
+def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Return a warning for each PCAE_* variable that is not a setting, with the nearest name."""
+    known = [*OTHER_VARIABLES, *(f"PCAE_{name}".upper() for name in Settings.model_fields)]
+    return [
+        f"{name} is set, but it is not a setting{did_you_mean(name.upper(), known, 'PCAE_')}"
+        for name in environment
+        if name.upper().startswith("PCAE_")
+        and name.upper() not in known
+        and not name.upper().startswith(OTHER_PREFIXES)
+    ]
+
+
+def _is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach an address; False for names except localhost."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

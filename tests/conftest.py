@@ -1,4 +1,4 @@
-"""What tests of more than one package stand on."""
+"""Fixtures for the tests of several packages."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def hugging_face() -> Iterator[Any]:
-    """`transformers`, which says nothing while it works."""
+    """Yield `transformers` with its progress bars and messages off."""
     transformers = pytest.importorskip("transformers")
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The programs in benchmarks/ that train, as a person with a GPU would start them, on the CPU."""
+"""The programs in benchmarks/ that train, started as on a machine with a GPU, but on the CPU."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
+import datasets  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 
@@ -19,7 +19,7 @@ STAGES = ["demo", "throughput", "engines", "questions"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like Fashion-MNIST's: ten classes, 28 pixels, parquet."""
+    """Return a data folder like Fashion-MNIST's: ten classes, 28 pixels, parquet."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     kinds = datasets.Features(

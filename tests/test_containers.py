@@ -1,4 +1,4 @@
-"""The files of docker/ by themselves; docker/try.sh builds the image and tries it."""
+"""The files of docker/ without a build; docker/try.sh builds an image and tests it."""
 
 import re
 import subprocess
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 from compose_spec import PyCompose
 
 from pcae_serve.settings import Settings
+from pcae_serve.version import __version__
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -18,8 +19,8 @@ DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 COMPOSE = DOCKER / "compose.yaml"
 SERVICES = yaml.safe_load(COMPOSE.read_text())["services"]
 TARGETS = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE))
-README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/containers.md"))
-# those of Kubernetes and Ray: test_deployment
+GUIDE = (ROOT / "docs" / "containers.md").read_text()
+# test_deployment has those of Kubernetes and Ray
 YAMLS = sorted(
     {*DOCKER.rglob("*.yaml")} - {*DOCKER.glob("kubernetes/**/*")} - {*DOCKER.glob("ray/*")}
 )
@@ -33,7 +34,7 @@ def test_hadolint_finds_nothing() -> None:
 
 
 def test_compose_is_of_the_compose_specification() -> None:
-    # its reader knows neither `<<` nor variables
+    # its reader supports neither `<<` nor variables
     text = re.sub(r"\$\{\w+:-(\w+)\}", r"\1", COMPOSE.read_text())
     merged = yaml.safe_dump(yaml.safe_load(text))
     assert set(PyCompose.from_yaml(merged).service_names()) == SERVICES.keys()
@@ -62,10 +63,9 @@ def test_servers_are_read_only_and_published_to_this_machine_alone(name: str) ->
     assert f"AS {service['build']['target']}\n" in DOCKERFILE
 
 
-@pytest.mark.parametrize("text", [README, GUIDE], ids=["README.md", "containers.md"])
-def test_what_is_typed_names_what_there_is(text: str) -> None:
-    """No Docker engine is at hand: targets, files, profiles and settings are looked up."""
-    typed = re.findall(r"^(docker .*(?:\\\n.*)*)", text, re.MULTILINE)
+def test_documented_commands_name_existing_targets_files_profiles_and_settings() -> None:
+    """They are not run: that needs a Docker engine."""
+    typed = re.findall(r"^(docker .*(?:\\\n.*)*)", GUIDE, re.MULTILINE)
     assert len(typed) >= 3
     profiles = {name for service in SERVICES.values() for name in service.get("profiles", [])}
     for command in typed:
@@ -74,6 +74,10 @@ def test_what_is_typed_names_what_there_is(text: str) -> None:
         assert all((ROOT / file).is_file() for file in re.findall(r"-f (\S+)", command)), command
         settings = {name.lower() for name in re.findall(r"PCAE_([A-Z_]+)=", command)}
         assert settings <= Settings.model_fields.keys(), command
+
+
+def test_the_label_has_the_version() -> None:
+    assert f"ARG VERSION={__version__}\n" in DOCKERFILE
 
 
 def test_gpus_are_reserved_where_they_are_used() -> None:

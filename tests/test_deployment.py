@@ -1,9 +1,8 @@
-"""What is deployed with: every YAML loads, names what exists, and asks for what the server has.
+"""Kubernetes and Ray files: valid, consistent with each other, and with the server's settings.
 
-Kubernetes' own kinds are checked against its published schemas; ServiceMonitor and ScaledObject
-against models made of their CRDs, which drop what the CRD does not know. There is no kustomize
-here: `rendered` does what the kustomizations ask for (resources, labels, images, RFC 6902 patches),
-and refuses anything else.
+Kubernetes' own kinds are validated against its published schemas; ServiceMonitor and ScaledObject
+against models of their CRDs, which drop unknown fields. kustomize is not needed: `rendered` applies
+the features that are used (resources, labels, images, RFC 6902 patches) and fails on any other.
 """
 
 import copy
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jsonpatch
-import kubernetes_validate
+import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from pcae_serve.runtime.service import BATCH_S
 from pcae_serve.runtime.worker import TERMINATE_S
@@ -26,9 +25,9 @@ from tests.support.exposition import SERVED
 
 ROOT = Path(__file__).parents[1]
 KUBERNETES, RAY = ROOT / "docker" / "kubernetes", ROOT / "docker" / "ray"
-#: The oldest one meant: `sleep` as a preStop handler is on by default from 1.30 on.
+#: The oldest supported version: `sleep` as a preStop handler is on by default since 1.30.
 OLDEST, NEWEST = "1.30", "1.37"
-#: Where the models of the operators' kinds are.
+#: Modules with the models of the operators' kinds.
 CUSTOM = {
     "ServiceMonitor": "cloudcoil.models.prometheus_operator.v1",
     "ScaledObject": "cloudcoil.models.keda.v1alpha1",
@@ -43,7 +42,7 @@ def load(file: Path) -> Any:
 
 
 def rendered(folder: Path) -> list[Object]:
-    """The objects that `kubectl apply -k` of a folder would apply."""
+    """Return the objects that `kubectl apply -k` of a folder would apply."""
     plan = load(folder / "kustomization.yaml")
     known = {"apiVersion", "kind", "resources", "labels", "images", "patches"}
     assert set(plan) <= known, set(plan) - known
@@ -112,7 +111,7 @@ def test_kubernetes_takes_every_object(root: str, version: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CUSTOM)
 def test_the_operators_know_every_field(kind: str) -> None:
-    """Slow are the models: all of an operator's are built when one is imported, for 4 s."""
+    """Slow because importing one model builds all models of its operator, which takes 4 s."""
     each = one("monitoring", kind)
     model = getattr(import_module(CUSTOM[kind]), kind)
     understood = model.model_validate(copy.deepcopy(each))
@@ -244,7 +243,7 @@ def test_it_scales_on_what_the_server_counts() -> None:
                     known = [labels.get(label) for labels in SERVED[name]]
                     assert value in known, (name, label, value)
             assert name in SERVED
-        assert query.endswith("or vector(0)")  # one number, also where nobody asks
+        assert query.endswith("or vector(0)")  # one number, also without requests
 
 
 def test_it_scales_on_neither_cpu_nor_latency() -> None:
@@ -258,7 +257,7 @@ def test_it_scales_on_neither_cpu_nor_latency() -> None:
 
 
 def torchrun(command: list[str]) -> tuple[Any, list[str]]:
-    """A command line as torchrun itself reads it: its own part, and that of the program."""
+    """Parse a command line with torchrun's parser; return its own part and the program's."""
     from torch.distributed.run import get_args_parser
 
     given = get_args_parser().parse_args(command)

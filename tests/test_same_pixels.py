@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")
 
 
 class Recorder(SimulatedEngine):
-    """Keeps the pixels it is given."""
+    """Record the pixels of each batch."""
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle, seconds=lambda tier, batch: 0.001)
@@ -38,7 +38,7 @@ class Recorder(SimulatedEngine):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of classes, as a data set: odd images that can be read, and large JPEGs."""
+    """Return a folder of classes with odd but readable images, and large JPEGs."""
     folder = tmp_path_factory.mktemp("files")
     bodies = {name: make() for name, (make, status) in CASES.items() if status == 200}
     for orientation in range(1, 9):
@@ -48,7 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label in ("a", "b"):
         (folder / "test" / label).mkdir(parents=True)
     for i, (name, body) in enumerate(sorted(bodies.items())):
-        # the name's ending is of no account: the bytes tell the type
+        # the extension is ignored: the type is detected from the bytes
         (folder / "test" / "ab"[i % 2] / f"{name}.png").write_bytes(body)
     return folder
 
@@ -86,14 +86,14 @@ def test_evaluation_export_and_serving_see_the_same(
     np.testing.assert_array_equal(ours, images.decode(evaluated, rows))
     for row in rows:
         engine.seen.clear()
-        response = client.post("/classify?budget_ms=20000", content=evaluated.body(row))
+        response = client.post("/classify?budget_ms=600000", content=evaluated.body(row))
         assert response.status_code == 200, response.text
         np.testing.assert_array_equal(engine.seen[-1][0], ours[row])
     assert len(rows) > 60
 
 
 def test_some_were_decoded_at_a_reduced_scale(evaluated: LabelledImages) -> None:
-    """Else the test above would say nothing of it."""
+    """Otherwise the test above would not cover it."""
     preprocess = evaluated.preprocess
     bodies = [evaluated.body(row) for row in range(len(evaluated))]
     changed = [not np.array_equal(preprocess(b), preprocess.crop(decode_image(b))) for b in bodies]
@@ -101,7 +101,7 @@ def test_some_were_decoded_at_a_reduced_scale(evaluated: LabelledImages) -> None
 
 
 def test_a_trainers_larger_source_is_the_same_picture(evaluated: LabelledImages) -> None:
-    """Training crops from `resize` pixels, decoded at the same scale as the model's own."""
+    """Training crops from `resize` pixels, decoded at the same scale as the input of the model."""
     own = Preprocess(image_size=8, resize=12, mean=(0.5,) * 3, std=(0.5,) * 3)
     source = replace(own, image_size=own.resize)
     for row in range(len(evaluated)):

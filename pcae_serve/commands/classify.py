@@ -6,13 +6,15 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, Field, model_validator
 from pydantic_settings import CliUnknownArgs
 
 from pcae_serve import keys_file
 from pcae_serve.errors import PcaeError
+from pcae_serve.flags import Metavar
+from pcae_serve.version import install_command
 
 if TYPE_CHECKING:  # needs an extra, which serving does not
     from pcae_serve.client import AsyncClient
@@ -31,7 +33,9 @@ class Classify(BaseModel):
     """
 
     # not CliPositionalArg, which splits a file name at its commas and drops its quotes
-    files: CliUnknownArgs = Field(description="image files; - is standard input")
+    files: Annotated[CliUnknownArgs, Metavar("FILE")] = Field(
+        description="image files; - is standard input"
+    )
     url: str = Field("http://127.0.0.1:8000", description="address of the server")
     tier: str = Field(
         "auto", description="name of a tier, or auto: the most accurate one that meets the budget"
@@ -78,7 +82,7 @@ class Classify(BaseModel):
             if error.name != "httpx2":
                 raise
             raise PcaeError(
-                "pcae-serve classify needs httpx2: pip install 'pcae-serve[client]'"
+                f"pcae-serve classify needs httpx2: {install_command('client')}"
             ) from None
         key = self._key()
         # not in a thread: one that waits for a terminal would outlive Ctrl-C

@@ -19,7 +19,7 @@ from pcae_serve.engines.loader import load_configured_engine
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.observability import logs
 from pcae_serve.runtime.service import Service
-from pcae_serve.settings import Settings
+from pcae_serve.settings import Settings, unknown_variables
 
 #: Connections that wait to be accepted.
 BACKLOG = 2048
@@ -28,15 +28,13 @@ log = logging.getLogger(__name__)
 
 
 class Serve(Settings):
-    __doc__ = (
-        f"{Settings.__doc__} Other commands: `pcae-serve classify FILE…` asks a running server,"
-        " `pcae-serve simulate` plays traces through the scheduler, `pcae-serve replay URL` sends"
-        " them to a live server; see their --help."
-    )
+    __doc__ = Settings.__doc__
 
     def cli_cmd(self) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
         logs.configure(self.log_format, self.log_level)
+        for warning in unknown_variables():
+            log.warning("%s", warning)
         with listen(self.host, self.port) as listener:
             keys, admin_keys = Keys.read(self.api_keys_file), Keys.read(self.admin_keys_file)
             served = load_bundle(self.bundle or demo_path())

@@ -24,6 +24,7 @@ from pcae_serve.errors import PcaeError
 from pcae_serve.loadtest.simulator import End, Outcome
 from pcae_serve.scheduling.policies.registry import OURS
 from pcae_serve.scheduling.tiers import TierTable
+from pcae_serve.version import install_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -191,7 +192,7 @@ def require(command: str) -> None:
     """Raise PcaeError if a package that the command needs is not installed."""
     missing = [name for name in ("matplotlib", "rich", "scipy") if find_spec(name) is None]
     if missing:
-        raise PcaeError(f"{command} needs {', '.join(missing)}: pip install 'pcae-serve[{EXTRA}]'")
+        raise PcaeError(f"{command} needs {', '.join(missing)}: {install_command(EXTRA)}")
 
 
 def show(rows: Sequence[Row], notes: Sequence[str], *, labels: bool = False) -> None:

@@ -11,6 +11,8 @@ from collections.abc import MutableMapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from pcae_serve.version import install_command
+
 if TYPE_CHECKING:
     from fastapi.telemetry import TelemetryConfig
 
@@ -40,7 +42,7 @@ def config() -> "TelemetryConfig | None":
     if not asked or disabled or os.environ.get("OTEL_TRACES_EXPORTER", "").lower() == "none":
         return None
     if not all(map(_installed, _NEEDED)):
-        log.warning("%s is set, but no traces are sent: pip install 'pcae-serve[otel]'", asked[0])
+        log.warning("%s is set, but no traces are sent: %s", asked[0], install_command("otel"))
         return None
     # whoever set a provider up, such as opentelemetry-instrument, has an exporter there already
     ours = trace is not None and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)

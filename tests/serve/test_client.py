@@ -643,4 +643,4 @@ asyncio.run(main())
 
 def test_without_httpx2_it_says_what_to_install() -> None:
     told = in_a_process("import sys; sys.modules['httpx2'] = None; import pcae_serve.client")
-    assert told.splitlines()[-1].endswith("pip install 'pcae-serve[client]'")
+    assert told.splitlines()[-1].endswith("pip install '.[client]'")

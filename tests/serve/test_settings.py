@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -5,8 +6,9 @@ import pytest
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
+from pcae_serve.command import run
 from pcae_serve.scheduling.policies.registry import NAMES
-from pcae_serve.settings import Settings
+from pcae_serve.settings import Settings, unknown_variables
 
 
 def test_the_environment_wins_over_the_file_and_arguments_over_both(
@@ -61,16 +63,46 @@ def test_several_devices_are_named_once_each() -> None:
         Settings(device="cuda:1,cuda:0,cuda:01")
 
 
-def test_the_policies_to_choose_from_are_told() -> None:
-    description = Settings.model_fields["policy"].description or ""
-    assert all(name in description for name in (*NAMES, "fixed:TIER", "+drop"))
+def test_every_setting_is_described_in_one_group() -> None:
+    grouped = [name for names in Settings.flag_groups.values() for name in names]
+    assert sorted(grouped) == sorted(Settings.model_fields)
+    assert all(field.description for field in Settings.model_fields.values())
+    policy = Settings.model_fields["policy"].description or ""
+    assert all(name in policy for name in (*NAMES, "fixed:TIER", "+drop"))
 
 
-def test_a_misspelt_key_in_the_file_is_refused(
+def test_an_unknown_key_in_the_file_is_an_error_with_the_nearest_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "pcae.toml"
     config.write_text("bugdet_ms = 5\n")
     monkeypatch.setenv("PCAE_CONFIG", str(config))
-    with pytest.raises(ValidationError, match="bugdet_ms"):
+    message = f"{config}: unknown key 'bugdet_ms'; did you mean budget_ms?"
+    with pytest.raises(SettingsError, match=re.escape(message)):
         Settings()
+
+
+def test_a_wrong_value_is_reported_with_its_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reported(*flags: str) -> str:
+        assert run(Settings, flags) == 2
+        return capsys.readouterr().err
+
+    config = tmp_path / "pcae.toml"
+    config.write_text('port = "x"\n')
+    monkeypatch.setenv("PCAE_CONFIG", str(config))
+    assert reported().startswith(f"pcae-serve: {config}: port: Input should be a valid integer")
+    monkeypatch.setenv("PCAE_PORT", "y")
+    assert reported().startswith("pcae-serve: PCAE_PORT: Input should be a valid integer")
+    assert reported("--port=z").startswith("pcae-serve: --port: Input should be a valid integer")
+
+
+def test_unknown_variables_are_reported_with_the_nearest_name() -> None:
+    known = ["PCAE_BUDGET_MS", "pcae_port", "PCAE_CONFIG", "PCAE_API_KEY", "PCAE_SERVE_PORT"]
+    known += ["PCAE_TRAIN_FINETUNE", "PCAE_EXPORT_BUNDLE", "HOME"]
+    assert unknown_variables(dict.fromkeys(known, "1")) == []
+    assert unknown_variables({"PCAE_BUDGT_MS": "5", "PCAE_QZ": "1"}) == [
+        "PCAE_BUDGT_MS is set, but it is not a setting; did you mean PCAE_BUDGET_MS?",
+        "PCAE_QZ is set, but it is not a setting",
+    ]

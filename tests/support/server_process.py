@@ -12,6 +12,7 @@ import httpx2
 import pytest
 
 COMMAND = (sys.executable, "-m", "pcae_serve")
+READY_S = 120  # a start takes 2 s on an idle machine
 
 
 def free_port() -> int:
@@ -22,7 +23,7 @@ def free_port() -> int:
 
 @contextmanager
 def server(*flags: str, cache: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A running pcae-serve; its address once it is ready."""
+    """Run pcae-serve on a free port; yield its address and process once it is ready."""
     port = free_port()
     command = (*COMMAND, "--port", str(port), "--cache-dir", str(cache), *flags)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -32,9 +33,10 @@ def server(*flags: str, cache: Path) -> Iterator[tuple[str, subprocess.Popen[str
 
 @contextmanager
 def ready(process: subprocess.Popen[str], url: str) -> Iterator[str]:
-    """Wait until the server that `process` starts takes requests; end it afterwards."""
+    """Wait until the server that `process` starts is ready; kill it afterwards."""
+    deadline_s = time.monotonic() + READY_S
     try:
-        for _ in range(600):
+        while time.monotonic() < deadline_s:
             try:
                 if httpx2.get(f"{url}/readyz").status_code == 200:
                     break
@@ -42,7 +44,7 @@ def ready(process: subprocess.Popen[str], url: str) -> Iterator[str]:
                 assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
         else:
-            pytest.fail(f"{url} is not ready after 30 s")
+            pytest.fail(f"{url} is not ready after {READY_S} s")
         yield url
     finally:
         process.kill()

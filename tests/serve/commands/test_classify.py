@@ -247,14 +247,14 @@ def test_without_the_extra(capsys: Captured, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "httpx2", None)
     assert start(["classify", "a.png"]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line == "pcae-serve: pcae-serve classify needs httpx2: pip install 'pcae-serve[client]'"
+    assert line == "pcae-serve: pcae-serve classify needs httpx2: pip install '.[client]'"
 
 
 def test_the_command_is_told_of(capsys: Captured) -> None:
     assert start(["--help"]) == 0
-    assert "pcae-serve classify FILE…" in capsys.readouterr().out
+    assert "classify images on a running server" in capsys.readouterr().out
     assert start(["classify", "--help"]) == 0
     told = capsys.readouterr().out
-    assert "classify FILE…" in told
+    assert "classify [options] FILE..." in told
     for flag in ("url", "tier", "budget-ms", "min-tier", "top-k", "json", "api-key-file"):
         assert f"--{flag} " in told.replace(",", " ")

@@ -168,5 +168,5 @@ def test_the_plot(tmp_path: Path) -> None:
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     report.require("pcae-serve simulate")
     monkeypatch.setitem(sys.modules, "rich", None)
-    with pytest.raises(PcaeError, match=r"needs rich: pip install 'pcae-serve\[simulate\]'"):
+    with pytest.raises(PcaeError, match=r"needs rich: pip install '\.\[simulate\]'"):
         report.require("pcae-serve simulate")
