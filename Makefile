@@ -66,12 +66,13 @@ test-all: .venv-test/ray  ## run all tests that need no GPU, and measure coverag
 	$(TEST_PYTHON) -m pytest -m "not gpu" --cov --cov-report=term $(ARGS)
 
 .PHONY: lint
-lint: .venv-test/installed  ## check rules, format, types, the direction of imports and spelling
+lint: .venv-test/installed  ## check rules, format, types, the direction of imports, spelling and language
 	$(TEST_PYTHON) -m ruff check
 	$(TEST_PYTHON) -m ruff format --check
 	$(TEST_PYTHON) -m mypy
 	.venv-test/bin/lint-imports
 	.venv-test/bin/codespell
+	$(TEST_PYTHON) .ci/language.py
 
 .PHONY: format
 format: .venv-test/installed  ## rewrite the code in ruff's format, and generated documents

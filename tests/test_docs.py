@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pcae_serve.api.app import create_app
 from pcae_serve.bundle import reader
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 
 ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 API, ARCHITECTURE = ((ROOT / "docs" / name).read_text() for name in ("api.md", "architecture.md"))
 
 
@@ -40,3 +43,9 @@ def test_every_folder_is_explained() -> None:
     }
     assert packages <= {name.rstrip("/") for name in named}
     assert all((ROOT / name).is_dir() for name in named)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_has_a_target(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert re.match(r"https?://", link) or (page.parent / link).exists(), link
