@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from inspect import Signature, signature
@@ -40,8 +41,8 @@ from pcae_serve.client import (
 from pcae_serve.schemas import Classification
 from tests.support.bundles import manifest, write_bundle
 from tests.support.images import image_bytes
-from tests.support.server_process import free_port, server
-from tests.support.stand_in import ANSWER, SIMULATED, stand_in
+from tests.support.server_process import server
+from tests.support.stand_in import ANSWER, SIMULATED, reserved_port, stand_in
 
 
 class Blocking:
@@ -497,36 +498,32 @@ def test_a_connection_that_is_lost(connect: Any) -> None:
 
 
 def test_a_server_that_comes_up_within_the_budget(connect: Any) -> None:
-    port, started = free_port(), threading.Event()
+    with reserved_port() as (bound, port), ExitStack() as stack:
+        waits_s = list[float]()
 
-    def later() -> None:
-        time.sleep(0.3)
-        with stand_in(answer, port):
-            started.set()
-            done.wait(30)
+        def sleep(seconds: float) -> None:
+            waits_s.append(seconds)
+            if len(waits_s) == 3:
+                stack.enter_context(stand_in(answer, bound))
 
-    done = threading.Event()
-    thread = threading.Thread(target=later)
-    thread.start()
-    try:
-        with connect(f"http://127.0.0.1:{port}") as client:
+        with connect(f"http://127.0.0.1:{port}", sleep=sleep) as client:
             assert not client.ready()
             assert client.classify(b"image", budget_ms=20_000).tier == "fast"
-            assert started.is_set()
-    finally:
-        done.set()
-        thread.join()
+    assert waits_s == pytest.approx([0.02, 0.04, 0.08])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_nobody_listens(connect: Any, host: str) -> None:
-    where, world = f"http://{host}:{free_port()}", World()
-    with connect(where, clock=lambda: world.now_s, sleep=world.sleep) as client:
-        with pytest.raises(NotReachable, match=f"cannot connect to {where}: Connection refused"):
-            client.classify(b"image", budget_ms=60)
-        with pytest.raises(NotReachable):
-            client.tiers()
-        assert not client.ready()
+def test_no_server_listens(connect: Any, host: str) -> None:
+    world = World()
+    with reserved_port() as (_, port):
+        where = f"http://{host}:{port}"
+        with connect(where, clock=lambda: world.now_s, sleep=world.sleep) as client:
+            expected = f"cannot connect to {where}: Connection refused"
+            with pytest.raises(NotReachable, match=expected):
+                client.classify(b"image", budget_ms=60)
+            with pytest.raises(NotReachable):
+                client.tiers()
+            assert not client.ready()
 
 
 def test_a_name_that_is_unknown_is_told_at_once(connect: Any) -> None:

@@ -19,8 +19,8 @@ from pcae_serve.commands.classify import MAX_IN_FLIGHT, Classify
 from pcae_serve.schemas import Classification
 from tests.support.bundles import write_bundle
 from tests.support.images import image_bytes
-from tests.support.server_process import COMMAND, free_port, server
-from tests.support.stand_in import ANSWER, SIMULATED, stand_in
+from tests.support.server_process import COMMAND, server
+from tests.support.stand_in import ANSWER, SIMULATED, reserved_port, stand_in
 
 Captured = pytest.CaptureFixture[str]
 
@@ -117,8 +117,9 @@ def test_a_refusal_is_told_for_each(url: str, files: list[str], capsys: Captured
     assert told.err.count("choose one of fast, balanced, full") == 2
 
 
-def test_nobody_listens(files: list[str], capsys: Captured) -> None:
-    assert start(["classify", files[0], "--url", f"http://127.0.0.1:{free_port()}"]) == 1
+def test_no_server_listens(files: list[str], capsys: Captured) -> None:
+    with reserved_port() as (_, port):
+        assert start(["classify", files[0], "--url", f"http://127.0.0.1:{port}"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("pcae-serve: a.png: cannot connect to http://127.0.0.1:")
     assert start(["classify", files[0], "--url", "ftp://here"]) == 1
