@@ -38,7 +38,7 @@ def seen(headers: list[tuple[bytes, bytes]], *, stamped: bool = False) -> Scope:
     return scopes[0]
 
 
-def test_the_time_since_the_stamp_is_told() -> None:
+def test_the_time_since_the_stamp_is_the_delay() -> None:
     stamp = f"{BOOT} {time.monotonic() - 0.2}".encode()
     assert 0.2 <= seen([(proxy_delay.HEADER, stamp)])["state"][proxy_delay.DELAY_S] < 20
 
@@ -47,7 +47,7 @@ def test_the_time_since_the_stamp_is_told() -> None:
     "stamp",
     ["another-machine 1.0", f"{BOOT} nan", f"{BOOT} -inf", f"{BOOT} soon", BOOT, " 1.0", ""],
 )
-def test_what_is_no_stamp_of_this_machine_counts_for_nothing(stamp: str) -> None:
+def test_an_invalid_or_foreign_stamp_is_ignored(stamp: str) -> None:
     assert proxy_delay.DELAY_S not in seen([(proxy_delay.HEADER, stamp.encode())]).get("state", {})
 
 
@@ -61,7 +61,7 @@ def test_a_stamp_from_the_future_and_one_from_long_ago_are_bounded() -> None:
     )
 
 
-def test_the_proxy_puts_its_own_in_the_place_of_the_clients() -> None:
+def test_the_proxy_replaces_the_clients_stamp() -> None:
     forged = [
         (b"X-Pcae-Arrival", f"{BOOT} 0".encode()),
         (proxy_delay.HEADER, b"x"),
@@ -72,9 +72,9 @@ def test_the_proxy_puts_its_own_in_the_place_of_the_clients() -> None:
     assert scope["state"][proxy_delay.DELAY_S] < 20  # not the time since the boot
 
 
-@pytest.mark.parametrize("asked", ["query", "header", "default", "/v2"])
-def test_it_counts_against_the_budget_however_that_was_told(
-    small_bundle: Bundle, settings: Any, asked: str
+@pytest.mark.parametrize("place", ["query", "header", "default", "/v2"])
+def test_the_delay_counts_against_the_budget_wherever_it_is_given(
+    small_bundle: Bundle, settings: Any, place: str
 ) -> None:
     service = Service(settings(budget_ms=900), small_bundle, [SimulatedEngine(small_bundle)])
     failures = list[BaseException]()
@@ -87,11 +87,11 @@ def test_it_counts_against_the_budget_however_that_was_told(
             time.sleep(0.02)
         for headers, status in ((stamp, {422, 503, 504}), ({}, {200})):
             path, more = "/classify", dict[str, str]()
-            if asked == "query":
+            if place == "query":
                 path += "?budget_ms=900"
-            elif asked == "header":
+            elif place == "header":
                 more = {"X-Latency-Budget-Ms": "900"}
-            elif asked == "/v2":
+            elif place == "/v2":
                 path, more = "/v2/models/test/infer", {"Inference-Header-Content-Length": "0"}
             answer = client.post(path, content=image_bytes(), headers=headers | more)
             assert answer.status_code in status, answer.text
