@@ -99,7 +99,8 @@ class TierInfo(BaseModel):
         description="similarity to the features at keep ratio 1.0, for bundles without a head"
     )
     dominated: bool = Field(
-        description="whether a cheaper tier is at least as good; auto never uses such a tier"
+        description="whether a cheaper tier is at least as good; auto uses such a tier only if all"
+        " others have failed"
     )
     in_service: bool = Field(
         True, description="false while the tier fails; it then answers no requests"

@@ -16,7 +16,7 @@ from tests.support.bundles import write_bundle
 from tests.support.images import image_bytes
 from tests.support.server_process import free_port, ready
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 ADMIN = "an-admin-key-of-some-length"
