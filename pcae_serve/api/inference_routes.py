@@ -242,16 +242,16 @@ async def infer(request: Request) -> Response:
 
     async def answered(body: bytes) -> Response:
         max_images = service.settings.max_images
-        infer_request, files = _parse(body, request.headers.get(HEADER_LENGTH), max_images)
-        require_outputs(infer_request, service.bundle)
-        parameters = infer_request.parameters or RequestParameters()
+        asked, files = _parse(body, request.headers.get(HEADER_LENGTH), max_images)
+        require_outputs(asked, service.bundle)
+        parameters = asked.parameters or RequestParameters()
         service.bundle.allowed(parameters.tier, parameters.min_tier)
         budget_ms = parameters.budget_ms or service.settings.budget_ms
         ask = InferenceRequest(
             arrival_s, budget_ms, parameters.tier, parameters.min_tier, service.bundle.answers
         )
         answers = await _answers(service, ask, files)
-        response = _response(infer_request, ask, answers)
+        response = _response(asked, ask, answers)
         server_timing.record_timing(request, response, answers)
         return response
 
@@ -298,8 +298,8 @@ def _parse(
         return InferRequest(inputs=[tensor]), [lambda: body]
     if length > len(body):
         raise MalformedRequest(f"{HEADER_LENGTH} is {length}, but the body has {len(body)} bytes")
-    infer_request = parse_request(body[:length])
-    return infer_request, image_files(infer_request, memoryview(body)[length:], max_images)
+    asked = parse_request(body[:length])
+    return asked, image_files(asked, memoryview(body)[length:], max_images)
 
 
 async def _answers(
@@ -327,18 +327,16 @@ async def _answers(
 
 
 def _response(
-    infer_request: InferRequest, ask: InferenceRequest, answers: list[InferenceResult]
+    asked: InferRequest, ask: InferenceRequest, answers: list[InferenceResult]
 ) -> Response:
     """Return the answer with the requested outputs, as JSON or as JSON and binary data."""
     bundle = answers[0].bundle
     if any(answer.bundle is not bundle for answer in answers):
         raise OutOfService("the bundle was reloaded between the images: retry", retry_after_s=1)
     vectors = np.stack([answer.vector for answer in answers])  # [N, width]
-    binary_default = (infer_request.parameters or RequestParameters()).binary_data_output
+    binary_default = (asked.parameters or RequestParameters()).binary_data_output
     outputs, blobs = list[dict[str, Any]](), list[bytes]()
-    for wanted in infer_request.outputs or [
-        RequestOutput(name=name) for name in offered_outputs(bundle)
-    ]:
+    for wanted in asked.outputs or [RequestOutput(name=name) for name in offered_outputs(bundle)]:
         parameters = wanted.parameters or OutputParameters()
         tensor = output_tensor(wanted.name, parameters.classification, vectors, bundle.labels)
         output: dict[str, Any] = {
@@ -356,7 +354,7 @@ def _response(
     document = {
         "model_name": bundle.manifest.name,
         "model_version": VERSION,
-        **({} if infer_request.id is None else {"id": infer_request.id}),
+        **({} if asked.id is None else {"id": asked.id}),
         "parameters": {
             "tier": ",".join(answer.tier.name for answer in answers),
             "reason": "; ".join(answer.reason for answer in answers),

@@ -124,7 +124,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._service = service
-        self._drain_deadline_s: float | None = None  # None: not draining
+        self._drained_at_s: float | None = None  # at the latest; None: not draining
         self._reload: asyncio.Task[None] | None = None
         self._reload_wanted = False
 
@@ -136,18 +136,18 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; `on_tick` exits. uvicorn itself would exit with the signal."""
-        if self._drain_deadline_s is not None:
+        if self._drained_at_s is not None:
             self.should_exit = self.force_exit = True
             return
         self._service.drain()
-        self._drain_deadline_s = time.monotonic() + self._service.settings.drain_s
+        self._drained_at_s = time.monotonic() + self._service.settings.drain_s
 
     async def on_tick(self, counter: int) -> bool:
-        if self._drain_deadline_s is not None:
+        if self._drained_at_s is not None:
             if not self._service.in_hand:
                 self.should_exit = True
-            elif time.monotonic() > self._drain_deadline_s:
-                self._service.give_up()  # answers all requests before connections are closed
+            elif time.monotonic() > self._drained_at_s:
+                self._service.give_up()  # all are answered before connections are closed
                 self.should_exit = True
         return await super().on_tick(counter)
 

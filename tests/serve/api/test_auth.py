@@ -118,8 +118,8 @@ def test_admin_routes_accept_only_admin_keys(guarded: TestClient) -> None:
     problem(guarded.post("/admin/reload"), 401)
     problem(guarded.post("/admin/reload", headers={"X-API-Key": ALICE}), 403)
     # this service was given nothing that makes engines
-    refused = guarded.post("/admin/reload", headers={"X-API-Key": ROOT})
-    assert "the old bundle serves on" in problem(refused, 422)["detail"]
+    told = guarded.post("/admin/reload", headers={"X-API-Key": ROOT})
+    assert "the old bundle serves on" in problem(told, 422)["detail"]
 
 
 def test_admin_routes_are_disabled_without_admin_keys(

@@ -160,7 +160,7 @@ class Hard(Greedy):
 
 
 def decoded(service: Service) -> int:
-    """Number of requests in the queue, past the decoder."""
+    """How many of those who wait are in the queue, no longer at the decoder."""
     assert service._servable is not None
     return len(service._servable._scheduler._queue)
 
