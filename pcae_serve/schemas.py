@@ -1,4 +1,4 @@
-"""What the REST API says, as pydantic models: they are the documentation under /docs."""
+"""Documents of the REST API, as pydantic models; /docs is generated from them."""
 
 from typing import Literal
 
@@ -9,39 +9,49 @@ from pcae_serve.bundle.tokens import Rule
 
 
 class Prediction(BaseModel):
-    label: str
-    index: int = Field(description="row of the label in the bundle's list")
-    probability: float = Field(description="softmax of the logits")
+    """A class and its probability."""
+
+    label: str = Field(description="name of the class")
+    index: int = Field(description="index of the label in the bundle's list")
+    probability: float = Field(description="softmax of the logits over all classes")
 
 
 class Timings(BaseModel):
-    decode: float = Field(description="reading the body's image, with the wait for a decoder")
-    queue: float = Field(description="waiting for the device")
-    compute: float = Field(description="the batch it was part of")
-    total: float = Field(description="from the request's headers to this answer")
+    """Where the time of an answer went, in milliseconds."""
+
+    decode: float = Field(description="decoding the image, including the wait for a decoder")
+    queue: float = Field(description="waiting in the queue for a device")
+    compute: float = Field(description="running the batch that the image was part of")
+    total: float = Field(description="from the request's headers to the answer")
 
 
 class Result(BaseModel):
-    """What every answer to an image tells of itself."""
+    """Fields of every answer to an image."""
 
-    tier: str = Field(description="the tier that answered")
-    keep_ratio: float
-    tokens: list[int] = Field(description="patches left after each reduction stage")
-    reason: str = Field(description="why this tier")
-    budget_ms: float
-    met_budget: bool
+    tier: str = Field(description="name of the tier that answered")
+    keep_ratio: float = Field(description="fraction of patches that each reduction stage keeps")
+    tokens: list[int] = Field(description="number of patches left after each reduction stage")
+    reason: str = Field(description="why this tier was chosen")
+    budget_ms: float = Field(description="the budget that applied, in milliseconds")
+    met_budget: bool = Field(description="whether the answer was ready within the budget")
     timings_ms: Timings
     kept: list[list[int]] | None = Field(
-        None, description="with explain: the patches left after each stage, by index in the image"
+        None,
+        description="with explain: indices of the patches left after each stage, ascending;"
+        " patches are numbered row by row",
     )
 
 
 class Classes(BaseModel):
-    predictions: list[Prediction]
+    """The part of an answer that only classification has."""
+
+    predictions: list[Prediction] = Field(description="most probable first")
 
 
 class Features(BaseModel):
-    features: list[float] = Field(description="of the image; not scaled to length 1")
+    """The part of an answer that only feature extraction has."""
+
+    features: list[float] = Field(description="features of the image, not scaled to length 1")
 
 
 class Classification(Result, Classes):  # fields of the last base come first
@@ -72,49 +82,63 @@ class Embedding(Result, Features):
 
 
 class TierInfo(BaseModel):
+    """A tier: a model with a keep ratio, its quality and its latency."""
+
     name: str
-    model: str
-    reduction: Rule = Field(description="how its model chooses the patches that go")
-    precision: str = Field(description="of the products with the weights, on this backend")
-    keep_ratio: float
-    tokens: list[int] = Field(description="patches left after each reduction stage")
-    macs: int = Field(description="multiply-adds for one image")
-    accuracy: Accuracy | None
-    agreement: Agreement | None = Field(description="with k = 1.0, where no labels were at hand")
-    fidelity: Fidelity | None = Field(description="to the features of k = 1.0, without a head")
-    dominated: bool = Field(description="a cheaper tier is as good: auto never takes it")
-    in_service: bool = Field(True, description="false while it fails: nobody is answered on it")
+    model: str = Field(description="name of the model in the bundle")
+    reduction: Rule = Field(description="rule by which the model selects patches to drop")
+    precision: str = Field(description="number format of products with weights, on this backend")
+    keep_ratio: float = Field(description="fraction of patches that each reduction stage keeps")
+    tokens: list[int] = Field(description="number of patches left after each reduction stage")
+    macs: int = Field(description="multiply-accumulate operations for one image")
+    accuracy: Accuracy | None = Field(description="measured on labelled images; null if unmeasured")
+    agreement: Agreement | None = Field(
+        description="agreement with keep ratio 1.0, for bundles exported without labels"
+    )
+    fidelity: Fidelity | None = Field(
+        description="similarity to the features at keep ratio 1.0, for bundles without a head"
+    )
+    dominated: bool = Field(
+        description="whether a cheaper tier is at least as good; auto uses such a tier only if all"
+        " others have failed"
+    )
+    in_service: bool = Field(
+        True, description="false while the tier fails; it then answers no requests"
+    )
     latency_ms: dict[int, float] | None = Field(
-        description="by batch size, on this machine, as expected now; null until measured"
+        description="expected median latency of a batch by its size, on this machine under current"
+        " conditions; null until measured"
     )
 
 
 class Tiers(BaseModel):
-    """What this server offers, the cheapest tier first."""
+    """The server's bundle, device and tiers."""
 
-    bundle: str
-    digest: str = Field(description="sha256 of the bundle's manifest")
-    backend: str
+    bundle: str = Field(description="name of the bundle")
+    digest: str = Field(description="SHA-256 of the bundle's manifest")
+    backend: str = Field(description="runtime that executes the model")
     backend_version: str
-    backend_note: str | None = Field(description="what to know before relying on it")
-    device: str = Field(description="where batches run; several share one queue")
-    policy: str
-    budget_ms: float = Field(description="for requests that name none")
-    image_size: int
+    backend_note: str | None = Field(description="known limitation of the backend, if any")
+    device: str = Field(description="device that runs batches; several devices share one queue")
+    policy: str = Field(description="scheduling policy")
+    budget_ms: float = Field(description="budget of requests that state none, in milliseconds")
+    image_size: int = Field(description="side of the model's input, in pixels")
     answers: Literal["logits", "features"] = Field(
-        description="logits: POST /classify; features: POST /embed"
+        description="logits: use POST /classify; features: use POST /embed"
     )
-    width: int = Field(description="numbers the models answer with: classes, or features")
-    labels: list[str]
-    tiers: list[TierInfo]
+    width: int = Field(description="length of the output: number of classes or of features")
+    labels: list[str] = Field(description="class names in the order of the logits")
+    tiers: list[TierInfo] = Field(description="cheapest first")
 
 
 class Health(BaseModel):
-    status: str
+    """The answer to a health check."""
+
+    status: str = Field(description="alive (GET /livez) or ready (GET /readyz)")
 
 
 class Problem(BaseModel):
-    """An error, as RFC 9457 says it (application/problem+json)."""
+    """An error as an RFC 9457 problem document (application/problem+json)."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -122,41 +146,41 @@ class Problem(BaseModel):
                 "type": "urn:pcae-serve:overloaded",
                 "title": "Server overloaded",
                 "status": 503,
-                "detail": "the load leaves no allowed tier within 50 ms, but for making others"
-                " late: retry later, allow a faster tier or a larger budget",
+                "detail": "the server is too busy to answer within 50 ms without delaying requests"
+                " already accepted; retry later, allow a faster tier or raise the budget",
                 "retry_after_s": 0.31,
             }
         }
     )
 
-    type: str
-    title: str
+    type: str = Field(description="urn:pcae-serve: and the error's code, or about:blank")
+    title: str = Field(description="short summary, the same for all errors of this type")
     status: int
-    detail: str = Field(description="what was wrong and what to do, in one line")
+    detail: str = Field(description="the fault and what to do, in one line")
     needed_ms: float | None = Field(
-        None, description="of a budget too small: what the fastest allowed tier takes"
+        None, description="for budget-too-small: milliseconds that the fastest allowed tier needs"
     )
-    retry_after_s: float | None = Field(None, description="when to come back")
+    retry_after_s: float | None = Field(None, description="seconds until a retry is useful")
 
 
 class BatchItem(BaseModel):
-    """What became of one image: an answer with status 200, or a problem with its own."""
+    """The outcome of one image: an answer with status 200, or a problem with its own status."""
 
-    status: int
+    status: int = Field(description="HTTP status that the image would have had on its own")
     answer: Classification | None = None
     problem: Problem | None = None
 
 
 class Batch(BaseModel):
-    """What became of every image, in the order in which they were sent."""
+    """The outcome of every image, in the order in which they were sent."""
 
     results: list[BatchItem]
 
 
 class Reload(BaseModel):
-    """What is served from now on."""
+    """The bundle that is served after a reload."""
 
-    bundle: str
-    digest: str = Field(description="sha256 of the bundle's manifest")
-    tiers: list[str]
-    seconds: float = Field(description="that it took, beside live traffic")
+    bundle: str = Field(description="name of the bundle")
+    digest: str = Field(description="SHA-256 of the bundle's manifest")
+    tiers: list[str] = Field(description="names of the tiers, cheapest first")
+    seconds: float = Field(description="duration of the reload")

@@ -1,1 +1,1 @@
-"""FastAPI routes, and everything else that speaks HTTP."""
+"""FastAPI routes and everything else that depends on HTTP."""

@@ -1,7 +1,4 @@
-"""What FastAPI's OpenAPI document leaves out: the headers of answers.
-
-It knows the document, and no route by name.
-"""
+"""Response headers for the OpenAPI document, which FastAPI leaves out."""
 
 from typing import Any
 
@@ -9,15 +6,15 @@ from pcae_serve.api import server_timing
 
 REQUEST_ID = {
     "X-Request-ID": {
-        "description": "the request's own, where it sent one that can be used, else a new one: the"
-        " log names it",
+        "description": "the request's own X-Request-ID if it is valid, else a new one; the log"
+        " carries it",
         "required": True,
         "schema": {"type": "string"},
     }
 }
 RETRY_AFTER = {
     "Retry-After": {
-        "description": "whole seconds until it is worth asking again, where that is known",
+        "description": "whole seconds until a retry is useful, if known",
         "schema": {"type": "integer", "minimum": 1},
     }
 }
@@ -26,13 +23,13 @@ WWW_AUTHENTICATE = {
 }
 SERVER_TIMING = {
     server_timing.HEADER: {
-        "description": "milliseconds of decode, queue, compute and total; of several images, those"
-        " of the one that took longest; left out where none was answered",
+        "description": "milliseconds of decode, queue, compute and total; for several images, those"
+        " of the slowest; absent if no image was answered",
         "schema": {"type": "string"},
     }
 }
-#: What is said by errors of these statuses.
-OF_STATUS: dict[str, dict[str, Any]] = {
+#: Headers of errors by status.
+ERROR_HEADERS: dict[str, dict[str, Any]] = {
     "401": WWW_AUTHENTICATE,
     "409": RETRY_AFTER,
     "503": RETRY_AFTER,
@@ -40,11 +37,11 @@ OF_STATUS: dict[str, dict[str, Any]] = {
 
 
 def add_headers(document: dict[str, Any]) -> None:
-    """Add to every answer what headers of ours it may have."""
+    """Add to every response of the document the headers that it may have."""
     for path in document["paths"].values():
         for operation in path.values():
             for status, response in operation["responses"].items():
-                told = REQUEST_ID | OF_STATUS.get(status, {})
-                if status == "200" and "requestBody" in operation:  # it answers images
-                    told |= SERVER_TIMING
-                response["headers"] = told | response.get("headers", {})
+                headers = REQUEST_ID | ERROR_HEADERS.get(status, {})
+                if status == "200" and "requestBody" in operation:  # answers images
+                    headers |= SERVER_TIMING
+                response["headers"] = headers | response.get("headers", {})

@@ -12,7 +12,7 @@ from pcae_serve import schemas
 from pcae_serve.errors import InternalError, InvalidParameter, RequestError, shown
 
 MEDIA_TYPE = "application/problem+json"
-#: Status in the access log of a request whose client disconnected; nobody receives it.
+#: Status in the access log of a request whose client disconnected; it is never sent.
 CLIENT_CLOSED_REQUEST = 499
 
 KEY_PROBLEMS = {401: "the request has no API key", 403: "the API key is unknown"}

@@ -1,9 +1,8 @@
-"""The hop before us: how long a request has been under way when this process gets to see it.
+"""The delay in a proxy on the same machine, counted against the request's budget.
 
-A proxy in front, on the same machine, stamps each request as it comes (Stamp); behind it the time
-since then counts against the request's budget, whichever way that was told (Subtract). A clock of
-another machine says nothing here, so a stamp from there is not read: the boot id tells.
-It knows ASGI and no server.
+The proxy stamps each request when it arrives (StampArrival); the server behind it reads the stamp
+(SubtractDelay) and moves the request's arrival back by the time since then. Clocks of two machines
+cannot be compared, so the stamp carries the boot ID, and stamps of other machines are ignored.
 """
 
 import asyncio
@@ -16,16 +15,16 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-#: What the stamp is told in: the boot's id and seconds of its monotonic clock.
+#: Header of the stamp: the boot ID and seconds of the machine's monotonic clock.
 HEADER = b"x-pcae-arrival"
-#: Under this name the scope's state has the seconds that were lost before us.
-UNDER_WAY_S = "under_way_s"
-#: No request is longer under way than a budget can be.
-MAX_S = 3600.0
+#: Key in the ASGI scope's state: seconds that the request spent in the proxy.
+DELAY_S = "proxy_delay_s"
+#: Longest delay that counts: as long as a budget can be.
+MAX_DELAY_S = 3600.0
 
 
 def _boot_id() -> str:
-    """Of the machine's start, the same in all of its containers; empty where there is none."""
+    """Return the ID of the machine's boot, equal in all its containers; empty if unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -33,7 +32,7 @@ def _boot_id() -> str:
 
 
 class StampArrival:
-    """ASGI middleware of the proxy: says when a request came, whatever its client said of it."""
+    """ASGI middleware for the proxy: stamp each request, replacing any stamp of its client."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app, self._boot_id = app, _boot_id()
@@ -47,7 +46,7 @@ class StampArrival:
 
 
 class SubtractDelay:
-    """ASGI middleware behind the proxy: reads the stamp."""
+    """ASGI middleware for the server behind the proxy: read the stamp into the scope's state."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app, self._boot_id = app, _boot_id()
@@ -56,7 +55,7 @@ class SubtractDelay:
         if scope["type"] == "http":
             stamps = [value for name, value in scope["headers"] if name == HEADER]
             if len(stamps) == 1 and (seconds := self._since(stamps[0])) is not None:
-                scope.setdefault("state", {})[UNDER_WAY_S] = seconds
+                scope.setdefault("state", {})[DELAY_S] = seconds
         await self._app(scope, receive, send)
 
     def _since(self, stamp: bytes) -> float | None:
@@ -66,15 +65,15 @@ class SubtractDelay:
         except ValueError:
             return None
         known = self._boot_id and boot_id == self._boot_id and isfinite(seconds)
-        return min(max(0.0, seconds), MAX_S) if known else None
+        return min(max(0.0, seconds), MAX_DELAY_S) if known else None
 
 
 def arrival_s(state: Mapping[str, Any]) -> float:
-    """When a request arrived, by the loop's clock: now, less what it had been under way before."""
-    under_way_s: float = state.get(UNDER_WAY_S, 0.0)
-    return asyncio.get_running_loop().time() - under_way_s
+    """Return the arrival of a request in seconds of the loop's clock, less the proxy's delay."""
+    delay_s: float = state.get(DELAY_S, 0.0)
+    return asyncio.get_running_loop().time() - delay_s
 
 
 def stamping() -> list[Middleware]:
-    """For a proxy that takes Starlette's middlewares, as Ray Serve's does."""
+    """Return the middleware list for a proxy that takes Starlette's, as Ray Serve's does."""
     return [Middleware(StampArrival)]

@@ -1,10 +1,10 @@
-"""The HTTP server around the application: signals, and connections that nothing comes from.
+"""The HTTP server around the application: signal handling and time-outs of idle connections.
 
-    SIGTERM, SIGINT   not ready from then on; what is in hand is answered; exit, in bounded time
+    SIGTERM, SIGINT   drain: not ready, answer accepted requests, exit in bounded time
     a second one      exit now
     SIGHUP            reload the bundle
 
-uvicorn speaks HTTP. This knows its life cycle, and of the service only what signals ask of it.
+uvicorn implements HTTP.
 """
 
 import asyncio
@@ -26,25 +26,25 @@ from pcae_serve.errors import Draining, RequestError
 from pcae_serve.observability.logs import RequestId
 from pcae_serve.runtime.service import Service
 
-#: The head of a request must be there so long after its connection was made, or was last used.
+#: Time for the head of a request to arrive, from the connection or from the last answer.
 HEAD_S = 15.0
-#: A body that nobody wants comes for so long after its answer; then the connection is closed.
+#: Time that a body may still arrive after its request was answered, before the connection closes.
 LINGER_S = 2.0
-#: A client that reads nothing of its answer for so long is gone.
+#: A connection is aborted if its client reads nothing of an answer for this time.
 READ_S = 30.0
-#: Bytes taken from a connection at a time.
-MAX_AT_ONCE = 16_384
-#: After the last answer has been made, for it to be sent.
+#: Bytes read from a connection at a time.
+MAX_READ_BYTES = 16_384
+#: Time to send the last answers once the service has drained.
 FLUSH_S = 2
 
 
 class Connection(H11Protocol):
-    """A connection that is closed where no whole head comes: idle ones cost a descriptor each."""
+    """A connection with a time-out for each phase: an idle connection holds a file descriptor."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # what comes at once is parsed at once: in small parts, that others have their turn
-        transport.max_size = MAX_AT_ONCE  # type: ignore[attr-defined]
+        # each read is parsed in one go: small reads let other connections take their turn
+        transport.max_size = MAX_READ_BYTES  # type: ignore[attr-defined]
         self._head_timer = self.loop.call_later(HEAD_S, self._close)
         self._read_timer: asyncio.TimerHandle | None = None
 
@@ -65,8 +65,8 @@ class Connection(H11Protocol):
         super().on_response_complete()
         self._head_timer.cancel()
         if self.cycle is not before or self.transport.is_closing():
-            return  # the next request was there already, or there will be none
-        # a body that is not read is let come for a while: its sender may not see the answer before
+            return  # the next request has begun, or there will be none
+        # keep accepting an unread body for a while: its sender may not see the answer before
         unread = self.conn.their_state is h11.SEND_BODY
         self._head_timer = self.loop.call_later(LINGER_S if unread else HEAD_S, self._close)
 
@@ -81,61 +81,61 @@ class Connection(H11Protocol):
 
     def _close(self) -> None:
         if self.transport.get_write_buffer_size():
-            self.transport.abort()  # it does not read, either
+            self.transport.abort()  # the client does not read, so the buffer would never empty
         else:
             self.transport.close()
 
 
-class _Cut:
-    """ASGI middleware: a request that is cut off at the end is answered 503, not 500."""
+class _RefuseCancelled:
+    """ASGI middleware: answer 503 instead of 500 to a request that shutdown cancels."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
+        started = False
 
-        async def told(message: Message) -> None:
-            nonlocal begun
-            begun = True
+        async def send_and_note(message: Message) -> None:
+            nonlocal started
+            started = True
             await send(message)
 
         try:
-            await self._app(scope, receive, told)
+            await self._app(scope, receive, send_and_note)
         except asyncio.CancelledError:
-            if begun or scope["type"] != "http":
+            if started or scope["type"] != "http":
                 raise
             await refusal(Draining())(scope, receive, send)
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which drains before it closes."""
+    """uvicorn's server, extended to drain before it closes and to reload on SIGHUP."""
 
     def __init__(self, app: FastAPI, service: Service) -> None:
         config = uvicorn.Config(
-            RequestId(_Cut(app), access_log=service.settings.access_log),
+            RequestId(_RefuseCancelled(app), access_log=service.settings.access_log),
             http=Connection,
             log_config=None,
-            access_log=False,  # ours has the request's id and tier
+            access_log=False,  # RequestId logs access, with the request's ID and tier
             ws="none",
-            loop="asyncio",  # whose transports say how much they read at once; ms are not counted
-            timeout_keep_alive=5,  # clients go by it
+            loop="asyncio",  # its transports have max_size; uvloop is not faster here
+            timeout_keep_alive=5,  # the client's KEEP_ALIVE_S is below it
             timeout_graceful_shutdown=FLUSH_S,
         )
         super().__init__(config)
         self._service = service
-        self._drained_at_s: float | None = None  # at the latest, once draining
+        self._drained_at_s: float | None = None  # at the latest; None: not draining
         self._reload: asyncio.Task[None] | None = None
         self._reload_wanted = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         raise_descriptor_limit()
-        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
+        with contextlib.suppress(RuntimeError, ValueError):  # outside the main thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._begin_reload)
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain first; `on_tick` ends it. Not told to uvicorn, which would die of the signal."""
+        """Begin to drain; `on_tick` exits. uvicorn itself would exit with the signal."""
         if self._drained_at_s is not None:
             self.should_exit = self.force_exit = True
             return
@@ -154,10 +154,11 @@ class Server(uvicorn.Server):
     def _begin_reload(self) -> None:
         async def reload() -> None:
             while self._reload_wanted:
-                while self._service.reloading:  # by POST /admin/reload; the folder may have changed
+                # a running reload may have read the folder before it changed
+                while self._service.reloading:
                     await asyncio.sleep(0.1)
                 self._reload_wanted = False
-                with contextlib.suppress(RequestError):  # the service has logged it
+                with contextlib.suppress(RequestError):  # the service logs it
                     await self._service.reload()
 
         self._reload_wanted = True

@@ -1,7 +1,4 @@
-"""What is told of answers beside their bodies: Server-Timing, the access log's fields, the trace.
-
-It knows answers, requests and their headers, nothing of how a body is written.
-"""
+"""Timing of answers outside their bodies: Server-Timing header, access-log fields, the trace."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +13,7 @@ HEADER = "Server-Timing"
 
 
 def timings(answer: InferenceResult) -> Timings:
-    """In milliseconds."""
+    """Return where the time of an answer went, in milliseconds."""
     return Timings(
         decode=round(answer.decode_s * 1e3, 2),
         queue=round(answer.queue_s * 1e3, 2),
@@ -26,22 +23,22 @@ def timings(answer: InferenceResult) -> Timings:
 
 
 def record_timing(request: Request, response: Response, answers: Sequence[InferenceResult]) -> None:
-    """Tell of one image's answer, or of several: which tiers, and the times of the last one.
+    """Set Server-Timing, access-log and span attributes from the slowest answer.
 
-    Of no answer at all there is nothing to tell.
+    Does nothing if `answers` is empty.
     """
     if not answers:
         return
-    last = max(answers, key=lambda answer: answer.total_s)
+    slowest = max(answers, key=lambda answer: answer.total_s)
     request.state.tier = tally([answer.tier.name for answer in answers])
-    tracing.annotate(tier=request.state.tier, queue_ms=round(1e3 * last.queue_s, 2))
+    tracing.annotate(tier=request.state.tier, queue_ms=round(1e3 * slowest.queue_s, 2))
     response.headers[HEADER] = ", ".join(
-        f"{name};dur={ms}" for name, ms in timings(last).model_dump().items()
+        f"{name};dur={ms}" for name, ms in timings(slowest).model_dump().items()
     )
 
 
 def tally(words: Sequence[object]) -> str:
-    """One word as it is; of several, how often each comes, as fast:3,full:1."""
+    """Return one word unchanged, and several as counts in alphabetical order: fast:3,full:1."""
     if len(words) == 1:
         return str(words[0])
     counts = Counter(map(str, words))

@@ -45,8 +45,8 @@ class Classify(BaseModel):
         gt=0,
         allow_inf_nan=False,
         description="milliseconds until an image's answer is needed, counted from when its file is"
-        " read; a busy server is asked again within this time; default: the server's own budget,"
-        " asked once",
+        " read; a request that a busy server refuses is repeated within this time; default: the"
+        " server's own budget, without repeats",
     )
     min_tier: str | None = Field(
         None, description="with --tier auto, refuse an image rather than use a cheaper tier"

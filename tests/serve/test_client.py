@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from inspect import Signature, signature
@@ -40,8 +41,8 @@ from pcae_serve.client import (
 from pcae_serve.schemas import Classification
 from tests.support.bundles import manifest, write_bundle
 from tests.support.images import image_bytes
-from tests.support.server_process import free_port, server
-from tests.support.stand_in import ANSWER, SIMULATED, stand_in
+from tests.support.server_process import server
+from tests.support.stand_in import ANSWER, SIMULATED, reserved_port, stand_in
 
 
 class Blocking:
@@ -108,7 +109,7 @@ def test_paths_bytes_and_images_are_classified_alike(
             assert [len(stage) for stage in answer.kept or []] == [9, 5, 3]
 
 
-def test_what_is_left_out_is_left_to_the_server(connect: Any, url: str) -> None:
+def test_omitted_parameters_take_the_servers_defaults(connect: Any, url: str) -> None:
     with connect(url) as client:
         answer = client.classify(image_bytes())
         assert (answer.tier, answer.budget_ms, answer.kept) == ("full", 20_000, None)
@@ -121,16 +122,16 @@ def test_a_tier_is_chosen_from_the_allowed_ones(connect: Any, url: str) -> None:
         assert answer.tier == "balanced"
 
 
-def test_the_server_tells_of_itself(connect: Any, url: str) -> None:
+def test_tiers_and_ready(connect: Any, url: str) -> None:
     with connect(f"{url}/") as client:
         assert client.ready()
-        told = client.tiers()
-        assert [tier.name for tier in told.tiers] == ["fast", "balanced", "full"]
-        assert told.tiers[0].accuracy is not None
-        assert told.backend == "simulated"
+        offered = client.tiers()
+        assert [tier.name for tier in offered.tiers] == ["fast", "balanced", "full"]
+        assert offered.tiers[0].accuracy is not None
+        assert offered.backend == "simulated"
 
 
-def test_a_refusal_carries_what_the_server_said(connect: Any, url: str) -> None:
+def test_a_refusal_carries_the_problem_document(connect: Any, url: str) -> None:
     with connect(url) as client:
         with pytest.raises(Refused, match="'full', the fastest allowed") as small:
             client.classify(image_bytes(), min_tier="full", budget_ms=400)
@@ -187,7 +188,7 @@ def test_calls_of_the_async_client_run_at_the_same_time(url: str) -> None:
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK", "YCbCr", "HSV", "I", "F"]
 )
-def test_an_image_loses_nothing_on_its_way(mode: str) -> None:
+def test_an_image_arrives_with_the_same_pixels(mode: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
     if mode == "I;16":
         image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
@@ -199,7 +200,7 @@ def test_an_image_loses_nothing_on_its_way(mode: str) -> None:
     np.testing.assert_array_equal(np.asarray(decode_image(image_file(image))), expected)
 
 
-def test_an_opened_photograph_is_turned_as_its_file_would_be() -> None:
+def test_a_pillow_image_is_rotated_like_its_file() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     file = io.BytesIO()
@@ -237,8 +238,8 @@ class Step:
 
 
 def busy(retry_after_s: float | None = None, took_s: float = 0.0, **members: Any) -> Step:
-    told = {} if retry_after_s is None else {"retry_after_s": retry_after_s}
-    return Step(503, took_s, told | members)
+    retry = {} if retry_after_s is None else {"retry_after_s": retry_after_s}
+    return Step(503, took_s, retry | members)
 
 
 class World:
@@ -276,7 +277,7 @@ class World:
                 return error
 
 
-def test_it_comes_back_when_the_server_says_with_what_is_left(connect: Any) -> None:
+def test_a_retry_waits_as_told_and_sends_the_remaining_budget(connect: Any) -> None:
     world = World(busy(0.2, took_s=0.01), busy(0.1, took_s=0.02), Step(200, 0.05))
     answer = world.classify(connect, budget_ms=500)
     assert answer.predictions[0].label == "dim"
@@ -284,13 +285,13 @@ def test_it_comes_back_when_the_server_says_with_what_is_left(connect: Any) -> N
     assert [left_ms for _, left_ms in world.sent] == pytest.approx([500, 290, 170])
 
 
-def test_it_does_not_come_back_where_the_budget_would_have_passed(connect: Any) -> None:
+def test_no_retry_past_the_budget(connect: Any) -> None:
     world = World(busy(0.3), busy(0.3))
     error = world.classify(connect, budget_ms=500)
     assert isinstance(error, Refused)
     assert (error.status, str(error), error.retry_after_s) == (503, "too much", 0.3)
     assert len(world.sent) == 2
-    assert world.now_s == pytest.approx(100.3)  # told at once, not after the wait
+    assert world.now_s == pytest.approx(100.3)  # raised at once, not after the wait
 
 
 @pytest.mark.parametrize(
@@ -312,7 +313,7 @@ def test_it_does_not_come_back_where_the_budget_would_have_passed(connect: Any) 
         (busy(1.9995), None),
     ],
 )
-def test_when_it_comes_back(connect: Any, step: Step, wait_s: float | None) -> None:
+def test_the_wait_before_a_retry(connect: Any, step: Step, wait_s: float | None) -> None:
     world = World(step, Step(200))
     result = world.classify(connect, budget_ms=2000)
     if wait_s is None:
@@ -324,21 +325,21 @@ def test_when_it_comes_back(connect: Any, step: Step, wait_s: float | None) -> N
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 415, 422, 429, 500, 502, 504])
-def test_nothing_else_is_asked_twice(connect: Any, status: int) -> None:
+def test_other_statuses_are_not_retried(connect: Any, status: int) -> None:
     world = World(Step(status, members={"retry_after_s": 0.01}, headers={"Retry-After": "0"}))
     error = world.classify(connect, budget_ms=60_000)
     assert isinstance(error, BudgetExceeded if status == 504 else Refused)
     assert str(error) == "too much"
 
 
-def test_without_a_budget_nothing_is_asked_twice(connect: Any) -> None:
+def test_without_a_budget_nothing_is_retried(connect: Any) -> None:
     for step in (busy(0.01), Step(0, error=httpx2.ConnectError)):
         world = World(step)
         assert isinstance(world.classify(connect, budget_ms=None), ClientError)
         assert world.sent == [(100.0, None)]
 
 
-def test_a_budget_that_waiting_made_too_small_has_passed(connect: Any) -> None:
+def test_a_budget_that_became_too_small_by_waiting_is_exceeded(connect: Any) -> None:
     script = (busy(0.49), Step(422, members={"needed_ms": 20.0, "detail": "needs 20 ms"}))
     error = World(*script).classify(connect, budget_ms=500)
     assert isinstance(error, BudgetExceeded)
@@ -350,7 +351,7 @@ def test_a_budget_that_waiting_made_too_small_has_passed(connect: Any) -> None:
     assert first.needed_ms == 20
 
 
-def test_a_server_that_does_not_listen_yet_is_asked_again_ever_more_rarely(connect: Any) -> None:
+def test_failed_connections_are_retried_with_backoff(connect: Any) -> None:
     deaf = Step(0, error=httpx2.ConnectError)
     world = World(*[deaf] * 100)
     error = world.classify(connect, budget_ms=3000)
@@ -372,7 +373,7 @@ def test_a_request_that_may_have_arrived_is_not_sent_again(
     assert "was lost" in str(found)
 
 
-def test_reading_the_image_is_in_the_budget(
+def test_reading_the_image_counts_against_the_budget(
     connect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, world = tmp_path / "a.png", World(Step(200), Step(200))
@@ -421,7 +422,7 @@ def test_it_never_asks_past_the_budget_nor_gives_up_before(
             assert again_s - sent_s >= step.took_s + step.members["retry_after_s"] - 1e-9
         assert world.now_s <= max(end_s, back_s) + 1e-9  # waits end before the budget does
         assert all(before > after for (_, before), (_, after) in pairwise(world.sent))
-        if isinstance(result, Refused):  # because it was not told, or there was no time
+        if isinstance(result, Refused):  # because no wait was given, or there was no time
             members = script[len(world.sent) - 1].members
             after = members.get("retry_after_s")
             if after is not None:
@@ -497,48 +498,44 @@ def test_a_connection_that_is_lost(connect: Any) -> None:
 
 
 def test_a_server_that_comes_up_within_the_budget(connect: Any) -> None:
-    port, started = free_port(), threading.Event()
+    with reserved_port() as (bound, port), ExitStack() as stack:
+        waits_s = list[float]()
 
-    def later() -> None:
-        time.sleep(0.3)
-        with stand_in(answer, port):
-            started.set()
-            done.wait(30)
+        def sleep(seconds: float) -> None:
+            waits_s.append(seconds)
+            if len(waits_s) == 3:
+                stack.enter_context(stand_in(answer, bound))
 
-    done = threading.Event()
-    thread = threading.Thread(target=later)
-    thread.start()
-    try:
-        with connect(f"http://127.0.0.1:{port}") as client:
+        with connect(f"http://127.0.0.1:{port}", sleep=sleep) as client:
             assert not client.ready()
             assert client.classify(b"image", budget_ms=20_000).tier == "fast"
-            assert started.is_set()
-    finally:
-        done.set()
-        thread.join()
+    assert waits_s == pytest.approx([0.02, 0.04, 0.08])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_nobody_listens(connect: Any, host: str) -> None:
-    where, world = f"http://{host}:{free_port()}", World()
-    with connect(where, clock=lambda: world.now_s, sleep=world.sleep) as client:
-        with pytest.raises(NotReachable, match=f"cannot connect to {where}: Connection refused"):
-            client.classify(b"image", budget_ms=60)
-        with pytest.raises(NotReachable):
-            client.tiers()
-        assert not client.ready()
+def test_no_server_listens(connect: Any, host: str) -> None:
+    world = World()
+    with reserved_port() as (_, port):
+        where = f"http://{host}:{port}"
+        with connect(where, clock=lambda: world.now_s, sleep=world.sleep) as client:
+            expected = f"cannot connect to {where}: Connection refused"
+            with pytest.raises(NotReachable, match=expected):
+                client.classify(b"image", budget_ms=60)
+            with pytest.raises(NotReachable):
+                client.tiers()
+            assert not client.ready()
 
 
-def test_a_name_that_is_unknown_is_told_at_once(connect: Any) -> None:
+def test_an_unknown_host_is_reported_at_once(connect: Any) -> None:
     start_s = time.monotonic()
-    told = pytest.raises(NotReachable, match=r"cannot connect to http://no-such-host\.invalid")
-    with connect("http://no-such-host.invalid") as client, told:
+    expected = pytest.raises(NotReachable, match=r"cannot connect to http://no-such-host\.invalid")
+    with connect("http://no-such-host.invalid") as client, expected:
         client.classify(b"image", budget_ms=60_000)
     assert time.monotonic() - start_s < 30
 
 
 @pytest.mark.parametrize("url", ["ftp://here", "http://", "http://here:99999", "http://[::1", ""])
-def test_what_is_no_address(connect: Any, url: str) -> None:
+def test_an_invalid_address(connect: Any, url: str) -> None:
     with pytest.raises(ClientError, match="not an address such as http://127"):
         connect(url)
 
@@ -552,7 +549,7 @@ def test_what_is_no_address(connect: Any, url: str) -> None:
     ],
     ids=["page", "other document", "redirect"],
 )
-def test_what_answers_is_something_else(
+def test_another_kind_of_server(
     connect: Any, status: int, content: bytes, headers: dict[str, str]
 ) -> None:
     response = httpx2.Response(status, content=content, headers=headers)
@@ -572,12 +569,12 @@ def test_a_refusal_without_a_problem_document_is_one_line_too(connect: Any, body
 
 
 @pytest.mark.parametrize("budget_ms", [0, -5, float("nan"), float("inf")])
-def test_a_senseless_budget(connect: Any, budget_ms: float) -> None:
+def test_an_invalid_budget(connect: Any, budget_ms: float) -> None:
     with connect() as client, pytest.raises(ValueError, match="budget_ms must be a number above 0"):
         client.classify(b"image", budget_ms=budget_ms)
 
 
-def test_the_key_goes_with_every_request_and_is_never_told(connect: Any) -> None:
+def test_the_key_is_sent_with_every_request_and_never_shown(connect: Any) -> None:
     world = World(Step(200), Step(401, members={"detail": "no such key"}))
     with world.client(connect, api_key="s3cret") as client:
         client.classify(b"image", budget_ms=500)
@@ -623,7 +620,7 @@ def test_it_loads_neither_engines_nor_the_server() -> None:
     assert not {"pcae_serve.bundle.reader", "pcae_serve.bundle.preprocess"} & set(loaded)
 
 
-def test_nothing_is_loaded_out_of_the_first_budget() -> None:
+def test_the_first_call_imports_nothing() -> None:
     code = """
 import asyncio, sys
 from pcae_serve.client import AsyncClient, ClientError
@@ -641,6 +638,6 @@ asyncio.run(main())
     assert in_a_process(code).split() == ["asked"]
 
 
-def test_without_httpx2_it_says_what_to_install() -> None:
-    told = in_a_process("import sys; sys.modules['httpx2'] = None; import pcae_serve.client")
-    assert told.splitlines()[-1].endswith("pip install '.[client]'")
+def test_without_httpx2_the_error_says_what_to_install() -> None:
+    output = in_a_process("import sys; sys.modules['httpx2'] = None; import pcae_serve.client")
+    assert output.splitlines()[-1].endswith("pip install '.[client]'")

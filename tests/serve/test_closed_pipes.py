@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.server_process import free_port
+from tests.support.stand_in import reserved_port
 
 SERVE, EXPORT, TRAIN = "pcae_serve", "pcae_export.cli", "pcae_training.cli"
 
@@ -101,10 +101,11 @@ def test_a_broken_pipe_elsewhere_is_still_reported() -> None:
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_stream_that_is_closed_from_the_start(closed: str) -> None:
-    url = f"http://127.0.0.1:{free_port()}"
     shell = f'exec "$@" {closed}'
-    command = (sys.executable, "-m", SERVE, "classify", "-", "--url", url)
-    done = subprocess.run(("sh", "-c", shell, "sh", *command), capture_output=True, timeout=60)
+    with reserved_port() as (_, port):
+        url = f"http://127.0.0.1:{port}"
+        command = (sys.executable, "-m", SERVE, "classify", "-", "--url", url)
+        done = subprocess.run(("sh", "-c", shell, "sh", *command), capture_output=True, timeout=60)
     assert done.returncode == 1
     assert b"Traceback" not in done.stdout + done.stderr
     assert done.stdout == b""

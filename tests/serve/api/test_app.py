@@ -14,7 +14,7 @@ from tests.support.gate import Gate
 from tests.support.images import image_bytes
 
 
-def test_a_start_that_fails_is_told(
+def test_a_failed_start_is_reported(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
     gate.fails = True

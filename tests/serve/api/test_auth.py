@@ -42,7 +42,7 @@ def test_a_file_holds_one_key_a_line(tmp_path: Path) -> None:
         (f"# ours\n{ALICE}\nshort-secret-ungültig\n", "line 3: a key must be ASCII"),
     ],
 )
-def test_a_file_that_will_not_do_is_told_without_its_keys(
+def test_an_unusable_keys_file_is_reported_without_its_keys(
     tmp_path: Path, content: str, words: str
 ) -> None:
     with pytest.raises(StartError, match=words) as raised:
@@ -50,12 +50,12 @@ def test_a_file_that_will_not_do_is_told_without_its_keys(
     assert "short-secret" not in str(raised.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_keys_file(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="cannot read the API keys"):
         Keys.read(tmp_path / "keys")
 
 
-def test_a_file_that_everybody_can_read_is_told(
+def test_a_keys_file_that_every_user_can_read_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path / "keys", ALICE)
@@ -100,11 +100,11 @@ def test_every_route_but_health_and_documentation_asks_for_a_key(guarded: TestCl
         {"authorization": f"bearer {ROOT}"},
     ],
 )
-def test_a_known_key_is_let_in(guarded: TestClient, headers: dict[str, str]) -> None:
+def test_a_known_key_is_accepted(guarded: TestClient, headers: dict[str, str]) -> None:
     assert guarded.post("/classify", content=image_bytes(), headers=headers).status_code == 200
 
 
-def test_no_key_and_a_wrong_one_are_told_apart(guarded: TestClient) -> None:
+def test_a_missing_key_is_401_and_an_unknown_one_403(guarded: TestClient) -> None:
     without = guarded.post("/classify", content=image_bytes())
     assert "X-API-Key" in problem(without, 401)["detail"]
     assert without.headers["www-authenticate"] == "Bearer"
@@ -114,7 +114,7 @@ def test_no_key_and_a_wrong_one_are_told_apart(guarded: TestClient) -> None:
     problem(basic, 401)
 
 
-def test_admin_takes_admin_keys_only(guarded: TestClient) -> None:
+def test_admin_routes_accept_only_admin_keys(guarded: TestClient) -> None:
     problem(guarded.post("/admin/reload"), 401)
     problem(guarded.post("/admin/reload", headers={"X-API-Key": ALICE}), 403)
     # this service was given nothing that makes engines
@@ -122,20 +122,20 @@ def test_admin_takes_admin_keys_only(guarded: TestClient) -> None:
     assert "the old bundle stays in service" in problem(told, 422)["detail"]
 
 
-def test_without_admin_keys_nobody_may(
+def test_admin_routes_are_disabled_without_admin_keys(
     small_bundle: Bundle, settings: Callable[..., Settings]
 ) -> None:
     service = Service(settings(), small_bundle, [SimulatedEngine(small_bundle, seconds=quick)])
     with TestClient(create_app(service, fail)) as client:
-        told = problem(client.post("/admin/reload", headers={"X-API-Key": ROOT}), 403)
-    assert "--admin-keys-file" in told["detail"]
+        refused = problem(client.post("/admin/reload", headers={"X-API-Key": ROOT}), 403)
+    assert "--admin-keys-file" in refused["detail"]
 
 
-def test_other_sites_pages_are_told_nothing(guarded: TestClient) -> None:
+def test_no_cors_headers_are_sent(guarded: TestClient) -> None:
     """CORS is off: a browser shows no answer to a page from elsewhere, and sends no key for it."""
     page = {"Origin": "https://elsewhere.example", "X-API-Key": ALICE}
-    asked = guarded.post("/classify", content=image_bytes(), headers=page)
+    answered = guarded.post("/classify", content=image_bytes(), headers=page)
     before = guarded.options("/classify", headers=page | {"Access-Control-Request-Method": "POST"})
     assert before.status_code == 405
-    for response in (asked, before):
+    for response in (answered, before):
         assert not [name for name in response.headers if name.startswith("access-control")]

@@ -50,7 +50,7 @@ def test_multipart_and_raw_agree_for_every_format(client: TestClient, kind: str)
         ("tier=balanced&min_tier=fast", "balanced"),
     ],
 )
-def test_the_tier_is_the_asked_one_or_the_best_that_fits(
+def test_the_tier_is_the_requested_one_or_the_best_that_fits(
     client: TestClient, query: str, tier: str
 ) -> None:
     answer = client.post(f"/classify?{query}", content=image_bytes()).json()
@@ -74,7 +74,7 @@ def test_top_k_and_explain(client: TestClient) -> None:
     assert [len(stage) for stage in answer["kept"]] == [9, 5, 3]
 
 
-def test_the_budget_may_come_as_a_header_and_the_parameter_wins(client: TestClient) -> None:
+def test_the_budget_parameter_takes_precedence_over_the_header(client: TestClient) -> None:
     headers = {"X-Latency-Budget-Ms": "17000"}
     by_header = client.post("/classify", content=image_bytes(), headers=headers).json()
     both = client.post("/classify?budget_ms=18000", content=image_bytes(), headers=headers).json()
@@ -116,7 +116,7 @@ def test_images_of_a_batch_do_not_slip_past_the_limit(
         (batch(*[bytes(60_000)] * 2), {}, 413, "over the limit of 100,000 bytes"),
     ],
 )
-def test_a_batch_that_cannot_be_read_is_refused_whole(
+def test_a_batch_that_cannot_be_read_is_refused(
     client: TestClient, files: Any, headers: dict[str, str], status: int, words: str
 ) -> None:
     response = client.post("/classify/batch", files=files, headers=headers)

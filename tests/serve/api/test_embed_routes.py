@@ -12,8 +12,8 @@ def test_a_bundle_without_a_head_answers_with_features(headless: TestClient) -> 
     answer = response.json()
     assert response.status_code == 200, answer
     assert answer["features"] == [0, 0, 0, 0, 0, 0, 0, 5]
-    told = {key: answer[key] for key in ("tier", "keep_ratio", "tokens", "budget_ms", "reason")}
-    assert told == {
+    reported = {key: answer[key] for key in ("tier", "keep_ratio", "tokens", "budget_ms", "reason")}
+    assert reported == {
         "tier": "fast",
         "keep_ratio": 0.6,
         "tokens": [9, 5, 3],
@@ -28,7 +28,7 @@ def test_a_bundle_without_a_head_answers_with_features(headless: TestClient) -> 
     assert [len(stage) for stage in form.json()["kept"]] == [16, 16, 16]
 
 
-def test_features_are_refused_as_classes_are(headless: TestClient) -> None:
+def test_embed_refuses_what_classify_refuses(headless: TestClient) -> None:
     problem(headless.post("/embed", content=b""), 400)
     problem(headless.post("/embed", content=b"just some text"), 415)
     problem(headless.post("/embed", content=bytes(200_000)), 413)
@@ -38,7 +38,7 @@ def test_features_are_refused_as_classes_are(headless: TestClient) -> None:
 
 
 @pytest.mark.parametrize("body", [image_bytes(), bytes(200_000)], ids=["image", "too large"])
-def test_the_route_of_the_other_kind_of_bundle_names_the_right_one(
+def test_the_route_of_the_other_task_names_the_right_one(
     client: TestClient, headless: TestClient, body: bytes
 ) -> None:
     document = problem(client.post("/embed", content=body), 404)

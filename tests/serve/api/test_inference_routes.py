@@ -137,12 +137,12 @@ def test_pixels_arrive_as_they_were(small_bundle: Bundle, settings: MakeSettings
     assert np.array_equal(seen[-1], sent[None])
 
 
-def test_an_image_file_alone_may_be_the_body(client: TestClient) -> None:
+def test_the_body_may_be_one_image_file(client: TestClient) -> None:
     response = client.post(INFER, content=image_bytes(250), headers={LENGTH: "0"})
     assert outputs(response)["label"]["data"] == ["bright"]
 
 
-def test_images_of_one_request_run_together_and_each_by_itself(
+def test_images_of_one_request_are_scheduled_separately(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
     service = Service(settings(), small_bundle, [gate])
@@ -156,7 +156,7 @@ def test_images_of_one_request_run_together_and_each_by_itself(
     assert max(gate.batches) > 1
 
 
-# --- what is asked
+# --- parameters and outputs
 
 
 def test_parameters(client: TestClient, instant: TestClient) -> None:
@@ -191,19 +191,19 @@ def test_parameters(client: TestClient, instant: TestClient) -> None:
         ({"binary_data_output": "yes"}, 400, "parameters.binary_data_output"),
     ],
 )
-def test_senseless_parameters(
+def test_invalid_parameters(
     client: TestClient, parameters: dict[str, Any], status: int, words: str
 ) -> None:
     content = json.dumps(files(image_bytes(), parameters=parameters))
     assert words in error(client.post(INFER, content=content), status)
 
 
-def test_an_unknown_tier_is_no_matter_of_one_image(client: TestClient) -> None:
+def test_an_unknown_tier_is_reported_once_for_all_images(client: TestClient) -> None:
     request = files(image_bytes(), image_bytes(), parameters={"tier": "turbo"})
     assert error(client.post(INFER, json=request), 422).startswith("tier 'turbo' is unknown")
 
 
-def test_outputs_are_those_asked_for(client: TestClient) -> None:
+def test_only_requested_outputs_are_returned(client: TestClient) -> None:
     def names(*wanted: Any) -> list[str]:
         request = files(image_bytes(), outputs=[{"name": name} for name in wanted])
         return list(outputs(client.post(INFER, json=request)))
@@ -252,8 +252,8 @@ def test_a_bundle_without_a_head_answers_with_features(
     served = load_bundle(write_bundle(tmp_path / "headless", labels=[], models=models))
     service = Service(settings(), served, [SimulatedEngine(served, seconds=quick)])
     with serving(service) as client:
-        told = client.get("/v2/models/test").json()["outputs"]
-        assert told == [{"name": "features", "datatype": "FP32", "shape": [-1, 8]}]
+        offered = client.get("/v2/models/test").json()["outputs"]
+        assert offered == [{"name": "features", "datatype": "FP32", "shape": [-1, 8]}]
         by_name = outputs(client.post(INFER, json=files(image_bytes(255))))
         wanted = [{"name": "features", "parameters": {"classification": 2}}]
         error(client.post(INFER, json=files(image_bytes(255), outputs=wanted)), 400)
@@ -298,7 +298,7 @@ def test_a_wrong_length_of_the_json_is_refused(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_no_image_or_too_large(
+def test_faults_are_reported_in_the_form_of_the_protocol(
     client: TestClient, request_: Any, status: int, words: str
 ) -> None:
     content = request_ if isinstance(request_, bytes) else json.dumps(request_)
@@ -328,7 +328,7 @@ def test_a_compressed_body_is_refused(client: TestClient) -> None:
 # --- one for all
 
 
-def test_one_image_refused_refuses_all_and_cancels_the_others(
+def test_one_refused_image_refuses_the_request_and_cancels_the_others(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
     service = Service(settings(queue_limit=4), small_bundle, [gate])
@@ -340,10 +340,10 @@ def test_one_image_refused_refuses_all_and_cancels_the_others(
         wait_until(lambda: service.waiting == 0, limit_s=5)  # before the device is done
         gate.open.set()
         first.join()
-        told = client.get("/metrics").text
+        metrics = client.get("/metrics").text
     assert gate.batches == [1]
-    assert 'outcome="refused_full"} 2.0' in told
-    assert 'outcome="left"} 4.0' in told
+    assert 'outcome="refused_full"} 2.0' in metrics
+    assert 'outcome="left"} 4.0' in metrics
 
 
 def test_an_unreadable_image_cancels_the_others(
@@ -359,7 +359,9 @@ def test_an_unreadable_image_cancels_the_others(
     assert gate.batches == [1]
 
 
-def test_a_failing_engine_is_told(small_bundle: Bundle, settings: MakeSettings, gate: Gate) -> None:
+def test_a_failing_engine_is_reported(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate
+) -> None:
     with serving(Service(settings(), small_bundle, [gate])) as client:
         gate.fails = True
         assert "the model failed" in error(client.post(INFER, json=files(image_bytes())), 500)
@@ -445,7 +447,7 @@ async def post(
 # --- the documentation
 
 
-def test_the_documentation_is_whole_and_its_examples_work(client: TestClient) -> None:
+def test_the_documentation_is_complete_and_its_examples_work(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     assert "#/$defs/" not in json.dumps(document)
     paths = {path: item for path, item in document["paths"].items() if path.startswith("/v2")}

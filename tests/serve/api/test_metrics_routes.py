@@ -6,7 +6,7 @@ from tests.support.apps import outcomes
 from tests.support.images import image_bytes
 
 
-def test_metrics_count_what_became_of_requests(client: TestClient) -> None:
+def test_metrics_count_requests_by_outcome(client: TestClient) -> None:
     before = outcomes(client)
     client.post("/classify", content=image_bytes())
     client.post("/classify?budget_ms=1", content=image_bytes())

@@ -91,7 +91,7 @@ def test_every_answer_is_documented(
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(operation.as_strategy(generation_mode=mode))
-    def answers(case: schemathesis.Case) -> None:
+    def answers(case: schemathesis.Case[Any]) -> None:
         response = case.call(timeout=30)
         assert response.status_code < 500 or response.status_code in (503, 504), response.text
         case.validate_response(response, excluded_checks=UNCHECKED)
@@ -109,20 +109,20 @@ def test_headers_of_refusals_and_answers_are_documented(
     seen: dict[str, set[str]] = {}
     image, key = image_bytes(), {"X-API-Key": ADMIN}
     infer = "/v2/models/test/infer"
-    asked: list[tuple[str, dict[str, Any]]] = [
+    requests: list[tuple[str, dict[str, Any]]] = [
         ("/classify", {"content": image}),
         ("/classify/batch", {"files": {"image": image}}),
         (infer, {"content": image, "headers": {"Inference-Header-Content-Length": "0"}}),
     ]
 
     def ask(client: TestClient, headers: dict[str, str]) -> None:
-        for path, how in asked:
+        for path, how in requests:
             more = headers | how.get("headers", {})
             response = client.post(path, **how | {"headers": more})
             route = path.replace("test", "{name}")
             operation = app.openapi()["paths"][route]["post"]
-            told = documented(operation["responses"][str(response.status_code)])
-            assert ours(response.headers) <= told, (path, response.status_code)
+            allowed = documented(operation["responses"][str(response.status_code)])
+            assert ours(response.headers) <= allowed, (path, response.status_code)
             seen.setdefault(f"{path} {response.status_code}", set()).update(ours(response.headers))
 
     gate.shut()  # it cannot get ready
@@ -132,13 +132,13 @@ def test_headers_of_refusals_and_answers_are_documented(
         gate.open.set()
         wait_until(lambda: service.ready)
         ask(client, key)
-    for path, _ in asked:
+    for path, _ in requests:
         assert seen[f"{path} 401"] == {"x-request-id", "www-authenticate"}
         assert seen[f"{path} 503"] == {"x-request-id", "retry-after"}
         assert seen[f"{path} 200"] == {"x-request-id", "server-timing"}
 
 
-def test_the_document_is_whole(document: Any) -> None:
+def test_the_document_is_complete(document: Any) -> None:
     raw = document.raw_schema
     for path, methods in raw["paths"].items():
         for method, operation in methods.items():

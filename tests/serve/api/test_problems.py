@@ -30,7 +30,7 @@ from tests.support.images import image_bytes
     ],
     ids=["zero bytes", "text", "truncated JPEG", "truncated PNG"],
 )
-def test_what_is_no_image_is_refused(
+def test_a_body_that_is_not_an_image_is_refused(
     client: TestClient, body: bytes, status: int, words: str
 ) -> None:
     detail = problem(client.post("/classify", content=body), status)["detail"]
@@ -53,7 +53,7 @@ def test_what_is_no_image_is_refused(
         ("top_k=0", "top_k '0'"),
     ],
 )
-def test_a_senseless_parameter_is_refused(client: TestClient, query: str, words: str) -> None:
+def test_an_invalid_parameter_is_refused(client: TestClient, query: str, words: str) -> None:
     document = problem(client.post(f"/classify?{query}", content=image_bytes()), 422)
     assert words in document["detail"]
     assert document["type"] == "urn:pcae-serve:invalid-parameter"
@@ -91,20 +91,20 @@ def test_broken_multipart_is_refused(client: TestClient) -> None:
     problem(client.post("/classify", content=b"nonsense", headers=headers), 400)
 
 
-def test_what_a_caller_says_comes_back_escaped_and_short(client: TestClient) -> None:
-    told = problem(client.post(f"/classify?tier=%1b[31m%0a{'x' * 5000}", content=b"x"), 422)
-    assert "\\x1b" in told["detail"]
-    assert len(told["detail"]) < 300
-    told = problem(client.post(f"/classify?top_k=%1b[31m{'9' * 5000}", content=b"x"), 422)
-    assert len(told["detail"]) < 300
+def test_a_callers_text_is_repeated_escaped_and_short(client: TestClient) -> None:
+    reported = problem(client.post(f"/classify?tier=%1b[31m%0a{'x' * 5000}", content=b"x"), 422)
+    assert "\\x1b" in reported["detail"]
+    assert len(reported["detail"]) < 300
+    reported = problem(client.post(f"/classify?top_k=%1b[31m{'9' * 5000}", content=b"x"), 422)
+    assert len(reported["detail"]) < 300
 
 
-def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None:
+def test_unknown_routes_and_methods_are_problems(client: TestClient) -> None:
     problem(client.get("/nowhere"), 404)
     assert problem(client.get("/classify"), 405)["title"]
 
 
-def test_a_failing_engine_costs_its_batch_and_not_the_server(
+def test_an_engine_error_fails_only_its_batch(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
     with serving(Service(settings(), small_bundle, [gate])) as client:
@@ -132,7 +132,7 @@ def test_a_request_whose_budget_passes_while_images_are_decoded_gets_504(
         assert "before the image was received and decoded" in document["detail"]
 
 
-def test_no_memory_for_an_image_is_no_fault_of_its_client(
+def test_out_of_memory_is_503(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_memory(*_: Any, **__: Any) -> None:
@@ -151,7 +151,7 @@ def test_no_memory_for_an_image_is_no_fault_of_its_client(
 
 
 class Hard(Greedy):
-    """Lets go of whoever is first, for all the others."""
+    """Drops the first request for the sake of all others."""
 
     name = "hard"
 

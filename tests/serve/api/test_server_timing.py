@@ -1,4 +1,4 @@
-"""What the access log and Server-Timing tell of one image, and of several."""
+"""Server-Timing and the access log, for one image and for several."""
 
 import re
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from tests.support.images import image_bytes
 TIMES = r"decode;dur=[\d.]+, queue;dur=[\d.]+, compute;dur=[\d.]+, total;dur=([\d.]+)"
 
 
-def test_every_way_of_asking_is_told_alike(
+def test_every_route_records_timing_alike(
     small_bundle: Bundle, settings: Callable[..., Settings], caplog: pytest.LogCaptureFixture
 ) -> None:
     service = Service(settings(), small_bundle, [SimulatedEngine(small_bundle, seconds=quick)])
@@ -32,29 +32,29 @@ def test_every_way_of_asking_is_told_alike(
     with TestClient(RequestId(create_app(service, fail))) as client:
         wait_until(lambda: service.ready)
 
-        def asked(path: str, **how: Any) -> tuple[str | None, dict[str, Any]]:
+        def timed(path: str, **how: Any) -> tuple[str | None, dict[str, Any]]:
             caplog.clear()
             response = client.post(path, **how)
             [record] = caplog.records
             fields = record.__dict__["fields"]
-            told = {name: fields[name] for name in ("tier", "images") if name in fields}
-            return response.headers.get("server-timing"), told
+            logged = {name: fields[name] for name in ("tier", "images") if name in fields}
+            return response.headers.get("server-timing"), logged
 
-        several = asked(f"/classify/batch{query}", files=batch(image, b"no image", image))
-        for (times, told), wanted in (
-            (asked(f"/classify{query}", content=image), {"tier": "fast"}),
-            (asked(path, content=image, headers=alone), {"tier": "full"}),
-            (asked(path, json=infer), {"tier": "fast:2"}),
+        several = timed(f"/classify/batch{query}", files=batch(image, b"no image", image))
+        for (times, logged), wanted in (
+            (timed(f"/classify{query}", content=image), {"tier": "fast"}),
+            (timed(path, content=image, headers=alone), {"tier": "full"}),
+            (timed(path, json=infer), {"tier": "fast:2"}),
             (several, {"tier": "fast:2", "images": "200:2,415:1"}),
         ):
             assert times is not None
             match = re.fullmatch(TIMES, times)
             assert match is not None
             assert float(match[1]) >= 10
-            assert told == wanted
-        times, told = asked(f"/classify/batch{query}", files=batch(b"no image"))
+            assert logged == wanted
+        times, logged = timed(f"/classify/batch{query}", files=batch(b"no image"))
         assert times is None
-        assert told == {"images": "415"}
+        assert logged == {"images": "415"}
 
 
 def test_a_tally_does_not_depend_on_the_order() -> None:

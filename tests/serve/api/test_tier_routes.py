@@ -10,18 +10,18 @@ from pcae_serve.runtime.service import Service
 from tests.support.apps import MakeSettings, quick, serving
 
 
-def test_tiers_tells_accuracy_beside_latency(client: TestClient) -> None:
+def test_tiers_report_accuracy_and_latency(client: TestClient) -> None:
     document = client.get("/tiers").json()
     assert [tier["name"] for tier in document["tiers"]] == ["fast", "balanced", "full"]
     assert document["tiers"][0]["accuracy"]["top1"] == 0.80
     assert document["tiers"][2]["latency_ms"]["1"] >= 40
     assert (document["backend"], document["backend_note"]) == ("simulated", None)
     assert (document["answers"], document["width"]) == ("logits", 4)
-    told = {key: document["tiers"][0][key] for key in ("model", "reduction", "precision")}
-    assert told == {"model": "vit", "reduction": "ptr", "precision": "float32"}
+    reported = {key: document["tiers"][0][key] for key in ("model", "reduction", "precision")}
+    assert reported == {"model": "vit", "reduction": "ptr", "precision": "float32"}
 
 
-def test_a_backend_that_no_gpu_has_run_says_so(
+def test_a_backend_that_was_never_run_on_a_gpu_is_marked(
     small_bundle: Bundle, settings: MakeSettings
 ) -> None:
     vit = small_bundle.manifest.models["vit"].model_copy(update={"half": "bfloat16"})
@@ -36,7 +36,7 @@ def test_a_backend_that_no_gpu_has_run_says_so(
     assert document["tiers"][0]["precision"] == "bfloat16"
 
 
-def test_tiers_tells_of_features(headless: TestClient) -> None:
+def test_tiers_report_features(headless: TestClient) -> None:
     document = headless.get("/tiers").json()
     assert (document["answers"], document["width"], document["labels"]) == ("features", 8, [])
     assert document["tiers"][0]["fidelity"] is None

@@ -67,9 +67,9 @@ def test_tritons_client_is_answered(triton: Any, given: Callable[[], Any]) -> No
     assert result.as_numpy("logits").dtype == np.float32
     assert result.as_numpy("logits").argmax(axis=1).tolist() == [0, 1, 3]
     assert result.as_numpy("label").tolist() == LABELS
-    told = result.get_response()
-    assert told["id"] == "7"
-    assert told["parameters"]["tier"] == "fast,fast,fast"
+    reported = result.get_response()
+    assert reported["id"] == "7"
+    assert reported["parameters"]["tier"] == "fast,fast,fast"
 
 
 def test_tritons_client_chooses_outputs(triton: Any) -> None:
@@ -88,7 +88,7 @@ def test_tritons_client_chooses_outputs(triton: Any) -> None:
     ]
 
 
-def test_tritons_client_is_told_what_was_wrong(triton: Any) -> None:
+def test_tritons_client_reports_the_fault(triton: Any) -> None:
     from tritonclient.utils import InferenceServerException  # type: ignore[import-untyped]
 
     for parameters, status, words in (

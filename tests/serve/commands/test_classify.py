@@ -19,8 +19,8 @@ from pcae_serve.commands.classify import MAX_IN_FLIGHT, Classify
 from pcae_serve.schemas import Classification
 from tests.support.bundles import write_bundle
 from tests.support.images import image_bytes
-from tests.support.server_process import COMMAND, free_port, server
-from tests.support.stand_in import ANSWER, SIMULATED, stand_in
+from tests.support.server_process import COMMAND, server
+from tests.support.stand_in import ANSWER, SIMULATED, reserved_port, stand_in
 
 Captured = pytest.CaptureFixture[str]
 
@@ -73,24 +73,24 @@ class Books:
 
 def test_a_line_for_each_file(url: str, files: list[str], capsys: Captured) -> None:
     assert start(["classify", *files, "--url", url, "--tier", "fast"]) == 0
-    told = capsys.readouterr()
-    assert told.err == ""
+    output = capsys.readouterr()
+    assert output.err == ""
     pattern = r"(\S+)  (\w+) (0\.\d{4})  \((\w+), (\d+) ms(, late)?\)"
-    lines = [re.fullmatch(pattern, line) for line in told.out.splitlines()]
+    lines = [re.fullmatch(pattern, line) for line in output.out.splitlines()]
     found = [line.group(1, 2, 4) for line in lines if line is not None]
     labels = ("dark", "dim", "light", "bright")
     assert found == [(file, label, "fast") for file, label in zip(files, labels, strict=True)]
 
 
-def test_lines_of_json_say_all(url: str, files: list[str], capsys: Captured) -> None:
+def test_json_lines_hold_the_whole_answer(url: str, files: list[str], capsys: Captured) -> None:
     flags = ["--json", "--top-k", "2", "--budget-ms", "9000", "--min-tier", "balanced"]
     assert start(["classify", "--url", url, *flags, *files[2:]]) == 0
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["file"] for line in told] == ["c.png", "d.png"]
-    assert [line["predictions"][0]["label"] for line in told] == ["light", "bright"]
-    assert all(len(line["predictions"]) == 2 for line in told)
-    assert all(line["tier"] == "full" and line["met_budget"] for line in told)
-    assert all(line["took_ms"] >= line["timings_ms"]["compute"] > 0 for line in told)
+    output = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["file"] for line in output] == ["c.png", "d.png"]
+    assert [line["predictions"][0]["label"] for line in output] == ["light", "bright"]
+    assert all(len(line["predictions"]) == 2 for line in output)
+    assert all(line["tier"] == "full" and line["met_budget"] for line in output)
+    assert all(line["took_ms"] >= line["timings_ms"]["compute"] > 0 for line in output)
 
 
 def test_a_file_that_fails_does_not_stop_the_others(
@@ -100,25 +100,26 @@ def test_a_file_that_fails_does_not_stop_the_others(
     Path("folder").mkdir()
     names = ["nowhere.png", files[0], "empty.png", "folder", files[3]]
     assert start(["classify", "--url", url, *names]) == 1
-    told = capsys.readouterr()
-    assert [line.split("  ")[0] for line in told.out.splitlines()] == ["a.png", "d.png"]
-    assert told.err.splitlines() == [
+    output = capsys.readouterr()
+    assert [line.split("  ")[0] for line in output.out.splitlines()] == ["a.png", "d.png"]
+    assert output.err.splitlines() == [
         "pcae-serve: nowhere.png: No such file or directory",
         "pcae-serve: empty.png: the request body is empty: send the image file's bytes",
         "pcae-serve: folder: is a folder: name the images in it",
     ]
 
 
-def test_a_refusal_is_told_for_each(url: str, files: list[str], capsys: Captured) -> None:
+def test_a_refusal_is_printed_for_each_file(url: str, files: list[str], capsys: Captured) -> None:
     assert start(["classify", *files[:2], "--url", url, "--tier", "turbo"]) == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert [line.split(": ")[1] for line in told.err.splitlines()] == files[:2]
-    assert told.err.count("choose one of fast, balanced, full") == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert [line.split(": ")[1] for line in output.err.splitlines()] == files[:2]
+    assert output.err.count("choose one of fast, balanced, full") == 2
 
 
-def test_nobody_listens(files: list[str], capsys: Captured) -> None:
-    assert start(["classify", files[0], "--url", f"http://127.0.0.1:{free_port()}"]) == 1
+def test_no_server_listens(files: list[str], capsys: Captured) -> None:
+    with reserved_port() as (_, port):
+        assert start(["classify", files[0], "--url", f"http://127.0.0.1:{port}"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("pcae-serve: a.png: cannot connect to http://127.0.0.1:")
     assert start(["classify", files[0], "--url", "ftp://here"]) == 1
@@ -132,12 +133,12 @@ def test_standard_input_and_names_of_any_kind(url: str, files: list[str]) -> Non
     command = (*COMMAND, "classify", "--url", url, "--json", "-", *names[:-1], "--", names[-1])
     done = subprocess.run(command, input=image_bytes(250), capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["file"] for line in told] == ["-", *names]
-    assert [line["predictions"][0]["label"] for line in told] == ["bright"] + ["dim"] * len(names)
+    output = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["file"] for line in output] == ["-", *names]
+    assert [line["predictions"][0]["label"] for line in output] == ["bright"] + ["dim"] * len(names)
 
 
-def test_who_reads_only_the_first_lines_ends_it_quietly(tmp_path: Path) -> None:
+def test_a_reader_of_only_the_first_line_ends_the_command_quietly(tmp_path: Path) -> None:
     file, books = tmp_path / "wait", Books()
     file.write_text("100")
     with stand_in(books.talk) as (url, _):
@@ -152,7 +153,7 @@ def test_who_reads_only_the_first_lines_ends_it_quietly(tmp_path: Path) -> None:
     assert len(books.queries) < 200
 
 
-def test_several_are_under_way_at_once_and_stand_in_the_order_given(
+def test_several_images_are_in_flight_and_printed_in_order(
     tmp_path: Path, capsys: Captured
 ) -> None:
     books, together = Books(), threading.Barrier(MAX_IN_FLIGHT, timeout=20)
@@ -171,7 +172,9 @@ def test_several_are_under_way_at_once_and_stand_in_the_order_given(
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == names
 
 
-def test_what_is_asked(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flags_reach_the_server(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, key, books = tmp_path / "0", tmp_path / "key", Books()
     file.write_text("0")
     key.write_text("# the first of two\n\nfrom-file name=batch\nanother-key\n")
@@ -184,9 +187,9 @@ def test_what_is_asked(tmp_path: Path, capsys: Captured, monkeypatch: pytest.Mon
         assert start(ask) == 0
         more = ["--tier", "full", "--min-tier", "fast", "--budget-ms", "9000", "--top-k", "3"]
         assert start([*ask, "--api-key-file", str(key), *more]) == 0
-        told = {name: values[0] for name, values in books.queries[2].items()}
-        assert 8000 < float(told.pop("budget_ms")) <= 9000
-        assert told == {"tier": "full", "min_tier": "fast", "top_k": "3", "explain": "false"}
+        output = {name: values[0] for name, values in books.queries[2].items()}
+        assert 8000 < float(output.pop("budget_ms")) <= 9000
+        assert output == {"tier": "full", "min_tier": "fast", "top_k": "3", "explain": "false"}
         assert books.keys == [None, "from-variable", "from-file"]
         for content in (None, b"", b" \n# none\n", b"\xff"):
             if content is not None:
@@ -198,7 +201,7 @@ def test_what_is_asked(tmp_path: Path, capsys: Captured, monkeypatch: pytest.Mon
     assert len(books.keys) == 3
 
 
-def test_a_late_answer_is_told_as_late(tmp_path: Path, capsys: Captured) -> None:
+def test_a_late_answer_is_marked(tmp_path: Path, capsys: Captured) -> None:
     file = tmp_path / "0"
     file.write_text("0")
     with stand_in(Books(met_budget=False).talk) as (url, _):
@@ -224,7 +227,7 @@ def test_an_answer_is_late_for_the_server_or_here(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "output"),
     [
         ([], "name the images: pcae-serve classify FILE…"),
         (["--"], "name the images: pcae-serve classify FILE…"),
@@ -236,10 +239,10 @@ def test_an_answer_is_late_for_the_server_or_here(
         (["a", "--budget-ms", "-1"], "--budget-ms: "),
     ],
 )
-def test_a_wrong_call(words: list[str], told: str, capsys: Captured) -> None:
+def test_a_wrong_call(words: list[str], output: str, capsys: Captured) -> None:
     assert start(["classify", *words]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"pcae-serve: {told}")
+    assert line.startswith(f"pcae-serve: {output}")
 
 
 def test_without_the_extra(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,11 +253,11 @@ def test_without_the_extra(capsys: Captured, monkeypatch: pytest.MonkeyPatch) ->
     assert line == "pcae-serve: pcae-serve classify needs httpx2: pip install '.[client]'"
 
 
-def test_the_command_is_told_of(capsys: Captured) -> None:
+def test_the_command_is_in_the_help(capsys: Captured) -> None:
     assert start(["--help"]) == 0
     assert "classify images on a running server" in capsys.readouterr().out
     assert start(["classify", "--help"]) == 0
-    told = capsys.readouterr().out
-    assert "classify [options] FILE..." in told
+    output = capsys.readouterr().out
+    assert "classify [options] FILE..." in output
     for flag in ("url", "tier", "budget-ms", "min-tier", "top-k", "json", "api-key-file"):
-        assert f"--{flag} " in told.replace(",", " ")
+        assert f"--{flag} " in output.replace(",", " ")

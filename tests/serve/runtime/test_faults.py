@@ -45,7 +45,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def test_an_engine_that_raises_costs_its_batch_and_is_made_anew(running: Running) -> None:
     before = running.log.count("made")
     failed = running.ask(faulty.RAISE)
-    assert (failed.status_code, failed.json()["title"]) == (500, "The model did not run")
+    assert (failed.status_code, failed.json()["title"]) == (500, "Inference failed")
     assert "assert" not in failed.text  # what a library says is for the log
     assert running.ask().status_code == 200
     assert running.log.count("made") == before + 1
@@ -344,7 +344,7 @@ def test_a_drain_is_bounded_and_not_ready_from_its_first_moment(tmp_path: Path) 
         assert running.get("/readyz").status_code == 503
         assert running.get("/livez").status_code == 200
         refused = running.ask()
-        assert (refused.status_code, refused.json()["title"]) == (503, "Not serving")
+        assert (refused.status_code, refused.json()["title"]) == (503, "Server is shutting down")
         assert running.process.wait(15) == 0
         assert 1 < time.monotonic() - begin_s < 12
         hanging.join(5)
