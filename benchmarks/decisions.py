@@ -1,9 +1,9 @@
-"""What a decision costs: microseconds of `choose` and of whole events, by policy and queue length.
+"""Cost of scheduling decisions: microseconds of `choose` and of events, by policy and queue length.
 
     python benchmarks/decisions.py [--waiting 0 10 100 1000] [--rounds 300]
 
-Policies take turns in random order on the same queues, so that a slow moment of a shared machine
-falls on all of them. Medians and p99 over the rounds.
+Medians and p99 over the rounds, on one thread. The policies decide in random order on the same
+queues, so that disturbances on a shared machine affect all of them.
 """
 
 import argparse
@@ -45,20 +45,20 @@ def main() -> None:
 
 
 def decisions(waiting: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every decision and event at a queue of that length."""
+    """Return seconds of every decision and event at this queue length."""
     draw = random.Random(0)
     policies = {spec: registry.create(spec, TIER_TABLE) for spec in SPECS}
     latency, taken = Latency(POINTS, 32), {spec: list[float]() for spec in SPECS}
     taken |= {"arrival": [], "arrival + queue": [], "leaving": []}
-    machine = Scheduler(policies["pace"], Latency(POINTS, 32), max_batch=32, queue_limit=10**9)
+    scheduler = Scheduler(policies["pace"], Latency(POINTS, 32), max_batch=32, queue_limit=10**9)
     arrivals, now_s = Arrivals(), 0.0
     for _ in range(600):
         now_s += draw.expovariate(3000)
         arrivals.observe(now_s, draw.choice(BUDGETS_S))
-    loose_s = max(3.0, waiting / 100)  # so that the machine takes them all
+    loose_s = max(3.0, waiting / 100)  # so that all are admitted
     for i in range(waiting):
-        machine.handle(Arrived(now_s, Request(i, now_s, now_s + loose_s + i / 1e3, (0, 1, 2))))
-        machine.handle(Decoded(now_s, i))
+        scheduler.handle(Arrived(now_s, Request(i, now_s, now_s + loose_s + i / 1e3, (0, 1, 2))))
+        scheduler.handle(Decoded(now_s, i))
     for round_ in range(rounds):
         queue = Queue()
         for i in range(waiting):
@@ -80,7 +80,7 @@ def decisions(waiting: int, rounds: int) -> dict[str, list[float]]:
         }
         for what, event in events.items():
             start_s = perf_counter()
-            machine.handle(event)
+            scheduler.handle(event)
             taken[what].append(perf_counter() - start_s)
     return taken
 

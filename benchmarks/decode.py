@@ -1,16 +1,17 @@
-"""What decoding JPEGs at a reduced scale changes, and what it saves.
+"""Differences and time saved if JPEGs are decoded at a reduced scale.
 
     python benchmarks/decode.py [--photos FOLDER] [--data FASHION_MNIST] [--rounds 9] [--json FILE]
 
-    pixels      a file decoded whole and reduced: largest, 99.9th percentile and mean difference
-                of a value in [0, 255], after the resize to 256 and the crop to 224, by how many
-                times `resize` the reduced shorter side must stay (the server's: REDUCED)
-    ms          median of one decode and crop, one thread, both ways in turn
-    agreement   the demo bundle's class for upscaled Fashion-MNIST images, both ways
+    pixels      a file decoded in full and at a reduced scale: largest, 99.9th percentile and mean
+                difference of a value in [0, 255] after the resize to 256 and the crop to 224;
+                `times` is how many times `resize` the reduced shorter side must keep (the server's
+                is REDUCED)
+    ms          median time to decode and crop on one thread, both ways interleaved
+    agreement   share of upscaled Fashion-MNIST images with the same class on the demo bundle
 
-Kinds: clouds are noise at every scale, as photographs have it; grain adds noise of a pixel's size,
-as a sensor does; gratings are lines 2 to 9 pixels apart, the worst case. Photographs are scaled up
-where they are smaller than the size asked for.
+Kinds of images: clouds have noise at every scale, as photographs do; grain adds pixel-sized noise,
+as sensors do; gratings have lines 2 to 9 pixels apart, the worst case. Photographs smaller than the
+tested size are scaled up.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 
 DEMO = Path(preprocess.__file__).parent / "demo"
 LARGE = Preprocess(image_size=224, resize=256, mean=(0.5,) * 3, std=(0.5,) * 3)
-SIZES = ((4032, 3024), (3001, 2003), (1920, 1080), (1031, 1027))  # also such as 8 does not divide
+SIZES = ((4032, 3024), (3001, 2003), (1920, 1080), (1031, 1027))  # some not divisible by 8
 TIMES = (1, 2, 3, 4)
 
 
@@ -42,7 +43,7 @@ class Row:
 
     kind: str
     size: str
-    times: int  # the reduced shorter side is at least so many times `resize`
+    times: int  # the reduced shorter side is at least this many times `resize`
     scale: int
     largest: int
     p999: float
@@ -53,11 +54,11 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--photos", type=Path, help="folder of photographs, measured too")
-    parser.add_argument("--data", help="Fashion-MNIST, for the demo bundle's agreement")
-    parser.add_argument("--images", type=int, default=150, help="of --data")
+    parser.add_argument("--photos", type=Path, help="folder of photographs to measure as well")
+    parser.add_argument("--data", help="Fashion-MNIST, for the agreement")
+    parser.add_argument("--images", type=int, default=150, help="images of --data")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="also write all figures there")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     rows = []
     for kind, make in kinds(options.photos):
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def compare(kind: str, size: tuple[int, int], body: bytes, times: int, rounds: int) -> Row | None:
-    """None where so many times `resize` leave nothing to reduce."""
+    """Return the row, or None if the image is not reduced at this many times `resize`."""
     short = times * LARGE.resize
     picture = read_picture(body, MAX_PIXELS, short)
     scale = round(picture.size[0] / picture.image.width)
@@ -120,7 +121,7 @@ def kinds(photos: Path | None) -> Iterator[tuple[str, Callable[[tuple[int, int]]
 
 
 def clouds(size: tuple[int, int]) -> Image.Image:
-    """Noise at every scale from the whole image to two pixels, each half as strong."""
+    """Return noise at every scale from the whole image to two pixels, each half as strong."""
     draw, whole, side = np.random.default_rng(0), np.zeros((size[1], size[0], 3), np.float32), 3
     while side < max(size):
         cells = draw.random((side, side, 3), np.float32) - 0.5
@@ -132,13 +133,13 @@ def clouds(size: tuple[int, int]) -> Image.Image:
 
 
 def grain(image: Image.Image, deviation: float) -> Image.Image:
-    """With a sensor's noise, of `deviation` levels."""
+    """Return the image with Gaussian noise of `deviation` levels."""
     noise = np.random.default_rng(1).normal(0, deviation, (image.height, image.width, 3))
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
 def gratings(size: tuple[int, int]) -> Image.Image:
-    """Black and white lines, upright and level, closer and closer."""
+    """Return black and white lines, vertical and horizontal, of varying distance."""
     y, x = np.mgrid[0 : size[1], 0 : size[0]]
     period = 2 + 7 * x // size[0]
     lines = np.where((y * 4 // size[1]) % 2, x, y) % period < period / 2
@@ -146,7 +147,7 @@ def gratings(size: tuple[int, int]) -> Image.Image:
 
 
 def fitted(photo: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The photograph filling `size`, cut where it is of another shape."""
+    """Return the photograph scaled and cropped to `size`."""
     scale = max(s / p for s, p in zip(size, photo.size, strict=True))
     larger = photo.resize(
         (max(size[0], round(photo.width * scale)), max(size[1], round(photo.height * scale))),
@@ -162,7 +163,7 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 def agreement(data: str, count: int) -> dict[str, float]:
-    """The demo bundle's classes of test images of 1400 pixels with grain, whole and reduced."""
+    """Compare the demo bundle's classes of test images of 1400 pixels, in full and reduced."""
     from pcae_training.data import load
 
     served = load_bundle(DEMO)

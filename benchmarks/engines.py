@@ -1,18 +1,18 @@
-"""Milliseconds of every tier in every engine that this machine has, from host to host.
+"""Latency of every tier in every engine of this machine, from host memory to host memory.
 
     python benchmarks/engines.py [--device cuda:0] [--model vit-b] [--bundle DIR] [--json FILE]
 
-    torch            the model as it is trained, eager; at keep ratio 1 it is timm's plain ViT
-    torch.compile    the same, compiled for each tier and batch, with CUDA graphs on a GPU
-    cuda             ONNX Runtime on the bundle's fused graphs (needs --bundle and onnxruntime-gpu)
+    torch            the training model, eager; at keep ratio 1 it is a plain timm ViT
+    torch.compile    the same, compiled for each tier and batch size, with CUDA graphs on a GPU
+    cuda             ONNX Runtime on the bundle's fused graphs (needs --bundle, onnxruntime-gpu)
     tensorrt         the plans of `pcae-export tensorrt` (needs --bundle)
     onnxruntime      the elastic graph on a CPU (needs --bundle)
 
-All take uint8 pixels in main memory and give float32 logits there; on a GPU they compute in half.
-Engines, tiers and batch sizes take turns within a round; figures are medians over rounds with
-quartiles. The ratio is to the same engine's keep ratio 1, within the round; on a GPU whose peak is
-known its share of that is given. Random weights: speed does not depend on them. An engine that is
-missing is named, with the reason.
+Input is uint8 pixels and output float32 logits, both in main memory; GPUs compute in half
+precision. Engines, tiers and batch sizes are interleaved within a round; figures are medians over
+rounds with quartiles. The ratio is to keep ratio 1 of the same engine within a round. For GPUs with
+a known peak, the share of it is reported. Without --bundle the weights are random, which does not
+change the speed. Engines that are missing are listed with the reason.
 """
 
 import argparse
@@ -44,21 +44,23 @@ MODELS = {
 }
 WARM_UP = 3
 
-#: Runs one batch at one keep ratio, from pixels to logits.
+#: Runs one batch on one tier, from pixels to logits.
 Run = Callable[[str, Pixels], Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda:0", help="cuda:N or cpu")
-    parser.add_argument("--model", choices=MODELS, default="vit-b", help="without --bundle")
-    parser.add_argument("--bundle", type=Path, help="its tiers are run; also by torch")
-    parser.add_argument("--keep", default="1.0,0.8,0.6", help="keep ratios, without --bundle")
+    parser.add_argument("--model", choices=MODELS, default="vit-b", help="used without --bundle")
+    parser.add_argument("--bundle", type=Path, help="bundle whose tiers are run, by torch too")
+    parser.add_argument("--keep", default="1.0,0.8,0.6", help="keep ratios, used without --bundle")
     parser.add_argument("--batches", default="1,8,64")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", type=Path, help="also write all figures there")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2: quartiles need them")
     served = load_bundle(options.bundle) if options.bundle else None
     config = MODELS[options.model] if served is None else of_bundle(served)
     if served is None:
@@ -78,7 +80,7 @@ def main() -> None:
 
 
 def of_bundle(served: Bundle) -> ViTConfig:
-    """The sizes of the bundle's dearest model."""
+    """Return the configuration of the bundle's most expensive model."""
     model = served.tiers[-1].model
     return from_config(read_json(served.file(model, "config.json")))[0]
 
@@ -90,7 +92,7 @@ def contenders(
     options: argparse.Namespace,
     max_batch: int,
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """What can run here, by name; and why the others cannot."""
+    """Return the engines that can run here, by name, and why the others cannot."""
     device = torch.device(options.device)
     half = torch.float16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
@@ -108,7 +110,7 @@ def contenders(
     found: dict[str, Run] = {"torch": in_torch(model)}
     missing: dict[str, str] = {}
     if options.no_compile:
-        missing["torch.compile"] = "left out by --no-compile"
+        missing["torch.compile"] = "skipped by --no-compile"
     else:
         torch._dynamo.config.recompile_limit = 64  # a graph for each tier and batch size
         mode = "reduce-overhead" if device.type == "cuda" else None
@@ -138,7 +140,7 @@ def measure(
     size: int,
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """Every engine, tier and batch size, in turn."""
+    """Time every engine, tier and batch size, interleaved; return a row for each."""
     noise = np.random.default_rng(0).integers(0, 256, (max(batches), size, size, 3), np.uint8)
     cases = list(product(found, macs, batches))
     taken: dict[tuple[str, str, int], list[float]] = {case: [] for case in cases}
@@ -171,12 +173,12 @@ def measure(
 
 
 def peak_flops() -> float | None:
-    """Dense half-precision peak of this machine's GPU, where it is known."""
+    """Return the dense half-precision peak of this machine's GPU, or None if unknown."""
     return PEAKS.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows as Markdown."""
+    """Return the rows as a Markdown table."""
     lines = [
         "| engine | batch | tier | ms (quartiles) | images/s | to keep ratio 1 (quartiles)"
         " | MAC ratio | ratio / MAC ratio | share of peak |",

@@ -1,13 +1,13 @@
-"""What serving five tiers costs a CPU machine: one elastic graph against a static one for each.
+"""Footprint of serving five tiers on a CPU: one elastic graph against a static graph per tier.
 
     python benchmarks/footprint.py [--model vit-b] [--rounds 15] [--json FILE]
 
-    export    seconds and peak memory of `pcae-export bundle`, random weights, parity included
-    load      seconds and resident memory of: one tier static, all tiers elastic, all tiers static;
-              a process each, repeated in turn; the process without any session is taken off
-    speed     the elastic graph's time over the static one's, tier by tier, taken in turn
+    export    seconds and peak memory of `pcae-export bundle` on random weights, with parity checks
+    load      seconds and resident memory of one static tier, all tiers elastic, all tiers static;
+              one process each, interleaved; memory of a process without sessions is subtracted
+    speed     time of the elastic graph over that of the static one, by tier, interleaved
 
-Random weights: neither figure depends on them.
+Random weights do not change the figures.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="vit-b")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--parity-images", type=int, default=16)
-    parser.add_argument("--json", type=Path, help="also write all figures there")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         found: dict[str, Any] = {"model": options.model}
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def export(name: str, parity_images: int, scratch: Path) -> tuple[Path, dict[str, float]]:
-    """Run the command on random weights, as a process of its own."""
+    """Run `pcae-export bundle` on random weights; return the bundle and its figures."""
     torch.manual_seed(0)
     config = MODELS[name]
     size = config.image_size
@@ -106,7 +106,7 @@ def export(name: str, parity_images: int, scratch: Path) -> tuple[Path, dict[str
 
 
 def load(served: Bundle, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds to load and resident megabytes, by what is loaded."""
+    """Return load seconds and resident megabytes for each of WHAT."""
     full = served.tiers[-1]
     static = [(served.file(t.model, t.graph), [None]) for t in served.tiers]
     elastic = (served.file(full.model, ELASTIC_GRAPH), [t.token_counts for t in served.tiers])
@@ -126,13 +126,13 @@ def load(served: Bundle, rounds: int) -> dict[str, dict[str, list[float]]]:
 
 
 def speed(served: Bundle, rounds: int) -> list[dict[str, Any]]:
-    """Elastic over static time of every tier and batch size, both in each round."""
+    """Return elastic over static time of every tier and batch size."""
     engine, size = OnnxRuntimeEngine(served), served.image_size
     options = ort.SessionOptions()
     options.log_severity_level = 3
     noise = np.random.default_rng(0).integers(0, 256, (max(BATCHES), size, size, 3), np.uint8)
     rows = []
-    for tier in served.tiers:  # one static session at a time: five would not fit side by side
+    for tier in served.tiers:  # one static session at a time, to save memory
         static = ort.InferenceSession(served.file(tier.model, tier.graph), options)
         for batch in BATCHES:
             ratios, pixels = [], noise[:batch]
@@ -142,7 +142,7 @@ def speed(served: Bundle, rounds: int) -> list[dict[str, Any]]:
                 middle = time.perf_counter()
                 static.run(None, {"pixels": pixels})
                 end = time.perf_counter()
-                if turn:  # the first warms up
+                if turn:  # the first turn is warm-up
                     ratios.append((middle - begin) / (end - middle))
             low, _, high = quantiles(ratios, n=4)
             rows.append(
@@ -153,11 +153,11 @@ def speed(served: Bundle, rounds: int) -> list[dict[str, Any]]:
 
 
 def load_table(found: dict[str, dict[str, list[float]]]) -> list[str]:
-    """The footprint as Markdown; ratios are to one static tier."""
+    """Return the footprint as Markdown; ratios are to one static tier."""
     bare = median(found["nothing"]["megabytes"])
     one = median(found["one static"]["megabytes"]) - bare
     one_s = median(found["one static"]["seconds"])
-    lines = ["| loaded | MB (min-max) | over one | seconds to load (min-max) | over one |"]
+    lines = ["| loaded | MB (min-max) | ratio | seconds to load (min-max) | ratio |"]
     lines += ["| --- | --- | --- | --- | --- |"]
     for what in WHAT[1:]:
         megabytes = [value - bare for value in found[what]["megabytes"]]
@@ -171,7 +171,7 @@ def load_table(found: dict[str, dict[str, list[float]]]) -> list[str]:
 
 
 def speed_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Elastic over static as Markdown."""
+    """Return the speed ratios as Markdown."""
     lines = ["| tier | batch | elastic / static time (quartiles) |", "| --- | --- | --- |"]
     return lines + [
         f"| {row['tier']} | {row['batch']} | {row['ratio']:.3f}"

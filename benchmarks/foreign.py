@@ -1,15 +1,15 @@
-"""Checkpoints of other projects through the front door, against what their own library computes.
+"""Parity of other projects' checkpoints, exported and served, with their own library.
 
     python benchmarks/foreign.py --images FOLDER [--dinov2 FOLDER] [--json FILE]
 
-    checkpoint   random weights of transformers' classes, in Hugging Face's folder and as a
-                 state dict under timm's names; DINOv2's real ones where a folder is given
-    ours         pcae-export bundle, pcae-serve on a socket, the image files posted to it
-    theirs       transformers: its image processor, its model, float32
+    checkpoint   random weights of transformers' classes, as a Hugging Face folder and as a state
+                 dict with timm's names; with --dinov2, real weights
+    ours         pcae-export bundle, then pcae-serve on a socket, with the image files as requests
+    theirs       transformers: its image processor and model, float32
 
-Every image is asked for at keep ratio 1, where nothing is dropped: the answers must be the same
-but for rounding. Weights are rounded to float16 first, as bundles store them. The server says
-probabilities; those of all classes are compared.
+Every image is answered at keep ratio 1, where no token is dropped, so answers must agree up to
+rounding. Weights are rounded to float16 first, as bundles store them. For classifiers, the
+probabilities of all classes are compared.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from pcae_export.measure import cosine
 from pcae_training.journal import describe_machine
 
 LABELS = {i: f"class {i}" for i in range(10)}
-#: A ViT-Ti of 224 pixels: large enough to have all that a real one has.
+#: A ViT-Ti at 224 pixels, with all parts of a real model.
 SIZES = {
     "hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3,
     "intermediate_size": 768, "id2label": LABELS, "initializer_range": 0.1,
@@ -47,25 +47,25 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, and what answers for it."""
+    """A checkpoint and its reference."""
 
     name: str
     source: Path
     flags: tuple[str, ...]
-    vectors: Callable[[Tensor], Tensor]  # normalised pixels [1, 3, S, S] -> the answer [1, n]
+    vectors: Callable[[Tensor], Tensor]  # normalised pixels [1, 3, S, S] -> answer [1, n]
     processor: Path  # folder of the image processor
 
 
 @dataclass(frozen=True)
 class Row:
-    """How near the answers were."""
+    """Differences between our answers and the reference."""
 
     case: str
     answers: str  # probabilities or features
     images: int
-    largest: float  # difference of a number in an answer
-    scale: float  # the largest number in an answer
-    cosine: float  # the smallest over images
+    largest: float  # largest absolute difference of a value
+    scale: float  # largest absolute value
+    cosine: float  # smallest over the images
     same_class: float | None
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=Path, required=True, help="folder of test/*.png")
     parser.add_argument("--dinov2", type=Path, help="Hugging Face folder of real weights")
-    parser.add_argument("--json", type=Path, help="also write all figures there")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     files = sorted((options.images / "test").glob("*.png"))
     rows = []
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def cases(scratch: Path, dinov2: Path | None) -> Iterator[Case]:
-    """Each made as it is asked for."""
+    """Yield the cases, each created when needed."""
     torch.manual_seed(0)
     made: dict[str, nn.Module] = {
         "vit": transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES)),
@@ -111,7 +111,8 @@ def cases(scratch: Path, dinov2: Path | None) -> Iterator[Case]:
     torch.save(under_timms_names(made["vit"].state_dict()), timm)
     flags = ("--normalise", "half", "--image-size", "224", "--resize", "224")
     square = scratch / "square"
-    transformers.BitImageProcessorPil(  # a crop, as timm does; ViT's own would squash
+    # resize and crop, as timm does; ViT's own processor does not keep the aspect ratio
+    transformers.BitImageProcessorPil(
         size={"shortest_edge": 224}, crop_size=224, resample=3, image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     ).save_pretrained(square)  # fmt: skip
@@ -122,7 +123,7 @@ def cases(scratch: Path, dinov2: Path | None) -> Iterator[Case]:
 
 
 def rounded(model: nn.Module) -> nn.Module:
-    """The model with weights that float16 holds exactly."""
+    """Return the model with its weights rounded to float16 values."""
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
     return model.eval()
@@ -133,11 +134,11 @@ def logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def features(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda pixels: model(pixels).pooler_output  # CLS behind the last norm
+    return lambda pixels: model(pixels).pooler_output  # CLS token after the last norm
 
 
 def under_timms_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A Hugging Face ViT's state dict as timm would write it: queries, keys and values in one."""
+    """Return a Hugging Face ViT's state dict with timm's names, q, k and v concatenated."""
     found: dict[str, Tensor] = {}
     names = {
         r"^vit\.embeddings\.cls_token$": "cls_token",
@@ -165,7 +166,7 @@ def under_timms_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def compare(case: Case, images: Path, files: list[Path], scratch: Path) -> Row:
-    """Export, serve, ask for every image; hold the answers against transformers'."""
+    """Export and serve a checkpoint, and compare the answers with those of transformers."""
     out = scratch / f"{case.source.name}-bundle"
     command = [sys.executable, "-m", "pcae_export.cli", "bundle", case.source, out, *case.flags]
     command += [f"--eval-data={images}", "--agreement", "--half=none", "--parity-images=16"]
@@ -196,7 +197,7 @@ def compare(case: Case, images: Path, files: list[Path], scratch: Path) -> Row:
 
 
 def vector(reply: dict[str, Any]) -> np.ndarray:
-    """The numbers of an answer, classes in the order of their index."""
+    """Return the values of an answer, classes in the order of their index."""
     if "features" in reply:
         return np.array(reply["features"], np.float32)
     ordered = sorted(reply["predictions"], key=lambda found: found["index"])
@@ -205,7 +206,7 @@ def vector(reply: dict[str, Any]) -> np.ndarray:
 
 @contextmanager
 def server(bundle: Path) -> Iterator[str]:
-    """Address of a server that serves the bundle on the CPU."""
+    """Start a server for the bundle on the CPU; yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -234,8 +235,11 @@ def ready(url: str) -> bool:
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """The rows as Markdown."""
-    yield "| checkpoint | answers | images | largest difference | of | cosine | same class |"
+    """Yield the rows as a Markdown table."""
+    yield (
+        "| checkpoint | answers | images | largest difference | largest value | cosine"
+        " | same class |"
+    )
     yield "| --- |" + " --- |" * 6
     for row in rows:
         same = "" if row.same_class is None else f"{100 * row.same_class:.0f} %"

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Run whatever still awaits a GPU, in order of worth, and stop in time.
+# Run the benchmarks that need a GPU and have no record yet, the most important first, within a time limit.
 #
 #   benchmarks/gpu.sh DATA OUT MINUTES
 #
-#   demo        the demo model at 196 tokens (training/recipes/fashion_mnist_gpu.sh)
+#   demo        train the demo model at 196 tokens (training/recipes/fashion_mnist_gpu.sh)
 #   throughput  training steps of MAE, PCAE and fine-tuning side by side (benchmarks/training.py)
 #   engines     every tier in torch, torch.compile, ONNX Runtime and TensorRT (benchmarks/engines.py)
-#   questions   PCAE, PTR and elastic training against their rivals (benchmarks/questions.py)
+#   questions   PCAE, PTR and elastic training against their alternatives (benchmarks/questions.py)
 #
-# DATA: a folder of Fashion-MNIST parquet files. OUT: where results are put, each file under 16 MiB:
+# DATA: a folder of Fashion-MNIST parquet files. OUT: folder for the results, each file under 16 MiB:
 # records as JSON and text, weights as float16 in NAME.tar.part-NN (join: cat NAME.tar.part-* | tar x).
-# A stage with a record in benchmarks/records/*_gpu-STAGE or in OUT is not run again. A stage that is
-# stopped goes on at the next call on the same machine, from its checkpoints in WORK.
+# A stage with a record in benchmarks/records/*_gpu-STAGE or in OUT is skipped. An interrupted stage
+# continues at the next call on the same machine, from its checkpoints in WORK.
 #
-# DEVICE=cpu SCALE=tiny shows in a minute that all of it runs. PYTHON names the interpreter; the
-# packages (`.[train]`) must be importable, this checkout need not be installed. BUNDLE: a bundle for
-# the engines (a ViT-S is 50 MB; without one only torch is timed). SEEDS ("0 1 2") and JOBS (4, at a
-# time) are of the questions.
+# DEVICE=cpu SCALE=tiny is a rehearsal of a minute. PYTHON: the interpreter; it must have the
+# dependencies of `.[train]`, but this checkout need not be installed. BUNDLE: a bundle for the engines
+# (a ViT-S is 50 MB); without it only torch is timed. SEEDS ("0 1 2") and JOBS (4 in parallel) apply to
+# the questions.
 set -euo pipefail
 if [ $# -ne 3 ]; then
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2
@@ -32,11 +32,11 @@ export PYTHONPATH=$PWD:$PWD/training:$PWD/export${PYTHONPATH:+:$PYTHONPATH} PYTH
 export PCAE_TRAIN="$python -m pcae_training.cli"
 mkdir -p "$work"
 end=$(($(date +%s) + minutes * 60))
-reserve_s=30 # to save, to pack
+reserve_s=30 # for saving and packing
 
 left_s() { echo $((end - $(date +%s) - reserve_s)); }
 
-# within STAGE COMMAND…: run it in the time that is left; 0 when it ended by itself and well
+# within STAGE COMMAND…: run a command within the remaining time; 0 if it completed successfully
 within() {
   local stage=$1 seconds code=0
   shift
@@ -48,7 +48,7 @@ within() {
   timeout --signal=TERM --kill-after=25 "$seconds" "$@" >>"$out/$stage.log" 2>&1 || code=$?
   [ $code = 0 ] && return
   if [ $code = 124 ] || [ $code = 143 ] || [ $code = 3 ]; then
-    echo "$stage: stopped for lack of time; it goes on at the next call"
+    echo "$stage: stopped at the time limit; the next call continues it"
   else
     echo "$stage: failed with exit code $code, see $stage.log" >&2
     failed=1
@@ -60,7 +60,7 @@ awaits() {
   [ ! -e "$out/$1.json" ] && ! compgen -G "benchmarks/records/*_gpu-$1" >/dev/null
 }
 
-# weights FOLDER NAME: a checkpoint as float16, in parts
+# weights FOLDER NAME: pack a checkpoint as float16, in parts
 weights() {
   rm -rf "$work/packed" "$out/$2".tar.part-*
   mkdir -p "$work/packed/$2"
@@ -127,7 +127,7 @@ for stage in demo throughput engines questions; do
     echo "$stage: $(left_s) s left"
     $stage
   else
-    echo "$stage: has its record"
+    echo "$stage: already recorded"
   fi
 done
 exit $failed

@@ -1,9 +1,9 @@
-"""What files that are made to cost much do cost: seconds and memory of one decode, each alone.
+"""Time and memory of decoding files that are crafted to be expensive, each in its own process.
 
     python benchmarks/hostile.py [NAME ...]
 
-As large as the server takes by default: bodies of 20 MB, 50 million pixels. The last ones are no
-attack, but the most that is decoded. What each file is, its function says.
+Files are as large as the server accepts by default: bodies of 20 MB, 50 million pixels. The files
+named largest_* are not attacks but the largest images that are decoded. FILES lists the names.
 """
 
 import struct
@@ -27,7 +27,7 @@ LIMIT_S = 300
 
 
 def png_profiles() -> bytes:
-    """20 MB of colour profiles that inflate to 1 MB each."""
+    """20 MB of colour profiles that decompress to 1 MB each."""
     profile = chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(MB)))
     return odd_images.png(*[profile] * (20 * MB // len(profile)), PIXELS, END)
 
@@ -69,14 +69,14 @@ def gif_blocks() -> bytes:
 
 
 def gif_disposal() -> bytes:
-    """Pillow fills what the frame would be replaced with when it reads the header."""
+    """A frame that Pillow allocates for its disposal while it reads the header."""
     control = b"!\xf9\4\x08\0\0\0\0,"
     frame = struct.pack("<HHHHB", 0, 0, 13_000, 13_000, 0)
     return b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0, 0, 0) + control + frame + b"\2\2\x4c\1\0;"
 
 
 def bmp_run_length() -> bytes:
-    """Rows ended after one pixel: Pillow fills them byte by byte."""
+    """Rows that end after one pixel; Pillow fills the rest byte by byte."""
     return bmp(50_000, 1_000, 4, 2, b"\1\1\0\0" * 1_000)
 
 
@@ -145,8 +145,8 @@ def measure(name: str) -> str:
 
     preprocess = Preprocess(224, 256, (0.5,) * 3, (0.5,) * 3)
     body = FILES[name]()
-    preprocess(save(photo(), "PNG"))  # what is imported at the first image
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    preprocess(save(photo(), "PNG"))  # imports happen at the first image
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, begin = memory_mb("VmRSS"), time.perf_counter()
     try:
         preprocess(body)

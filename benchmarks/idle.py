@@ -1,9 +1,9 @@
-"""What the service adds to one image on an idle machine: everything but decoding and compute.
+"""Latency that the service adds to one image on an idle machine, besides decoding and compute.
 
     python benchmarks/idle.py [--requests 1000]
 
-The demo bundle through the service itself, without HTTP, one image after the other: the wait for
-the scheduler's decision, its events, and the way to the device's thread and back.
+Sends the demo bundle's sample image to the service in process, without HTTP, one at a time: the
+queue, the scheduler's events, and the way to the device's thread and back. Milliseconds.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pcae_serve.runtime.requests import InferenceRequest
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 
+WARM_UP = 50  # requests before those that count
 SAMPLES = Path(__file__).parents[1] / "docs" / "samples"
 
 
@@ -32,12 +33,12 @@ async def measure(requests: int) -> None:
         await service.start()
         loop, rows = asyncio.get_running_loop(), []
 
-        for _ in range(requests):
+        for _ in range(WARM_UP + requests):
             with service.admit(InferenceRequest(loop.time(), 1000.0)) as admitted:
                 answer = await admitted.run(body)
             done_s = loop.time()
             begin_s = done_s - answer.total_s
-            await asyncio.sleep(0.005)  # the machine is idle again
+            await asyncio.sleep(0.005)  # let the machine become idle
             direct_s = loop.time()
             engine.run(answer.tier, np.zeros((1, 28, 28, 3), np.uint8))
             direct_s = loop.time() - direct_s
@@ -45,8 +46,8 @@ async def measure(requests: int) -> None:
             rows.append((answer.queue_s, added_s, answer.compute_s - direct_s))
         await service.stop()
     print(f"{requests} images, milliseconds            median      p99")
-    names = ("waiting for the device", "all but decode and compute", "compute over a direct call")
-    for name, values in zip(names, np.array(rows[50:]).T, strict=True):
+    names = ("waiting for the device", "all but decode and compute", "compute, less a direct call")
+    for name, values in zip(names, np.array(rows[WARM_UP:]).T, strict=True):
         middle, last = 1e3 * np.percentile(values, (50, 99))
         print(f"{name:<30} {middle:10.3f} {last:8.3f}")
 

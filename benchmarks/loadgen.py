@@ -1,10 +1,10 @@
 """MLPerf LoadGen's Server scenario against a running server: Poisson arrivals, a latency bound.
 
-    pip install mlcommons-loadgen httpx
+    pip install mlcommons-loadgen httpx2
     python benchmarks/loadgen.py http://127.0.0.1:8000 --qps 40 --bound-ms 500 [--seconds 60]
 
-Every query is a request whose budget is the bound. LoadGen knows no refusal: it counts what comes
-back, and when. So a query that was refused or failed is handed back only after the bound: a miss.
+Every query is a request whose budget is the bound. LoadGen counts only completed queries and their
+latency, so a rejected or failed query is completed after the bound: it counts as a miss.
 """
 
 import argparse
@@ -18,16 +18,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import mlperf_loadgen as loadgen
 
 SAMPLES = Path(__file__).parents[1] / "docs" / "samples"
-#: After the bound, for a miss to be one.
+#: Time after the bound at which a miss is completed.
 BEYOND_S = 0.01
 
 
 class Sender:
-    """Sends from a loop of its own: LoadGen's thread must not wait for answers."""
+    """Sends requests from its own event loop, so that LoadGen's thread does not wait."""
 
     def __init__(self, url: str, bound_s: float) -> None:
         self.url, self.bound_s = f"{url}/classify?budget_ms={1e3 * bound_s}", bound_s
@@ -35,8 +35,8 @@ class Sender:
         self.outcomes: Counter[str] = Counter()
         self.tiers: Counter[str] = Counter()
         self.loop = asyncio.new_event_loop()
-        self.client = httpx.AsyncClient(
-            timeout=bound_s + 30, limits=httpx.Limits(max_connections=None, keepalive_expiry=4)
+        self.client = httpx2.AsyncClient(
+            timeout=bound_s + 30, limits=httpx2.Limits(max_connections=None, keepalive_expiry=4)
         )
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
@@ -54,7 +54,7 @@ class Sender:
                 body = answer.content
                 self.tiers[answer.json()["tier"]] += 1
             self.outcomes[str(answer.status_code)] += 1
-        except httpx.TransportError as error:
+        except httpx2.TransportError as error:
             self.outcomes[type(error).__name__] += 1
         if body == b"\0":
             await asyncio.sleep(begin_s + self.bound_s + BEYOND_S - time.monotonic())

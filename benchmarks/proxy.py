@@ -1,12 +1,12 @@
-"""What Ray Serve's proxy adds to a request: the same server behind it and without it, interleaved.
+"""Latency that Ray Serve's proxy adds to a request, against the same server without it.
 
     python benchmarks/proxy.py [--rounds 40] [--requests 25]
 
-Both serve the demo bundle on one thread, on this machine, at the same time; only one is asked at a
-time. A round is a block of requests to each, on one kept connection, in a random order; what is
-compared are the rounds' medians (quartiles over the rounds), as differences and ratios within the
-round: `GET /livez`, which costs no compute, and an image on the demo's fastest tier, one after the
-other and with 16 in flight. Milliseconds.
+Needs `.[ray]`. Both servers run on this machine at the same time and serve the demo bundle on one
+thread; only one receives requests at a time. A round is a block of requests to each server on a
+kept connection, in random order. Compared are the medians of the rounds (quartiles over the
+rounds), in milliseconds, as differences and ratios within a round: `GET /livez`, which needs no
+compute, and an image on the demo's fastest tier, one at a time and with 16 in flight.
 """
 
 import argparse
@@ -25,13 +25,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 
-import httpx
+import httpx2
 
 ROOT = Path(__file__).parents[1]
 BODY = min((ROOT / "docs" / "samples").glob("*.png")).read_bytes()
 
-
-#: Milliseconds of a request, and the part of them outside the server's own stages.
+#: Milliseconds of a request, and those outside decoding, queueing and compute.
 Took = tuple[float, float]
 
 
@@ -43,7 +42,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(command: list[str], url: str, **environment: str) -> Iterator[None]:
-    """A server, from when it is ready until it has ended."""
+    """Start a server, wait until it is ready, and stop it after the block."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, start_new_session=True,
@@ -51,11 +50,11 @@ def started(command: list[str], url: str, **environment: str) -> Iterator[None]:
     try:
         for _ in range(600):
             try:
-                if httpx.get(f"{url}/readyz").status_code == 200:
+                if httpx2.get(f"{url}/readyz").status_code == 200:
                     break
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 if process.poll() is not None:
-                    sys.exit(f"{command[0]} has ended")
+                    sys.exit(f"{command[0]} exited before it was ready")
             time.sleep(0.2)
         yield
     finally:
@@ -63,12 +62,12 @@ def started(command: list[str], url: str, **environment: str) -> Iterator[None]:
         process.wait(60)
 
 
-async def asked(client: httpx.AsyncClient, url: str, requests: int, at_once: int) -> list[Took]:
-    """Each request, so many in flight."""
+async def measure(client: httpx2.AsyncClient, url: str, requests: int, at_once: int) -> list[Took]:
+    """Send `requests` requests, `at_once` in flight; return what each took."""
     took: list[Took] = []
     left = iter(range(requests))
 
-    async def one_after_another() -> None:
+    async def worker() -> None:
         for _ in left:
             begin_s = time.perf_counter()
             probe = url.endswith("livez")
@@ -80,30 +79,30 @@ async def asked(client: httpx.AsyncClient, url: str, requests: int, at_once: int
             own_ms = sum(stages.get(name, 0.0) for name in ("decode", "queue", "compute"))
             took.append((all_ms, all_ms - own_ms))
 
-    await asyncio.gather(*(one_after_another() for _ in range(at_once)))
+    await asyncio.gather(*(worker() for _ in range(at_once)))
     return took
 
 
 async def compare(urls: dict[str, str], path: str, rounds: int, requests: int, n: int) -> None:
     medians: dict[str, list[Took]] = {name: [] for name in urls}
-    async with httpx.AsyncClient(timeout=60) as client:
-        for name in urls:  # connections, caches
-            await asked(client, urls[name] + path, 2 * n, n)
+    async with httpx2.AsyncClient(timeout=60) as client:
+        for name in urls:  # warm up connections and caches
+            await measure(client, urls[name] + path, 2 * n, n)
         for _ in range(rounds):
             order = list(urls)
             random.shuffle(order)
             for name in order:
-                took = await asked(client, urls[name] + path, requests, n)
+                took = await measure(client, urls[name] + path, requests, n)
                 medians[name].append((median(t[0] for t in took), median(t[1] for t in took)))
     print(f"{path}, {n} in flight, {rounds} rounds of {requests}", flush=True)
-    for which, what in enumerate(("all of it", "outside decode, queue, compute")):
+    for which, what in enumerate(("total", "outside decode, queue, compute")):
         direct = [each[which] for each in medians["direct"]]
         ray = [each[which] for each in medians["ray"]]
         added = [r - d for r, d in zip(ray, direct, strict=True)]
         ratio = [r / d for r, d in zip(ray, direct, strict=True)]
         rows = {"direct": direct, "ray": ray, "added": added, "ratio": ratio}
-        told = "   ".join(f"{name} {spread(values)}" for name, values in rows.items())
-        print(f"    {what:30}  {told}", flush=True)
+        line = "   ".join(f"{name} {spread(values)}" for name, values in rows.items())
+        print(f"    {what:30}  {line}", flush=True)
 
 
 def spread(values: list[float]) -> str:
@@ -123,7 +122,7 @@ def main() -> None:
         common |= {"PCAE_CACHE_DIR": f"{folder}/cache"}
         config = Path(folder) / "serve.json"
         application = {"name": "pcae-serve", "import_path": "pcae_serve.integrations.ray:app"}
-        # the replica's loop, whose clock else counts whole milliseconds; never the proxy's
+        # for the replica only: with uvloop its clock has a resolution of a millisecond
         application |= {"runtime_env": {"env_vars": common | {"RAY_USE_UVLOOP": "0"}}}
         http = {"host": "127.0.0.1", "port": ports[1]}
         config.write_text(json.dumps({"http_options": http, "applications": [application]}))

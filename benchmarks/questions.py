@@ -1,15 +1,15 @@
-"""Answer the three questions that PCAE and PTR are argued from, by training many small models.
+"""Three questions about PCAE and PTR, answered by training many small models on Fashion-MNIST.
 
-    1  pretraining: PCAE against MAE against none, at equal epochs and at equal time
-    2  ranking: PTR against random dropping, in pretraining and in fine-tuning at keep ratio 0.5
-    3  elastic: one set of weights for all budgets against one fine-tuned for each
-
-Every job is a `pcae-train` command in a folder of its own under --work; one that is done is not
-done again, one that was stopped goes on. Seeds come one after another, so that what there is at any
-time is balanced. Results are top-1 on the test images, compared by seed.
+    1  pretraining: PCAE, MAE and none, at equal epochs and at equal time
+    2  ranking: PTR and random dropping, in pretraining and in fine-tuning at keep ratio 0.5
+    3  elastic: one set of weights for all budgets, against a fine-tuned model for each
 
     python benchmarks/questions.py --data FOLDER --work FOLDER --scale two-cores --minutes 60
-    python benchmarks/questions.py --work FOLDER --report record.json     # only what there is
+    python benchmarks/questions.py --work FOLDER --report record.json     # results so far
+
+Every job is a `pcae-train` command in its own folder under --work. A finished job is not repeated;
+an interrupted one continues from its checkpoint. Seeds run one after another, so that results are
+balanced at any time. Results are top-1 on the test images, paired by seed.
 """
 
 import argparse
@@ -31,15 +31,15 @@ from pcae_training import checkpoint as checkpoints
 from pcae_training.journal import describe_machine
 from pcae_training.model import ViTConfig
 
-FAILED, OUT_OF_TIME = 1, 3  # exit codes: a job has failed; something is left to do
+FAILED, OUT_OF_TIME = 1, 3  # exit codes: a job failed; jobs are left to do
 TRAIN = [sys.executable, "-m", "pcae_training.cli"]
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of elastic training
-KEEP = (1.0, 0.7, 0.5, 0.3)  # what is fine-tuned for alone
+KEEP = (1.0, 0.7, 0.5, 0.3)  # of models fine-tuned for one ratio
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the models and the runs are."""
+    """Sizes of models and runs."""
 
     model: tuple[str, ...]
     pretrain_split: str
@@ -51,7 +51,7 @@ class Scale:
 
 
 SCALES = {
-    # 49 tokens; a thread of a Xeon with AMX trains it at about 300 images a second
+    # 49 tokens; one thread of a Xeon with AMX trains about 300 images per second
     "two-cores": Scale(
         model=("--image-size=28", "--patch-size=4", "--width=64", "--depth=12", "--heads=2"),
         pretrain_split="train[:12000]",
@@ -73,7 +73,7 @@ SCALES = {
         ),
         finetune_epochs=20,
     ),
-    # seconds: shows that the machinery works
+    # takes seconds: shows that every command runs
     "tiny": Scale(
         model=("--image-size=28", "--patch-size=4", "--width=8", "--depth=11", "--heads=2"),
         pretrain_split="train[:64]",
@@ -85,24 +85,24 @@ SCALES = {
     ),
 }  # fmt: skip
 
-#: Augmentation that suits images of 28 pixels; drop path is for larger models.
+#: No augmentation that does not suit 28 pixels, and no drop path, which is for larger models.
 PLAIN = ("--randaugment=0", "--erase=0", "--mixup=0", "--cutmix=0", "--crop=0", "--drop-path=0")
 
 
 @dataclass
 class Job:
-    """A model to train, or to pretrain; `name` is its folder."""
+    """A model to fine-tune or pretrain; `name` is its folder."""
 
     name: str
     command: list[str]
     after: str | None = None  # the job whose checkpoint it starts from
-    keep: tuple[float, ...] = ()  # what it is measured at; nothing where it is only pretrained
-    timed_by: tuple[str, ...] = ()  # jobs whose durations decide this one's epochs
+    keep: tuple[float, ...] = ()  # keep ratios to evaluate; empty for pretraining
+    timed_by: tuple[str, ...] = ()  # jobs whose durations determine this one's epochs
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
 
 def jobs(scale: Scale, seed: int, data: Path) -> list[Job]:
-    """All of one seed, in order of worth."""
+    """Return the jobs of one seed, the most important first."""
     found: list[Job] = []
 
     def pretrain(name: str, method: str, *flags: str, timed_by: tuple[str, ...] = ()) -> None:
@@ -148,10 +148,10 @@ def jobs(scale: Scale, seed: int, data: Path) -> list[Job]:
 
 
 def equal_macs(scale: Scale) -> int:
-    """Epochs of elastic training that cost what one model for each of KEEP costs together.
+    """Return the epochs of elastic training that cost as much as one model for each of KEEP.
 
-    An elastic step runs both ends of the budgets and one between. Counted without the ramp, under
-    which the single models cost more than here.
+    An elastic step runs the largest budget, the smallest and one in between. Without the ramp,
+    during which the single models cost more than counted here.
     """
     sizes = dict(flag.removeprefix("--").split("=") for flag in scale.model)
     config = ViTConfig(
@@ -169,7 +169,7 @@ def equal_macs(scale: Scale) -> int:
 
 
 def work(scale: Scale, args: argparse.Namespace) -> int:
-    """Do the jobs of every seed, --jobs at a time: 0, FAILED, or OUT_OF_TIME."""
+    """Run the jobs of every seed, --jobs at a time. Return 0, FAILED or OUT_OF_TIME."""
     end = time.monotonic() + args.minutes * 60
     waiting = wanted(scale, args)
     waiting = [job for job in waiting if not done(args.work / job.name)]
@@ -184,39 +184,39 @@ def work(scale: Scale, args: argparse.Namespace) -> int:
             start(args, job)
             running.append(job)
         if waiting and not running:
-            say(f"{len(waiting)} jobs cannot be done: what they need has failed")
+            log(f"{len(waiting)} jobs cannot run: jobs that they depend on have failed")
             return FAILED
         time.sleep(0.2)
     for job in running:
         assert job.process is not None
-        job.process.send_signal(signal.SIGTERM)  # saves itself: the next call goes on from there
+        job.process.send_signal(signal.SIGTERM)  # it saves a checkpoint to resume from
         job.process.wait()
     if running or waiting:
-        say(f"out of time: {len(running)} stopped, {len(waiting)} not begun")
+        log(f"out of time: {len(running)} jobs stopped, {len(waiting)} not started")
         return OUT_OF_TIME
     return 0 if finished(scale, args) else FAILED
 
 
 def finished(scale: Scale, args: argparse.Namespace) -> bool:
-    """Whether every job has its result."""
+    """Return whether every job has its result."""
     return all(done(args.work / job.name) for job in wanted(scale, args))
 
 
 def wanted(scale: Scale, args: argparse.Namespace) -> list[Job]:
-    """The jobs of all seeds, or of them those that --only names."""
+    """Return the jobs of all seeds, limited to those named by --only."""
     everything = [job for seed in args.seeds for job in jobs(scale, seed, args.data)]
     return [job for job in everything if not args.only or job.name.rsplit("-", 1)[0] in args.only]
 
 
 def needs(job: Job) -> Iterator[str]:
-    """The jobs that must be done before."""
+    """Yield the jobs that must be finished before."""
     if job.after:
         yield job.after
     yield from job.timed_by
 
 
 def start(args: argparse.Namespace, job: Job) -> None:
-    """Begin a job, or go on with it."""
+    """Start or resume a job."""
     folder = args.work / job.name
     folder.mkdir(parents=True, exist_ok=True)
     command = [*job.command, f"--out={folder}", f"--device={args.device}"]
@@ -226,19 +226,19 @@ def start(args: argparse.Namespace, job: Job) -> None:
         command.append(f"--epochs={equal_time(args.work, job)}")
     if (checkpoints.find_checkpoint(folder) / "config.json").exists():
         command.append("--resume")
-    say(f"{job.name}: pcae-train {' '.join(command)}")
+    log(f"{job.name}: pcae-train {' '.join(command)}")
     launch(job, command, folder)
 
 
 def finish(args: argparse.Namespace, job: Job) -> bool:
-    """Go on from training to measuring on the test images; True where nothing is left to do.
+    """Continue a trained job with its evaluation; return whether the job has ended.
 
-    The result file says that a job is done.
+    A job is done if its result file exists.
     """
     assert job.process is not None
     folder = args.work / job.name
     if job.process.returncode:
-        say(f"{job.name} failed: see {folder / 'log.txt'}")
+        log(f"{job.name} failed: see {folder / 'log.txt'}")
         return True
     result = folder / "result.json"
     if job.keep and not result.exists():
@@ -248,22 +248,22 @@ def finish(args: argparse.Namespace, job: Job) -> bool:
         return False
     if not job.keep:
         result.write_text("{}\n", encoding="utf-8")
-    (folder / "checkpoint" / "training_state.safetensors").unlink()  # the optimiser's, half of all
-    say(f"{job.name} done")
+    (folder / "checkpoint" / "training_state.safetensors").unlink()  # half of the checkpoint's size
+    log(f"{job.name} done")
     return True
 
 
 def launch(job: Job, command: list[str], folder: Path) -> None:
-    """Run a pcae-train command for a job, its output in the job's log."""
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # jobs run side by side
+    """Start a pcae-train command for a job and append its output to the job's log."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # jobs run in parallel
     with (folder / "log.txt").open("ab") as log:
-        job.process = subprocess.Popen([*TRAIN, *command], stdout=log, stderr=log, env=alone)
+        job.process = subprocess.Popen([*TRAIN, *command], stdout=log, stderr=log, env=environment)
 
 
 def equal_time(work: Path, job: Job) -> int:
-    """Epochs that take as long as all the other jobs together, by what an epoch took before.
+    """Return the epochs that take as long as the other jobs of `timed_by` together.
 
-    The last of `timed_by` is this job at its usual length.
+    The last of `timed_by` is this job at its usual length, which gives the time per epoch.
     """
     *others, same = job.timed_by
     own, all_epochs = spent_s(work / same)
@@ -272,7 +272,7 @@ def equal_time(work: Path, job: Job) -> int:
 
 
 def spent_s(folder: Path) -> tuple[float, int]:
-    """Seconds of training steps that a job took, and its epochs."""
+    """Return the seconds of training steps of a job, and its epochs."""
     history = json.loads((folder / "checkpoint" / "training.json").read_text())["history"]
     return sum(epoch["train_s"] for epoch in history), len(history)
 
@@ -281,11 +281,11 @@ def done(folder: Path) -> bool:
     return (folder / "result.json").exists()
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
-#: What is held against what: question, a job and its keep ratio, and the one it is compared with.
+#: Question, a job and its keep ratio, and the job and keep ratio it is compared with.
 COMPARISONS = (
     ("1 pcae against none, equal epochs of fine-tuning", "pcae-1.0", 1.0, "none-1.0", 1.0),
     ("1 pcae against none, equal time", "pcae-1.0", 1.0, "none_time-1.0", 1.0),
@@ -307,10 +307,10 @@ COMPARISONS = (
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """What there is so far: every job's top-1, and differences by seed.
+    """Return the results so far: every job's top-1, and differences paired by seed.
 
-    The interval is Student's over seeds, whose spread holds that of training and of the test
-    images; with two seeds it is wide, with one there is none.
+    The 95 % t-interval over seeds includes the variation of training and of test images; with one
+    seed there is none.
     """
     seeds = [seed for seed in args.seeds if any(args.work.glob(f"*-{seed}/result.json"))]
     models: dict[str, dict[str, Any]] = {}
@@ -353,7 +353,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> Iterator[str]:
-    """The report as Markdown."""
+    """Yield the report as Markdown."""
     yield "| trained | epochs | seconds | keep | top-1 %, by seed | mean |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for name, model in found["models"].items():
@@ -376,15 +376,15 @@ def table(found: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with Fashion-MNIST as parquet files")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the jobs")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the jobs")
     parser.add_argument("--scale", choices=SCALES, default="two-cores")
-    parser.add_argument("--finetune-epochs", type=int, help="in place of the scale's")
+    parser.add_argument("--finetune-epochs", type=int, help="instead of the scale's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", help="jobs by name, with those that they need")
-    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
-    parser.add_argument("--minutes", type=float, default=60, help="stop after so long")
+    parser.add_argument("--only", nargs="+", help="jobs by name; include those that they depend on")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel jobs")
+    parser.add_argument("--minutes", type=float, default=60, help="time limit")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--report", type=Path, help="write what there is to this file as JSON")
+    parser.add_argument("--report", type=Path, help="write the results so far to this JSON file")
     args = parser.parse_args()
     scale = SCALES[args.scale]
     if args.finetune_epochs:

@@ -85,10 +85,10 @@ def main() -> None:
 
 
 def cell(
-    profile: str, mix: str, windows: int, requests: int, where: tuple[str, float]
+    profile: str, mix: str, windows: int, requests: int, trace_and_load: tuple[str, float]
 ) -> tuple[dict[str, list[float]], int]:
     """Return effective accuracy by policy and window, and the number of proven optima."""
-    (trace, load), platform = where, platforms.read(profile)
+    (trace, load), platform = trace_and_load, platforms.read(profile)
     tier_table, allowed = platform.tier_table, tuple(range(len(platform.tiers)))
     accuracy = tier_table.accuracy
     table = [[s.p50 for s in tier.values()] for tier in platform.seconds(32)]  # [tiers, batches]

@@ -1,9 +1,9 @@
-"""Half an hour at 80 % of what the server can answer, while its memory, files and threads are read.
+"""Soak test: 30 minutes at 80 % of the server's capacity, recording memory, files and threads.
 
     python benchmarks/soak.py --minutes 30 [--rate R] [--json FILE]
 
-The server runs on one core, the sender on another. Without --rate, a short run beyond capacity says
-how many a second the server answers; the soak is 80 % of that.
+On two cores: the server on one, the load generator on the other. Without --rate, a short run above
+capacity measures the answers in time per second; the soak runs at 80 % of that.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PORT = 8078
 URL = f"http://127.0.0.1:{PORT}"
 #: Budgets in multiples of the full tier's latency, with shares.
 MIX = "8:0.7,50:0.3"
-BEYOND, SHARE = 150, 0.8
+OVERLOAD_RATE, SHARE = 150, 0.8
 
 
 def replay(rate: float, requests: int, folder: Path, name: str) -> dict[str, float]:
@@ -43,7 +43,7 @@ def replay(rate: float, requests: int, folder: Path, name: str) -> dict[str, flo
     return {name: figure["mean"] for name, figure in row["figures"].items() if figure}
 
 
-def sampled(pid: int) -> dict[str, float]:
+def sample(pid: int) -> dict[str, float]:
     status = Path(f"/proc/{pid}/status").read_text()
     fields = dict(line.split(":\t") for line in status.splitlines() if ":\t" in line)
     return {
@@ -82,43 +82,45 @@ def soak(arguments: argparse.Namespace, pid: int, folder: Path) -> None:
             time.sleep(0.5)
     rate = arguments.rate
     if rate is None:
-        rate = SHARE * replay(BEYOND, 10 * BEYOND, folder, "beyond")["goodput_per_s"]
-    print(f"{rate:.1f} requests a second for {arguments.minutes:g} minutes")
-    samples, done = [sampled(pid)], threading.Event()
+        rate = (
+            SHARE * replay(OVERLOAD_RATE, 10 * OVERLOAD_RATE, folder, "overload")["goodput_per_s"]
+        )
+    print(f"{rate:.1f} requests per second for {arguments.minutes:g} minutes")
+    samples, done = [sample(pid)], threading.Event()
 
     def watch() -> None:
         while not done.wait(5):
-            samples.append(sampled(pid))
+            samples.append(sample(pid))
 
     threading.Thread(target=watch, daemon=True).start()
     figures = replay(rate, int(60 * rate * arguments.minutes), folder, "soak")
     done.set()
-    told = {"rate": rate, "figures": figures, "windows": windows(folder / "soak.csv")}
-    told["samples"] = samples
+    content = {"rate": rate, "figures": figures, "windows": windows(folder / "soak.csv")}
+    content["samples"] = samples
     for name in ("rss_mb", "files", "threads"):
-        values = np.array([sample[name] for sample in samples])
+        values = np.array([reading[name] for reading in samples])
         tenth = max(1, len(values) // 10)
         first, last = np.median(values[tenth : 2 * tenth]), np.median(values[-tenth:])
         print(
             f"{name}: {first:.1f} in the second tenth, {last:.1f} in the last"
-            f" ({100 * (last / first - 1):+.1f} %), most {values.max():.1f}"
+            f" ({100 * (last / first - 1):+.1f} %), maximum {values.max():.1f}"
         )
     print(json.dumps(figures))
-    for window in told["windows"]:
+    for window in content["windows"]:
         print("  ".join(f"{key} {value:.1f}" for key, value in window.items()))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(told))
+        arguments.json.write_text(json.dumps(content))
 
 
 def windows(path: Path, count: int = 10) -> list[dict[str, float]]:
-    """Latency of the answers, in parts of the run."""
+    """Return latency percentiles of the answers in `count` parts of the run."""
     with path.open() as file:
-        spent_ms = [
+        took_ms = [
             1e3 * (float(row["ended_s"]) - float(row["scheduled_s"]))
             for row in csv.DictReader(file)
             if row["status"] == "200"
         ]
-    parts = np.array_split(np.array(spent_ms), count)
+    parts = np.array_split(np.array(took_ms), count)
     return [
         {f"p{q}_ms": float(np.percentile(part, q)) for q in (50, 95, 99)}
         for part in parts

@@ -1,16 +1,17 @@
-"""How to share few cores between decoding and the engine: one image alone, and a stream of batches.
+"""How to share few cores between decoding and the engine, for single images and for streams.
 
     python benchmarks/threads.py [--rounds 9] [--json FILE]
 
-Plans take turns in one process, so that a slow moment falls on all of them:
+The demo bundle on the CPU. The plans take turns in one process, so that disturbances on a shared
+machine affect all of them:
 
-    spin       the engine has every core, and its threads spin between batches (ONNX Runtime's own)
-    park       the engine has every core, its threads sleep between batches
-    split      the engine has all cores but one, and so the decoders
-    single     the engine has one thread
+    spin       the engine uses every core; its threads spin between batches (ONNX Runtime's default)
+    park       the engine uses every core; its threads sleep between batches
+    split      the engine uses all cores but one, the decoder that one
+    single     the engine uses one thread
 
-Alone: an image is decoded, then run, with nothing else going on. Stream: decoders feed the engine,
-which runs batches of 8 as they come; images a second.
+alone_ms: an image is decoded and run on an idle machine. stream_per_s: images per second if the
+decoders feed an engine that runs batches of 8.
 """
 
 import argparse
@@ -34,7 +35,7 @@ BATCH = 8
 
 
 def photo() -> bytes:
-    """A JPEG as phones make them, though smaller: 1200 x 900 of blurred noise."""
+    """Return a JPEG of 1200 x 900 pixels of blurred noise."""
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).resize((1200, 900), Image.Resampling.BICUBIC).save(buffer, "JPEG")
@@ -63,7 +64,7 @@ class Plan:
         self.session.run(None, {"pixels": np.stack(pixels), "token_counts": self.counts})
 
     def alone(self, body: bytes, repeats: int = 10) -> float:
-        """Median seconds of one image, with pauses in which spinning threads come to rest."""
+        """Return median seconds of one image, with pauses that let spinning threads stop."""
         seconds = []
         for _ in range(repeats):
             begin_s = time.perf_counter()
@@ -73,7 +74,7 @@ class Plan:
         return float(np.median(seconds))
 
     def stream(self, body: bytes, batches: int = 12) -> float:
-        """Images a second; two batches are decoded ahead."""
+        """Return images per second, with two batches decoded in advance."""
         ahead = [[self.decode(body) for _ in range(BATCH)] for _ in range(2)]
         begin_s = time.perf_counter()
         for _ in range(batches):
@@ -101,23 +102,23 @@ def main() -> None:
     small = next(iter((Path(__file__).parents[1] / "docs" / "samples").glob("*.png"))).read_bytes()
     bodies = {"28 x 28": small, "1200 x 900": photo()}
     usable = cpus.count_usable()
-    found = dict(plans(bundle, tier, usable))
-    told: dict[str, dict[str, list[float]]] = {}
+    contenders = dict(plans(bundle, tier, usable))
+    results: dict[str, dict[str, list[float]]] = {}
     order = np.random.default_rng(0)
     for turn in range(1 + arguments.rounds):
-        for i in order.permutation(len(found)):
-            name = list(found)[i]
+        for i in order.permutation(len(contenders)):
+            name = list(contenders)[i]
             for size, body in bodies.items():
-                row = told.setdefault(f"{size}, {name}", {"alone_ms": [], "stream_per_s": []})
-                alone, stream = found[name].alone(body), found[name].stream(body)
-                if turn:  # the first one warms up
+                row = results.setdefault(f"{size}, {name}", {"alone_ms": [], "stream_per_s": []})
+                alone, stream = contenders[name].alone(body), contenders[name].stream(body)
+                if turn:  # the first turn is warm-up
                     row["alone_ms"].append(1e3 * alone)
                     row["stream_per_s"].append(stream)
     print(f"{usable} cores, tier {tier.name}, {arguments.rounds} rounds: medians (quartiles)")
     for size in bodies:
-        base = told[f"{size}, spin"]
-        for name in found:
-            row = told[f"{size}, {name}"]
+        base = results[f"{size}, spin"]
+        for name in contenders:
+            row = results[f"{size}, {name}"]
             cells = []
             for figure, values in row.items():
                 low, middle, high = np.percentile(values, (25, 50, 75))
@@ -125,7 +126,7 @@ def main() -> None:
                 cells.append(f"{figure} {middle:7.1f} ({low:.1f}-{high:.1f}) {ratio:5.2f}x")
             print(f"{size:>10}  {name:<7}", "   ".join(cells))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(told, indent=1))
+        arguments.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Images a second of every tier through the served engine, against what the MACs promise.
+"""Images per second of every tier through the served engine, compared with the MAC ratio.
 
     python benchmarks/tiers.py [--rounds 15] [--models demo,vit-s,vit-b] [--keep 0.5,1]
 
-Each round runs every tier once at one batch size, tiers taking turns, so that a slow moment of a
-shared machine falls on all of them. The ratio is to `full` within the same round; its median over
-the rounds is divided by the MAC ratio. ViT-S and ViT-B have random weights: speed does not depend
-on them. Only the engine is timed: no HTTP, no decoding.
+On the CPU, through ONNX Runtime; only the engine is timed, without HTTP and decoding. Each round
+runs every tier once at one batch size, interleaved, so that disturbances on a shared machine affect
+all of them. The ratio is to `full` within a round; its median over the rounds is divided by the MAC
+ratio. ViT-S and ViT-B have random weights, which do not change the speed.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Row:
 
     @property
     def efficiency(self) -> float:
-        """How much of the MAC ratio is had."""
+        """The share of the MAC ratio that is reached."""
         return self.ratio / self.mac_ratio
 
 
@@ -65,15 +65,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--models", default="demo,vit-s,vit-b")
-    parser.add_argument("--keep", help="keep ratios in place of the bundle's tiers, 1 among them")
-    parser.add_argument("--threads", type=int, default=0, help="0 = one a core")
-    parser.add_argument("--json", type=Path, help="also write the rows and the machine there")
+    parser.add_argument("--keep", help="keep ratios instead of the bundle's tiers; must include 1")
+    parser.add_argument("--threads", type=int, default=0, help="0: one per core")
+    parser.add_argument("--json", type=Path, help="write rows and machine to this file")
     options = parser.parse_args()
     rows = list[Row]()
     print(machine())
     for name in options.models.split(","):
         with tempfile.TemporaryDirectory() as scratch:
-            served = opened(name, Path(scratch))
+            served = open_bundle(name, Path(scratch))
             if options.keep:
                 served = with_tiers(served, options.keep.split(","))
             measured = measure(name, served, options.rounds, options.threads)
@@ -88,8 +88,8 @@ def main() -> None:
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def opened(name: str, scratch: Path) -> Bundle:
-    """The demo bundle, or one of random weights made for the occasion."""
+def open_bundle(name: str, scratch: Path) -> Bundle:
+    """Return the demo bundle, or export one with random weights."""
     if name == "demo":
         return load_bundle(demo_path())
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ def opened(name: str, scratch: Path) -> Bundle:
 
 
 def with_tiers(served: Bundle, keep_ratios: list[str]) -> Bundle:
-    """The same graph at other keep ratios: on the elastic graph a tier is a row of numbers."""
+    """Return the bundle with other keep ratios; on the elastic graph only token counts change."""
     full = served.tiers[-1]
     config = json.loads(served.file(full.model, "config.json").read_text())
     geometry = from_config(config)[0].geometry
@@ -150,10 +150,10 @@ def measure(name: str, served: Bundle, rounds: int, threads: int) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as a Markdown table."""
     lines = [
         f"\n{rows[0].model}\n",
-        "| batch | tier | ms a batch (min-max) | images/s | ratio to full (quartiles) | MAC ratio"
+        "| batch | tier | ms per batch (min-max) | images/s | ratio to full (quartiles) | MAC ratio"
         " | ratio / MAC ratio |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -168,7 +168,7 @@ def table(rows: list[Row]) -> str:
 
 
 def machine() -> str:
-    """What the figures were measured on, in one line."""
+    """Describe processor, cores and versions in one line."""
     return (
         f"{processor()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()},"
         f" onnxruntime {onnxruntime.__version__}, torch {torch.__version__}"

@@ -1,12 +1,12 @@
-"""Images a second of training steps, side by side in one run: what PCAE and PTR save.
+"""Speed of training steps: MAE, PCAE and fine-tuning with PTR side by side, images per second.
 
     python benchmarks/training.py [--device cuda] [--precision bf16] [--batch-size 64] [--json FILE]
 
-ViT-B/16 at 224 unless told otherwise, on random pixels that lie on the device, with fused attention
-in every case. A step is augmentation-free: forward, backward, optimiser, and the teacher's average.
-Cases take turns, a round at a time; figures are medians over rounds with their quartiles. The MAC
-ratio beside each ratio is the yardstick (forward and backward of the student and decoder count
-three forward passes, the teacher's one).
+By default ViT-B/16 at 224 pixels, on random pixels in device memory, with fused attention in every
+case. A step is forward, backward, optimiser and the teacher's moving average, without augmentation.
+The cases are interleaved, a round at a time; figures are medians over rounds with quartiles. Each
+ratio is compared with the MAC ratio (forward and backward of student and decoder count as three
+forward passes, the teacher's forward as one).
 """
 
 import argparse
@@ -33,7 +33,7 @@ from pcae_training.trainer import parameter_groups
 
 @dataclass
 class Case:
-    """An objective and an optimiser: calling it makes one step."""
+    """An objective and its optimiser; a call runs one training step."""
 
     objective: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -50,7 +50,7 @@ class Case:
         draws = SampleRng(settings.seed, self.steps, settings.batch_size)
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, settings.dtype, enabled=settings.precision != "fp32"):
-            loss = self.objective(self.pixels, self.labels, draws, 1.0)  # the ramp is over
+            loss = self.objective(self.pixels, self.labels, draws, 1.0)  # after the ramp
         loss.backward()
         self.optimizer.step()
         self.objective.after_step()  # type: ignore[operator]
@@ -58,7 +58,7 @@ class Case:
 
 
 def pretraining(settings: PretrainSettings, device: torch.device) -> Case:
-    """A step of a pretraining method."""
+    """Return a case of a pretraining method."""
     torch.manual_seed(0)
     preprocess = settings.preprocess(settings.image_size or 224)
     objective = build(settings, preprocess, steps=100_000).to(device)
@@ -66,7 +66,7 @@ def pretraining(settings: PretrainSettings, device: torch.device) -> Case:
 
 
 def finetuning(settings: FinetuneSettings, device: torch.device, classes: int = 1000) -> Case:
-    """A step of fine-tuning."""
+    """Return a case of fine-tuning."""
     torch.manual_seed(0)
     model = VisionTransformer(settings.config(classes))
     labels = [str(i) for i in range(classes)]
@@ -83,7 +83,7 @@ def _case(objective: torch.nn.Module, settings: RunSettings, device: torch.devic
 def interleave(
     cases: Mapping[str, Callable[[], None]], rounds: int, steps: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds a step of each case, a figure a round; the first round warms up and is left out."""
+    """Return seconds per step of each case and round; an additional first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds + 1):
         for name, case in cases.items():
@@ -103,7 +103,7 @@ def _wait(device: torch.device) -> None:
 
 
 def waits(case: Case) -> int:
-    """How often a step waits for its GPU, as torch's profiler sees it."""
+    """Return how often a step waits for its GPU, from torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         case()
     names = ("cudaStreamSynchronize", "cudaDeviceSynchronize")
@@ -111,7 +111,7 @@ def waits(case: Case) -> int:
 
 
 def macs(case: Case) -> float:
-    """Multiply-adds of a training step for one image."""
+    """Return the multiply-adds of a training step per image."""
     if isinstance(case.objective, Pretraining):
         return case.objective.macs(1.0)
     assert isinstance(case.settings, FinetuneSettings)
@@ -120,7 +120,7 @@ def macs(case: Case) -> float:
 
 
 def cases(args: argparse.Namespace, device: torch.device) -> dict[str, Case]:
-    """What is compared, the yardstick of each group first."""
+    """Return the cases, each group's reference first."""
     common = {
         "data": "none",
         "out": Path("none"),
@@ -160,8 +160,8 @@ def main() -> None:
     parser.add_argument("--patch-size", type=int, default=16)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1, help="steps a round")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", type=int, default=1, help="steps per round")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
     device = torch.device(args.device)
     compared = cases(args, device)
@@ -172,7 +172,8 @@ def main() -> None:
         for row in found:
             row["waits_a_step"] = waits(compared[row["case"]])
         print(
-            *(f"{row['case']}: waits {row['waits_a_step']} times a step" for row in found), sep="\n"
+            *(f"{row['case']}: waits {row['waits_a_step']} times per step" for row in found),
+            sep="\n",
         )
     if args.json:
         flags = {name: value for name, value in vars(args).items() if name != "json"}
@@ -183,7 +184,7 @@ def main() -> None:
 def rows(
     compared: Mapping[str, Case], seconds: Mapping[str, list[float]], batch_size: int
 ) -> list[dict[str, Any]]:
-    """What each case came to, against the first of its kind in the same rounds."""
+    """Return a row per case, with ratios to its group's reference in the same rounds."""
     found = []
     for name, case in compared.items():
         base = "mae" if isinstance(case.settings, PretrainSettings) else "fine-tune, keep 1.0"
@@ -206,8 +207,8 @@ def rows(
 
 
 def table(found: list[dict[str, Any]]) -> Iterator[str]:
-    """The rows as Markdown."""
-    yield "| case | img/s | GMACs an image | ratio (quartiles) | MAC ratio | of it |"
+    """Yield the rows as a Markdown table."""
+    yield "| case | img/s | GMACs per image | ratio (quartiles) | MAC ratio | ratio / MAC ratio |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for row in found:
         low, high = row["ratio_quartiles"]

@@ -1,12 +1,15 @@
-"""The programs in benchmarks/ that train, started as on a machine with a GPU, but on the CPU."""
+"""The benchmarks: every program starts, and gpu.sh runs from end to end on the CPU."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
-import datasets  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 
@@ -15,11 +18,35 @@ from pcae_training import checkpoint as checkpoints
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 STAGES = ["demo", "throughput", "engines", "questions"]
+PROGRAMS = sorted((ROOT / "benchmarks").glob("*.py"))
+FILES = [*PROGRAMS, *sorted((ROOT / "benchmarks").glob("*.sh"))]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda file: file.name)
+def test_a_program_imports_only_names_that_exist(program: Path) -> None:
+    for node in ast.walk(ast.parse(program.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pcae_"):
+            module = import_module(node.module or "")
+            for name in node.names:
+                assert hasattr(module, name.name) or find_spec(f"{node.module}.{name.name}"), (
+                    f"{node.module}.{name.name}"
+                )
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_a_command_names_only_modules_and_files_that_exist(file: Path) -> None:
+    text = file.read_text()
+    modules = re.findall(r'-m(?: |", ")(pcae_[\w.]+)', text)
+    modules += re.findall(r'"(pcae_[\w.]+):\w+"', text)
+    assert all(find_spec(module) for module in modules), modules
+    paths = re.findall(r"\b(?:benchmarks|training)/[\w/]+\.(?:py|sh)\b", text)
+    assert all((ROOT / path).exists() for path in paths), paths
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a data folder like Fashion-MNIST's: ten classes, 28 pixels, parquet."""
+    """Return a folder like Fashion-MNIST's: ten classes, 28 pixels, parquet."""
+    datasets = pytest.importorskip("datasets")
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     kinds = datasets.Features(
@@ -53,7 +80,7 @@ def test_without_time_it_does_nothing(data: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_it_says_how_it_is_used() -> None:
+def test_wrong_arguments_print_the_usage() -> None:
     done = subprocess.run([SCRIPT], capture_output=True, text=True)
     assert done.returncode == 2
     assert "benchmarks/gpu.sh DATA OUT MINUTES" in done.stderr
@@ -67,7 +94,7 @@ def test_the_gpu_script_from_end_to_end(data: Path, tmp_path: Path) -> None:
     assert "stopped" not in done.stdout
 
     subprocess.run(f"cat {out}/demo.tar.part-* | tar -x -C {tmp_path}", shell=True, check=True)
-    model = checkpoints.load(tmp_path / "demo").model  # as it comes back from the GPU's machine
+    model = checkpoints.load(tmp_path / "demo").model  # as joined from the parts
     assert (model.config.grid**2, model.config.classes) == (196, 10)
     demo = json.loads((out / "demo.json").read_text())
     assert [budget["keep_ratio"] for budget in demo["budgets"]][::8] == [1.0, 0.25]
@@ -89,4 +116,4 @@ def test_the_gpu_script_from_end_to_end(data: Path, tmp_path: Path) -> None:
     assert max(sizes) < 16 * 2**20
 
     again = start(data, out, 1, tmp_path / "work")
-    assert again.stdout.splitlines() == [f"{stage}: has its record" for stage in STAGES]
+    assert again.stdout.splitlines() == [f"{stage}: already recorded" for stage in STAGES]

@@ -44,14 +44,14 @@ def test_a_real_server(bundle_dir: Path, tmp_path: Path) -> None:
     (folder / "1.png").write_bytes(image_bytes(250))
     flags = ("--bundle", str(bundle_dir), "--backend", "simulated", "--profile-s", "0.5")
     with server(*flags, cache=tmp_path / "cache") as (url, _):
-        given = ("--rate", "100", "--requests", "60", "--mix", "400", "--seeds", "2")
+        given = ("--rate", "40", "--requests", "30", "--mix", "2000", "--seeds", "2")
         row, rows = replayed(
             url, tmp_path, *given, "--images", str(tmp_path / "bright"), "--labels", "folders"
         )
-    assert (row["offered"], len(rows)) == (60, 120)
+    assert (row["offered"], len(rows)) == (30, 60)
     assert row["figures"]["attainment"]["mean"] > 0.9
     assert row["figures"]["effective_accuracy"]["mean"] == row["figures"]["attainment"]["mean"]
-    assert row["figures"]["accuracy_recovered"]["mean"] > 0.9  # an idle machine, a wide budget
+    assert row["figures"]["accuracy_recovered"]["mean"] > 0.5  # light load, large budgets
     assert row["policy"]
     assert {line["tier"] for line in rows} <= {"fast", "balanced", "full", ""}
     assert row["client"]["met_by_server"] > 0.9

@@ -1,4 +1,4 @@
-"""What can be seen of arrivals from outside; the estimators inside may change."""
+"""Arrival statistics, by their public interface."""
 
 import random
 
@@ -8,7 +8,7 @@ from pcae_serve.scheduling.arrivals import RATE_OVER, Arrivals
 
 
 def poisson(rate: float, count: int, budgets_s: tuple[float, ...] = (1.0,)) -> Arrivals:
-    """Poisson arrivals from time 0; budgets at random, each as likely as another."""
+    """Return Poisson arrivals from time 0, with budgets drawn uniformly."""
     arrivals, draw, now_s = Arrivals(), random.Random(1), 0.0
     for _ in range(count):
         now_s += draw.expovariate(rate)
@@ -23,7 +23,7 @@ def regular(rate: float, count: int) -> Arrivals:
     return arrivals
 
 
-def test_before_anything_came_there_is_no_rate() -> None:
+def test_there_is_no_rate_at_first() -> None:
     assert Arrivals().rate(0.0) == 0.0
     arrivals = Arrivals()
     arrivals.observe(0.0, 1.0)
@@ -35,7 +35,7 @@ def test_the_rate_is_that_of_the_last_arrivals(rate: float) -> None:
     assert regular(rate, 500).rate(499 / rate) == pytest.approx(rate, rel=0.05)
 
 
-def test_the_rate_follows_a_change_within_a_hundred_requests() -> None:
+def test_the_rate_follows_a_change_within_100_requests() -> None:
     arrivals = regular(10.0, 300)
     start_s = 29.9
     for i in range(1, 101):
@@ -43,23 +43,23 @@ def test_the_rate_follows_a_change_within_a_hundred_requests() -> None:
     assert arrivals.rate(start_s + 0.1) == pytest.approx(1000.0, rel=0.1)
 
 
-def test_silence_lowers_the_rate() -> None:
+def test_the_rate_falls_without_arrivals() -> None:
     arrivals = regular(100.0, 200)
     assert arrivals.rate(1.99 + 10.0) < 10.0 < arrivals.rate(1.99)
 
 
-def test_budgets_are_told_with_their_shares_the_tightest_first() -> None:
+def test_budget_classes_have_shares_and_are_sorted() -> None:
     classes = poisson(100.0, 3000, (0.05, 0.2, 0.2, 1.0)).classes
     budgets_s = [c.budget_s for c in classes]
     assert budgets_s == sorted(budgets_s)
     assert sum(c.share for c in classes) == pytest.approx(1.0, abs=1e-6)
     share = {0.05: 0.25, 0.2: 0.5, 1.0: 0.25}
-    for budget_s, wanted in share.items():
+    for budget_s, expected in share.items():
         found = sum(c.share for c in classes if abs(c.budget_s / budget_s - 1) < 0.2)
-        assert found == pytest.approx(wanted, abs=0.1)
+        assert found == pytest.approx(expected, abs=0.1)
 
 
-def test_any_number_of_budgets_is_told_in_few_classes() -> None:
+def test_any_number_of_budgets_gives_few_classes() -> None:
     draw, arrivals = random.Random(2), Arrivals()
     for i in range(2000):
         arrivals.observe(0.01 * i, 10 ** draw.uniform(-3, 2))
@@ -67,23 +67,23 @@ def test_any_number_of_budgets_is_told_in_few_classes() -> None:
     assert sum(c.share for c in arrivals.classes) == pytest.approx(1.0, abs=1e-6)
 
 
-def test_as_many_are_expected_within_a_time_as_the_rate_says() -> None:
+def test_count_within_agrees_with_the_rate() -> None:
     arrivals = poisson(200.0, 3000)
     for seconds in (0.01, 0.1, 1.0):
         mean, variance = arrivals.count_within(seconds)
         assert mean == pytest.approx(200.0 * seconds, rel=0.3)
-        if 200.0 * seconds < RATE_OVER:  # no more than the averages run over
+        if 200.0 * seconds < RATE_OVER:  # the averages run over no more
             assert variance == pytest.approx(200.0 * seconds, rel=0.6)  # of a Poisson process
 
 
-def test_clusters_scatter_more_than_regular_arrivals() -> None:
+def test_bursts_have_a_larger_variance_than_regular_arrivals() -> None:
     clusters = Arrivals()
     for i in range(2000):  # eight at once, at the same mean rate
         clusters.observe((i // 8) * 0.08, 1.0)
     assert clusters.count_within(0.05)[1] > regular(100.0, 2000).count_within(0.05)[1] + 1
 
 
-def test_nothing_new_is_due_before_the_tightest_budget_and_ever_more_after_it() -> None:
+def test_future_arrivals_are_due_only_after_the_smallest_budget() -> None:
     arrivals = poisson(100.0, 2000, (0.1, 0.5, 2.0))
     assert arrivals.count_due(0.05) == (0.0, 0.0)
     means = [arrivals.count_due(0.02 * i)[0] for i in range(1, 120)]
@@ -93,7 +93,7 @@ def test_nothing_new_is_due_before_the_tightest_budget_and_ever_more_after_it() 
     assert all(deviation >= 0 for deviation in deviations)
 
 
-def test_one_request_is_enough_to_ask_what_is_due() -> None:
+def test_count_due_after_one_request() -> None:
     arrivals = Arrivals()
     arrivals.observe(0.0, 0.5)
     mean, deviation = arrivals.count_due(1.0)
@@ -101,8 +101,8 @@ def test_one_request_is_enough_to_ask_what_is_due() -> None:
     assert deviation >= 0
 
 
-def test_a_budget_of_nothing_spoils_nothing() -> None:
-    """A caller may name the least number that there is: arrival and deadline are then the same."""
+def test_a_budget_of_zero_is_harmless() -> None:
+    """With the smallest positive budget, arrival and deadline are equal in floating point."""
     arrivals = Arrivals()
     arrivals.observe(0.0, 0.0)
     arrivals.observe(1.0, 0.5)

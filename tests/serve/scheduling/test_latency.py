@@ -4,7 +4,7 @@ from pcae_serve.scheduling.latency import HALF_LIFE_S, MAX_TAIL, Latency, Second
 
 
 def latency(*tiers: dict[int, float], tail: float = 1.0, most: int = 32) -> Latency:
-    """By tier: median seconds by batch size; p99 is `tail` times as much."""
+    """Return a model of tiers with median seconds by batch size; p99 is `tail` times the median."""
     return Latency([{b: Seconds(s, tail * s) for b, s in tier.items()} for tier in tiers], most)
 
 
@@ -12,13 +12,13 @@ def p50(model: Latency, tier: int, batch: int, now_s: float = 0.0) -> float:
     return model.forecast(now_s).p50(tier, batch)
 
 
-def test_between_measured_points_lie_lines_and_beyond_them_the_last_goes_on() -> None:
-    model = latency({1: 0.012, 4: 0.018, 8: 0.026})  # 10 ms, and 2 ms an image
+def test_latencies_are_interpolated_and_extrapolated_linearly() -> None:
+    model = latency({1: 0.012, 4: 0.018, 8: 0.026})  # 10 ms and 2 ms per image
     for batch in (1, 2, 3, 4, 6, 8, 16, 32):
         assert p50(model, 0, batch) == pytest.approx(0.010 + 0.002 * batch)
 
 
-def test_a_staircase_is_kept_as_it_was_measured() -> None:
+def test_steps_are_kept_as_measured() -> None:
     model = latency({1: 0.010, 8: 0.010, 9: 0.020, 16: 0.020}, most=16)
     steps = [p50(model, 0, batch) for batch in (1, 5, 8, 9, 12, 16)]
     assert steps == pytest.approx([0.010, 0.010, 0.010, 0.020, 0.020, 0.020])
@@ -27,27 +27,29 @@ def test_a_staircase_is_kept_as_it_was_measured() -> None:
 @pytest.mark.parametrize(
     "points", [{1: 0.02}, {4: 0.02}, {1: 0.02, 4: 0.07}, {1: 0.01, 8: 0.09}, {1: 0.05, 8: 0.04}]
 )
-def test_a_larger_batch_never_takes_less_and_none_takes_nothing(points: dict[int, float]) -> None:
+def test_latencies_are_positive_and_never_fall_with_the_batch_size(
+    points: dict[int, float],
+) -> None:
     model = latency(points)
     seconds = [p50(model, 0, batch) for batch in range(1, 33)]
     assert seconds == sorted(seconds)
     assert seconds[0] > 0
 
 
-def test_points_beyond_the_largest_batch_are_no_obstacle() -> None:
+def test_points_beyond_the_largest_batch() -> None:
     model = latency({1: 0.012, 8: 0.026}, most=4)
     assert p50(model, 0, 4) == pytest.approx(0.018)
 
 
-def test_a_machine_that_slows_to_half_is_followed_within_20_batches() -> None:
+def test_a_device_that_slows_to_half_is_followed_within_20_batches() -> None:
     model = latency({1: 0.010, 8: 0.080}, {1: 0.020, 8: 0.160})
     for i in range(20):
         model.observe(tier=0, batch=4, seconds=0.080, now_s=0.1 * i)
     assert p50(model, 0, 1, now_s=2.0) == pytest.approx(0.020, rel=0.05)
-    assert p50(model, 1, 1, now_s=2.0) == pytest.approx(0.040, rel=0.25)  # one machine
+    assert p50(model, 1, 1, now_s=2.0) == pytest.approx(0.040, rel=0.25)  # same machine
 
 
-def test_a_tier_that_was_measured_wrong_is_set_right_by_itself() -> None:
+def test_a_wrongly_measured_tier_is_corrected_without_the_others() -> None:
     model = latency({1: 0.010}, {1: 0.020})
     for i in range(200):
         model.observe(0, 1, 0.010, 0.01 * i)
@@ -56,7 +58,7 @@ def test_a_tier_that_was_measured_wrong_is_set_right_by_itself() -> None:
     assert p50(model, 1, 1, now_s=2.0) == pytest.approx(0.030, rel=0.1)
 
 
-def test_a_slowdown_fades_when_nothing_runs() -> None:
+def test_a_slowdown_decays_while_nothing_runs() -> None:
     model = latency({1: 0.010})
     for _ in range(50):
         model.observe(0, 1, seconds=0.030, now_s=0.0)
@@ -65,44 +67,44 @@ def test_a_slowdown_fades_when_nothing_runs() -> None:
     assert p50(model, 0, 1, now_s=1000.0) == pytest.approx(0.010, rel=0.01)
 
 
-def test_a_machine_faster_than_its_profile_stays_believed() -> None:
+def test_a_speed_up_does_not_decay() -> None:
     model = latency({1: 0.030})
     for _ in range(50):
         model.observe(0, 1, seconds=0.010, now_s=0.0)
     assert p50(model, 0, 1, now_s=1000.0) == pytest.approx(0.010, rel=0.01)
 
 
-def test_one_absurd_batch_does_not_derail_the_forecast() -> None:
+def test_the_effect_of_one_outlier_is_limited() -> None:
     model = latency({1: 0.010})
     model.observe(0, 1, seconds=100.0, now_s=0.0)
     assert p50(model, 0, 1) < 0.045
 
 
-def test_a_promise_leaves_room_for_the_spread_that_was_measured() -> None:
+def test_p99_has_the_measured_spread_up_to_a_limit() -> None:
     forecast = latency({1: 0.012, 8: 0.026}, tail=1.5).forecast(0.0)
     assert forecast.p99(0, 2) == pytest.approx(1.5 * forecast.p50(0, 2))
     assert latency({1: 0.012}, tail=9.0).idle(0) == pytest.approx(MAX_TAIL * 0.012)
 
 
-def test_a_promise_learns_the_spread_that_there_is() -> None:
+def test_p99_follows_the_observed_spread() -> None:
     model = latency({1: 0.010}, tail=1.0)
     for i in range(4000):  # one batch in 20 takes twice as long
         model.observe(0, 1, 0.020 if i % 20 == 0 else 0.010, 0.01 * i)
     learnt = model.forecast(40.0)
     assert learnt.p99(0, 1) > 0.017
-    for i in range(4000):  # and now none does
+    for i in range(4000):  # now none does
         model.observe(0, 1, 0.010, 40 + 0.01 * i)
     assert model.forecast(80.0).p99(0, 1) == pytest.approx(0.010, rel=0.05)
 
 
-def test_what_one_image_needs_on_an_idle_machine_does_not_follow_a_slow_moment() -> None:
+def test_the_idle_latency_does_not_follow_observations() -> None:
     model = latency({1: 0.010}, tail=1.2)
     for _ in range(30):
         model.observe(0, 1, 0.100, 0.0)
     assert model.idle(0) == pytest.approx(0.012)
 
 
-def test_the_largest_batch_that_is_promised_in_time() -> None:
+def test_largest_batch() -> None:
     forecast = latency({1: 0.012, 8: 0.026}, tail=1.5).forecast(0.0)
     for within_s in (0.001, 0.0181, 0.0211, 0.03, 0.1, 9.0):
         largest = forecast.largest_batch(0, within_s, 20)
@@ -110,9 +112,9 @@ def test_the_largest_batch_that_is_promised_in_time() -> None:
         assert largest == len(fits)
 
 
-def test_a_batch_is_worth_filling_only_where_there_is_overhead_to_share() -> None:
+def test_useful_batch_depends_on_the_overhead_per_batch() -> None:
     assert latency({1: 0.010, 8: 0.080}).forecast(0.0).useful_batch(0) == 1  # a CPU
-    gpu = latency({1: 0.0025, 8: 0.006}, most=200).forecast(0.0)  # 2 ms, and 0.5 ms an image
+    gpu = latency({1: 0.0025, 8: 0.006}, most=200).forecast(0.0)  # 2 ms and 0.5 ms per image
     cost = [gpu.p50(0, b) / b for b in (gpu.useful_batch(0), 200)]
     assert cost[0] <= 1.1 * cost[1]
     assert gpu.p50(0, gpu.useful_batch(0) - 1) / (gpu.useful_batch(0) - 1) > 1.1 * cost[1]

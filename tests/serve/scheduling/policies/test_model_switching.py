@@ -1,3 +1,8 @@
+"""Model-Switching; a budget of 1 s holds two batches of 3 in 0.48 s, or of 16 in 0.50 s.
+
+The best tier sustains 6.25 requests per second, the middle one 32.
+"""
+
 import pytest
 
 from pcae_serve.scheduling.policies.base import SchedulerView
@@ -5,67 +10,52 @@ from pcae_serve.scheduling.policies.model_switching import PATIENCE, ModelSwitch
 from pcae_serve.scheduling.request_queue import Request
 from tests.support.scheduler_views import TIER_TABLE, ids, load, view, waiting
 
-CALM, NEARLY, BUSY = 5.0, 6.0, 7.0  # the best tier keeps up with 6.25 a second
+CALM, NEARLY, BUSY = 5.0, 6.0, 7.0
 
 
-def at(rate: float, *budgets_s: float, devices: int = 1) -> SchedulerView:
-    arrivals = load(rate, budgets_s=budgets_s or (1.0,))
-    return view(waiting(1.0), arrivals=arrivals, devices=devices)
-
-
-def tier_at(now: SchedulerView) -> int:
-    return ModelSwitching(TIER_TABLE).choose(now).tier
+def at(rate: float, budgets_s: tuple[float, ...] = (1.0,), devices: int = 1) -> SchedulerView:
+    return view(waiting(1.0), arrivals=load(rate, budgets_s=budgets_s), devices=devices)
 
 
 @pytest.mark.parametrize(
-    ("rate", "tier"), [(0.0, 2), (6.0, 2), (7.0, 1), (31.0, 1), (33.0, 0), (70.0, 0), (999.0, 0)]
+    ("now", "tier"),
+    [
+        *((at(rate), 2) for rate in (0.0, 6.0)),
+        *((at(rate), 1) for rate in (7.0, 31.0)),
+        *((at(rate), 0) for rate in (33.0, 70.0, 999.0)),
+        (at(12.0, devices=2), 2),  # devices share the load
+        (at(14.0, devices=2), 1),
+        (at(6.0, (1.0, 0.5)), 1),  # half of the answers late is worse than less accuracy for all
+        (at(6.0, (0.5, *[1.0] * 31)), 2),  # 0.90 of 31 in 32, against 0.85 of all
+    ],
 )
-def test_the_load_names_the_tier(rate: float, tier: int) -> None:
-    """A budget of 1 s holds two batches of 0.48 s or 0.50 s: of 3 or 16, 6.25 or 32 a second."""
-    assert tier_at(at(rate)) == tier
+def test_the_load_determines_the_tier(now: SchedulerView, tier: int) -> None:
+    assert ModelSwitching(TIER_TABLE).choose(now).tier == tier
 
 
-def test_devices_share_the_load() -> None:
-    assert tier_at(at(12.0, devices=2)) == 2
-    assert tier_at(at(14.0, devices=2)) == 1
-
-
-def test_half_of_the_answers_late_is_worse_than_all_of_them_less_accurate() -> None:
-    assert tier_at(at(6.0, 1.0, 0.5)) == 1
-
-
-def test_few_tight_budgets_do_not_outweigh_the_accuracy_of_all_others() -> None:
-    assert tier_at(at(6.0, 0.5, *[1.0] * 31)) == 2  # 0.90 of 31 in 32, against 0.85 of all
-
-
-def test_down_at_once() -> None:
+@pytest.mark.parametrize(
+    ("rates", "tiers"),
+    [
+        pytest.param([CALM, BUSY, 33.0], [2, 1, 0], id="down-at-once"),
+        pytest.param([BUSY] + [CALM] * PATIENCE, [1] * PATIENCE + [2], id="up-with-patience"),
+        pytest.param(
+            ([BUSY] + [CALM] * (PATIENCE - 1)) * 2, [1] * 2 * PATIENCE, id="a-burst-restarts-it"
+        ),
+        pytest.param(
+            [BUSY] + [NEARLY] * 3 * PATIENCE, [1] * (1 + 3 * PATIENCE), id="not-near-the-threshold"
+        ),
+    ],
+)
+def test_switching(rates: list[float], tiers: list[int]) -> None:
     policy = ModelSwitching(TIER_TABLE)
-    assert [policy.choose(at(rate)).tier for rate in (CALM, BUSY, 33.0)] == [2, 1, 0]
-
-
-def test_up_only_after_some_calm_decisions() -> None:
-    policy = ModelSwitching(TIER_TABLE)
-    tiers = [policy.choose(at(rate)).tier for rate in [BUSY] + [CALM] * PATIENCE]
-    assert tiers == [1] * PATIENCE + [2]
-
-
-def test_a_burst_in_between_starts_the_patience_anew() -> None:
-    policy = ModelSwitching(TIER_TABLE)
-    rates = [BUSY] + [CALM] * (PATIENCE - 1) + [BUSY] + [CALM] * (PATIENCE - 1)
-    assert {policy.choose(at(rate)).tier for rate in rates} == {1}
-
-
-def test_not_up_where_the_load_is_just_below_the_threshold() -> None:
-    policy = ModelSwitching(TIER_TABLE)
-    assert {policy.choose(at(rate)).tier for rate in [BUSY] + [NEARLY] * 3 * PATIENCE} == {1}
+    assert [policy.choose(at(rate)).tier for rate in rates] == tiers
 
 
 def test_a_request_that_does_not_allow_the_tier_gets_the_nearest() -> None:
     now = view([Request(0, 0.0, 1.0, (1, 2))], arrivals=load(33.0))
-    assert tier_at(now) == 1
+    assert ModelSwitching(TIER_TABLE).choose(now).tier == 1
 
 
-def test_the_batch_stops_where_its_head_would_be_late() -> None:
+def test_the_batch_is_limited_by_the_earliest_deadline() -> None:
     run = ModelSwitching(TIER_TABLE).choose(view(waiting(0.45, *[9.0] * 9)))
-    assert run.tier == 2
-    assert ids(run) == [0, 1]  # 0.44 s
+    assert (run.tier, ids(run)) == (2, [0, 1])  # 0.44 s

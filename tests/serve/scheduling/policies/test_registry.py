@@ -11,7 +11,7 @@ PLAIN = ("greedy", "conservative", "slackfit", "infaas", "model-switching")
 @pytest.mark.parametrize(
     "spec", [*PLAIN, "greedy+drop", "slackfit+drop", "fixed:full", "nexus:full"]
 )
-def test_a_policy_is_called_what_it_was_created_by(spec: str) -> None:
+def test_the_name_of_a_policy_is_what_it_was_created_by(spec: str) -> None:
     assert create(spec, TIER_TABLE).name == spec
 
 
@@ -41,7 +41,7 @@ def test_nexus_is_fixed_with_early_drop_and_drops_once(spec: str) -> None:
 @pytest.mark.parametrize(
     "spec", ["", "+drop", "gredy", "greedy:fast", "greedy+", "greedy+drop+drop", "fixed", "nexus:"]
 )
-def test_what_does_not_exist_is_refused_with_one_line_of_what_does(spec: str) -> None:
+def test_the_error_for_an_unknown_policy_lists_all_on_one_line(spec: str) -> None:
     with pytest.raises(StartError) as error:
         create(spec, TIER_TABLE)
     message = str(error.value)
@@ -50,12 +50,12 @@ def test_what_does_not_exist_is_refused_with_one_line_of_what_does(spec: str) ->
     assert all(name in message for name in (*NAMES, *TIER_TABLE.names, "fastest", "best", "+drop"))
 
 
-def test_an_unknown_tier_is_refused() -> None:
+def test_an_unknown_tier_is_an_error() -> None:
     with pytest.raises(
         StartError, match="no tier is named 'slow'; the tiers are fast, balanced, full"
     ):
         create("nexus:slow", TIER_TABLE)
 
 
-def test_every_call_makes_a_fresh_policy() -> None:
+def test_every_call_creates_a_new_policy() -> None:
     assert create("model-switching", TIER_TABLE) is not create("model-switching", TIER_TABLE)
