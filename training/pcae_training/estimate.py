@@ -11,7 +11,7 @@ from pcae_training.plan import Plan
 from pcae_training.progress import format_duration
 from pcae_training.sample_rng import SampleRng
 
-#: Steps timed after the first one, which allocates memory and chooses kernels.
+#: Steps timed after the first one, which loads kernels and allocates memory.
 TIMED_STEPS = 3
 
 #: No further step is timed after so many seconds.
@@ -35,17 +35,22 @@ def measure_step(
     side = preprocess.image_size
     pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8).to(device)
     labels = torch.randint(0, max(1, classes), (count,)).to(device)
-    seconds: list[float] = []
-    while len(seconds) < 1 + TIMED_STEPS and sum(seconds) < TIME_LIMIT_S:
+
+    def step(images: int) -> float:
         began = time.monotonic()
-        rng = SampleRng(settings.seed, len(seconds), count)
+        rng = SampleRng(settings.seed, 0, images)
         with torch.autocast(device.type, settings.dtype, enabled=settings.precision != "fp32"):
-            loss = objective(pixels, labels, rng, 1.0)
+            loss = objective(pixels[:images], labels[:images], rng, 1.0)
         loss.backward()
         wait_for(device)
-        seconds.append(time.monotonic() - began)
+        return time.monotonic() - began
+
+    step(count if device.type == "cuda" else min(count, 2))  # loads kernels, allocates memory
+    seconds = [step(count)]
+    while len(seconds) < TIMED_STEPS and sum(seconds) < TIME_LIMIT_S:
+        seconds.append(step(count))
     objective.zero_grad()
-    part_s: float = statistics.median(seconds[1:] or seconds) * size / count
+    part_s: float = min(seconds) * size / count
     return part_s * len(plan.micro_batches)
 
 
