@@ -1,28 +1,21 @@
-"""pcae-serve [serve]: flags to settings, settings to a listening server.
-
-It holds no logic of its own, and knows nothing of the other commands.
-"""
+"""pcae-serve [serve]: start the server from command-line settings."""
 
 import gc
 import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
 
 from pcae_serve.api.app import create_app
 from pcae_serve.api.auth import Keys
 from pcae_serve.api.server import Server
-from pcae_serve.bundle import reader
-from pcae_serve.bundle.reader import Bundle
-from pcae_serve.engines import base
-from pcae_serve.engines.base import Engine, at_once
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.observability import logs
+from pcae_serve.runtime.build import build_service
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 
-#: Connections that wait to be accepted.
+#: Largest number of connections that wait to be accepted.
 BACKLOG = 2048
 
 log = logging.getLogger(__name__)
@@ -30,9 +23,9 @@ log = logging.getLogger(__name__)
 
 class Serve(Settings):
     __doc__ = (
-        f"{Settings.__doc__} Other commands: `pcae-serve classify FILE…` asks a running server,"
-        " `pcae-serve simulate` plays traces through the scheduler, `pcae-serve replay URL` sends"
-        " them to a live server; see their --help."
+        f"{Settings.__doc__} Other commands: `pcae-serve classify FILE…` sends images to a running"
+        " server, `pcae-serve simulate` runs traces through the scheduler, `pcae-serve replay URL`"
+        " sends them to a running server; see their --help."
     )
 
     def cli_cmd(self) -> None:
@@ -40,31 +33,27 @@ class Serve(Settings):
         logs.configure(self.log_format, self.log_level)
         with listen(self.host, self.port) as listener:
             keys, admin_keys = Keys.read(self.api_keys_file), Keys.read(self.admin_keys_file)
-            served = reader.load(self.bundle or reader.demo())
-            loaded = [self._engine(served, i) for i in range(len(self.devices))]
-            serve(Service(self, served, loaded, self._engine), listener, keys, admin_keys)
-
-    def _engine(
-        self, served: Bundle, device: int, through: Callable[[Engine], Engine] = at_once
-    ) -> Engine:
-        """An engine for a bundle on one of the devices."""
-        return base.configured(self, served, self.devices[device], through)
+            serve(build_service(self), listener, keys, admin_keys)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, so that a taken port is told before anything is loaded."""
+    """Return a listening socket; called first, so that a taken port is reported at once.
+
+    Raises StartError if the address cannot be used.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is named, and with it on, answers
-    # on a kept connection come 40 ms late: the body waits for the head to be acknowledged
+    # asyncio disables Nagle's algorithm only if the protocol is named; with Nagle, responses on a
+    # reused connection are delayed by 40 ms, as the body waits for the head's acknowledgement
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(BACKLOG)  # two may bind, one may listen
+        listener.listen(BACKLOG)  # two processes can bind, but only one can listen
     except OSError as error:
         listener.close()
         raise StartError(
-            f"cannot listen on {host}:{port}: {error.strerror}; stop what holds it or choose --port"
+            f"cannot listen on {host}:{port}: {error.strerror}; stop the process that uses it or"
+            " choose another --port"
         ) from None
     return listener
 
@@ -75,7 +64,7 @@ def serve(
     keys: Keys | None = None,
     admin_keys: Keys | None = None,
 ) -> None:
-    """Answer requests until a signal comes. Raises StartError where the service cannot start."""
+    """Serve until a signal arrives. Raises StartError if the service cannot start."""
     failures = list[BaseException]()
 
     def stop(error: BaseException) -> None:
@@ -83,8 +72,8 @@ def serve(
         server.should_exit = True
 
     app = create_app(service, stop, keys, admin_keys)
-    # What stands now stays: without it in its rounds the collector stops everything for 2 ms, not
-    # 40, and several times that where the engine wants the same core.
+    # Objects allocated so far live as long as the process: excluding them keeps pauses of the
+    # garbage collector short.
     gc.collect()
     gc.freeze()
     host, port = listener.getsockname()[:2]
@@ -92,7 +81,7 @@ def serve(
     server = Server(app, service)
     server.run(sockets=[listener])
     if failures:
-        raise StartError(f"the latencies cannot be measured: {one_line(failures[0])}")
-    if service.left_behind:  # the interpreter would wait for them
+        raise StartError(f"cannot measure latencies: {one_line(failures[0])}")
+    if service.left_behind:  # the interpreter would wait for these threads
         logging.shutdown()
         os._exit(0 if service.alive else 1)

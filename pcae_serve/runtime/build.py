@@ -1,0 +1,26 @@
+"""Build a service from settings, without HTTP: bundle, engines and service."""
+
+from collections.abc import Callable
+
+from pcae_serve.bundle import reader
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.engines import base
+from pcae_serve.engines.base import Engine, at_once
+from pcae_serve.runtime.service import Service
+from pcae_serve.settings import Settings
+
+
+def build_service(settings: Settings) -> Service:
+    """Load the bundle and one engine per device; return a service that has not started.
+
+    Without `settings.bundle`, the demo bundle is served. Raises BundleError or StartError.
+    """
+    bundle = reader.load(settings.bundle or reader.demo())
+
+    def make_engine(
+        bundle: Bundle, device: int, through: Callable[[Engine], Engine] = at_once
+    ) -> Engine:
+        return base.configured(settings, bundle, settings.devices[device], through)
+
+    engines = [make_engine(bundle, i) for i in range(len(settings.devices))]
+    return Service(settings, bundle, engines, make_engine)
