@@ -24,7 +24,7 @@ from pcae_serve.api.auth import Keys
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.observability import logs
 from pcae_serve.observability.logs import RequestId
-from pcae_serve.observability.metrics import Tally
+from pcae_serve.observability.metrics import Totals
 from pcae_serve.runtime.build import build_service
 from pcae_serve.runtime.service import Service, State
 from pcae_serve.settings import Settings
@@ -85,14 +85,14 @@ class Signals:
     """A replica's autoscaling signals; each asks for one more replica at 1 and above."""
 
     def __init__(self, service: Service) -> None:
-        self._service, self._last = service, Tally(0, 0, 0)
+        self._service, self._last = service, Totals(0, 0, 0)
 
     def read(self) -> dict[str, float]:
         """Return the signals since the last reading; `wait` is the current value."""
-        now, last = self._service.metrics.tally(), self._last
+        now, last = self._service.metrics.totals(), self._last
         self._last = now
         in_time, missed = now.in_time - last.in_time, now.missed - last.missed
-        debt = (now.owed - last.owed) / in_time if in_time else 0.0
+        debt = (now.accuracy_debt - last.accuracy_debt) / in_time if in_time else 0.0
         offered, span = in_time + missed, self._service.accuracy_range
         budget_s = self._service.settings.budget_ms / 1e3
         return {

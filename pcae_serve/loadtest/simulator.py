@@ -21,8 +21,8 @@ from pcae_serve.scheduling.events import (
     Dispatch,
     Done,
     Event,
-    Expire,
-    Refuse,
+    Reject,
+    Remove,
     SetTimer,
     Timer,
 )
@@ -171,9 +171,9 @@ def simulate(
                         outcome.batches.append(len(ids))
                         order += 1
                         heappush(agenda, (now_s + took_s, order, device, took_s))
-                    case Refuse(id=id_):
+                    case Reject(id=id_):
                         outcome.end[id_], outcome.end_s[id_] = End.REFUSED, now_s
-                    case Expire(id=id_):
+                    case Remove(id=id_):
                         outcome.end[id_], outcome.end_s[id_] = End.EXPIRED, now_s
                     case SetTimer(at_s=at_s):
                         wake_s = max(at_s, now_s)

@@ -233,7 +233,7 @@ def test_metrics_count_what_became_of_requests(client: TestClient) -> None:
     response = client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     assert 'pcae_requests_total{outcome="in_time"} 1.0' in response.text
-    assert 'pcae_requests_total{outcome="refused_budget"} 1.0' in response.text
+    assert 'pcae_requests_total{outcome="rejected_budget"} 1.0' in response.text
     assert "pcae_compute_seconds_total" in response.text
     assert 'pcae_wasted_compute_seconds_total{reason="padding"} 0.0' in response.text
 

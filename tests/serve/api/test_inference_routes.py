@@ -560,8 +560,8 @@ def test_one_image_refused_refuses_all_and_cancels_the_others(
         first.join()
         told = client.get("/metrics").text
     assert gate.batches == [1]
-    assert 'outcome="refused_full"} 2.0' in told
-    assert 'outcome="left"} 4.0' in told
+    assert 'outcome="rejected_full"} 2.0' in told
+    assert 'outcome="cancelled"} 4.0' in told
 
 
 def test_an_unreadable_image_cancels_the_others(

@@ -9,8 +9,8 @@ from pcae_serve.scheduling.events import (
     Dispatch,
     Done,
     Event,
-    Expire,
-    Refuse,
+    Reject,
+    Remove,
 )
 from pcae_serve.scheduling.latency import Seconds
 from pcae_serve.scheduling.policies.registry import create
@@ -74,7 +74,7 @@ def test_every_request_comes_to_exactly_one_end(
 ) -> None:
     heard = Heard()
     outcome = run(3, rate=rate, decode_s=decode_s, host_s=host_s, devices=devices, heard=heard)
-    ended = [a.id for a in heard.actions if isinstance(a, Refuse | Expire)]
+    ended = [a.id for a in heard.actions if isinstance(a, Reject | Remove)]
     ended += [id_ for a in heard.actions if isinstance(a, Dispatch) for id_ in a.ids]
     assert sorted(ended) == list(range(300))
     ran = (outcome.end == End.IN_TIME) | (outcome.end == End.LATE)

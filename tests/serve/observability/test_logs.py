@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from starlette.types import Message, Scope
 
-from pcae_serve.observability import logs
+from pcae_serve.observability import logs, outcomes
 from pcae_serve.observability.logs import (
     MAX_EXCEPTION,
     MAX_FIELD,
@@ -22,7 +22,9 @@ from pcae_serve.observability.logs import (
     RequestId,
     clean,
     configure,
+    tally,
 )
+from pcae_serve.observability.outcomes import Outcome
 
 ID = re.compile(r"[0-9a-f]{32}")
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ [\w.]+: ")
@@ -207,7 +209,11 @@ def application() -> FastAPI:
     async def tier(request: Request) -> str | None:
         request.state.tier = "full"
         log.info("inside")
+        await asyncio.create_task(ends())
         return await asyncio.create_task(current())
+
+    async def ends() -> None:
+        outcomes.record(Outcome.IN_TIME)
 
     async def current() -> str | None:
         return logs.request_id.get()
@@ -241,9 +247,17 @@ def test_a_request_has_one_id_everywhere(stderr: Callable[[], str]) -> None:
     assert inside["request_id"] == end["request_id"] == id_
     assert (inside["message"], end["logger"]) == ("inside", "pcae_serve.access")
     assert (end["method"], end["path"], end["status"], end["tier"]) == ("GET", "/tier", 200, "full")
+    assert end["outcome"] == "in_time"
     assert end["ms"] > 0
-    assert re.fullmatch(r"GET /tier 200 [\d.]+ ms tier=full", end["message"])
+    assert re.fullmatch(r"GET /tier 200 [\d.]+ ms tier=full outcome=in_time", end["message"])
     assert ask("/tier").headers["x-request-id"] != id_
+
+
+def test_of_several_images_the_access_log_has_how_many_had_each_outcome() -> None:
+    ended = outcomes.collect()
+    for outcome in (Outcome.IN_TIME, Outcome.EXPIRED, Outcome.IN_TIME):
+        outcomes.record(outcome)
+    assert tally(ended) == "expired:1,in_time:2"
 
 
 @pytest.mark.parametrize("id_", ["a", "Ab3._-", "x" * 128])

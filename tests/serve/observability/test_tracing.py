@@ -84,7 +84,7 @@ def test_a_missing_package_is_told_once_with_the_extra(
     with TestClient(FastAPI(telemetry=tracing.config())):
         pass
     [record] = caplog.records
-    assert "pcae-serve[otel]" in record.getMessage()
+    assert "'.[otel]'" in record.getMessage()
     assert "s3cret" not in record.getMessage()
 
 

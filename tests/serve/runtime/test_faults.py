@@ -258,7 +258,7 @@ def test_clients_that_leave_at_every_stage_cost_nobody_anything(running: Running
                 time.sleep(linger_s)
     assert [running.ask().status_code for _ in range(5)] == [200] * 5
     running.until(lambda: "pcae_queue_depth 0.0" in running.get("/metrics").text)
-    [left] = re.findall(r'outcome="left"} ([0-9.]+)', running.get("/metrics").text)
+    [left] = re.findall(r'outcome="cancelled"} ([0-9.]+)', running.get("/metrics").text)
     assert float(left) >= 1
     assert "Traceback" not in running.log.split("device-side assert triggered")[-1]
 

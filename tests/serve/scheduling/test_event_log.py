@@ -83,7 +83,7 @@ def test_a_live_run_replayed_gives_the_same_actions(
         "ClientLeft",
         "Done",
         "Dispatch",
-        "Refuse",
+        "Reject",
         "BatchAccounted",
     ):
         assert f'["{name}",' in told
@@ -108,7 +108,7 @@ def test_a_file_says_itself_what_it_is_and_has_a_line_an_event(tmp_path: Path) -
     assert Setup.model_validate(head) == SETUP
     assert [line[0][0] for line in lines] == ["Arrived", "Arrived", "Timer"]
     [refuse] = lines[0][1]
-    assert refuse[0] == "Refuse"
+    assert refuse[0] == "Reject"
     assert refuse[1]["why"] == "budget"
     request = lines[1][0][1]["request"]
     assert (request["deadline_s"], request["tiers"]) == (1 / 3, list(ALL))  # to the bit
