@@ -338,7 +338,7 @@ class Servable:
 
     async def _recover(self, device: int) -> None:
         """Recreate the engine of a device whose last batch failed; then the device is free."""
-        if await self._workers[device].renew():
+        if await self._workers[device].recreate_engine():
             self._handle(Done(_now_s(), device, None))
 
     def _recreate_engine(self, device: int) -> Engine:

