@@ -171,7 +171,7 @@ def take_turns(
             batches,
             bundle.image_size,
             limit_s,
-            most_rounds=MAX_ROUNDS,
+            max_rounds=MAX_ROUNDS,
             progress=progress,
         )
 

@@ -1,27 +1,21 @@
-"""pcae-serve [serve]: flags to settings, settings to a listening server.
-
-It holds no logic of its own, and knows nothing of the other commands.
-"""
+"""pcae-serve [serve]: start the server from command-line settings."""
 
 import gc
 import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
 
 from pcae_serve.api.app import create_app
 from pcae_serve.api.auth import Keys
 from pcae_serve.api.server import Server
-from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
-from pcae_serve.engines.base import Engine, run_directly
-from pcae_serve.engines.loader import load_configured_engine
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.observability import logs
+from pcae_serve.runtime.build import build_service
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings, unknown_variables
 
-#: Connections that wait to be accepted.
+#: Largest number of connections that wait to be accepted.
 BACKLOG = 2048
 
 log = logging.getLogger(__name__)
@@ -37,31 +31,27 @@ class Serve(Settings):
             log.warning("%s", warning)
         with listen(self.host, self.port) as listener:
             keys, admin_keys = Keys.read(self.api_keys_file), Keys.read(self.admin_keys_file)
-            served = load_bundle(self.bundle or demo_path())
-            loaded = [self._engine(served, i) for i in range(len(self.devices))]
-            serve(Service(self, served, loaded, self._engine), listener, keys, admin_keys)
-
-    def _engine(
-        self, served: Bundle, device: int, through: Callable[[Engine], Engine] = run_directly
-    ) -> Engine:
-        """An engine for a bundle on one of the devices."""
-        return load_configured_engine(self, served, self.devices[device], through)
+            serve(build_service(self), listener, keys, admin_keys)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, so that a taken port is told before anything is loaded."""
+    """Return a listening socket; called first, so that a taken port is reported at once.
+
+    Raises StartError if the address cannot be used.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is named, and with it on, answers
-    # on a kept connection come 40 ms late: the body waits for the head to be acknowledged
+    # asyncio disables Nagle's algorithm only if the protocol is named; with Nagle, responses on a
+    # reused connection are delayed by 40 ms, as the body waits for the head's acknowledgement
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(BACKLOG)  # two may bind, one may listen
+        listener.listen(BACKLOG)  # two processes can bind, but only one can listen
     except OSError as error:
         listener.close()
         raise StartError(
-            f"cannot listen on {host}:{port}: {error.strerror}; stop what holds it or choose --port"
+            f"cannot listen on {host}:{port}: {error.strerror}; stop the process that uses it or"
+            " choose another --port"
         ) from None
     return listener
 
@@ -72,7 +62,7 @@ def serve(
     keys: Keys | None = None,
     admin_keys: Keys | None = None,
 ) -> None:
-    """Answer requests until a signal comes. Raises StartError where the service cannot start."""
+    """Serve until a signal arrives. Raises StartError if the service cannot start."""
     failures = list[BaseException]()
 
     def stop(error: BaseException) -> None:
@@ -80,8 +70,8 @@ def serve(
         server.should_exit = True
 
     app = create_app(service, stop, keys, admin_keys)
-    # What stands now stays: without it in its rounds the collector stops everything for 2 ms, not
-    # 40, and several times that where the engine wants the same core.
+    # Objects allocated so far live as long as the process: excluding them keeps pauses of the
+    # garbage collector short.
     gc.collect()
     gc.freeze()
     host, port = listener.getsockname()[:2]
@@ -89,7 +79,7 @@ def serve(
     server = Server(app, service)
     server.run(sockets=[listener])
     if failures:
-        raise StartError(f"the latencies cannot be measured: {one_line(failures[0])}")
-    if service.left_behind:  # the interpreter would wait for them
+        raise StartError(f"cannot measure latencies: {one_line(failures[0])}")
+    if service.left_behind:  # the interpreter would wait for these threads
         logging.shutdown()
         os._exit(0 if service.alive else 1)

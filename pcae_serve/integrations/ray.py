@@ -1,16 +1,16 @@
-"""The same server in replicas of Ray Serve: `serve run pcae_serve.integrations.ray:app`.
+"""Ray Serve deployment: `serve run pcae_serve.integrations.ray:app`.
 
-    client -> Ray's proxy -> a replica: this server's own ASGI app, with its queue and its batches
+    client -> Ray's proxy -> replica: the ASGI app of this server, with its own queue and batches
 
-Ray places replicas, counts them and brings back those that die. Batches and deadlines stay inside
-the app, which knows budgets: Ray's own queue must stay empty, so a replica takes more requests at
-once than the app does, and what is too much is refused by the app, at once and with a reason.
-Settings are the PCAE_* variables, as everywhere. This is the one module that knows Ray.
+Ray places, scales and restarts replicas. Batching and deadlines stay inside the app, which knows
+the budgets. Ray's own queue must stay empty, so a replica accepts more requests at once than the
+app admits, and the app rejects the excess at once, with a reason. Settings are the PCAE_*
+variables.
 """
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -21,49 +21,47 @@ from starlette.types import ASGIApp
 from pcae_serve.api import proxy_delay
 from pcae_serve.api.app import create_app
 from pcae_serve.api.auth import Keys
-from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
-from pcae_serve.engines.base import Engine, run_directly
-from pcae_serve.engines.loader import load_configured_engine
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.observability import logs
 from pcae_serve.observability.logs import RequestId
-from pcae_serve.observability.metrics import Tally
-from pcae_serve.runtime.service import Service
+from pcae_serve.observability.metrics import Totals
+from pcae_serve.runtime.build import build_service
+from pcae_serve.runtime.service import Service, State
 from pcae_serve.settings import Settings
 
-#: More than `queue_limit` (256): what is too much reaches the app, which says when to come back.
+#: Requests per replica. Larger than `queue_limit` (256), so that the app rejects the excess and
+#: says when to retry.
 MAX_ONGOING = 512
-#: Where every replica holds that many, so many wait at each proxy; the rest is refused there.
+#: Requests that wait at each proxy once all replicas are full; Ray rejects further ones.
 MAX_QUEUED = 64
-#: A replica's answers to what is in hand at the end, longer than the largest budget.
+#: Seconds that a replica has to answer its requests when it stops; more than the largest budget.
 SHUTDOWN_S = 60.0
 
-#: One more replica where answers lack this share of what separates the best tier from the worst,
+#: Scale up if the mean accuracy lost to cheaper tiers exceeds this share of the range between the
+#: best tier and the worst,
 DEBT_SHARE = 0.25
-#: or this share of the requests misses its deadline because of the load,
+#: or if this share of the requests misses its deadline because of load,
 MISSED_SHARE = 0.02
-#: or the work in hand takes this share of the default budget.
+#: or if the predicted wait exceeds this share of the default budget.
 WAIT_SHARE = 0.5
-#: One less only where every signal is below this share of its limit.
+#: Scale down only if every signal is below this share of its limit.
 CALM = 0.25
 
 
 class Replica:
-    """A process that serves one bundle; Ray's proxies hand it requests."""
+    """A Ray Serve replica: one process that serves one bundle."""
 
     def __init__(self) -> None:
         settings = Settings()
-        cores = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0)) or 1
-        # Ray counts cores but confines nobody to them
-        mine = {"threads": settings.threads or cores}
-        mine |= {"decode_threads": settings.decode_threads or cores}
-        self._settings = settings = settings.model_copy(update=mine)
+        cpus = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0)) or 1
+        # Ray accounts for CPUs but does not restrict a process to them
+        threads = {"threads": settings.threads or cpus}
+        threads |= {"decode_threads": settings.decode_threads or cpus}
+        settings = settings.model_copy(update=threads)
         logs.configure(settings.log_format, settings.log_level)
         keys, admin_keys = Keys.read(settings.api_keys_file), Keys.read(settings.admin_keys_file)
-        served = load_bundle(settings.bundle or demo_path())
-        loaded = [self._engine(served, i) for i in range(len(settings.devices))]
         self._failures = list[BaseException]()
-        self._service = Service(settings, served, loaded, self._engine)
+        self._service = build_service(settings)
         self._signals = Signals(self._service)
         app = create_app(self._service, self._failures.append, keys, admin_keys)
         self._app = proxy_delay.SubtractDelay(RequestId(app, access_log=settings.access_log))
@@ -72,36 +70,29 @@ class Replica:
         return self._app
 
     async def check_health(self) -> None:
-        """The first one lasts until requests are taken: no replica gets any before."""
-        while self._service.latency is None:
+        """Raise if the replica cannot serve. The first call waits until requests are admitted."""
+        while self._service.state is State.STARTING:
             if self._failures:
-                raise StartError(f"the latencies cannot be measured: {one_line(self._failures[0])}")
+                raise StartError(f"cannot measure latencies: {one_line(self._failures[0])}")
             await asyncio.sleep(0.05)
         self._service.require_alive()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return self._signals.read()
 
-    def _engine(
-        self, served: Bundle, device: int, through: Callable[[Engine], Engine] = run_directly
-    ) -> Engine:
-        return load_configured_engine(
-            self._settings, served, self._settings.devices[device], through
-        )
-
 
 class Signals:
-    """What a replica tells the autoscaler: each is 1 where one more replica is wanted."""
+    """A replica's autoscaling signals; each asks for one more replica at 1 and above."""
 
     def __init__(self, service: Service) -> None:
-        self._service, self._last = service, Tally(0, 0, 0)
+        self._service, self._last = service, Totals(0, 0, 0)
 
     def read(self) -> dict[str, float]:
-        """Of the time since the last reading, but the wait, which is of now."""
-        now, last = self._service.metrics.tally(), self._last
+        """Return the signals since the last reading; `wait` is the current value."""
+        now, last = self._service.metrics.totals(), self._last
         self._last = now
         in_time, missed = now.in_time - last.in_time, now.missed - last.missed
-        debt = (now.owed - last.owed) / in_time if in_time else 0.0
+        debt = (now.accuracy_debt - last.accuracy_debt) / in_time if in_time else 0.0
         offered, span = in_time + missed, self._service.accuracy_range
         budget_s = self._service.settings.budget_ms / 1e3
         return {
@@ -112,20 +103,21 @@ class Signals:
 
 
 def replicas_wanted(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """One more where any signal asks for it, one less where all are calm. Ray waits its delays.
+    """Return one replica more if any signal asks for it, one less if all are low.
 
-    Not by a ratio, as for requests in flight: half the debt does not mean twice the machines.
+    Ray applies its delays. The signals are not ratios of capacity, unlike requests in flight: half
+    the accuracy debt does not mean half the replicas.
     """
     now = context.target_num_replicas
-    told = context.aggregated_metrics or {}
-    most = max((_mean(told.get(name)) for name in ("debt", "missed", "wait")), default=0.0)
-    if most >= 1:
+    signals = context.aggregated_metrics or {}
+    highest = max((_mean(signals.get(name)) for name in ("debt", "missed", "wait")), default=0.0)
+    if highest >= 1:
         return now + 1, {}
-    return (now - 1 if most < CALM else now), {}
+    return (now - 1 if highest < CALM else now), {}
 
 
 def _mean(values: Mapping[Any, float] | None) -> float:
-    """Over the replicas; a wait that cannot be told is left out."""
+    """Return the mean over the replicas, without values that are not finite."""
     known = [value for value in (values or {}).values() if math.isfinite(value)]
     return sum(known) / len(known) if known else 0.0
 

@@ -19,8 +19,8 @@ from pcae_serve.scheduling.events import (
     Dispatch,
     Done,
     Event,
-    Expire,
-    Refuse,
+    Reject,
+    Remove,
     SetTimer,
     Timer,
 )
@@ -172,10 +172,10 @@ def simulate(
                         outcome.batches.append(len(ids))
                         order += 1
                         heappush(agenda, (now_s + took_s, order, device, took_s))
-                    case Refuse(id=id_):
+                    case Reject(id=id_):
                         outcome.end[id_], outcome.end_s[id_] = End.REJECTED, now_s
-                    case Expire(id=id_, why=why):
-                        dropped = why == "load"
+                    case Remove(id=id_, why=why):
+                        dropped = why == "dropped"
                         outcome.end[id_] = End.DROPPED if dropped else End.EXPIRED
                         outcome.end_s[id_] = now_s
                     case SetTimer(at_s=at_s):

@@ -1,8 +1,8 @@
-"""The log: one record a line on stderr, as text or as JSON, and each request's id on its records.
+"""Logging to stderr: one record per line, as text or JSON, with the request id; the access log.
 
-It knows logging and ASGI, nothing of what is served. Clients write into a log what they like, so
-no record can be made to look like two, to speak to a terminal or to fill a disk: control characters
-are escaped, every field has an end. Headers and queries are never logged.
+Parts of a record come from clients. So control characters are escaped, and every field has a
+maximum length: a client cannot forge a record, control a terminal or fill a disk. Headers and query
+strings are never logged.
 """
 
 import json
@@ -10,7 +10,8 @@ import logging
 import re
 import sys
 import uuid
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from time import perf_counter
@@ -18,49 +19,50 @@ from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pcae_serve.observability import tracing
+from pcae_serve.observability import outcomes, tracing
+from pcae_serve.observability.outcomes import Outcome
 
 Format = Literal["text", "json"]
 Level = Literal["debug", "info", "warning", "error"]
 
 MAX_FIELD = 500  # characters of a string that goes into a message, or of a field
 MAX_MESSAGE = 4000
-MAX_EXCEPTION = 16_000  # its end is kept: that says what happened
+MAX_EXCEPTION = 16_000  # the end is kept: it has the error itself
 
-#: Of the request in hand, also in tasks that it starts. Never reset: a server gives every request a
-#: task of its own, and what it logs of a failed one comes after us.
+#: Id of the current request, also in tasks that it starts. Never reset: a server runs every request
+#: in a task of its own, and logs a failed one after this middleware has ended.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 access = logging.getLogger("pcae_serve.access")
 
-#: Asked every few seconds by machines: logged as debug unless something is wrong.
+#: Polled every few seconds by other programs: logged at level debug unless they fail.
 QUIET = frozenset({"/livez", "/readyz", "/metrics"})
-#: What an application may tell of a request in its scope's state, for the access log.
-TOLD = ("tier", "images")
+#: Fields of a request's state that an application may set for the access log.
+STATE_FIELDS = ("tier", "images")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-#: C0, C1, separators that some readers take for line ends, marks that turn text around, and halves
-#: of characters, which no encoding takes.
+#: C0, C1, separators that some readers treat as line ends, marks that change the direction of text,
+#: and surrogates, which no encoding accepts.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _SERVERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "fastapi")
 
 
-def clean(text: str, most: int = MAX_FIELD) -> str:
-    """On one line, nothing in it but what can be seen, at most so many characters."""
-    # cut before as well: a body's worth of text is not looked through for a line of it
-    return _cut(_CONTROL.sub(_escaped, text[: most + 1]), most)
+def clean(text: str, max_length: int = MAX_FIELD) -> str:
+    """Return one line of printable text, at most `max_length` characters long."""
+    # cut before escaping as well, so that a text of megabytes is not scanned
+    return _cut(_CONTROL.sub(_escaped, text[: max_length + 1]), max_length)
 
 
 def configure(format: Format = "text", level: Level = "info") -> None:
-    """Send the log of this process, the HTTP server's as well, to stderr; the last call counts.
+    """Log to stderr, records of the HTTP server included. A later call replaces an earlier one.
 
-    uvicorn must be told log_config=None, else it sets up its own again.
+    uvicorn needs log_config=None, otherwise it installs its own handlers.
     """
     handler = _Handler(sys.stderr)
     handler.setFormatter(_Json() if format == "json" else _Text())
     root = logging.getLogger()
-    for former in [h for h in root.handlers if isinstance(h, _Handler)]:
-        root.removeHandler(former)
+    for old in [h for h in root.handlers if isinstance(h, _Handler)]:
+        root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level.upper())
     for name in _SERVERS:
@@ -72,29 +74,30 @@ def configure(format: Format = "text", level: Level = "info") -> None:
 
 
 class RequestId:
-    """ASGI middleware, the outermost: every request has an id, which answer and log tell.
+    """Outermost ASGI middleware: gives each request an id, in the response and in the log.
 
-    It is the client's X-Request-ID where that is one, else a new one.
+    The id is the client's X-Request-ID if it is valid, otherwise a new one.
     """
 
     def __init__(self, app: ASGIApp, *, access_log: bool = True) -> None:
-        """access_log: one record at the end of each request."""
+        """Wrap `app`. access_log: write one record at the end of each request."""
         self._app, self._access_log = app, access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start_s, status, told = perf_counter(), None, not self._access_log
-        id_ = _asked_id(scope) or uuid.uuid4().hex
+        start_s, status, logged = perf_counter(), None, not self._access_log
+        id_ = _client_id(scope) or uuid.uuid4().hex
         request_id.set(id_)
+        ended = outcomes.collect()
         scope.setdefault("state", {})["request_id"] = id_
 
-        def tell(status: int | None) -> None:
-            nonlocal told
-            if not told:
-                told = True
-                _tell(scope, status, perf_counter() - start_s)
+        def log_once(status: int | None) -> None:
+            nonlocal logged
+            if not logged:
+                logged = True
+                _log_access(scope, status, perf_counter() - start_s, ended)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -105,32 +108,43 @@ class RequestId:
                 message = {**message, "headers": headers}
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                tell(status)  # here, not below: the span of the request is still open
+                log_once(status)  # here, not below: the request's span is still open
 
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            tell(status or 500)  # what the server answers for us
+            log_once(status or 500)  # the server will respond with 500
             raise
         finally:
-            tell(status)  # None: cut off before an answer
+            log_once(status)  # None: cancelled before a response
 
 
-def _asked_id(scope: Scope) -> str | None:
-    asked = [value for name, value in scope["headers"] if name == b"x-request-id"]
-    id_ = asked[0].decode("latin-1") if len(asked) == 1 else ""
+def tally(words: Sequence[object]) -> str:
+    """Return a single word as it is; of several, how often each occurs: fast:3,full:1."""
+    if len(words) == 1:
+        return str(words[0])
+    counts = Counter(map(str, words))
+    return ",".join(f"{word}:{counts[word]}" for word in sorted(counts))
+
+
+def _client_id(scope: Scope) -> str | None:
+    ids = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    id_ = ids[0].decode("latin-1") if len(ids) == 1 else ""
     return id_ if _REQUEST_ID.fullmatch(id_) else None
 
 
-def _tell(scope: Scope, status: int | None, seconds: float) -> None:
+def _log_access(scope: Scope, status: int | None, seconds: float, ended: Sequence[Outcome]) -> None:
     path = getattr(scope.get("route"), "path", None) or scope["path"]
     state = scope["state"]
+    words = {name: state[name] for name in STATE_FIELDS if state.get(name) is not None}
+    if ended:
+        words["outcome"] = tally(ended)
     fields = {
         "method": scope["method"],
         "path": path,
         "status": status,
         "ms": round(seconds * 1e3, 2),
-    } | {name: state[name] for name in TOLD if state.get(name) is not None}
+    } | words
     quiet = path in QUIET and status is not None and status < 400
     access.log(
         logging.DEBUG if quiet else logging.INFO,
@@ -139,20 +153,20 @@ def _tell(scope: Scope, status: int | None, seconds: float) -> None:
         path,
         "-" if status is None else status,
         seconds * 1e3,
-        "".join(f" {name}={fields[name]}" for name in TOLD if name in fields),
+        "".join(f" {name}={word}" for name, word in words.items()),
         extra={"fields": fields},
     )
 
 
 class _Handler(logging.StreamHandler[Any]):
-    """Ours, as told from those that others have set up."""
+    """The handler that `configure` installs and replaces."""
 
 
 class _Formatter(logging.Formatter):
-    """The parts of a record, each cleaned. `extra={"fields": …}` joins the JSON of it."""
+    """Formats the parts of a record, each cleaned. JSON includes `extra={"fields": …}`."""
 
     def message(self, record: logging.LogRecord) -> str:
-        """As logging makes it, but no argument longer than a field."""
+        """Format the message as logging does, with every argument cut to a field's length."""
         message, args = str(record.msg), record.args
         if isinstance(args, Mapping):
             message %= {name: _bounded(value) for name, value in args.items()}
@@ -161,12 +175,12 @@ class _Formatter(logging.Formatter):
         return clean(message, MAX_MESSAGE)
 
     def id(self, record: logging.LogRecord) -> str | None:
-        """Of the request that was in hand, unless the record says otherwise."""
+        """Return the id of the current request, or the one that the record sets."""
         id_: str | None = getattr(record, "request_id", request_id.get())
         return id_
 
     def exception(self, record: logging.LogRecord) -> list[str]:
-        """Lines of the traceback."""
+        """Return the lines of the traceback."""
         parts = [self.formatException(record.exc_info)] if record.exc_info else []
         if record.stack_info:
             parts.append(record.stack_info)
@@ -174,13 +188,13 @@ class _Formatter(logging.Formatter):
         return [clean(line) for line in text.split("\n")] if text else []
 
     def time(self, record: logging.LogRecord) -> str:
-        """ISO 8601, UTC, milliseconds."""
-        moment = datetime.fromtimestamp(record.created, UTC)
-        return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        """Return the time in ISO 8601, UTC, with milliseconds."""
+        created = datetime.fromtimestamp(record.created, UTC)
+        return created.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class _Text(_Formatter):
-    """For people. Only a record's first line begins at the margin: the rest is its traceback."""
+    """Text for people. The lines of a traceback are indented; a record's first line is not."""
 
     def format(self, record: logging.LogRecord) -> str:
         id_ = self.id(record)
@@ -192,7 +206,7 @@ class _Text(_Formatter):
 
 
 class _Json(_Formatter):
-    """For machines: one object a line."""
+    """One JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
         document: dict[str, Any] = {
@@ -206,19 +220,19 @@ class _Json(_Formatter):
         }
         document = {name: value for name, value in document.items() if value is not None}
         fields: Mapping[str, Any] = getattr(record, "fields", {})
-        told = {clean(name): _plain(value) for name, value in fields.items()}
-        return json.dumps(document | told | document)  # no field replaces what we say
+        extra = {clean(name): _plain(value) for name, value in fields.items()}
+        return json.dumps(document | extra | document)  # no field replaces a standard one
 
 
 def _bounded(value: Any) -> Any:
-    """An argument as it is, but for text and errors, which may hold what a client wrote."""
+    """Cut text and errors, which may hold text from a client, to a field's length."""
     if isinstance(value, str | BaseException):
         return _cut(str(value), MAX_FIELD)
     return value
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has a form for."""
+    """Return `value` if JSON can express it, otherwise its text."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float) and abs(value) < float("inf"):
@@ -226,8 +240,8 @@ def _plain(value: Any) -> Any:
     return clean(str(value))
 
 
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def _cut(text: str, max_length: int) -> str:
+    return text if len(text) <= max_length else f"{text[: max_length - 1]}…"
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -1,8 +1,7 @@
-"""What the server counts, as Prometheus reads it.
+"""Prometheus metrics of one service.
 
-It knows names and numbers; what they mean to a request is the service's business. A registry of its
-own, so that several services in one process do not add up. Labels are outcomes, stages and tiers,
-never what a client wrote.
+Each service has its own registry, so that several in one process do not add up. Label values are
+outcomes, stages and tiers, never text from a client.
 """
 
 import logging
@@ -24,73 +23,53 @@ from prometheus_client import (
 )
 from prometheus_client.metrics_core import Metric
 
+from pcae_serve.observability import outcomes
+from pcae_serve.observability.outcomes import MISSED, Outcome
 from pcae_serve.version import __version__
 
 log = logging.getLogger(__name__)
 
 
-class Outcome(StrEnum):
-    """What became of a request whose parameters made sense. Attainment: in_time over all."""
-
-    IN_TIME = "in_time"
-    LATE = "late"  # answered after its deadline
-    REFUSED_BUDGET = "refused_budget"  # no allowed tier fits, even on an idle machine
-    REFUSED_LOAD = "refused_load"
-    REFUSED_FULL = "refused_full"  # queue_limit
-    REFUSED_DRAINING = "refused_draining"  # starting or stopping
-    EXPIRED = "expired"  # its budget passed before any compute
-    LET_GO = "let_go"  # given up by the policy for others
-    LEFT = "left"  # its client went away
-    UNREADABLE = "unreadable"  # no image, or too large a one
-    FAILED = "failed"  # the engine failed
-
-
 class Failure(StrEnum):
     """How a batch failed on its device."""
 
-    RAISED = "raised"
-    NAN = "nan"  # it answered, with numbers that are none
-    HUNG = "hung"  # it did not come back
+    EXCEPTION = "exception"
+    NAN = "nan"  # output with values that are not finite
+    TIMEOUT = "timeout"  # exceeded watchdog_s
 
 
 class Reload(StrEnum):
-    """How an attempt to serve another bundle ended."""
+    """Result of a reload."""
 
     DONE = "done"
-    FAILED = "failed"  # the former bundle is still served
-
-
-#: Ends that more machines would have prevented: the load's doing, not the caller's.
-MISSED = (
-    Outcome.LATE, Outcome.REFUSED_LOAD, Outcome.REFUSED_FULL, Outcome.EXPIRED, Outcome.LET_GO,
-)  # fmt: skip
+    FAILED = "failed"  # the old bundle stays in service
 
 
 @dataclass(frozen=True)
-class Tally:
-    """What an autoscaler goes by, counted since the start."""
+class Totals:
+    """Totals since the start that autoscaling is derived from."""
 
-    in_time: float  # answers
-    missed: float  # requests that the load cost their answer in time
-    owed: float  # accuracy, over the answers in time
+    in_time: float  # answers in time
+    missed: float  # requests with an outcome of MISSED
+    accuracy_debt: float  # summed over the answers in time
 
 
-#: Of a device's seconds: late answers, clients that left meanwhile, rows that filled a bucket.
-WASTE = ("late", "cancelled", "padding")
-#: Of an answer's seconds; queue ends where compute begins, total begins with the headers.
+#: Reasons for wasted device time: late answers, clients that left, rows that only fill a batch.
+WASTE = (Outcome.LATE.value, Outcome.CANCELLED.value, "padding")
+#: Stages of an answer's time. `queue` ends when compute begins; `total` starts with the headers.
 STAGES = ("decode", "queue", "compute", "total")
 
-#: Three to the decade: budgets lie anywhere between, and quantiles are read off the borders.
+#: Three per decade: budgets can lie anywhere between, and quantiles are interpolated within.
 STAGE_BUCKETS_S = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10)  # fmt: skip
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
-#: Finest around 1, where the forecast was right.
+#: Finest around 1, a correct prediction.
 RATIO_BUCKETS = (.5, .7, .8, .9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)  # fmt: skip
 
 
 class _Registry(CollectorRegistry):
-    """Leaves out when each counter was made: that doubles the series, and nobody reads it.
+    """A registry without the `_created` series, which double the output.
 
-    The library has a switch for it, but that is for the whole process, and so the embedder's.
+    The library's own switch applies to the whole process, which may not be ours alone.
     """
 
     def collect(self) -> Iterator[Metric]:
@@ -100,150 +79,160 @@ class _Registry(CollectorRegistry):
 
 
 class _Families:
-    """What is counted by tier."""
+    """Metrics with a tier label."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.stage_s = Histogram(
             "pcae_stage_seconds",
-            "Where the time of an answer went, late answers too.",
+            "Time of an answer by stage, late answers included.",
             ["stage", "tier"],
             buckets=STAGE_BUCKETS_S,
             registry=registry,
         )
         self.answers = Counter(
             "pcae_answers",
-            "Answers, late ones too; degraded: to auto, by less than the best tier allowed.",
+            "Answers, late ones included; degraded: tier=auto, by less than the best allowed tier.",
             ["tier", "degraded"],
             registry=registry,
         )
         self.compute_s = Counter(
             "pcae_compute_seconds",
-            "Device time of batches that did not fail.",
+            "Device time of batches, failed ones excluded.",
             ["tier"],
             registry=registry,
         )
         self.batch = Histogram(
             "pcae_batch_size",
-            "Images in a batch that did not fail, padding left out.",
+            "Images per batch, padding and failed batches excluded.",
             ["tier"],
             buckets=BATCH_BUCKETS,
             registry=registry,
         )
         self.ratio = Histogram(
             "pcae_prediction_error_ratio",
-            "Seconds that a batch took over those predicted; 1 is right, 2 took twice as long.",
+            "Actual over predicted duration of a batch (1: as predicted; 2: twice as long).",
             ["tier"],
             buckets=RATIO_BUCKETS,
             registry=registry,
         )
         self.failures = Counter(
             "pcae_engine_failures",
-            "Batches that failed on their device.",
+            "Batches that failed, by kind of failure.",
             ["tier", "kind"],
             registry=registry,
         )
-        self.is_out = Gauge(
-            "pcae_tier_out_of_service",
-            "1 while the tier is out of routing: it failed, and is passed over.",
+        self.disabled = Gauge(
+            "pcae_tier_disabled",
+            "1 while the tier is out of rotation after consecutive failures.",
             ["tier"],
             registry=registry,
         )
 
 
 class _Tier:
-    """Series of one tier at hand: looking a label up costs more than counting."""
+    """The series of one tier, kept because looking up a label costs more than counting."""
 
     def __init__(self, families: _Families, name: str) -> None:
         self.stages_s = [families.stage_s.labels(stage, name) for stage in STAGES]
         self.answers = [families.answers.labels(name, degraded) for degraded in ("false", "true")]
         self.compute_s, self.batch = families.compute_s.labels(name), families.batch.labels(name)
-        self.ratio, self.is_out = families.ratio.labels(name), families.is_out.labels(name)
+        self.ratio = families.ratio.labels(name)
+        self.disabled = families.disabled.labels(name)
         self.failures = {kind: families.failures.labels(name, kind) for kind in Failure}
 
 
 class Metrics:
-    """What one service counts. Every series is there from the start, at zero."""
+    """The metrics of one service. Every series exists from the start, at zero."""
 
     def __init__(self, tiers: Sequence[str]) -> None:
         self._registry = registry = _Registry()
         requests = Counter(
             "pcae_requests",
-            "Requests by what became of them; those with wrong parameters are not counted.",
+            "Requests by outcome; requests with invalid parameters are not counted.",
             ["outcome"],
             registry=registry,
         )
         wasted_s = Counter(
             "pcae_wasted_compute_seconds",
-            "Part of pcae_compute_seconds_total that served nobody in time; no second twice.",
+            "Compute time spent on late, cancelled or padding rows (each second counted once).",
             ["reason"],
             registry=registry,
         )
         reloads = Counter(
-            "pcae_reloads", "Attempts to serve another bundle.", ["result"], registry=registry
+            "pcae_reloads", "Reloads of the bundle, by result.", ["result"], registry=registry
         )
         self._requests = {outcome: requests.labels(outcome) for outcome in Outcome}
         self._wasted_s = [wasted_s.labels(reason) for reason in WASTE]
         self._reloads = {result: reloads.labels(result) for result in Reload}
         self._accuracy = Counter(
             "pcae_accuracy_sum",
-            "Accuracies of the tiers used, summed over answers in time.",
+            "Accuracy of the tier used, summed over answers in time.",
             registry=registry,
         )
         self._debt = Counter(
             "pcae_accuracy_debt",
-            "Accuracy of the best tier allowed less that of the tier used, over answers in time.",
+            "Accuracy of the best allowed tier minus that of the tier used, over answers in time.",
             registry=registry,
         )
         self._range = Gauge(
             "pcae_accuracy_range",
-            "Accuracy of the best tier less that of the worst: what an answer can lack at most.",
+            "Accuracy of the best tier minus that of the worst: upper bound of an answer's debt.",
             registry=registry,
         )
-        self._max_batch = Gauge("pcae_max_batch", "Images in a batch at most.", registry=registry)
-        self._queue_limit = Gauge("pcae_queue_limit", "Requests that may wait.", registry=registry)
-        self._build = Info("pcae_build", "What serves what.", registry=registry)
+        self._max_batch = Gauge("pcae_max_batch", "Maximum images per batch.", registry=registry)
+        self._queue_limit = Gauge(
+            "pcae_queue_limit", "Maximum number of waiting requests.", registry=registry
+        )
+        self._build = Info(
+            "pcae_build", "Versions, bundle, backend and policy in use.", registry=registry
+        )
         self._depth: Callable[[], int] = lambda: 0
         self._predicted_wait_s: Callable[[], float] = lambda: 0.0
         self._ready: Callable[[], bool] = lambda: False
-        for name, told, ask in (
-            ("pcae_queue_depth", "Requests that no device works on.", lambda: self._depth()),
+        for name, help_text, value in (
+            (
+                "pcae_queue_depth",
+                "Admitted requests that no device has started on.",
+                lambda: self._depth(),
+            ),
             (
                 "pcae_predicted_wait_seconds",
-                "Time until the work in hand is done, as predicted.",
+                "Predicted time until all admitted requests are answered.",
                 lambda: self._predicted_wait_s(),
             ),
-            ("pcae_ready", "1 while requests are taken.", lambda: self._ready()),
+            ("pcae_ready", "1 while requests are admitted.", lambda: self._ready()),
         ):
-            Gauge(name, told, registry=registry).set_function(_guarded(name, ask))
+            Gauge(name, help_text, registry=registry).set_function(_guarded(name, value))
         ProcessCollector(registry=registry)  # memory, open files and CPU time, on Linux
         self._families, self._tiers = _Families(registry), dict[str, _Tier]()
         self.add_tiers(tiers)
-        self.build_info()
+        self.set_build_info()
 
     def add_tiers(self, tiers: Iterable[str]) -> None:
-        """Series of these tiers, at zero where they are new; those of others stay."""
+        """Create the series of these tiers, at zero; existing series stay."""
         for name in tiers:
             if name not in self._tiers:
                 self._tiers[name] = _Tier(self._families, name)
 
-    def build_info(self, **labels: str) -> None:
-        """What is served now, such as bundle, digest, backend, policy; replaces what was told."""
+    def set_build_info(self, **labels: str) -> None:
+        """Replace the labels of pcae_build_info: bundle, digest, backend, device, policy."""
         self._build.info({"version": __version__, "python": platform.python_version()} | labels)
 
-    def limits(self, *, max_batch: int, queue_limit: int) -> None:
-        """What batch fill and queue depth are shares of."""
+    def set_limits(self, *, max_batch: int, queue_limit: int) -> None:
+        """Set the limits that batch size and queue depth are compared with."""
         self._max_batch.set(max_batch)
         self._queue_limit.set(queue_limit)
 
-    def accuracy_range(self, accuracy: float) -> None:
-        """What separates the best of the tiers served now from the worst."""
+    def set_accuracy_range(self, accuracy: float) -> None:
+        """Set the difference in accuracy between the best tier and the worst."""
         self._range.set(accuracy)
 
-    def tally(self) -> Tally:
-        return Tally(
+    def totals(self) -> Totals:
+        """Return the totals that autoscaling is derived from."""
+        return Totals(
             in_time=_read(self._requests[Outcome.IN_TIME]),
             missed=sum(_read(self._requests[outcome]) for outcome in MISSED),
-            owed=_read(self._debt),
+            accuracy_debt=_read(self._debt),
         )
 
     def watch(
@@ -252,14 +241,15 @@ class Metrics:
         predicted_wait_s: Callable[[], float],
         ready: Callable[[], bool],
     ) -> None:
-        """Whom to ask at each scrape; replaces whoever was asked before."""
+        """Set the functions that gauges call at each scrape; replaces earlier ones."""
         self._depth, self._predicted_wait_s, self._ready = depth, predicted_wait_s, ready
 
-    def ended(self, outcome: Outcome) -> None:
-        """A request has come to its end."""
+    def record_request(self, outcome: Outcome) -> None:
+        """Count a request that has ended, and record its outcome for the access log."""
         self._requests[outcome].inc()
+        outcomes.record(outcome)
 
-    def answered(
+    def record_answer(
         self,
         tier: str,
         *,
@@ -272,10 +262,10 @@ class Metrics:
         accuracy: float,
         best_accuracy: float,
     ) -> None:
-        """A request has its answer, in time or late; `ended` is told besides.
+        """Count an answer, in time or late. `record_request` counts its request.
 
-        degraded: it asked for auto, and a better tier was allowed. best_accuracy: of the best one
-        allowed, so that a request that pinned its tier is owed nothing.
+        degraded: the request allowed any tier, and a better one exists. best_accuracy: accuracy of
+        the best allowed tier; a request that names its tier has no debt.
         """
         series = self._of(tier)
         for stage, seconds in zip(
@@ -283,11 +273,11 @@ class Metrics:
         ):
             stage.observe(seconds)
         series.answers[degraded].inc()
-        if in_time:  # a counter takes nothing negative, and never recovers from a nan
+        if in_time:  # max: counters reject negative values and never recover from NaN
             self._accuracy.inc(max(0.0, accuracy))
             self._debt.inc(max(0.0, best_accuracy - accuracy))
 
-    def spent(
+    def record_batch(
         self,
         tier: str,
         seconds: float,
@@ -298,9 +288,10 @@ class Metrics:
         padding: int,
         predicted_s: float | None = None,
     ) -> None:
-        """A device worked on `batch` images and `padding` rows; each had an equal share of it.
+        """Count the device time of `batch` images and `padding` rows, shared equally by all rows.
 
-        Without seconds the batch failed. predicted_s: what was expected when it began.
+        seconds: 0 if the batch failed. late, cancelled: how many of the images were wasted.
+        predicted_s: predicted duration.
         """
         series = self._of(tier)
         row_s = seconds / (batch + padding)
@@ -313,24 +304,24 @@ class Metrics:
             if predicted_s:
                 series.ratio.observe(seconds / predicted_s)
 
-    def failed(self, tier: str, kind: Failure) -> None:
-        """A batch failed on its device; `ended` is told of each of its requests besides."""
+    def record_failure(self, tier: str, kind: Failure) -> None:
+        """Count a batch that failed. `record_request` counts each of its requests."""
         self._of(tier).failures[kind].inc()
 
-    def tier_out_of_service(self, tier: str, is_out: bool) -> None:
-        """A tier has left routing, or is back in it."""
-        self._of(tier).is_out.set(is_out)
+    def set_tier_disabled(self, tier: str, disabled: bool) -> None:
+        """Record that a tier is taken out of rotation, or is back in it."""
+        self._of(tier).disabled.set(disabled)
 
-    def reloaded(self, result: Reload) -> None:
-        """An attempt to serve another bundle has ended."""
+    def record_reload(self, result: Reload) -> None:
+        """Count a reload that has ended."""
         self._reloads[result].inc()
 
     def exposition(self) -> tuple[bytes, str]:
-        """All of it in Prometheus' text format, and that format's media type."""
+        """Return all metrics in Prometheus' text format, and its media type."""
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
     def _of(self, tier: str) -> _Tier:
-        if tier not in self._tiers:  # a batch of the former bundle may end after a reload
+        if tier not in self._tiers:  # a batch of the old bundle may end after a reload
             self.add_tiers([tier])
         return self._tiers[tier]
 
@@ -340,12 +331,12 @@ def _read(counter: Counter) -> float:
     return value
 
 
-def _guarded(name: str, ask: Callable[[], float]) -> Callable[[], float]:
-    """One gauge that cannot be read, during a reload say, must not cost the whole scrape."""
+def _guarded(name: str, value: Callable[[], float]) -> Callable[[], float]:
+    """Wrap a gauge's function to return NaN if it raises, so that the scrape as a whole works."""
 
     def read() -> float:
         try:
-            return float(ask())
+            return float(value())
         except Exception:
             log.exception("%s cannot be read", name)
             return nan

@@ -1,8 +1,7 @@
-"""Traces: FastAPI's own OpenTelemetry spans, sent where the OTEL_* variables say.
+"""Traces: FastAPI's own OpenTelemetry spans, exported as the OTEL_* variables say.
 
-It knows the environment and FastAPI's setting for it (since 0.143). Nothing is traced, and nothing
-of the SDK is loaded, unless a variable asks for it. Prometheus has the metrics, the log its lines:
-neither is sent a second time.
+Uses FastAPI's telemetry setting (since 0.143). Without such a variable nothing is traced and the
+SDK is not loaded. Metrics and logs are not exported: Prometheus and stderr have them.
 """
 
 import logging
@@ -23,9 +22,9 @@ except ImportError:  # pragma: no cover
 
 log = logging.getLogger(__name__)
 
-#: Asked every few seconds by machines: spans of them would bury the rest.
+#: Polled every few seconds by other programs: their spans would hide the rest.
 UNTRACED = frozenset({"/livez", "/readyz", "/metrics"})
-#: Where nothing else is said: a name to be found by, and a bound on what clients write in an URL.
+#: Defaults: a service name, and a limit on the text that clients write into a URL.
 DEFAULTS = {"OTEL_SERVICE_NAME": "pcae-serve", "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT": "500"}
 
 _NEEDED = ("fastapi.telemetry", "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
@@ -33,9 +32,10 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT
 
 
 def config() -> "TelemetryConfig | None":
-    """FastAPI(telemetry=…): None where nothing is to be sent, whose reason is logged if need be.
+    """Return the argument for FastAPI(telemetry=…), or None if nothing is to be exported.
 
-    Also gives DEFAULTS to variables that are not set: the SDK reads them when the server starts.
+    Log a warning if traces are asked for but cannot be exported. Also set variables to DEFAULTS
+    that are not set: the SDK reads them when the server starts.
     """
     asked = sorted(name for name, value in os.environ.items() if name.startswith("OTEL_") and value)
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
@@ -44,10 +44,10 @@ def config() -> "TelemetryConfig | None":
     if not all(map(_installed, _NEEDED)):
         log.warning("%s is set, but no traces are sent: %s", asked[0], install_command("otel"))
         return None
-    # whoever set a provider up, such as opentelemetry-instrument, has an exporter there already
+    # a provider that exists already, as with opentelemetry-instrument, has its own exporter
     ours = trace is not None and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
     if ours and not any(map(os.environ.get, _ENDPOINTS)):
-        log.warning("%s is set, but no traces are sent: set %s, too", asked[0], _ENDPOINTS[1])
+        log.warning("%s is set, but no traces are sent; set %s as well", asked[0], _ENDPOINTS[1])
         return None
     for name, value in DEFAULTS.items():
         if not os.environ.get(name):
@@ -56,19 +56,19 @@ def config() -> "TelemetryConfig | None":
         "auto_configure": ours,
         "metrics": False,
         "logs": False,
-        "operation_spans": False,  # of dependencies and serialization: nothing here waits in them
+        "operation_spans": False,  # dependencies and serialisation: nothing here waits in them
         "exclude": _untraced,
     }
 
 
 def annotate(**attributes: str | float | bool) -> None:
-    """Tell of the request in hand on its span, as pcae.NAME; free where nobody traces."""
+    """Set attributes pcae.NAME on the current request's span; does nothing without tracing."""
     if trace is not None and (span := trace.get_current_span()).is_recording():
         span.set_attributes({f"pcae.{name}": value for name, value in attributes.items()})
 
 
 def trace_id() -> str | None:
-    """Of the request in hand, as 32 hexadecimal digits; None where it is not traced."""
+    """Return the current trace id as 32 hexadecimal digits, or None without a trace."""
     if trace is None:
         return None
     context = trace.get_current_span().get_span_context()
@@ -82,5 +82,5 @@ def _untraced(scope: MutableMapping[str, Any]) -> bool:
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it would be in
+    except ModuleNotFoundError:  # its package is missing as well
         return False

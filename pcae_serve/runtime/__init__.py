@@ -1,1 +1,1 @@
-"""A bundle in service: decoding, queueing, batches, tier health."""
+"""A bundle in service: admission, decoding, batching, devices, reload."""

@@ -13,7 +13,7 @@ from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Output
 from pcae_serve.errors import RequestError
-from pcae_serve.observability.metrics import Outcome
+from pcae_serve.observability.outcomes import Outcome
 from pcae_serve.runtime import refusals
 from pcae_serve.runtime.refusals import Refusal
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
@@ -46,7 +46,7 @@ class AdmittedRequest:
         """
         self.request, self.scheduled = request, scheduled
         self.result: asyncio.Future[InferenceResult] = asyncio.get_running_loop().create_future()
-        self.outcome = Outcome.LEFT  # unless anything else happens to it
+        self.outcome = Outcome.CANCELLED  # unless anything else happens to it
         self.pixels: NDArray[np.uint8] | None = None  # [H, W, 3], once decoded
         self.decode_s = self.queued_s = 0.0
         self.reason = ""  # why its tier, once dispatched

@@ -1,7 +1,6 @@
-"""An engine beside another one: its batches run behind the live traffic of the servable in service.
+"""An engine whose batches run as background tasks of the servable in service.
 
-It lets a new bundle be tried and measured on the device that the old one serves from. It knows a
-servable's errands and a clock that counts compute only.
+A reload uses it to try and measure a new bundle on the device that serves the old one.
 """
 
 import asyncio
@@ -11,29 +10,29 @@ from pcae_serve.bundle.manifest import Tier
 from pcae_serve.engines.base import Engine, Output, Pixels
 from pcae_serve.runtime.servable import Servable
 
-#: What an image may take, until one has been seen.
+#: Expected seconds per image until the first batch has been measured.
 IMAGE_S = 0.05
 
 
 class BackgroundEngine:
-    """Runs batches as errands; blocks the calling thread, which may not be the event loop's."""
+    """Runs batches as background tasks. Blocks the calling thread: not for the event loop's."""
 
     def __init__(self, engine: Engine, servable: Servable, loop: asyncio.AbstractEventLoop) -> None:
         self._engine, self._servable, self._loop = engine, servable, loop
-        self._spent_s, self._image_s = 0.0, IMAGE_S
+        self._compute_s, self._image_s = 0.0, IMAGE_S
         self.name, self.version = engine.name, engine.version
         self.device, self.threads, self.sizes = engine.device, engine.threads, engine.sizes
 
     def clock(self) -> float:
-        """Seconds of compute so far: what a batch waits for its turn is not in them."""
-        return self._spent_s
+        """Return the seconds of compute so far, without the time that tasks waited."""
+        return self._compute_s
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         def work(_: int) -> Output:
             begin_s = time.perf_counter()
             output = self._engine.run(tier, pixels)
             seconds = time.perf_counter() - begin_s
-            self._spent_s += seconds
+            self._compute_s += seconds
             self._image_s = max(self._image_s / 2, seconds / len(pixels))
             return output
 

@@ -1,10 +1,8 @@
-"""A machine's latency profile: measured once per bundle, engine and machine, kept in the cache.
+"""Latency profiles: measured once per bundle, engine and machine, and cached.
 
-    take_turns  run the engine under a clock            -> seconds [rounds, tiers] by batch
-    summarise   those seconds                           -> Profile
-    load        the profile in the cache, if it still holds, or a short measurement at start
-
-It knows engines and a clock; what the numbers are used for is the latency model's business.
+take_turns   time the engine                  -> seconds [rounds, tiers] by batch size
+summarise    reduce those to quantiles        -> Profile
+load         return the cached profile if it still holds, otherwise measure a short one
 """
 
 import hashlib
@@ -34,17 +32,17 @@ from pcae_serve.version import __version__
 
 log = logging.getLogger(__name__)
 
-#: Few sizes at start: a line goes through them, and running batches refine it.
+#: Batch sizes of the short measurement: a line is fitted, and real batches refine it later.
 BATCHES = (1, 4, 8)
-#: Rounds of a short measurement.
+#: Maximum rounds of the short measurement.
 MAX_ROUNDS = 15
 
-#: A p95 over the median that is believed, whatever a few rounds on a busy machine said.
+#: Bounds for the ratio of p95 to median; few rounds on a busy machine can give any value.
 SPREADS = (1.05, 2.0)
 #: log(p99 / p50) over log(p95 / p50) of a log-normal: 2.326 / 1.645 standard deviations.
 P99_FROM_P95 = 1.414
 
-#: Where two runs a tier are off from the profile by more than this factor, it does not hold here.
+#: A cached profile is measured again if a check is off from it by more than this factor.
 MAX_OFF = 1.5
 
 #: Seconds of one batch, [rounds, tiers], by batch size.
@@ -52,7 +50,7 @@ Rounds = Mapping[int, NDArray[np.float64]]
 
 
 class Point(BaseModel):
-    """Seconds of one (tier, batch). A quantile is None where no run is left to lie beyond it."""
+    """Seconds of one (tier, batch). A quantile is None if there are too few runs for it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,13 +62,13 @@ class Point(BaseModel):
 
 
 class Origin(BaseModel):
-    """Where and when a profile was taken: for people; what it is valid for is the key."""
+    """Where and when a profile was measured, for people. The key says what it is valid for."""
 
     model_config = ConfigDict(frozen=True)
 
     date: datetime
     processor: str
-    gpu: str | None  # where the engine runs on one
+    gpu: str | None  # if the engine runs on one
     cores: int
     memory_gb: float
     threads: int  # of one batch; 0 = the backend's own choice
@@ -78,28 +76,28 @@ class Origin(BaseModel):
 
 
 class Profile(BaseModel):
-    """What was measured, with what it was measured on."""
+    """Measured latencies, and the machine that they were measured on."""
 
     model_config = ConfigDict(frozen=True)
 
     key: dict[str, str]
     origin: Origin
-    spread: float  # p95 of a run over its (tier, batch)'s median; all of them together
+    spread: float  # p95 of run time over the median of its (tier, batch), over all runs
     points: dict[str, list[Point]]  # by tier name
 
     def latency(self, max_batch: int = MAX_BATCH) -> Latency:
-        """The latency model that starts from these points."""
+        """Return a latency model that starts from these points."""
         return Latency(self.seconds(), max_batch)
 
     def seconds(self) -> list[dict[int, Seconds]]:
-        """Median and p99 by batch size, for each tier in the bundle's order."""
+        """Return median and p99 by batch size, for each tier in the bundle's order."""
         return [
             {point.batch: Seconds(point.p50_s, self._p99_s(point)) for point in points}
             for points in self.points.values()
         ]
 
     def _p99_s(self, point: Point) -> float:
-        """Measured where runs were many; else drawn out from the p95, as of a log-normal."""
+        """Return the measured p99, or one extrapolated from the p95 of a log-normal."""
         if point.p99_s is not None:
             return point.p99_s
         over_median = self.spread if point.p95_s is None else point.p95_s / point.p50_s
@@ -113,23 +111,23 @@ def take_turns(
     image_size: int,
     limit_s: float,
     *,
-    most_rounds: int = MAX_ROUNDS,
+    max_rounds: int = MAX_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[float], None] = lambda elapsed_s: None,
 ) -> Rounds:
-    """Seconds of one batch, [rounds, tiers] by batch size, measured within about `limit_s`.
+    """Measure the seconds of one batch, [rounds, tiers] by batch size, within about `limit_s`.
 
-    A round is every tier once at one batch size, in random order, so that a slow moment of a
-    shared machine falls on all of them. A round that would pass the limit is not begun, but two at
-    the smallest batch are always run. The first one warms up (memory is allocated, clocks rise) and
-    counts only where no second one fitted; a batch size of which none fitted is left out.
-    `progress` is told the time passed after every run.
+    A round runs every tier once at one batch size, in random order, so that a slow phase of a
+    shared machine affects all tiers. A round that would exceed the limit is not started, but two
+    rounds of the smallest batch always run. The first round warms up (memory allocation, clock
+    rates) and counts only if there is no second; a batch size without any round is left out.
+    progress: called after every run with the elapsed seconds.
     """
     draw, smallest = np.random.default_rng(0), min(batches)
     noise = draw.integers(0, 256, (max(batches), image_size, image_size, 3), np.uint8)
     start_s = clock()
     rounds: dict[int, list[NDArray[np.float64]]] = {batch: [] for batch in sorted(batches)}
-    for turn in range(1 + most_rounds):
+    for turn in range(1 + max_rounds):
         begun = False
         for batch, known in rounds.items():
             if batch > smallest or turn > 1:
@@ -150,7 +148,7 @@ def take_turns(
 
 
 def summarise(bundle: Bundle, engine: Engine, rounds: Rounds) -> Profile:
-    """The profile of rounds over the bundle's tiers."""
+    """Return the profile of measured rounds over the bundle's tiers."""
     points = {
         tier.name: [point(batch, seconds[:, i]) for batch, seconds in rounds.items()]
         for i, tier in enumerate(bundle.tiers)
@@ -165,7 +163,7 @@ def summarise(bundle: Bundle, engine: Engine, rounds: Rounds) -> Profile:
 
 
 def point(batch: int, seconds: NDArray[np.float64]) -> Point:
-    """The quantiles of runs at one (tier, batch)."""
+    """Return the quantiles of the runs of one (tier, batch)."""
     return Point(
         batch=batch,
         runs=len(seconds),
@@ -183,41 +181,45 @@ def load(
     *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Profile:
-    """This machine's profile from the cache, or a short one measured now and put there.
+    """Return the cached profile of this machine, or measure a short one and cache it.
 
-    One in the cache that is not true of this machine, now, is replaced: the key cannot tell that a
-    processor is shared, throttled, or another one under the same name.
+    A cached profile is checked first and replaced if it is off: its key cannot show that a
+    processor is shared, throttled, or a different one of the same name. clock: seconds of compute.
     """
     cached = read(bundle, engine, cache_dir)
     if cached is not None:
-        off = times_off(cached, bundle, engine, clock)
+        off = slowdown(cached, bundle, engine, clock)
         if 1 / MAX_OFF <= off <= MAX_OFF:
             return cached
         log.warning(
-            "the latency profile of %s does not hold, batches take %.2f times as long: measuring"
-            " anew",
+            "the latency profile of %s no longer holds (batches take %.2f times as long)",
             f"{cached.origin.date:%Y-%m-%d %H:%M}",
             off,
         )
+    log.info(
+        "measuring latencies of %d tiers on %s, up to %g s; cached afterwards in %s",
+        len(bundle.tiers),
+        engine.device,
+        limit_s,
+        cache_dir,
+    )
     rounds = take_turns(engine, bundle.tiers, BATCHES, bundle.image_size, limit_s, clock=clock)
-    better = read(bundle, engine, cache_dir)  # `pcae-export profile` may have ended meanwhile
+    better = read(bundle, engine, cache_dir)  # perhaps written by `pcae-export profile` meanwhile
     if better is not None and better != cached:
         return better
     measured = summarise(bundle, engine, rounds)
     try:
         write(measured, cache_dir)
     except OSError as error:
-        log.warning("cannot keep the latency profile in %s: %s", cache_dir, error.strerror)
+        log.warning("cannot cache the latency profile in %s: %s", cache_dir, error.strerror)
     return measured
 
 
-def times_off(
-    profile: Profile, bundle: Bundle, engine: Engine, clock: Callable[[], float]
-) -> float:
-    """How many times as long single images take as the profile says, on the median tier.
+def slowdown(profile: Profile, bundle: Bundle, engine: Engine, clock: Callable[[], float]) -> float:
+    """Return the ratio of actual to profiled latency of one image, as the median over tiers.
 
-    Each tier runs twice and its faster run counts: the first one warms up, and a slow moment is no
-    reason to doubt a profile.
+    Each tier runs twice and its faster run counts: the first one warms up, and one slow run does
+    not disprove a profile.
     """
     size = bundle.image_size
     noise = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
@@ -228,12 +230,12 @@ def times_off(
             engine.run(tier, noise)
             fastest_s[i] = min(fastest_s[i], clock() - begin_s)
     latency = profile.latency(max_batch=1)
-    told_s = [latency.forecast(0.0).p50(i, 1) for i in range(len(bundle.tiers))]
-    return float(np.median(fastest_s / told_s))
+    profiled_s = [latency.forecast(0.0).p50(i, 1) for i in range(len(bundle.tiers))]
+    return float(np.median(fastest_s / profiled_s))
 
 
 def read(bundle: Bundle, engine: Engine, cache_dir: Path) -> Profile | None:
-    """The profile in the cache; None where there is none, or a damaged or foreign one."""
+    """Return the cached profile, or None if it is missing, damaged or of something else."""
     wanted = key(bundle, engine)
     try:
         profile = Profile.model_validate_json(path(wanted, cache_dir).read_bytes())
@@ -244,20 +246,20 @@ def read(bundle: Bundle, engine: Engine, cache_dir: Path) -> Profile | None:
 
 
 def write(profile: Profile, cache_dir: Path) -> Path:
-    """Put the profile into the cache, whole or not at all. Raises OSError."""
+    """Write the profile to the cache, atomically. Raises OSError."""
     place = path(profile.key, cache_dir)
     atomic.write_file(place, profile.model_dump_json(indent=1).encode())
     return place
 
 
 def path(key: Mapping[str, str], cache_dir: Path) -> Path:
-    """Where the cache keeps the profile of that key."""
+    """Return the cache file of the profile with that key."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     return cache_dir / "profiles" / f"{name}.json"
 
 
 def key(bundle: Bundle, engine: Engine) -> dict[str, str]:
-    """What a profile is valid for."""
+    """Return what a profile is valid for."""
     return {
         "bundle": bundle.digest,
         "engine": f"{engine.name} {engine.version}",
@@ -269,7 +271,7 @@ def key(bundle: Bundle, engine: Engine) -> dict[str, str]:
 
 
 def origin(engine: Engine) -> Origin:
-    """This machine, now."""
+    """Return a description of this machine, with the current time."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Origin(
         date=datetime.now(UTC),
@@ -287,16 +289,16 @@ def origin(engine: Engine) -> Origin:
 
 
 def gpu(engine: Engine) -> str | None:
-    """Name of the GPU that the engine runs on; None on a CPU, or where no driver tells."""
+    """Return the name of the engine's GPU; None on a CPU, or if no driver reports it."""
     found = re.match(r"cuda:(\d+)", engine.device)
     try:
         return nvidia.list_gpus()[int(found[1])] if found else None
-    except (StartError, IndexError):  # the simulated engine needs no GPU to be there
+    except (StartError, IndexError):  # the simulated engine runs without a GPU
         return None
 
 
 def processor() -> str:
-    """The processor's name, as its maker gives it."""
+    """Return the processor's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -305,7 +307,7 @@ def processor() -> str:
 
 
 def _quantile(seconds: NDArray[np.float64], percent: int) -> float | None:
-    """None of fewer runs than it takes for one to lie beyond: it would be made up."""
+    """Return a quantile, or None if there are too few runs to estimate it."""
     if len(seconds) * (100 - percent) < 100:
         return None
     return float(np.quantile(seconds, percent / 100))

@@ -16,8 +16,8 @@ from pcae_serve.errors import (
     TaskNotSupported,
     UploadTimeout,
 )
-from pcae_serve.observability.metrics import Outcome
-from pcae_serve.scheduling.events import Refuse
+from pcae_serve.observability.outcomes import Outcome
+from pcae_serve.scheduling.events import Reject
 
 #: Retry-After, in seconds, if the policy dropped a request or memory ran out: by then the requests
 #: served instead are done, and HTTP counts whole seconds.
@@ -29,26 +29,26 @@ class Refusal(NamedTuple):
     outcome: Outcome
 
 
-def at_admission(refuse: Refuse, fastest: str, budget_ms: float, queue_limit: int) -> Refusal:
+def rejected(reject: Reject, fastest: str, budget_ms: float, queue_limit: int) -> Refusal:
     """Return why a request is not admitted. fastest: name of its fastest allowed tier."""
-    match refuse.why:
+    match reject.why:
         case "budget":
-            needed_ms = round(refuse.needed_s * 1e3, 1)
+            needed_ms = round(reject.needed_s * 1e3, 1)
             too_small = BudgetTooSmall(
                 f"tier {fastest!r}, the fastest allowed, needs {needed_ms:g} ms on an idle server;"
                 f" raise the budget of {budget_ms:g} ms or allow a faster tier",
                 needed_ms=needed_ms,
             )
-            return Refusal(too_small, Outcome.REFUSED_BUDGET)
+            return Refusal(too_small, Outcome.REJECTED_BUDGET)
         case "load":
             too_busy = Overloaded(
                 f"the server is too busy to answer within {budget_ms:g} ms without delaying"
                 " requests already accepted; retry later, allow a faster tier or raise the budget",
-                retry_after_s=refuse.retry_after_s,
+                retry_after_s=reject.retry_after_s,
             )
-            return Refusal(too_busy, Outcome.REFUSED_LOAD)
+            return Refusal(too_busy, Outcome.REJECTED_LOAD)
         case "full":
-            return queue_full(queue_limit, refuse.retry_after_s)
+            return queue_full(queue_limit, reject.retry_after_s)
 
 
 def queue_full(queue_limit: int, retry_after_s: float) -> Refusal:
@@ -56,7 +56,7 @@ def queue_full(queue_limit: int, retry_after_s: float) -> Refusal:
         f"the queue is full: {queue_limit} requests are waiting; retry later",
         retry_after_s=retry_after_s,
     )
-    return Refusal(error, Outcome.REFUSED_FULL)
+    return Refusal(error, Outcome.REJECTED_FULL)
 
 
 def upload_timeout(upload_s: float, hint: str = "send it faster") -> Refusal:
@@ -86,7 +86,7 @@ def dropped(policy: str) -> Refusal:
         " or raise the budget",
         retry_after_s=SHORT_RETRY_S,
     )
-    return Refusal(error, Outcome.LET_GO)
+    return Refusal(error, Outcome.DROPPED)
 
 
 def tiers_disabled(names: Iterable[str], retry_after_s: float) -> Refusal:
@@ -135,17 +135,17 @@ def out_of_memory() -> Refusal:
 
 def starting() -> Refusal:
     error = Starting("the server is measuring its latencies; retry in a moment", retry_after_s=1)
-    return Refusal(error, Outcome.REFUSED_DRAINING)
+    return Refusal(error, Outcome.DRAINING)
 
 
 def stopping() -> Refusal:
     """Return the refusal of a new request while the server drains."""
-    return Refusal(Draining(retry_after_s=1), Outcome.REFUSED_DRAINING)
+    return Refusal(Draining(retry_after_s=1), Outcome.DRAINING)
 
 
 def stopped() -> Refusal:
     """Return the refusal of an admitted request that the server did not finish before it stops."""
-    return Refusal(Draining(), Outcome.REFUSED_DRAINING)
+    return Refusal(Draining(), Outcome.DRAINING)
 
 
 def wrong_kind(answers: Literal["logits", "features"]) -> TaskNotSupported:

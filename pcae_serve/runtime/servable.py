@@ -41,8 +41,8 @@ from pcae_serve.scheduling.events import (
     Dispatch,
     Done,
     Event,
-    Expire,
-    Refuse,
+    Reject,
+    Remove,
     SetTimer,
     StartTask,
     TierDisabled,
@@ -146,7 +146,7 @@ class Servable:
             yield admitted
         finally:
             del self._admitted[scheduled.id]
-            self._metrics.ended(admitted.outcome)
+            self._metrics.record_request(admitted.outcome)
             if not admitted.result.done() or admitted.result.cancelled():
                 self._handle(ClientLeft(_now_s(), scheduled.id))
             else:
@@ -166,7 +166,7 @@ class Servable:
             working = self._health.in_rotation(range(tiers[0], len(self.bundle.tiers)))
         if not working:
             error, outcome = self._tiers_disabled(tiers)
-            self._metrics.ended(outcome)
+            self._metrics.record_request(outcome)
             raise error
         return working
 
@@ -195,16 +195,16 @@ class Servable:
                 self._dispatch(action)
             case StartTask():
                 self.background.start(action)
-            case Refuse(id=id_):
+            case Reject(id=id_):
                 admitted, tiers = self._admitted[id_], self.bundle.tiers
                 fastest = tiers[admitted.scheduled.tiers[0]].name
                 admitted.refuse(
-                    refusals.at_admission(
+                    refusals.rejected(
                         action, fastest, admitted.request.budget_ms, self.settings.queue_limit
                     )
                 )
-            case Expire(id=id_):
-                self._admitted[id_].refuse(self._expiry(action, self._admitted[id_]))
+            case Remove(id=id_):
+                self._admitted[id_].refuse(self._removal(action, self._admitted[id_]))
             case SetTimer(at_s=at_s):
                 if self._timer is not None:
                     self._timer.cancel()
@@ -213,14 +213,14 @@ class Servable:
             case BatchAccounted(device=device):
                 self._account(action, self._batches.pop(device, None))
 
-    def _expiry(self, expire: Expire, admitted: AdmittedRequest) -> Refusal:
+    def _removal(self, remove: Remove, admitted: AdmittedRequest) -> Refusal:
         """Return why a queued request will not run."""
-        match expire.why:
-            case "late":
+        match remove.why:
+            case "expired":
                 return refusals.expired_in_queue(admitted.request.budget_ms)
-            case "load":
+            case "dropped":
                 return refusals.dropped(self.policy)
-            case "tier":
+            case "failed":
                 return self._tiers_disabled(admitted.scheduled.tiers)
 
     def _dispatch(self, dispatch: Dispatch) -> None:
@@ -253,7 +253,7 @@ class Servable:
             output = call.result()
         except (Exception, asyncio.CancelledError) as error:
             if not batch.hung:
-                kind = Failure.NAN if isinstance(error, NotFinite) else Failure.RAISED
+                kind = Failure.NAN if isinstance(error, NotFinite) else Failure.EXCEPTION
                 self._batch_failed(batch, kind, error)
             if not self._stopped:
                 self._spawn(self._recover(dispatch.device))
@@ -275,7 +275,7 @@ class Servable:
         if result is None:  # the client left, or the batch hung
             return
         accuracy, best = self._accuracy[tier], self._accuracy[admitted.scheduled.tiers[-1]]
-        self._metrics.answered(
+        self._metrics.record_answer(
             result.tier.name,
             decode_s=result.decode_s,
             queue_s=result.queue_s,
@@ -290,7 +290,7 @@ class Servable:
     def _account(self, action: BatchAccounted, batch: _Batch | None) -> None:
         """Count a device's time, except of a batch that could not be started."""
         if batch is not None:
-            self._metrics.spent(
+            self._metrics.record_batch(
                 self.bundle.tiers[action.tier].name,
                 action.seconds,
                 batch=action.batch,
@@ -302,7 +302,7 @@ class Servable:
 
     def _batch_hung(self, batch: _Batch, error: TimeoutError) -> None:
         batch.hung = True
-        self._batch_failed(batch, Failure.HUNG, error)
+        self._batch_failed(batch, Failure.TIMEOUT, error)
 
     def _batch_failed(self, batch: _Batch, kind: Failure, error: BaseException) -> None:
         """Answer a batch that failed; take its tier out of rotation if it keeps failing."""
@@ -316,10 +316,10 @@ class Servable:
             kind,
             failures,
             one_line(error),
-            exc_info=error if kind is Failure.RAISED else None,
+            exc_info=error if kind is Failure.EXCEPTION else None,
             extra={"request_id": None},  # the record belongs to the batch, not to one request
         )
-        self._metrics.failed(name, kind)
+        self._metrics.record_failure(name, kind)
         for admitted in batch.requests:
             admitted.refuse(refusals.batch_failed())
         if self._health.disable_if_failing(tier):
@@ -338,7 +338,7 @@ class Servable:
 
     async def _recover(self, device: int) -> None:
         """Recreate the engine of a device whose last batch failed; then the device is free."""
-        if await self._workers[device].renew():
+        if await self._workers[device].recreate_engine():
             self._handle(Done(_now_s(), device, None))
 
     def _recreate_engine(self, device: int) -> Engine:

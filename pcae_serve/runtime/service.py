@@ -30,7 +30,8 @@ from pcae_serve.errors import (
     RequestError,
     one_line,
 )
-from pcae_serve.observability.metrics import Metrics, Outcome, Reload
+from pcae_serve.observability.metrics import Metrics, Reload
+from pcae_serve.observability.outcomes import Outcome
 from pcae_serve.runtime import latency_profile, refusals, tier_health
 from pcae_serve.runtime.admitted import AdmittedRequest
 from pcae_serve.runtime.background_engine import BackgroundEngine
@@ -117,7 +118,7 @@ class Service:
         self._loader = Device("reload")
         self._devices = [Device(f"device-{i}") for i in range(len(engines))]
         self.left_behind = False  # threads are still running, so the interpreter could not exit
-        self.metrics.limits(max_batch=settings.max_batch, queue_limit=settings.queue_limit)
+        self.metrics.set_limits(max_batch=settings.max_batch, queue_limit=settings.queue_limit)
         self.metrics.watch(
             depth=lambda: self.waiting,
             predicted_wait_s=lambda: self.predicted_wait_s,
@@ -198,7 +199,7 @@ class Service:
 
     def _refuse(self, refusal: Refusal) -> None:
         """Count a refused request, and raise its error."""
-        self.metrics.ended(refusal.outcome)
+        self.metrics.record_request(refusal.outcome)
         raise refusal.error
 
     async def reload(self) -> Reloaded:
@@ -227,7 +228,7 @@ class Service:
         except PcaeError as error:
             if self._stopping:  # perhaps the cause: its batches find no device any more
                 raise Draining("the server is stopping; the bundle was not reloaded") from None
-            self.metrics.reloaded(Reload.FAILED)
+            self.metrics.record_reload(Reload.FAILED)
             log.error("reload failed, the old bundle stays in service: %s", error)
             raise ReloadFailed(f"{error}; the old bundle stays in service") from None
         finally:
@@ -235,7 +236,7 @@ class Service:
         self.metrics.add_tiers([tier.name for tier in new.bundle.tiers])
         self._current = new
         self._retired.add(old)
-        self.metrics.reloaded(Reload.DONE)
+        self.metrics.record_reload(Reload.DONE)
         self._record_build()
         seconds = time.monotonic() - begin_s
         log.info("reloaded in %.1f s: %s", seconds, self._summary())
@@ -430,8 +431,8 @@ class Service:
 
     def _record_build(self) -> None:
         engine, bundle = self.engines[0], self.bundle
-        self.metrics.accuracy_range(self.accuracy_range)
-        self.metrics.build_info(
+        self.metrics.set_accuracy_range(self.accuracy_range)
+        self.metrics.set_build_info(
             bundle=bundle.manifest.name,
             digest=bundle.digest,
             backend=f"{engine.name} {engine.version}",
@@ -472,10 +473,10 @@ class RequestGroup:
         except TimeoutError:
             hint = "send it faster or send fewer images"
             error, outcome = refusals.upload_timeout(upload_s, hint)
-            metrics.ended(outcome)
+            metrics.record_request(outcome)
             raise error from None
         except RequestError:
-            metrics.ended(Outcome.UNREADABLE)
+            metrics.record_request(Outcome.UNREADABLE)
             raise
 
     def admit(self, request: InferenceRequest) -> AbstractContextManager[AdmittedRequest]:

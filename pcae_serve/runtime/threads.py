@@ -1,8 +1,7 @@
-"""Threads that may never come back, and a device as the server sees it: one that takes turns.
+"""Thread pools that tolerate calls that never return, and the single thread of a device.
 
-A call into a GPU's driver or a native library cannot be killed from outside. A thread that is lost
-in one is given up: the rest of the process goes on without it, and ends without waiting for it. It
-knows threads, nothing of engines or requests.
+A call into a GPU driver or native library cannot be killed from outside. A thread that hangs in
+one is abandoned: the process continues without it and does not wait for it at exit.
 """
 
 import asyncio
@@ -17,33 +16,33 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: How much these threads stand back where cores are short. The event loop wants a core for a
-#: fraction of a millisecond at a time; behind an engine's turns, refusals took 36 ms instead of 12.
+#: Added to the nice value of these threads. The event loop needs a CPU for fractions of a
+#: millisecond; at equal priority it would wait for the engine's time slices.
 NICENESS = 5
 
 
 class Threads:
-    """So many threads. What is submitted begins in order."""
+    """A pool of `count` threads. Calls start in the order of their submission."""
 
     def __init__(self, name: str, count: int) -> None:
         self.name = name
-        self._threads = ThreadPoolExecutor(count, name, _stand_back)
+        self._threads = ThreadPoolExecutor(count, name, _lower_priority)
         self._running: set[Future[Any]] = set()
 
     def submit(self, call: Callable[[], T]) -> asyncio.Future[T]:
-        """Run `call` on a thread, after what was submitted before."""
+        """Run `call` on a thread, after those submitted before."""
         running = self._threads.submit(call)
-        self._running.add(running)  # asyncio's future may be cancelled; the call goes on
+        self._running.add(running)  # asyncio's future may be cancelled while the call continues
         running.add_done_callback(self._running.discard)
         return asyncio.wrap_future(running)
 
     @property
     def busy(self) -> bool:
-        """Whether a call is in progress, or waits for its turn."""
+        """Whether a call is running or waiting."""
         return bool(self._running)
 
     async def shutdown(self, limit_s: float) -> bool:
-        """Wait for calls in progress, at most so long; whether all came back."""
+        """Wait at most `limit_s` for running calls; return whether all have ended."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         end_s = time.monotonic() + limit_s
         while self.busy and time.monotonic() < end_s:
@@ -52,21 +51,21 @@ class Threads:
 
 
 class Device(Threads):
-    """One thread: one call at a time."""
+    """The thread of one device, which runs one call at a time."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, 1)
-        self.lost = False  # a call did not come back, and is not expected to
+        self.lost = False  # a call hangs and is not expected to return
 
     async def shutdown(self, limit_s: float) -> bool:
-        """As of any threads; what is lost is not waited for."""
+        """As for any threads, but do not wait for a lost device."""
         return await super().shutdown(0.0 if self.lost else limit_s)
 
 
-def _stand_back() -> None:
-    """Let this thread take its turns after the event loop's. Elsewhere it would be all threads."""
+def _lower_priority() -> None:
+    """Run this thread at a lower priority than the event loop. Only Linux does so per thread."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
-        with contextlib.suppress(OSError):  # in a sandbox that forbids even this
+        with contextlib.suppress(OSError):  # some sandboxes forbid it
             now = os.getpriority(os.PRIO_PROCESS, thread)
             os.setpriority(os.PRIO_PROCESS, thread, now + NICENESS)

@@ -58,7 +58,7 @@ class TierHealth:
             PROBE_INTERVAL_S,
         )
         self._disabled.add(tier)
-        self._metrics.tier_out_of_service(self._names[tier], True)
+        self._metrics.set_tier_disabled(self._names[tier], True)
         return True
 
     async def probe_until_healthy(
@@ -75,4 +75,4 @@ class TierHealth:
                 log.info("tier %s is back in rotation", self._names[tier])
                 self._failures[tier] = 0
                 self._disabled.discard(tier)
-                self._metrics.tier_out_of_service(self._names[tier], False)
+                self._metrics.set_tier_disabled(self._names[tier], False)

@@ -1,11 +1,10 @@
-"""A worker: one engine at work on one device, watched, told to end and made anew.
+"""A worker: one engine on one device, with a watchdog and recovery.
 
-    run      a call on the device     -> ended, or hung first: it took far too long
-    hung     the engine is told to end; where even that does not help, the device is lost for good
-    renew    another engine in the place of one that failed, tried again until there is one
+    run               a call on the device; a call that exceeds the watchdog limit hangs
+    hang              the engine is terminated; the device is lost if the call still does not return
+    recreate_engine   a new engine in place of one that failed, retried until it succeeds
 
-Everything but the calls runs on the event loop. It knows engines, devices and seconds, nothing of
-requests, of tiers in routing or of workers beside it.
+Calls run on the device's thread, everything else on the event loop.
 """
 
 import asyncio
@@ -24,20 +23,20 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: An engine that was told to give up has so long to come back.
+#: Seconds that a terminated call has to return before its device is lost.
 TERMINATE_S = 2.0
-#: Making an engine takes at most so long: captures and plans of many tiers may take minutes.
+#: Time limit in seconds for creating an engine: graph captures of many tiers can take minutes.
 MAKE_S = 600.0
-#: An engine that cannot be made is tried again so often.
+#: Interval, in seconds, between attempts to create an engine.
 RETRY_S = 15.0
 
 
 class NotFinite(Exception):
-    """An engine answered with numbers that are none."""
+    """The engine's output contains NaN or infinity."""
 
 
 class Worker:
-    """An engine on its device. `engine` is the one that runs now."""
+    """An engine on its device. `engine` is the current one."""
 
     def __init__(
         self,
@@ -49,42 +48,42 @@ class Worker:
         on_broken: Callable[[], None] = lambda: None,
         on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """watchdog_s: a call that takes longer hangs. make: an engine for one that failed, which
-        may block; None: the old one is used again.
+        """Create a worker that uses `engine`.
 
-        on_broken is told each time that no engine can be made, on_lost of a device that never comes
-        back.
+        watchdog_s: time limit of a call. make: creates an engine in place of one that failed, and
+        may block; None: the old engine is used again. on_broken: called whenever no engine could be
+        created. on_lost: called if a call never returns.
         """
         self.engine, self._device, self._watchdog_s = engine, device, watchdog_s
         self._make, self._on_broken, self._on_lost = make, on_broken, on_lost
-        self._broken = False  # without an engine, for now
-        self._calls = 0  # on the device
+        self._broken = False  # no engine at present
+        self._calls = 0  # running or waiting on the device
 
     @property
     def name(self) -> str:
-        """Of the device."""
+        """Name of the device."""
         return self._device.name
 
     @property
     def lost(self) -> bool:
-        """Whether its device never comes back."""
+        """Whether a call on the device hangs for good."""
         return self._device.lost
 
     @property
     def works(self) -> bool:
-        """Whether it can run anything."""
+        """Whether it can run batches."""
         return not (self._device.lost or self._broken)
 
     @property
     def busy(self) -> bool:
-        """Whether a call is on the device, or waits for its turn there."""
+        """Whether a call is running or waiting on the device."""
         return self._calls > 0
 
     def compute(self, tier: Tier, pixels: Pixels) -> Output:
-        """Run a batch; it blocks, so it is for the device. Raises NotFinite, or as the engine."""
+        """Run a batch, on the device's thread. Raises NotFinite, or what the engine raises."""
         output = self.engine.run(tier, pixels)
         if not np.isfinite(output.vectors).all():
-            raise NotFinite(f"tier {tier.name!r} answered with numbers that are not finite")
+            raise NotFinite(f"tier {tier.name!r} returned values that are not finite")
         return output
 
     def run(
@@ -94,57 +93,59 @@ class Worker:
         hung: Callable[[TimeoutError], None],
         terminate: Callable[[], None] | None = None,
     ) -> None:
-        """Run a call on the device, watched.
+        """Run a call on the device, with a watchdog.
 
-        ended is told when it comes back, hung before that of one that takes far too long, which is
-        then told to end: by `terminate`, or by that of the engine.
+        ended: called when the call has returned. hung: called before that, if it exceeds the
+        watchdog limit; it is then ended by `terminate`, or by the engine's own.
         """
         loop = asyncio.get_running_loop()
-        tell = terminate or self.engine.terminate
-        watch: asyncio.TimerHandle | None = None
+        end_call = terminate or self.engine.terminate
+        watchdog: asyncio.TimerHandle | None = None
 
-        def begun() -> None:
-            nonlocal watch
-            watch = loop.call_later(self._watchdog_s, bark)
+        def start_watchdog() -> None:
+            nonlocal watchdog
+            watchdog = loop.call_later(self._watchdog_s, time_out)
 
         def watched() -> T:
-            loop.call_soon_threadsafe(begun)  # another bundle's batch may have been before it
+            # only now: another bundle's batch may have used the device before
+            loop.call_soon_threadsafe(start_watchdog)
             return call()
 
-        def bark() -> None:
-            hung(TimeoutError(f"it did not come back within {self._watchdog_s:g} s"))
-            tell()
-            loop.call_later(TERMINATE_S, self._give_up, running)
+        def time_out() -> None:
+            hung(TimeoutError(f"the call did not return within {self._watchdog_s:g} s"))
+            end_call()
+            loop.call_later(TERMINATE_S, self._lose_if_running, running)
 
-        def back(done: asyncio.Future[T]) -> None:
+        def returned(done: asyncio.Future[T]) -> None:
             self._calls -= 1
-            if watch is not None:
-                watch.cancel()
+            if watchdog is not None:
+                watchdog.cancel()
             ended(done)
 
         self._calls += 1
         running = self._device.submit(watched)
-        running.add_done_callback(back)
+        running.add_done_callback(returned)
 
-    async def renew(self) -> bool:
-        """Another engine for one that failed, however often it takes; whether the device has one.
+    async def recreate_engine(self) -> bool:
+        """Recreate the failed engine, retrying until it succeeds.
 
-        It has none where making one never came back.
+        Returns False if the device is lost. Without `make`, or if the bundle's files have changed,
+        the old engine is used again.
         """
         while self._make is not None:
             try:
-                async with asyncio.timeout(MAKE_S) as patience:
+                async with asyncio.timeout(MAKE_S) as timeout:
                     made = await self._device.submit(self._make)
-            except BundleError as error:  # it lies there no more: what runs is all there is of it
-                log.error("the engine that failed is used again: %s", error)
+            except BundleError as error:  # its files have changed: only the old engine is left
+                log.error("using the engine that failed again: %s", error)
                 break
-            except Exception as error:  # the machine may be short of memory, for now
-                if patience.expired():
+            except Exception as error:  # perhaps too little memory at present
+                if timeout.expired():
                     self._lose()
                     return False
                 self._broken = True
                 log.error(
-                    "no new engine on %s, trying again in %g s: %s",
+                    "cannot create an engine on %s, retrying in %g s: %s",
                     self.name,
                     RETRY_S,
                     one_line(error),
@@ -159,19 +160,18 @@ class Worker:
         return True
 
     def close(self) -> None:
-        """Give back what the engine holds, where its device can still be told to."""
+        """Release what the engine holds, unless a call hangs in it."""
         if not self._device.lost:
             self.engine.close()
 
-    def _give_up(self, running: asyncio.Future[Any]) -> None:
-        """A call that does not even end when it is told to."""
+    def _lose_if_running(self, running: asyncio.Future[Any]) -> None:
         if not running.done():
             self._lose()
 
     def _lose(self) -> None:
         self._device.lost = True
         log.critical(
-            "%s does not come back from a call: /livez fails from now on, so that a supervisor"
+            "%s does not return from a call; /livez fails from now on, so that a supervisor"
             " restarts this server",
             self.name,
         )

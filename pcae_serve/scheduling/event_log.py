@@ -1,10 +1,9 @@
-"""The event log: what a live scheduler was told and did, on file, and the proof by doing it again.
+"""Scheduler event log: records events and actions as JSON lines, and replays a log to verify it.
 
-    line 1      the setup: all it takes to build the same machine
-    every other one event, and the actions that came of it
+    first line    the setup, from which the same scheduler can be built
+    other lines   one event each, and the actions that it caused
 
-JSON, one value a line; floats are written so that they read back to the bit. It knows the scheduler
-and files; it knows no service, and no clock but the times inside the events.
+Floats are written so that they read back bit for bit.
 """
 
 import json
@@ -39,7 +38,7 @@ from pcae_serve.version import __version__
 
 log = logging.getLogger(__name__)
 
-#: Bytes held back before they are written: a write now and then, not one an event.
+#: Size of the write buffer in bytes, so that not every event causes a write.
 BUFFER = 1 << 16
 
 _EVENTS: dict[str, type[Event]] = {
@@ -49,10 +48,10 @@ _EVENTS: dict[str, type[Event]] = {
 
 
 class Setup(FrozenModel):
-    """All that decides what a scheduler does with its events. The server builds its own from it."""
+    """Everything that determines a scheduler's actions, apart from its events."""
 
     event_log: Literal[1] = 1  # version of the format
-    pcae_serve: str = __version__  # another version may decide otherwise
+    pcae_serve: str = __version__  # another version may act differently
     policy: str
     tier_table: TierTable
     seconds: list[dict[int, Seconds]]  # by tier and batch size, as measured
@@ -64,7 +63,7 @@ class Setup(FrozenModel):
         return Latency(self.seconds, self.max_batch)
 
     def scheduler(self, latency: Latency) -> Scheduler:
-        """A fresh machine. Raises StartError for an unknown policy."""
+        """Return a new scheduler. Raises StartError if the policy is unknown."""
         return Scheduler(
             create(self.policy, self.tier_table),
             latency,
@@ -75,27 +74,27 @@ class Setup(FrozenModel):
 
 
 class Recorder:
-    """Writes the log. It is no reason to stop serving: where writing fails, recording ends."""
+    """Writes the event log. If writing fails, recording ends and serving continues."""
 
     def __init__(self, path: Path) -> None:
-        """Begin the file anew. Raises StartError where that cannot be done."""
+        """Create or overwrite the file. Raises StartError if that fails."""
         self._path = path
         try:
             self._file = path.open("wb", buffering=BUFFER)
         except OSError as error:
-            raise StartError(f"the event log {path} cannot be written: {error.strerror}") from None
+            raise StartError(f"cannot write the event log {path}: {error.strerror}") from None
 
     def begin(self, setup: Setup) -> None:
-        """The first line."""
+        """Write the first line."""
         self._write(setup.model_dump())
 
     def record(self, event: Event, actions: Sequence[Action]) -> None:
-        """One event, and what came of it."""
+        """Write one event and the actions that it caused."""
         if not self._file.closed:
-            self._write([_told(event), [_told(action) for action in actions]])
+            self._write([_encode(event), [_encode(action) for action in actions]])
 
     def close(self) -> None:
-        """Write what is held back."""
+        """Write what is buffered, and close the file."""
         try:
             self._file.close()
         except OSError as error:
@@ -106,24 +105,24 @@ class Recorder:
             self._file.write(json.dumps(value, separators=(",", ":")).encode() + b"\n")
         except OSError as error:
             self._failed(error)
-            self._give_up()
+            self._abandon()
 
-    def _give_up(self) -> None:
-        """Closing tries once more to write what is held back, and closes whether it can or not."""
+    def _abandon(self) -> None:
+        """Close the file. That tries again to write the buffer, and closes even if it fails."""
         try:
             self._file.close()
         except OSError:
-            log.debug("the event log %s closes with an error", self._path)
+            log.debug("closing the event log %s failed", self._path)
 
     def _failed(self, error: OSError) -> None:
-        log.warning("the event log %s ends here: %s", self._path, error.strerror)
+        log.warning("the event log %s ends: %s", self._path, error.strerror)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first event from which something else came than in the log."""
+    """The first event whose actions differ from those in the log."""
 
-    line: int  # of the file, the first being 1
+    line: int  # counted from 1
     event: str
     expected: str
     got: str
@@ -131,18 +130,18 @@ class Difference:
 
 @dataclass(frozen=True)
 class Replayed:
-    """How a log went through a fresh machine."""
+    """The result of replaying a log."""
 
     setup: Setup
-    events: int  # replayed, that of the difference included
+    events: int  # replayed, the one that differs included
     difference: Difference | None
 
 
 def replay(path: Path) -> Replayed:
-    """Give a fresh machine the events of a log, up to the first that has other actions.
+    """Replay a log in a new scheduler, up to the first event whose actions differ.
 
-    A last line cut short, as by a server that was killed, is left out.
-    Raises PcaeError where the file is no event log, StartError for an unknown policy.
+    An incomplete last line, as of a server that was killed, is ignored. Raises PcaeError if the
+    file is not an event log, StartError if its policy is unknown.
     """
     lines = _lines(path)
     _, first = next(lines, (1, None))
@@ -151,48 +150,50 @@ def replay(path: Path) -> Replayed:
     except ValidationError as error:
         what = error.errors()[0]
         where = ".".join(map(str, what["loc"]))
-        raise PcaeError(f"{path} is no event log of this version: {where}: {what['msg']}") from None
-    machine, events = setup.scheduler(setup.latency()), 0
+        raise PcaeError(
+            f"{path} is not an event log of this version: {where}: {what['msg']}"
+        ) from None
+    scheduler, events = setup.scheduler(setup.latency()), 0
     for number, line in lines:
         try:
             (kind, fields), expected = line
             event = _event(kind, fields)
         except (KeyError, TypeError, ValueError) as error:
-            raise PcaeError(f"{path}, line {number}, is no event: {one_line(error)}") from None
+            raise PcaeError(f"{path}, line {number} is not an event: {one_line(error)}") from None
         events += 1
         try:
-            actions = machine.handle(event)
-        except (IndexError, ValueError) as error:  # the end of a batch that was never begun
+            actions = scheduler.handle(event)
+        except (IndexError, ValueError) as error:  # such as the end of a batch that never started
             raise PcaeError(
-                f"{path}, line {number}, does not follow from those before: {one_line(error)}"
+                f"{path}, line {number} contradicts an earlier line: {one_line(error)}"
             ) from error
-        got = json.loads(json.dumps([_told(action) for action in actions]))
+        got = json.loads(json.dumps([_encode(action) for action in actions]))
         if got != expected:
-            told = (json.dumps(part) for part in ([kind, fields], expected, got))
-            return Replayed(setup, events, Difference(number, *told))
+            parts = (json.dumps(part) for part in ([kind, fields], expected, got))
+            return Replayed(setup, events, Difference(number, *parts))
     return Replayed(setup, events, None)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number and value of every whole line. Raises PcaeError."""
+    """Yield number and value of every complete line. Raises PcaeError."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.endswith(b"\n"):
                     yield number, json.loads(line)
     except OSError as error:
-        raise PcaeError(f"the event log {path} cannot be read: {error.strerror}") from None
+        raise PcaeError(f"cannot read the event log {path}: {error.strerror}") from None
     except ValueError as error:
-        raise PcaeError(f"{path} is no event log: {one_line(error)}") from None
+        raise PcaeError(f"{path} is not an event log: {one_line(error)}") from None
 
 
-def _told(part: Event | Action) -> tuple[str, dict[str, Any]]:
-    """An event or action as JSON can say it: its name and its fields."""
+def _encode(part: Event | Action) -> tuple[str, dict[str, Any]]:
+    """Return the class name and the fields of an event or action."""
     return type(part).__name__, asdict(part)
 
 
 def _event(kind: str, fields: dict[str, Any]) -> Event:
-    """The event that `_told` told of."""
+    """Return the event that `_encode` was given."""
     if kind == "Arrived":
         request = fields["request"]
         tiers = tuple(request["tiers"])

@@ -1,13 +1,13 @@
 """Events that the scheduler handles, and actions that it returns.
 
     event           what happened                                  actions that can follow
-    Arrived         headers parsed; hopeless requests are refused  Refuse
-    Decoded         the request joins the queue                    Refuse, Dispatch, SetTimer
+    Arrived         headers parsed                                 Reject
+    Decoded         the request joins the queue                    Remove, Dispatch, SetTimer
     ClientLeft      the client closed its connection
-    TierDisabled    a tier has failed and runs no more requests    Expire, Dispatch
+    TierDisabled    a tier has failed and runs no more requests    Remove, Dispatch
     TaskSubmitted   a background task joins its own queue          StartTask
     DeviceLost      a device will not return from its last call
-    Timer           the time of an earlier SetTimer has come       Expire, Dispatch
+    Timer           the time of an earlier SetTimer has come       Remove, Dispatch
     Done            a device finished its batch or task            BatchAccounted, Dispatch
 
 All times are seconds of one monotonic clock. The event log stores these classes field by field.
@@ -81,8 +81,8 @@ class Dispatch:
 
 
 @dataclass(frozen=True)
-class Refuse:
-    """Answer at once that the request cannot be served in time.
+class Reject:
+    """Refuse a request at admission: it cannot be served in time.
 
     budget  smaller than the fastest allowed tier needs on an idle machine
     load    the request would be late, or would make an accepted one late
@@ -96,16 +96,16 @@ class Refuse:
 
 
 @dataclass(frozen=True)
-class Expire:
-    """Remove the request from the queue; it will not run.
+class Remove:
+    """Remove an admitted request, which will not run.
 
-    late  upload, decoding or queueing took so long that no allowed tier can meet the deadline
-    load  the policy dropped it so that other requests are in time
-    tier  every tier that it allows is disabled
+    expired  upload, decoding or queueing took so long that no allowed tier can meet the deadline
+    dropped  the policy dropped it so that other requests are in time
+    failed   every tier that it allows is disabled
     """
 
     id: int
-    why: Literal["late", "load", "tier"]
+    why: Literal["expired", "dropped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -135,4 +135,4 @@ class BatchAccounted:
     cancelled: int  # rows whose client left while the batch ran
 
 
-Action = Dispatch | StartTask | Refuse | Expire | SetTimer | BatchAccounted
+Action = Dispatch | StartTask | Reject | Remove | SetTimer | BatchAccounted

@@ -1,7 +1,7 @@
-"""The queue: requests by deadline, and sorted views of it by what they allow.
+"""A queue of requests by deadline, with sorted views by tier.
 
-A request stands in several sorted lists at once (all, by tier it allows, by its cheapest tier), so
-that nobody has to filter or copy the queue to decide. It knows no clock, no policy and no latency.
+A request is in several sorted lists at once (all requests, one per tier that it allows, one for its
+cheapest tier), so that no decision has to filter or copy the queue.
 """
 
 from bisect import bisect_left, bisect_right
@@ -12,25 +12,25 @@ from operator import attrgetter
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What scheduling needs to know of a request. Times are seconds of one clock."""
+    """A request as the scheduler sees it. Times are seconds of one monotonic clock."""
 
     id: int
     arrival_s: float  # when its headers were parsed
-    deadline_s: float  # arrival and budget
-    tiers: tuple[int, ...]  # allowed, the cheapest first, never empty
+    deadline_s: float  # arrival plus budget
+    tiers: tuple[int, ...]  # allowed tiers, the cheapest first, never empty
 
     @property
     def budget_s(self) -> float:
         return self.deadline_s - self.arrival_s
 
 
-#: The order of every list here: earliest deadline first, ties by age.
+#: Sort key of every list: earliest deadline first, then oldest request first.
 _urgency = attrgetter("deadline_s", "id")
 _deadline = attrgetter("deadline_s")
 
 
 class Queue:
-    """Requests by deadline. O(log n) to find and count, a shift of pointers to add and remove."""
+    """Requests by deadline. Lookup and counting are O(log n); adding and removing shift a list."""
 
     def __init__(self) -> None:
         self._all: list[Request] = []
@@ -49,21 +49,21 @@ class Queue:
 
     @property
     def by_deadline(self) -> Sequence[Request]:
-        """All requests, the earliest deadline first: a view, not to be changed."""
+        """All requests, the earliest deadline first. A view; do not modify it."""
         return self._all
 
     def allowing(self, tier: int) -> Sequence[Request]:
-        """Those that may be answered on `tier`, the earliest deadline first: a view."""
+        """Return the requests that allow `tier`, the earliest deadline first. A view."""
         return self._allowing.get(tier, ())
 
     @property
     def tiers(self) -> Sequence[int]:
-        """Tiers that somebody here allows, the cheapest first."""
+        """Tiers that any request allows, the cheapest first."""
         return sorted(tier for tier, requests in self._allowing.items() if requests)
 
     @property
     def by_cheapest(self) -> dict[int, list[Request]]:
-        """Requests by the cheapest tier they allow, each list by deadline: a view."""
+        """Requests by the cheapest tier that they allow, each list by deadline. A view."""
         return self._cheapest
 
     def add(self, request: Request) -> None:
@@ -72,7 +72,7 @@ class Queue:
             requests.insert(bisect_left(requests, _urgency(request), key=_urgency), request)
 
     def remove(self, id_: int) -> Request | None:
-        """Take a request out; None where it is not here."""
+        """Remove and return a request, or None if it is not in the queue."""
         request = self._by_id.pop(id_, None)
         if request is not None:
             for requests in self._lists(request):
@@ -87,5 +87,5 @@ class Queue:
 
 
 def due(requests: Sequence[Request], by_s: float) -> int:
-    """How many of a list by deadline have theirs at `by_s` or before."""
+    """Return how many of `requests`, sorted by deadline, are due at `by_s` or before."""
     return bisect_right(requests, by_s, key=_deadline)

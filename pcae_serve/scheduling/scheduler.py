@@ -23,8 +23,8 @@ from pcae_serve.scheduling.events import (
     Dispatch,
     Done,
     Event,
-    Expire,
-    Refuse,
+    Reject,
+    Remove,
     SetTimer,
     StartTask,
     TaskSubmitted,
@@ -131,7 +131,7 @@ class Scheduler:
         capacity = self._capacity(now_s, self._latency.forecast(now_s))
         return capacity.seconds((self._queue, self._decoding), inf)
 
-    def _refusal(self, request: Request, now_s: float, forecast: Forecast) -> Refuse | None:
+    def _refusal(self, request: Request, now_s: float, forecast: Forecast) -> Reject | None:
         """Return why a new request cannot be served, or None if it is accepted."""
         capacity = self._capacity(now_s, forecast)
         needed_s = self._latency.idle(request.tiers[0])
@@ -142,7 +142,7 @@ class Scheduler:
             why = "full"
         if why is None:
             return None
-        return Refuse(request.id, why, needed_s, capacity.seconds(waiting, inf))
+        return Reject(request.id, why, needed_s, capacity.seconds(waiting, inf))
 
     def _capacity(self, now_s: float, forecast: Forecast) -> DeviceCapacity:
         free_in_s = [
@@ -181,7 +181,7 @@ class Scheduler:
                 if rest := tuple(other for other in request.tiers if other != tier):
                     queue.add(replace(request, tiers=rest))
                 else:
-                    actions.append(Expire(request.id, "tier"))
+                    actions.append(Remove(request.id, "failed"))
         return actions
 
     def _finish(self, device: int, seconds: float | None, now_s: float) -> list[Action]:
@@ -218,7 +218,7 @@ class Scheduler:
             self._queue.remove(id_)
         # decoding, not queueing, made the one decoded now late
         self._overload_factor.missed(sum(id_ != decoded for id_ in late))
-        return [Expire(id_, "late") for id_ in sorted(late)]
+        return [Remove(id_, "expired") for id_ in sorted(late)]
 
     def _choose(self, view: SchedulerView) -> Run | Wait:
         """Return the policy's choice; if the policy raises, run the most urgent request alone."""
@@ -276,7 +276,7 @@ class Scheduler:
         self._overload_factor.missed(len(run.dropped))
         for request in run.dropped:
             self._queue.remove(request.id)
-            yield Expire(request.id, "load")
+            yield Remove(request.id, "dropped")
         for request in run.requests:
             self._queue.remove(request.id)
         end_s = now_s + forecast.p50(run.tier, len(run.requests))

@@ -55,6 +55,8 @@ class Faulty(SimulatedEngine):
         command = int(pixels[0].mean())
         if command == RAISE or there("BROKEN"):
             raise RuntimeError("device-side assert triggered\nand more")
+        if command in (HANG, STUCK):
+            print("the engine hangs", file=sys.stderr, flush=True)
         if command == HANG or self._hangs:
             self._ended.wait()
             raise RuntimeError("terminated")

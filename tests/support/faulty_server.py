@@ -29,7 +29,7 @@ class Running:
         self.url, self.process, self._log = url, process, log
         self.host, self.port = "127.0.0.1", int(url.rsplit(":", 1)[1])
         # one for all, since making one reads certificates; it keeps no connection
-        self._client = httpx2.Client(timeout=30, limits=httpx2.Limits(max_keepalive_connections=0))
+        self._client = httpx2.Client(timeout=60, limits=httpx2.Limits(max_keepalive_connections=0))
 
     @property
     def log(self) -> str:
@@ -44,7 +44,7 @@ class Running:
     def get(self, path: str) -> httpx2.Response:
         return self._client.get(f"{self.url}{path}")
 
-    def until(self, condition: Callable[[], bool], limit_s: float = 15.0) -> None:
+    def until(self, condition: Callable[[], bool], limit_s: float = 60.0) -> None:
         give_up_s = time.monotonic() + limit_s
         while not condition():
             assert time.monotonic() < give_up_s, self.log
@@ -54,7 +54,7 @@ class Running:
         self._client.close()
 
     def raw(self) -> socket.socket:
-        return socket.create_connection((self.host, self.port), timeout=20)
+        return socket.create_connection((self.host, self.port), timeout=60)
 
 
 @contextmanager
@@ -65,8 +65,8 @@ def serving(
     folder = tmp_path / "served"
     if not folder.exists():
         write_bundle(folder)
-    command = (sys.executable, "-m", "tests.support.faulty", "--bundle", str(folder))
-    command += ("--port", str(port), "--cache-dir", str(tmp_path / "cache"), "--profile-s", "0.2")
+    command = [sys.executable, "-m", "tests.support.faulty", "--bundle", str(folder)]
+    command += ["--port", str(port), "--cache-dir", str(tmp_path / "cache"), "--profile-s", "0.2"]
 
     def limited() -> None:
         for which, most in (limits or {}).items():
@@ -74,7 +74,7 @@ def serving(
 
     with log.open("w") as file:
         process = subprocess.Popen(
-            (*command, *flags),
+            [*command, *flags],
             stderr=subprocess.PIPE if limits else file,
             text=True,
             cwd=ROOT,

@@ -208,7 +208,8 @@ def test_too_much_is_refused_at_once_and_says_when_to_come_back(fleet: Fleet) ->
 def test_a_client_that_leaves_is_told_to_the_replica(fleet: Fleet) -> None:
     def left() -> float:
         [count] = re.findall(
-            r'pcae_requests_total\{outcome="left"\} (\S+)', httpx2.get(f"{fleet.url}/metrics").text
+            r'pcae_requests_total\{outcome="cancelled"\} (\S+)',
+            httpx2.get(f"{fleet.url}/metrics").text,
         )
         return float(count)
 

@@ -9,8 +9,8 @@ from pcae_serve.scheduling.events import (
     Dispatch,
     Done,
     Event,
-    Expire,
-    Refuse,
+    Reject,
+    Remove,
 )
 from pcae_serve.scheduling.latency import Seconds
 from pcae_serve.scheduling.policies.registry import create
@@ -76,7 +76,7 @@ def test_every_request_ends_exactly_once(
     outcome = run(
         3, rate=rate, decode_s=decode_s, host_s=host_s, devices=devices, recorder=recorder
     )
-    ended = [a.id for a in recorder.actions if isinstance(a, Refuse | Expire)]
+    ended = [a.id for a in recorder.actions if isinstance(a, Reject | Remove)]
     ended += [id_ for a in recorder.actions if isinstance(a, Dispatch) for id_ in a.ids]
     assert sorted(ended) == list(range(300))
     ran = (outcome.end == End.IN_TIME) | (outcome.end == End.LATE)
@@ -91,7 +91,7 @@ def test_every_request_ends_exactly_once(
 )
 def test_requests_that_the_policy_removes_are_dropped_others_expire(spec: str, end: End) -> None:
     outcome = run(3, rate=200.0, spec=spec, recorder=(recorder := Recorder()))
-    removed = [action.id for action in recorder.actions if isinstance(action, Expire)]
+    removed = [action.id for action in recorder.actions if isinstance(action, Remove)]
     assert removed
     assert (outcome.end[removed] == end).all()
 

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from starlette.types import Message, Scope
 
-from pcae_serve.observability import logs
+from pcae_serve.observability import logs, outcomes
 from pcae_serve.observability.logs import (
     MAX_EXCEPTION,
     MAX_FIELD,
@@ -22,7 +22,9 @@ from pcae_serve.observability.logs import (
     RequestId,
     clean,
     configure,
+    tally,
 )
+from pcae_serve.observability.outcomes import Outcome
 
 ID = re.compile(r"[0-9a-f]{32}")
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ [\w.]+: ")
@@ -207,7 +209,11 @@ def application() -> FastAPI:
     async def tier(request: Request) -> str | None:
         request.state.tier = "full"
         log.info("inside")
+        await asyncio.create_task(ends())
         return await asyncio.create_task(current())
+
+    async def ends() -> None:
+        outcomes.record(Outcome.IN_TIME)
 
     async def current() -> str | None:
         return logs.request_id.get()
@@ -223,7 +229,7 @@ def application() -> FastAPI:
     return app
 
 
-def ask(path: str, *, access_log: bool = True, **headers: str) -> Any:
+def ask(path: str, headers: dict[str, str] | None = None, *, access_log: bool = True) -> Any:
     app = RequestId(application(), access_log=access_log)
     with TestClient(app, raise_server_exceptions=False) as client:
         return client.get(path, headers=headers)
@@ -231,7 +237,7 @@ def ask(path: str, *, access_log: bool = True, **headers: str) -> Any:
 
 def test_a_request_has_one_id_everywhere(stderr: Callable[[], str]) -> None:
     configure("json")
-    answer = ask("/tier?secret=s3cret", **{"Authorization": "Bearer s3cret"})
+    answer = ask("/tier?secret=s3cret", {"Authorization": "Bearer s3cret"})
     id_ = answer.headers["x-request-id"]
     assert ID.fullmatch(id_)
     assert answer.json() == id_  # also in a task of the request's
@@ -241,14 +247,22 @@ def test_a_request_has_one_id_everywhere(stderr: Callable[[], str]) -> None:
     assert inside["request_id"] == end["request_id"] == id_
     assert (inside["message"], end["logger"]) == ("inside", "pcae_serve.access")
     assert (end["method"], end["path"], end["status"], end["tier"]) == ("GET", "/tier", 200, "full")
+    assert end["outcome"] == "in_time"
     assert end["ms"] > 0
-    assert re.fullmatch(r"GET /tier 200 [\d.]+ ms tier=full", end["message"])
+    assert re.fullmatch(r"GET /tier 200 [\d.]+ ms tier=full outcome=in_time", end["message"])
     assert ask("/tier").headers["x-request-id"] != id_
+
+
+def test_of_several_images_the_access_log_has_how_many_had_each_outcome() -> None:
+    ended = outcomes.collect()
+    for outcome in (Outcome.IN_TIME, Outcome.EXPIRED, Outcome.IN_TIME):
+        outcomes.record(outcome)
+    assert tally(ended) == "expired:1,in_time:2"
 
 
 @pytest.mark.parametrize("id_", ["a", "Ab3._-", "x" * 128])
 def test_a_clients_own_id_is_kept(id_: str) -> None:
-    assert ask("/tier", **{"X-Request-ID": id_}).headers["x-request-id"] == id_
+    assert ask("/tier", {"X-Request-ID": id_}).headers["x-request-id"] == id_
 
 
 @pytest.mark.parametrize("id_", ["", "x" * 129, "a b", "a;b", "a\x1b[2J", "a\n", "ü".encode()])
@@ -266,7 +280,7 @@ def test_of_two_ids_neither_is_taken() -> None:
 
 def test_a_failure_has_its_id_in_answer_and_log(stderr: Callable[[], str]) -> None:
     configure("json")
-    answer = ask("/broken", **{"X-Request-ID": "mine"})
+    answer = ask("/broken", {"X-Request-ID": "mine"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine")
     assert only(stderr())["status"] == 500
 
@@ -293,13 +307,19 @@ def test_what_the_http_server_says_of_a_failure_has_its_id(stderr: Callable[[], 
 
 
 def test_a_request_that_is_cut_off_is_logged_without_a_status(stderr: Callable[[], str]) -> None:
+    entered = asyncio.Event()
+
     async def waits(*_: Any) -> None:
-        await asyncio.sleep(60)
+        entered.set()
+        await asyncio.Event().wait()
+
+    async def receive() -> Message:
+        raise AssertionError
 
     async def serve() -> None:
         scope: Scope = {"type": "http", "method": "GET", "path": "/\x1b", "headers": []}
-        task = asyncio.create_task(RequestId(waits)(scope, waits, waits))
-        await asyncio.sleep(0.01)
+        task = asyncio.create_task(RequestId(waits)(scope, receive, waits))
+        await entered.wait()
         task.cancel()
         await asyncio.wait([task])
 

@@ -5,8 +5,10 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from inspect import isfunction
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -16,22 +18,18 @@ from prometheus_client.parser import text_string_to_metric_families
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Output, Pixels
-from pcae_serve.errors import RequestError
-from pcae_serve.observability.metrics import (
-    MISSED,
-    STAGES,
-    WASTE,
-    Failure,
-    Metrics,
-    Outcome,
-    Reload,
-)
+from pcae_serve.errors import RequestError, TooLarge, UnreadableImage, UnsupportedType
+from pcae_serve.observability.metrics import STAGES, WASTE, Failure, Metrics, Reload
+from pcae_serve.observability.outcomes import MISSED, Outcome
+from pcae_serve.runtime import refusals
 from pcae_serve.runtime.service import Service
+from pcae_serve.scheduling.events import Reject, Remove
 from pcae_serve.settings import Settings
 from pcae_serve.version import __version__
 from tests.support.inference import infer
 
 MakeSettings = Callable[..., Settings]
+OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
 
 
 def samples(metrics: Metrics) -> dict[str, dict[tuple[str, ...], float]]:
@@ -63,7 +61,7 @@ def answered(metrics: Metrics, tier: str, **changes: Any) -> None:
         "accuracy": 0.8,
         "best_accuracy": 0.8,
     }
-    metrics.answered(tier, **(told | changes))
+    metrics.record_answer(tier, **(told | changes))
 
 
 def test_every_series_is_there_from_the_start() -> None:
@@ -78,7 +76,7 @@ def test_every_series_is_there_from_the_start() -> None:
         assert all(found["pcae_stage_seconds_count"][stage, tier] == 0 for stage in STAGES)
         assert all(found["pcae_engine_failures_total"][kind, tier] == 0 for kind in Failure)
         assert found["pcae_answers_total"]["true", tier] == 0
-        assert found["pcae_tier_out_of_service"][tier,] == 0
+        assert found["pcae_tier_disabled"][tier,] == 0
     assert found["process_resident_memory_bytes"][()] > 1e6
     assert found["process_open_fds"][()] > 0
 
@@ -148,9 +146,11 @@ def test_an_odd_accuracy_spoils_no_counter(odd: float) -> None:
 
 def test_a_batch_is_counted_by_size_and_by_how_well_it_was_predicted() -> None:
     metrics = Metrics(["fast", "full"])
-    metrics.spent("full", 0.3, batch=6, late=0, cancelled=0, padding=2, predicted_s=0.2)
-    metrics.spent("full", 0.1, batch=1, late=0, cancelled=0, padding=0)
-    metrics.spent("fast", 0.0, batch=5, late=0, cancelled=0, padding=0, predicted_s=1)  # it failed
+    metrics.record_batch("full", 0.3, batch=6, late=0, cancelled=0, padding=2, predicted_s=0.2)
+    metrics.record_batch("full", 0.1, batch=1, late=0, cancelled=0, padding=0)
+    metrics.record_batch(
+        "fast", 0.0, batch=5, late=0, cancelled=0, padding=0, predicted_s=1
+    )  # it failed
     found = samples(metrics)
     assert found["pcae_batch_size_sum"] == {("fast",): 0, ("full",): 7}
     assert found["pcae_batch_size_count"] == {("fast",): 0, ("full",): 2}
@@ -182,8 +182,8 @@ def test_a_gauge_that_cannot_be_read_costs_only_itself(caplog: pytest.LogCapture
 
 def test_what_serves_what_is_told_once() -> None:
     metrics = Metrics(["fast"])
-    metrics.build_info(bundle="one", backend="cuda")
-    metrics.build_info(bundle="other", backend="cuda")
+    metrics.set_build_info(bundle="one", backend="cuda")
+    metrics.set_build_info(bundle="other", backend="cuda")
     [(labels, value)] = samples(metrics)["pcae_build_info"].items()
     assert value == 1
     assert __version__ in labels
@@ -193,22 +193,22 @@ def test_what_serves_what_is_told_once() -> None:
 
 def test_failures_breakers_reloads_and_limits() -> None:
     metrics = Metrics(["fast", "full"])
-    metrics.failed("full", Failure.HUNG)
-    metrics.tier_out_of_service("full", True)
-    metrics.tier_out_of_service("fast", True)
-    metrics.tier_out_of_service("fast", False)
-    metrics.reloaded(Reload.FAILED)
-    metrics.limits(max_batch=32, queue_limit=256)
+    metrics.record_failure("full", Failure.TIMEOUT)
+    metrics.set_tier_disabled("full", True)
+    metrics.set_tier_disabled("fast", True)
+    metrics.set_tier_disabled("fast", False)
+    metrics.record_reload(Reload.FAILED)
+    metrics.set_limits(max_batch=32, queue_limit=256)
     found = samples(metrics)
     failures = found["pcae_engine_failures_total"]
-    assert {key for key, count in failures.items() if count} == {("hung", "full")}
-    assert found["pcae_tier_out_of_service"] == {("fast",): 0, ("full",): 1}
+    assert {key for key, count in failures.items() if count} == {("timeout", "full")}
+    assert found["pcae_tier_disabled"] == {("fast",): 0, ("full",): 1}
     assert read(metrics, "pcae_reloads_total") == {"done": 0, "failed": 1}
     assert (found["pcae_max_batch"][()], found["pcae_queue_limit"][()]) == (32, 256)
 
 
 def test_every_series_is_documented() -> None:
-    text = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+    text = OPERATIONS.read_text()
     cells = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `pcae_")]
     documented = {name.strip(" `"): set(re.findall(r"`(\w+)`", labels)) for name, labels in cells}
     content, _ = Metrics(["fast"]).exposition()
@@ -220,23 +220,78 @@ def test_every_series_is_documented() -> None:
             served[name] = labels - {"le"}
     served["pcae_build_info"] = documented["pcae_build_info"]  # whatever `build_info` is told
     assert documented == served
-    for outcome in (*Outcome, *WASTE, *STAGES, *Failure, *Reload):
-        assert f"`{outcome}`" in text
+    for word in (*WASTE, *STAGES, *Failure, *Reload):
+        assert f"`{word}`" in text
     used = set(re.findall(r"\bpcae_\w+", "".join(re.findall("```promql(.*?)```", text, re.DOTALL))))
     assert used <= set(samples(Metrics(["fast"])))
 
 
+#: Every refusal, as it may be made.
+REFUSALS = {
+    "rejected": [
+        refusals.rejected(Reject(1, why, 0.1, 1.0), "fast", 5, 256)
+        for why in get_args(get_type_hints(Reject)["why"])
+    ],
+    "queue_full": [refusals.queue_full(256, 1)],
+    "upload_timeout": [refusals.upload_timeout(30)],
+    "expired_before_decoded": [refusals.expired_before_decoded(5)],
+    "expired_in_queue": [refusals.expired_in_queue(5)],
+    "dropped": [refusals.dropped("pace")],
+    "tiers_disabled": [refusals.tiers_disabled(["fast"], 15)],
+    "nothing_works": [refusals.nothing_works(15)],
+    "no_engine": [refusals.no_engine()],
+    "device_lost": [refusals.device_lost()],
+    "batch_failed": [refusals.batch_failed()],
+    "batch_not_started": [refusals.batch_not_started()],
+    "out_of_memory": [refusals.out_of_memory()],
+    "starting": [refusals.starting()],
+    "stopping": [refusals.stopping()],
+    "stopped": [refusals.stopped()],
+}
+
+
+def test_every_outcome_is_documented_with_its_statuses_and_other_places() -> None:
+    named = [n for n, f in vars(refusals).items() if get_type_hints_of(f) is refusals.Refusal]
+    assert set(REFUSALS) == set(named)
+    statuses: dict[str, set[int]] = {outcome: set() for outcome in Outcome}
+    for refusal in chain.from_iterable(REFUSALS.values()):
+        statuses[refusal.outcome].add(refusal.error.status)
+    statuses["in_time"] = statuses["late"] = {200}
+    statuses["cancelled"] = {499}
+    statuses["unreadable"] = {e.status for e in (UnreadableImage, TooLarge, UnsupportedType)}
+
+    text = OPERATIONS.read_text().partition("## Outcomes")[2].partition("## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    table = {row[0].strip("`"): row for row in rows if len(row) == 4 and row[0].startswith("`")}
+    found = {word: set(map(int, row[1].split(", "))) for word, row in table.items()}
+    assert found == statuses
+    also = {word: row[2] for word, row in table.items()}
+    reasons = {f"rejected_{why}": why for why in get_args(get_type_hints(Reject)["why"])}
+    reasons |= {why: why for why in get_args(get_type_hints(Remove)["why"])}
+    for word, place in also.items():
+        action = "Reject" if word.startswith("rejected_") else "Remove"
+        logged = f"event log `{action}`, `{reasons[word]}`" if word in reasons else ""
+        assert (logged in place) if logged else ("`Re" not in place), word
+        assert (f"wasted compute `{word}`" in place) == (word in WASTE), word
+
+
+def get_type_hints_of(function: object) -> object:
+    """What a function of `refusals` returns."""
+    own = isfunction(function) and function.__module__ == refusals.__name__
+    return get_type_hints(function)["return"] if own else None
+
+
 def test_two_services_in_one_process_do_not_add_up() -> None:
     one, other = Metrics(["fast"]), Metrics(["fast"])
-    one.ended(Outcome.IN_TIME)
+    one.record_request(Outcome.IN_TIME)
     assert read(one, "pcae_requests_total")["in_time"] == 1
     assert read(other, "pcae_requests_total")["in_time"] == 0
 
 
 def test_no_second_is_wasted_twice() -> None:
     metrics = Metrics(["fast", "full"])
-    metrics.spent("full", 8.0, batch=6, late=3, cancelled=1, padding=2)
-    metrics.spent("full", 1.0, batch=1, late=0, cancelled=0, padding=0)
+    metrics.record_batch("full", 8.0, batch=6, late=3, cancelled=1, padding=2)
+    metrics.record_batch("full", 1.0, batch=1, late=0, cancelled=0, padding=0)
     assert read(metrics, "pcae_compute_seconds_total") == {"fast": 0, "full": 9}
     wasted = read(metrics, "pcae_wasted_compute_seconds_total")
     assert wasted == {"late": 3, "cancelled": 1, "padding": 2}
@@ -298,32 +353,35 @@ def test_every_end_of_a_request_is_counted_once(
     asyncio.run(scenario())
     ends = read(service.metrics, "pcae_requests_total")
     assert {end: count for end, count in ends.items() if count} == {
-        "refused_draining": 1,
+        "draining": 1,
         "in_time": 1,
-        "refused_budget": 1,
+        "rejected_budget": 1,
         "unreadable": 1,
         "expired": 1,
         "late": 1,
         "failed": 1,
-        "left": 1,
+        "cancelled": 1,
     }
     spent = read(service.metrics, "pcae_compute_seconds_total")
     wasted = read(service.metrics, "pcae_wasted_compute_seconds_total")
     total_s = sum(spent.values())
-    assert total_s == pytest.approx(1.0, rel=0.2)  # two batches of half a second, one short one
+    assert total_s >= 1.0  # two batches of half a second, and a short one in time
     assert wasted["padding"] == pytest.approx(0.75 * total_s)  # of each batch, three rows in four
-    assert wasted["late"] == pytest.approx(0.125, rel=0.2)
-    assert wasted["cancelled"] == pytest.approx(0.125, rel=0.2)
+    assert wasted["late"] >= 0.125
+    assert wasted["cancelled"] >= 0.125
+    assert wasted["late"] + wasted["cancelled"] < 0.25 * total_s
 
 
 def test_what_an_autoscaler_goes_by() -> None:
     metrics = Metrics(["fast", "full"])
-    metrics.accuracy_range(0.1)
-    for outcome in (*MISSED, Outcome.IN_TIME, Outcome.REFUSED_BUDGET, Outcome.LEFT):
-        metrics.ended(outcome)  # the last two are the callers' doing
+    metrics.set_accuracy_range(0.1)
+    for outcome in (*MISSED, Outcome.IN_TIME, Outcome.REJECTED_BUDGET, Outcome.CANCELLED):
+        metrics.record_request(outcome)  # the last two are the callers' doing
     times = {"decode_s": 0.0, "queue_s": 0.0, "compute_s": 0.0, "total_s": 0.0}
-    metrics.answered("fast", **times, in_time=True, degraded=True, accuracy=0.8, best_accuracy=0.9)
-    tally = metrics.tally()
+    metrics.record_answer(
+        "fast", **times, in_time=True, degraded=True, accuracy=0.8, best_accuracy=0.9
+    )
+    tally = metrics.totals()
     assert (tally.in_time, tally.missed) == (1, len(MISSED))
-    assert tally.owed == pytest.approx(0.1)
+    assert tally.accuracy_debt == pytest.approx(0.1)
     assert "pcae_accuracy_range 0.1" in metrics.exposition()[0].decode()

@@ -66,7 +66,7 @@ def test_a_decoder_that_does_not_come_back_does_not_hold_the_end_up(
         await service.start()
         call = asyncio.create_task(classify(service, 1, 60_000))
         await asyncio.to_thread(entered.wait, 20)
-        await asyncio.wait_for(service.stop(), 5)
+        await asyncio.wait_for(service.stop(), 15)
         with pytest.raises(Draining):
             await call
         return service.left_behind
@@ -155,18 +155,31 @@ def test_requests_that_wait_together_run_together(
     small_bundle: Bundle, settings: MakeSettings
 ) -> None:
     batches: list[int] = []
+    entered, go_on = threading.Event(), threading.Event()
 
     class Counting(SimulatedEngine):
         def run(self, tier: Tier, pixels: Pixels) -> Output:
             batches.append(len(pixels))
+            entered.set()
+            assert go_on.wait(20)
             return super().run(tier, pixels)
 
     async def together() -> list[Any]:
         engine = Counting(small_bundle, seconds=lambda _, batch: 0.03 + 1e-4 * batch)
+        go_on.set()
         service = Service(settings(profile_s=3), small_bundle, [engine])
         await service.start()
+        go_on.clear()
+        entered.clear()
         batches.clear()
-        answers = await asyncio.gather(*(classify(service, i, 5000) for i in range(12)))
+        first = asyncio.create_task(classify(service, 0, 60_000))
+        await asyncio.to_thread(entered.wait, 20)
+        others = [asyncio.create_task(classify(service, i, 60_000)) for i in range(1, 12)]
+        assert isinstance(service._current, Servable)
+        while len(service._current._scheduler._queue) < len(others):
+            await asyncio.sleep(0.005)
+        go_on.set()
+        answers = await asyncio.gather(first, *others)
         await service.stop()
         return answers
 

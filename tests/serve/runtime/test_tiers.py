@@ -1,4 +1,4 @@
-"""A bundle in service, without a service around it."""
+"""A bundle's tiers, as policies see them."""
 
 import pytest
 

@@ -84,7 +84,7 @@ def test_a_live_run_replayed_gives_the_same_actions(
         "ClientLeft",
         "Done",
         "Dispatch",
-        "Refuse",
+        "Reject",
         "BatchAccounted",
     ):
         assert f'["{name}",' in told
@@ -109,7 +109,7 @@ def test_a_file_says_itself_what_it_is_and_has_a_line_an_event(tmp_path: Path) -
     assert Setup.model_validate(head) == SETUP
     assert [line[0][0] for line in lines] == ["Arrived", "Arrived", "Timer"]
     [refuse] = lines[0][1]
-    assert refuse[0] == "Refuse"
+    assert refuse[0] == "Reject"
     assert refuse[1]["why"] == "budget"
     request = lines[1][0][1]["request"]
     assert (request["deadline_s"], request["tiers"]) == (1 / 3, list(ALL))  # to the bit
@@ -145,9 +145,9 @@ def test_a_last_line_cut_short_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "no event log"),
-        ("hello\n", "no event log"),
-        ("{}\n", "no event log of this version: policy"),
+        ("", "not an event log"),
+        ("hello\n", "not an event log"),
+        ("{}\n", "not an event log of this version: policy"),
         ("SETUP[1]\n", "line 2"),
         ('SETUP[["Danced",{}],[]]\n', "line 2"),
         ('SETUP[["Timer",{"when":1}],[]]\n', "line 2"),
@@ -164,7 +164,7 @@ def test_what_is_no_event_log_is_told_in_one_line(tmp_path: Path, content: str, 
 
 
 def test_a_log_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(PcaeError, match="cannot be read"):
+    with pytest.raises(PcaeError, match="cannot read"):
         replay(tmp_path / "nowhere")
 
 
@@ -176,7 +176,7 @@ def test_an_unknown_policy_in_a_log(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_told_at_start(tmp_path: Path) -> None:
-    with pytest.raises(StartError, match="cannot be written"):
+    with pytest.raises(StartError, match="cannot write"):
         Recorder(tmp_path / "nowhere" / "log")
 
 
@@ -196,7 +196,7 @@ def test_a_full_disk_ends_the_log_and_is_told_once(caplog: pytest.LogCaptureFixt
     recorder.close()
     recorder.close()
     assert [record.getMessage() for record in caplog.records] == [
-        "the event log /dev/full ends here: No space left on device"
+        "the event log /dev/full ends: No space left on device"
     ]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pcae_serve.scheduling.admission import MAX_FACTOR, OverloadFactor
-from pcae_serve.scheduling.events import Arrived, Decoded, Done, Expire, Refuse, Timer
+from pcae_serve.scheduling.events import Arrived, Decoded, Done, Reject, Remove, Timer
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.policies.greedy import Greedy
 from pcae_serve.scheduling.request_queue import Request
@@ -32,7 +32,7 @@ def offer(machine: Scheduler, ids: range, now_s: float, budget_s: float) -> list
     refused = []
     for id_ in ids:
         actions = machine.handle(Arrived(now_s, Request(id_, now_s, now_s + budget_s, (0,))))
-        refused += [action.id for action in actions if isinstance(action, Refuse)]
+        refused += [action.id for action in actions if isinstance(action, Reject)]
         machine.handle(Decoded(now_s, id_))
     return refused
 
@@ -42,7 +42,7 @@ def hanging(lost: int) -> Scheduler:
     latency = Latency([{1: Seconds(0.1, 0.1), 8: Seconds(0.8, 0.8)}], 8)
     machine = Scheduler(Greedy(), latency, max_batch=1, queue_limit=99)
     assert not offer(machine, range(1 + lost), 0.0, 2.0)
-    expired = [a for a in machine.handle(Timer(1.95)) if isinstance(a, Expire)]
+    expired = [a for a in machine.handle(Timer(1.95)) if isinstance(a, Remove)]
     assert len(expired) == lost
     return machine
 
@@ -85,7 +85,7 @@ def test_who_was_decoded_too_late_was_not_taken_in_vain() -> None:
     machine = hanging(0)
     for id_ in range(1, 16):
         machine.handle(Arrived(0.0, Request(id_, 0.0, 2.0, (0,))))
-        assert machine.handle(Decoded(1.95, id_)) == [Expire(id_, "late")]
+        assert machine.handle(Decoded(1.95, id_)) == [Remove(id_, "expired")]
     assert offer(machine, range(100, 108), 3.0, 1.06) == []
 
 

@@ -11,8 +11,8 @@ from pcae_serve.scheduling.events import (
     Decoded,
     Dispatch,
     Done,
-    Expire,
-    Refuse,
+    Reject,
+    Remove,
     SetTimer,
     StartTask,
     TaskSubmitted,
@@ -61,11 +61,11 @@ def test_an_idle_machine_gives_the_most_accurate_tier_that_fits(budget_s: float,
 
 def test_a_budget_below_the_fastest_allowed_tier_is_refused_on_arrival() -> None:
     [refuse] = scheduler().handle(Arrived(0.0, Request(1, 0.0, 0.05, ALL)))
-    assert isinstance(refuse, Refuse)
+    assert isinstance(refuse, Reject)
     assert refuse.why == "budget"
     assert refuse.needed_s == pytest.approx(0.1)
     [refuse] = scheduler().handle(Arrived(0.0, Request(1, 0.0, 0.3, (2,))))  # pinned
-    assert isinstance(refuse, Refuse)
+    assert isinstance(refuse, Reject)
     assert refuse.needed_s == pytest.approx(0.4)
 
 
@@ -115,10 +115,10 @@ def test_load_that_leaves_no_tier_in_time_is_refused_at_once_with_the_drain_time
     arrive(machine, 1, 0.0, 9.0, (2,))  # busy until 0.4
     arrive(machine, 2, 0.0, 0.55, (0,))  # will run 0.4 to 0.5
     [refuse] = arrive(machine, 3, 0.0, 0.58, (0,))
-    assert isinstance(refuse, Refuse)
+    assert isinstance(refuse, Reject)
     assert refuse.why == "load"
     assert refuse.retry_after_s == pytest.approx(0.5)
-    assert not any(isinstance(a, Refuse) for a in arrive(machine, 4, 0.0, 0.75, (0,)))
+    assert not any(isinstance(a, Reject) for a in arrive(machine, 4, 0.0, 0.75, (0,)))
 
 
 def test_one_who_would_push_another_past_its_deadline_is_refused() -> None:
@@ -126,7 +126,7 @@ def test_one_who_would_push_another_past_its_deadline_is_refused() -> None:
     arrive(machine, 1, 0.0, 9.0, (0,))  # busy until 0.1
     arrive(machine, 2, 0.0, 0.58, (0,))
     [refuse] = arrive(machine, 3, 0.0, 0.55, (2,))
-    assert isinstance(refuse, Refuse)
+    assert isinstance(refuse, Reject)
     assert refuse.why == "load"
 
 
@@ -136,13 +136,13 @@ def test_a_slow_moment_is_not_told_as_an_impossible_budget() -> None:
         arrive(machine, i, 3.0 * i, 90.0, (0,))
         machine.handle(Done(3.0 * i + 0.4, 0, 0.4))
     actions = machine.handle(Arrived(90.0, Request(99, 90.0, 90.2, (0,))))
-    assert not any(isinstance(action, Refuse) and action.why == "budget" for action in actions)
+    assert not any(isinstance(action, Reject) and action.why == "budget" for action in actions)
 
 
 def test_time_lost_before_the_queue_expires_and_does_not_blame_the_load() -> None:
     machine = scheduler()
     assert machine.handle(Arrived(0.0, Request(1, 0.0, 0.3, ALL))) == []
-    assert machine.handle(Decoded(0.25, 1)) == [Expire(1, "late")]
+    assert machine.handle(Decoded(0.25, 1)) == [Remove(1, "expired")]
 
 
 def test_more_requests_than_the_limit_are_refused() -> None:
@@ -150,7 +150,7 @@ def test_more_requests_than_the_limit_are_refused() -> None:
     for id_ in range(4):
         actions = arrive(machine, id_, 0.0, 90.0)
     [refuse] = actions
-    assert isinstance(refuse, Refuse)
+    assert isinstance(refuse, Reject)
     assert refuse.why == "full"
 
 
@@ -159,7 +159,7 @@ def test_what_can_no_longer_be_met_expires_by_timer_and_never_runs() -> None:
     arrive(machine, 1, 0.0, 9.0, (0,))  # expected to end at 0.1, and does not
     [wake] = [a for a in arrive(machine, 2, 0.0, 0.3) if isinstance(a, SetTimer)]
     assert wake.at_s == pytest.approx(0.2, abs=0.01)  # 0.3 less the fastest tier's 0.1
-    assert machine.handle(Timer(wake.at_s)) == [Expire(2, "late")]
+    assert machine.handle(Timer(wake.at_s)) == [Remove(2, "expired")]
     assert not dispatched(machine.handle(Done(5.0, 0, None)))
 
 
@@ -173,7 +173,7 @@ def test_whom_the_policy_lets_go_is_told_that_it_was_the_load() -> None:
     for id_ in (1, 2, 3):
         arrive(machine, id_, 0.0, 9.0 + id_)
     actions = machine.handle(Done(0.4, 0, 0.4))
-    assert actions[1:] == [Expire(2, "load"), Dispatch(0, 0, (3,))]
+    assert actions[1:] == [Remove(2, "dropped"), Dispatch(0, 0, (3,))]
     assert machine.waiting == 0
 
 
@@ -285,7 +285,7 @@ def test_a_closed_tier_is_left_to_others_and_who_has_none_is_told() -> None:
     arrive(machine, 1, 0.0, 5.0)
     arrive(machine, 2, 0.0, 5.0, (2,))
     arrive(machine, 3, 0.0, 5.0, (1, 2))
-    assert machine.handle(TierDisabled(0.1, 2))[0] == Expire(2, "tier")
+    assert machine.handle(TierDisabled(0.1, 2))[0] == Remove(2, "failed")
     actions = machine.handle(Done(0.4, 0, 0.4))
     assert dispatched(actions) == [Dispatch(0, 1, (3,))]
 
@@ -373,7 +373,7 @@ def test_admission_reckons_with_an_errand_that_is_due(now_s: float, refused: boo
     arrive(machine, 1, 0.0, 9.0)
     machine.handle(TaskSubmitted(0.0, 7, 3.0))
     told = machine.handle(Arrived(now_s, Request(2, now_s, now_s + 2.0, ALL)))
-    assert [isinstance(action, Refuse) and action.why for action in told] == ["load"] * refused
+    assert [isinstance(action, Reject) and action.why for action in told] == ["load"] * refused
 
 
 def test_a_long_errand_is_followed_by_as_long_a_rest() -> None:

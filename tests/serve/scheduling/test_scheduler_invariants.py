@@ -18,8 +18,8 @@ from pcae_serve.scheduling.events import (
     Dispatch,
     Done,
     Event,
-    Expire,
-    Refuse,
+    Reject,
+    Remove,
     SetTimer,
     StartTask,
     TaskSubmitted,
@@ -160,16 +160,16 @@ class World:
             match action:
                 case Dispatch():
                     self.dispatched(action, event.now_s)
-                case Refuse(id=id_):
+                case Reject(id=id_):
                     assert isinstance(event, Arrived)
                     assert event.request.id == id_
                     self.ends[id_] += 1
-                case Expire(id=id_, why="tier"):
+                case Remove(id=id_, why="failed"):
                     assert isinstance(event, TierDisabled)
                     assert self.closed >= {*self.requests[id_].tiers}
                     self.waiting.pop(id_, None)  # it may still have been decoded
                     self.ends[id_] += 1
-                case Expire(id=id_):
+                case Remove(id=id_):
                     self.expired(id_, event.now_s)
                 case StartTask(device=device, id=id_):
                     self.begun(id_, event.now_s)
