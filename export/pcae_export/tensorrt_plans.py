@@ -22,9 +22,10 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_settings import CliPositionalArg
 from tqdm import tqdm
 
-from pcae_export import images
 from pcae_export.cpu_session import GraphError, run_graph
+from pcae_export.images import IMAGES_HELP, decode, generate
 from pcae_export.measure import cosine
+from pcae_export.progress import Progress
 from pcae_export.verify import AGREEMENT, COSINE
 from pcae_serve import atomic
 from pcae_serve.bundle.manifest import ELASTIC_GRAPH, Tier
@@ -72,7 +73,9 @@ class TensorRt(BaseModel):
         3, ge=0, le=5, description="thoroughness of TensorRT's search: 0 is fast, 5 exhaustive"
     )
     workspace_mb: int = Field(4096, ge=1, description="GPU memory for kernels' workspace, in MB")
-    eval_data: str | None = Field(None, description="images to verify on (default: generated ones)")
+    eval_data: str | None = Field(
+        None, description=f"images: {IMAGES_HELP} (default: generated images)"
+    )
     eval_split: str = Field("test", description="split of --eval-data")
     parity_images: int = Field(256, ge=MIN_IMAGES, description="number of images to verify on")
     dry_run: bool = Field(
@@ -126,7 +129,7 @@ class TensorRt(BaseModel):
 
     def _pixels(self, bundle: Bundle) -> tuple[Pixels, str]:
         if self.eval_data is None:
-            return images.generate(self.parity_images, bundle.image_size), "generated images"
+            return generate(self.parity_images, bundle.image_size), "generated images"
         data = load(self.eval_data, self.eval_split, bundle.preprocess)
         if len(data) < self.parity_images:
             raise PlanError(
@@ -134,7 +137,7 @@ class TensorRt(BaseModel):
                 " provide more, or lower --parity-images"
             )
         rows = np.random.default_rng(0).permutation(len(data))[: self.parity_images]
-        return images.decode(data, rows.tolist()), data.name
+        return decode(data, rows.tolist()), data.name
 
 
 @dataclass(frozen=True)
@@ -237,8 +240,8 @@ def build_plan(
     if timings:
         _read_timings(config, timings)
     start = time.perf_counter()
-    with tqdm(desc=f"building {tier.name}", leave=False) as bar:
-        monitor = _monitor(trt, bar)
+    with Progress(f"building the plan of tier {tier.name}", 0, "steps") as progress:
+        monitor = _monitor(trt, progress)
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -371,7 +374,7 @@ def _locked(path: Path, tier: Tier) -> AbstractContextManager[object]:
         return lock.acquire()
 
 
-def _monitor(trt: Any, bar: "tqdm[Any]") -> Any:
+def _monitor(trt: Any, progress: Progress) -> Any:
     """Return an IProgressMonitor that updates a progress bar by the steps of the whole build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -382,12 +385,12 @@ def _monitor(trt: Any, bar: "tqdm[Any]") -> Any:
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             if parent is None:
                 self._whole = phase
-                bar.reset(steps)
-            bar.set_postfix_str(phase)
+                progress.reset(steps)
+            progress.describe(phase)
 
         def step_complete(self, phase: str, step: int) -> bool:
             if phase == self._whole:
-                bar.update()
+                progress.update()
             return True  # go on
 
         def phase_finish(self, phase: str) -> None:

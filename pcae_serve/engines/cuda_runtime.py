@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from pcae_serve.engines import nvidia
 from pcae_serve.errors import StartError
+from pcae_serve.version import install_command
 
 
 class CudaError(RuntimeError):
@@ -66,7 +67,7 @@ class Cuda:
             self.runtime = import_module("cuda.bindings.runtime")
         except ImportError:
             raise StartError(
-                "cuda-bindings is not installed: pip install 'pcae-serve[tensorrt]'"
+                f"cuda-bindings is not installed: {install_command('tensorrt')}"
             ) from None
         self._number = number
 

@@ -11,6 +11,7 @@ from pcae_serve.engines import nvidia
 from pcae_serve.engines.base import GPU_BACKENDS, Engine, run_directly
 from pcae_serve.errors import PcaeError, StartError, one_line
 from pcae_serve.settings import CACHE_DIR, MAX_BATCH, Settings
+from pcae_serve.version import install_command
 
 log = logging.getLogger(__name__)
 
@@ -143,16 +144,14 @@ def _gpu_engine(name: str, bundle: Bundle, gpu: str, max_batch: int, cache_dir: 
         return CudaEngine(bundle, gpu, max_batch)
     except ModuleNotFoundError as error:
         extra = "tensorrt" if name == "tensorrt" else "gpu"
-        raise StartError(
-            f"{error.name} is not installed: pip install 'pcae-serve[{extra}]'"
-        ) from None
+        raise StartError(f"{error.name} is not installed: {install_command(extra)}") from None
 
 
 def _on_cpu(bundle: Bundle, threads: int, wrap: Callable[[Engine], Engine]) -> Engine:
     try:
         from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
     except ModuleNotFoundError:
-        raise StartError("onnxruntime is not installed: pip install 'pcae-serve[cpu]'") from None
+        raise StartError(f"onnxruntime is not installed: {install_command('cpu')}") from None
     engine = OnnxRuntimeEngine(bundle, threads)
     _try_engine(engine, bundle, wrap)
     return engine

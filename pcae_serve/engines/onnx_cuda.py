@@ -28,9 +28,10 @@ from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.engines.plan_cache import batch_buckets
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.settings import MAX_BATCH
+from pcae_serve.version import install_command
 
 CUDA = "CUDAExecutionProvider"
-INSTALL = "pip install 'pcae-serve[gpu]'"
+INSTALL = install_command("gpu")
 
 
 class Replay(NamedTuple):

@@ -27,6 +27,7 @@ from pcae_serve.engines.cuda_runtime import Buffer, Cuda, CudaError, Gpu, find_g
 from pcae_serve.engines.plan_cache import GpuTarget
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.settings import CACHE_DIR, MAX_BATCH
+from pcae_serve.version import install_command
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def load_library() -> Library:
             oldest = ".".join(map(str, OLDEST))
             raise StartError(f"TensorRT {version} is too old: {oldest} or newer is needed")
         return Library(package.removesuffix("_bindings"), version, trt, _messages(trt))
-    raise StartError("TensorRT is not installed: pip install 'pcae-serve[tensorrt]'")
+    raise StartError(f"TensorRT is not installed: {install_command('tensorrt')}")
 
 
 class TensorRtEngine:
