@@ -33,7 +33,7 @@ from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines import plan_cache
 from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.engines.cuda_runtime import CudaError, Gpu, find_gpu
-from pcae_serve.engines.plan_cache import Key, Parity, Plan, Recipe
+from pcae_serve.engines.plan_cache import Key, Plan, PlanParity, Recipe
 from pcae_serve.engines.tensorrt import Library, Runner, load_library, to_output
 from pcae_serve.errors import PcaeError, StartError
 from pcae_serve.settings import MAX_BATCH, Settings
@@ -222,7 +222,9 @@ def build_plan(
     parser = trt.OnnxParser(network, library.messages)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(number).desc() for number in range(parser.num_errors)]
-        reason = "; ".join(error.strip().splitlines()[0] for error in errors) or library.why()
+        reason = (
+            "; ".join(error.strip().splitlines()[0] for error in errors) or library.last_error()
+        )
         raise PlanError(f"{where} cannot read {graph}: {reason}")
     pixels = network.get_input(0)
     least, best, largest = (
@@ -245,7 +247,7 @@ def build_plan(
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise PlanError(f"{where} cannot build {graph}: {library.why()}")
+        raise PlanError(f"{where} cannot build {graph}: {library.last_error()}")
     seconds = time.perf_counter() - start
     if timings:
         atomic.write_file(timings, bytes(config.get_timing_cache().serialize()))
@@ -267,7 +269,7 @@ def verify_plan(
     built: Built,
     pixels: Pixels,
     data_set: str,
-) -> Parity:
+) -> PlanParity:
     """Run a plan as the server would, and compare it with ONNX Runtime's float32 outputs.
 
     Every batch size that the server uses runs, and every image of pixels [N, H, W, 3]. Raises
@@ -296,7 +298,7 @@ def verify_plan(
 
 def compare_outputs(
     bundle: Bundle, tier: Tier, found: Output, expected: Output, distinct: int, data_set: str
-) -> Parity:
+) -> PlanParity:
     """Compare outputs row by row. distinct: number of different images among the rows.
 
     Raises PlanError if they agree less than AGREEMENT (logits) or COSINE (features).
@@ -320,7 +322,7 @@ def compare_outputs(
             f" {distinct} images of {data_set}, below {least} (largest difference"
             f" {difference:.3g}): the plan is discarded"
         )
-    return Parity(
+    return PlanParity(
         images=distinct,
         data_set=data_set,
         measure=parity_measure,

@@ -397,7 +397,7 @@ def test_verify_refuses_files_that_were_changed(made: Any, tmp_path: Path, capsy
     file = tmp_path / "copy" / "models" / "vit" / "mid.onnx"
     shutil.copy(file.with_name("low.onnx"), file)
     line = fails(capsys, 1, "verify", tmp_path / "copy")
-    assert "mid.onnx is not the file that was sealed (its sha256 differs)" in line
+    assert "mid.onnx was changed after export (its SHA-256 differs" in line
 
 
 def test_what_verify_cannot_do(

@@ -158,7 +158,7 @@ def test_a_flipped_byte_in_the_weights_is_refused(made: Any, tmp_path: Path) -> 
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(BundleError, match=r"model\.safetensors is not the file that was sealed"):
+    with pytest.raises(BundleError, match=r"model\.safetensors was changed after export"):
         load_bundle(copy)
 
 
