@@ -1,1 +1,1 @@
-"""Checkpoint to bundle: graphs for every budget, each one proven (needs torch and onnx)."""
+"""Export checkpoints to verified bundles of ONNX graphs (needs torch and onnx)."""

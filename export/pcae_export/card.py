@@ -1,20 +1,22 @@
-"""The model card: what the bundle is, what it costs, how good it is and how that is known.
-
-It writes down what it is given and measures nothing.
-"""
+"""Render the model card (README.md of a bundle) from measurements made elsewhere."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pcae_export.verify import AGREEMENT, COSINE, MARGIN, TOLERANCE, Parity
+from pcae_export.verify import AGREEMENT, COSINE, LEGEND, MARGIN, TOLERANCE, Parity
 from pcae_serve.bundle.manifest import Manifest, Tier
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import ViTConfig
 
-#: Settings that name places on the machine that trained, or change nothing of the outcome.
+#: What a tier's quality was measured on; `pcae-train evaluate` runs the unrounded checkpoint.
+PRECISION = (
+    "measured with the weights rounded to float16, as stored; `pcae-train evaluate` uses the"
+    " checkpoint's own weights, so its figures may differ slightly"
+)
+#: Training settings that are paths on the training machine or do not affect the result.
 PRIVATE = {"out", "init", "resume", "stop_after", "threads", "workers"}
-#: Settings of a model's sizes, which count only where a phase began a model of its own.
+#: Model sizes among the settings, omitted for a phase that started from another's model.
 SIZES = {"image_size", "width", "depth", "heads"}
 
 
@@ -25,9 +27,10 @@ def render(
     parity: Mapping[str, Parity],
     note: str = "",
 ) -> str:
-    """The card in Markdown. `manifest` may still be the draft's; `tiers` carry their quality.
+    """Return the card in Markdown.
 
-    checkpoints and parity by model id.
+    manifest: may be the draft's. tiers: with their quality. checkpoints, parity: by model id. note:
+    a paragraph to insert before the tiers.
     """
     several = len(checkpoints) > 1
     parts = [f"# {manifest.name}"]
@@ -39,7 +42,7 @@ def render(
     for model_id, checkpoint in checkpoints.items():
         parts += [f"**{model_id}**"] if several else []
         history = "\n".join(_training(checkpoint.training))
-        parts.append(history or "Not recorded: the weights came without it.")
+        parts.append(history or "Not recorded: the checkpoint does not contain it.")
     parts.append("## Parity")
     for model_id in checkpoints:
         parts += [f"**{model_id}**"] if several else []
@@ -53,30 +56,32 @@ def _about(checkpoint: Checkpoint) -> str:
     config, labels = checkpoint.model.config, checkpoint.labels
     parameters = sum(p.numel() for p in checkpoint.model.parameters())
     some = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
-    purpose = f"tells {len(labels)} classes apart ({some})" if labels else (
-        f"gives {config.width} features"
-    )  # fmt: skip
+    purpose = (
+        f"classifies images into {len(labels)} classes ({some})"
+        if labels
+        else f"computes {config.width} features per image"
+    )
     return (
         f"A vision transformer ({parameters / 1e6:.2f} million parameters, width {config.width},"
-        f" depth {config.depth}) that {purpose} {'in' if labels else 'of'} images of"
-        f" {config.image_size} x {config.image_size} pixels, cut into {config.geometry.patches}"
-        f" patches. {_reduction(config)} One set of weights, stored as float16, answers at all"
-        " its tiers. For `pcae-serve`."
+        f" depth {config.depth}) that {purpose}. Images have {config.image_size} x"
+        f" {config.image_size} pixels, divided into {config.geometry.patches} patches."
+        f" {_reduction(config)} All tiers share one set of weights, stored as float16. For"
+        " `pcae-serve`."
     )
 
 
 def _reduction(config: ViTConfig) -> str:
-    """How patches are reduced, in a sentence."""
+    """Return a sentence on how patches are reduced."""
     if not config.reduction_points:
-        return "It keeps all of them."
+        return "It keeps all patches."
     points = ", ".join(map(str, config.reduction_points))
     goes = "drops" if config.reduction != "merged" else "merges into others"
     which = {
         "random": "a fixed random choice of patches",
-        "attention": "the least attended patches",
-        "ptr-normalised": "the patches most like the mean of the normalised patches",
-    }.get(config.reduction, "the patches most like the mean patch")
-    name = "" if config.reduction == "ptr" else f"; here: `{config.reduction}`"
+        "attention": "the patches that receive the least attention",
+        "ptr-normalised": "the patches most similar to the mean of the normalised patches",
+    }.get(config.reduction, "the patches most similar to the mean patch")
+    name = "" if config.reduction == "ptr" else f"; rule `{config.reduction}`"
     return (
         f"After blocks {points} it {goes} {which} (progressive token reduction, the PCAE"
         f" paper{name})."
@@ -105,8 +110,9 @@ def _tiers(tiers: Sequence[Tier], checkpoints: Mapping[str, Checkpoint]) -> Iter
     if explained:
         yield ""
         yield (
-            f"{explained}, from image files through the elastic graph in ONNX Runtime, as served."
-            " MAC ratio: multiply-adds of the largest model at keep ratio 1 over the tier's."
+            f"{explained}, from image files, with ONNX Runtime on the elastic graph (one graph for"
+            f" all tiers, its token counts are an input), as served; {PRECISION}. MAC ratio:"
+            " multiply-adds of the largest model at keep ratio 1 over the tier's."
         )
 
 
@@ -116,7 +122,7 @@ def _full_macs(checkpoint: Checkpoint) -> int:
 
 
 def _measure(tiers: Sequence[Tier]) -> str:
-    """What the tiers were measured by, as the head of a column."""
+    """Return the heading of the quality column."""
     if any(tier.agreement for tier in tiers):
         return "same class as at keep ratio 1"
     if any(tier.fidelity for tier in tiers):
@@ -127,17 +133,17 @@ def _measure(tiers: Sequence[Tier]) -> str:
 def _explained(tiers: Sequence[Tier]) -> str:
     for tier in tiers:
         if (found := tier.accuracy) is not None:
-            return f"Top-1 on {found.n:,} images of {found.data_set}, with Wilson's interval"
+            return f"Top-1 on {found.n:,} images of {found.data_set}, with Wilson's 95 % interval"
         if (other := tier.agreement or tier.fidelity) is not None:
             return (
-                f"Measured without labels, against the same model at keep ratio 1, on {other.n:,}"
+                f"Compared with the same model at keep ratio 1, without labels, on {other.n:,}"
                 f" images of {other.data_set}"
             )
     return ""
 
 
 def format_quality(tier: Tier) -> str:
-    """What a tier is worth, in words: 93.10 % [92.59, 93.58] of 10,000."""
+    """Return a tier's quality as text, such as "93.10 % [92.59, 93.58] of 10,000"."""
     if tier.accuracy is not None:
         low, high = (100 * bound for bound in tier.accuracy.interval)
         return f"{100 * tier.accuracy.top1:.2f} % [{low:.2f}, {high:.2f}] of {tier.accuracy.n:,}"
@@ -149,7 +155,7 @@ def format_quality(tier: Tier) -> str:
 
 
 def _training(training: dict[str, Any]) -> Iterator[str]:
-    """One item for each phase, the earliest first: a phase names the one it started from `init`."""
+    """Yield a list item per phase, the earliest first; `init` is the phase it started from."""
     phases = []
     while training:
         phases.append(training)
@@ -158,9 +164,9 @@ def _training(training: dict[str, Any]) -> Iterator[str]:
         settings = dict(phase.get("settings", {}))
         if "data" in settings:
             settings["data"] = Path(str(settings["data"])).name
-        unsaid = PRIVATE | (SIZES if settings.get("init") else set())
+        omitted = PRIVATE | (SIZES if settings.get("init") else set())
         flags = ", ".join(
-            f"{k} {_plain(v)}" for k, v in settings.items() if k not in unsaid and v is not None
+            f"{k} {_plain(v)}" for k, v in settings.items() if k not in omitted and v is not None
         )
         versions = ", ".join(f"{k} {v}" for k, v in phase.get("versions", {}).items())
         yield f"{number}. {_history(phase)}" + (f" With {versions}." if versions else "")
@@ -189,19 +195,19 @@ def _held_out(top1: dict[str, float], when: str) -> str:
     if not top1:
         return ""
     shares = ", ".join(f"{100 * share:.2f} % at keep {ratio}" for ratio, share in top1.items())
-    return f"; top-1 on the images held out of training {when}: {shares}"
+    return f"; top-1 on held-out images {when}: {shares}"
 
 
 def _parity(parity: Parity | None) -> str:
     if parity is None:
-        return "Not checked: exported without images."
+        return "Not verified."
     return (
-        f"Every graph was held against torch with the weights as stored: {parity}. Allowed of"
-        f" float32: {TOLERANCE:g}, the same patches, wherever the similarity"
-        f" margin at every cut exceeds {MARGIN:g} (the others are the near ties), and {TOLERANCE:g}"
-        " on all images once torch is made to keep the same patches. Allowed of other precisions:"
-        f" another class on {100 * (1 - AGREEMENT):.1f} % of images, as far as these can tell, or a"
-        f" mean cosine of {COSINE:g}.\n\n" + "\n".join(parity.format_table())
+        f"Every graph was compared with torch on the stored weights: {parity}. Limits in float32: a"
+        f" difference of {TOLERANCE:g} and the same patches, on images whose similarity gap exceeds"
+        f" {MARGIN:g} at every cut (the others are near ties), and {TOLERANCE:g} on all images with"
+        " equal sets. Limits in other precisions: the same class on"
+        f" {100 * AGREEMENT:.1f} % of images, as far as this number of images can show it, or a"
+        f" mean cosine of {COSINE:g}.\n\n" + "\n".join(parity.format_table()) + f"\n\n{LEGEND}"
     )
 
 

@@ -1,15 +1,15 @@
-"""The model as ONNX graphs: traced once, then in each form that a runtime wants.
+"""Convert the model to ONNX graphs: trace it once, then derive the form that each runtime needs.
 
-    trace     the network with token counts as an input, products in float16, attention unexpanded
-    elastic   the same in a precision, attention fused or in plain operators
-    static    an elastic graph with its counts constant
+    trace         token counts as an input, products in float16, attention as one operator
+    make_elastic  the same in a given precision, attention fused or in plain operators
+    make_static   an elastic graph with constant token counts
 
-Plain float32 is for ONNX Runtime on a CPU and for whoever reads ONNX; plain half for TensorRT,
-which fuses attention by itself; fused half for ONNX Runtime on a GPU, which has kernels for it.
-In half, norms, softmax, ranking, pooling and the head stay in float32.
+Plain float32 is for ONNX Runtime on a CPU and for other ONNX tools; plain half precision for
+TensorRT, which fuses attention itself; fused half precision for ONNX Runtime on a GPU, which has
+kernels for it. In half precision, norms, softmax, ranking, pooling and the head stay in float32.
 
-It knows the network and the graph format, nothing of tiers or accuracy. Until `bind`, the weights
-are plain inputs of a graph, so that no folding can touch them; after it they are references.
+Until `bind_weights`, the weights are inputs of the graph, so that constant folding cannot change
+them; afterwards they are references to the weights' file.
 """
 
 import logging
@@ -34,13 +34,13 @@ from pcae_training.model import Attention, Block, VisionTransformer
 from pcae_training.reduction import fixed_order, reduce_tokens
 
 OPSET = 20
-BFLOAT16_OPSET = 22  # the first whose convolution takes it
+BFLOAT16_OPSET = 22  # the first whose convolution supports bfloat16
 
 logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-# it warns that torchvision is missing, which nothing here uses
+# it warns that torchvision is missing, which is not used here
 
-_MODEL = "model."  # what `Elastic` puts before the weights' own names
-_ATTENTION = "pcae::Attention"  # in a traced graph alone
+_MODEL = "model."  # prefix that `Elastic` adds to the names of weights
+_ATTENTION = "pcae::Attention"  # occurs only in a traced graph
 
 Precision = Literal["float32", "float16", "bfloat16"]
 _TYPES: dict[Precision, ir.DataType] = {
@@ -51,12 +51,12 @@ _TYPES: dict[Precision, ir.DataType] = {
 
 
 class Elastic(nn.Module):
-    """A VisionTransformer whose token counts are an input: one graph for every budget."""
+    """A VisionTransformer whose token counts are an input: one graph for every keep ratio."""
 
     order: Tensor
 
     def __init__(self, model: VisionTransformer, preprocess: Preprocess) -> None:
-        """Only `torch.onnx.export` can run it: its attention is a name until it is expanded."""
+        """Wrap a model for `torch.onnx.export`, which alone can run its symbolic attention."""
         super().__init__()
         self.model, self.preprocess = to_half_products(model), preprocess
         if model.config.reduction == "random":
@@ -64,13 +64,13 @@ class Elastic(nn.Module):
             self.register_buffer("order", fixed_order(patches), persistent=False)
 
     def forward(self, pixels: Tensor, token_counts: Tensor) -> tuple[Tensor, ...]:
-        """Logits [N, classes] or features [N, D]; then per stage the patches left, int32 [N, m_i].
+        """Return logits [N, classes] or features [N, D], then per stage kept int32 [N, m_i].
 
-        pixels uint8 [N, H, W, 3]; token_counts int64 [stages]. Where a stage drops nothing, the
-        patches are only put in another order, which no block and no pooling can see.
+        pixels uint8 [N, H, W, 3]; token_counts int64 [stages]. A stage that drops nothing only
+        permutes the patches, to which blocks and pooling are invariant.
         """
         model = self.model
-        images = pixels.float().permute(0, 3, 1, 2)  # cast first: TensorRT transposes no uint8
+        images = pixels.float().permute(0, 3, 1, 2)  # cast first: TensorRT cannot transpose uint8
         tokens = model.tokens(model.embed(normalise(images, self.preprocess).half()))
         left = torch.tensor(tokens.patches)
         kept: list[Tensor] = []
@@ -81,9 +81,9 @@ class Elastic(nn.Module):
             tokens = tokens._replace(x=block(tokens.x, bias=tokens.attention_bias))
             if reduces:
                 count = token_counts[len(kept)]
-                dropped = left - count  # a tensor: as a number it would fix the graph to one case
-                m = _number(count, 2, tokens.patches)  # 2: torch's broadcasting asks; 1 runs too
-                some = _number(dropped.clamp(max=1), 0, 1)  # 0 where nothing is dropped
+                dropped = left - count  # a tensor: a number would specialise the graph to one case
+                m = _number(count, 2, tokens.patches)  # 2: for torch's broadcasting; 1 runs
+                some = _number(dropped.clamp(max=1), 0, 1)  # 0 if nothing is dropped
                 tokens = reduce_tokens(tokens, m, dropped, model.config.reduction, scores, some)
                 kept.append(tokens.position.int())
                 left = count
@@ -91,7 +91,7 @@ class Elastic(nn.Module):
 
 
 def _number(value: Tensor, low: int, high: int) -> int:
-    """A tensor's one number as a size, with the bounds that tracing needs to be told."""
+    """Return a one-element tensor as a size, with the bounds that tracing needs."""
     number = cast(int, value.item())
     torch._check(number >= low)  # type: ignore[no-untyped-call]
     torch._check(number <= high)  # type: ignore[no-untyped-call]
@@ -99,7 +99,7 @@ def _number(value: Tensor, low: int, high: int) -> int:
 
 
 def to_half_products(model: VisionTransformer) -> VisionTransformer:
-    """A copy whose products are in float16; norms, softmax, ranking and head stay in float32."""
+    """Return a copy with products in float16; norms, softmax, ranking and head stay in float32."""
     model = deepcopy(model)
     tops = [getattr(model, name, None) for name in ("norm", "fc_norm", "head", "head_dist")]
     top = {module for module in tops if module is not None}
@@ -122,10 +122,10 @@ class _Float32Norm(nn.LayerNorm):
 
 
 class _NamedAttention(Attention):
-    """Attention as one operator of our own, for `_plain` and `_fused` to expand."""
+    """Attention as one symbolic operator, which `_plain` and `_fused` expand."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # each [B, N, D], its heads side by side
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # each [B, N, D], heads concatenated
         mixed = torch.onnx.ops.symbolic(
             _ATTENTION,
             [q, k, v] if bias is None else [q, k, v, bias],
@@ -138,28 +138,28 @@ class _NamedAttention(Attention):
 
 
 def trace(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
-    """The network as a graph, which takes half a minute. The weights become inputs: see `bind`."""
+    """Trace the network (about 30 s for a ViT-B). Its weights become inputs: see `bind_weights`."""
     size, stages = model.config.image_size, len(model.config.reduction_points)
     example = (
         torch.zeros(2, size, size, model.config.channels, dtype=torch.uint8),
-        torch.tensor(model.config.geometry.counts(1), dtype=torch.int64),  # () is one, too
+        torch.tensor(model.config.geometry.counts(1), dtype=torch.int64),  # may be ()
     )
     answer = "logits" if model.config.classes else "features"
     with warnings.catch_warnings():
-        # torch.onnx 2.13 uses what torch.utils._pytree has deprecated
+        # torch.onnx 2.13 uses a deprecated part of torch.utils._pytree
         warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec", FutureWarning)
         program = torch.onnx.export(
             Elastic(model, preprocess).eval(),
             example,
             dynamo=True,
-            optimize=False,  # keeps every weight whole, under its own name
+            optimize=False,  # keeps every weight unchanged, under its own name
             opset_version=OPSET,
             verbose=False,
             input_names=["pixels", "token_counts"],
             output_names=[answer, *(f"kept_{i}" for i in range(stages))],
             dynamic_shapes={"pixels": {0: torch.export.Dim.DYNAMIC}, "token_counts": None},
         )
-    assert program is not None  # it is None only for dynamo=False
+    assert program is not None  # None only with dynamo=False
     traced: ir.Model = program.model
     graph = traced.graph
     for name, value in list(graph.initializers.items()):
@@ -179,7 +179,7 @@ def trace(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
 def make_elastic(
     traced: ir.Model, precision: Precision = "float32", fused: bool = False
 ) -> ir.Model:
-    """A traced graph in a precision, its attention in plain operators or as ONNX Runtime's own."""
+    """Return a traced graph in a precision, with attention in plain operators or fused."""
     model, dtype = traced.clone(), _TYPES[precision]
     _retype(model.graph, dtype)
     if dtype == ir.DataType.BFLOAT16:
@@ -198,14 +198,14 @@ def make_elastic(
 
 
 def _retype(graph: ir.Graph, dtype: ir.DataType) -> None:
-    """Everything that was traced in float16 in `dtype`; what then casts to what it is goes."""
+    """Change everything traced in float16 to `dtype`, and remove casts that became no-ops."""
     half = ir.DataType.FLOAT16
     if dtype == half:
         return
     for value in [*graph.inputs, *graph.initializers.values()]:
         assert value.const_value is None or value.dtype != half  # constants are traced in float32
         if value.dtype == half:
-            value.type = ir.TensorType(dtype)  # anew: copies of a graph share their types
+            value.type = ir.TensorType(dtype)  # a new object: copies of a graph share their types
     for node in list(graph):
         for value in node.outputs:
             if value.dtype == half:
@@ -221,7 +221,7 @@ def _retype(graph: ir.Graph, dtype: ir.DataType) -> None:
 
 
 def _plain(tape: ir.tape.Tape, attention: ir.Node, dtype: ir.DataType) -> ir.Value:
-    """softmax(q kᵀ / √d + bias) v in plain operators: the form that TensorRT fuses."""
+    """Build softmax(q kᵀ / √d + bias) v from plain operators, the form that TensorRT fuses."""
     q, k, v, *bias = attention.inputs
     heads = attention.attributes["num_heads"].as_int()
     size = attention.attributes["head_size"].as_int()
@@ -246,10 +246,10 @@ def _plain(tape: ir.tape.Tape, attention: ir.Node, dtype: ir.DataType) -> ir.Val
 
 
 def _fused(tape: ir.tape.Tape, attention: ir.Node, dtype: ir.DataType) -> ir.Value:
-    """The same as one MultiHeadAttention of ONNX Runtime's."""
+    """Build the same as one MultiHeadAttention operator of ONNX Runtime."""
     q, k, v, *bias = attention.inputs
     inputs = [q, k, v]
-    for added in bias:  # [1 or B, 1, 1, N], but the operator wants a row for every query
+    for added in bias:  # [1 or B, 1, 1, N]; the operator needs a row per query
         queries = tape.op("Shape", [q], {"start": 1, "end": 2})
         ones = tape.op("Constant", [], {"value": ir.tensor(np.array([1, 1]))})
         one = tape.op("Constant", [], {"value": ir.tensor(np.array([1]))})
@@ -265,7 +265,7 @@ def _scalar(value: float, dtype: ir.DataType) -> ir.TensorProtocol:
 
 
 def make_static(elastic: ir.Model, token_counts: Sequence[int]) -> ir.Model:
-    """A copy of an elastic graph (not yet bound) with its token counts constant."""
+    """Return a copy of an unbound elastic graph with constant token counts."""
     model = elastic.clone()
     counts = next(value for value in model.graph.inputs if value.name == "token_counts")
     model.graph.inputs.remove(counts)
@@ -277,7 +277,7 @@ def make_static(elastic: ir.Model, token_counts: Sequence[int]) -> ir.Model:
 
 
 def bind_weights(model: ir.Model, places: Mapping[str, Place]) -> ir.Model:
-    """A copy whose weights are float16 tensors inside WEIGHTS, cast to the type the graph takes."""
+    """Return a copy whose weights are float16 tensors in WEIGHTS, cast to the graph's types."""
     model = model.clone()
     graph, casts = model.graph, []
     for value in [value for value in graph.inputs if value.name in places]:
@@ -305,14 +305,14 @@ def bind_weights(model: ir.Model, places: Mapping[str, Place]) -> ir.Model:
 
 
 def save(model: ir.Model, file: Path, metadata: Mapping[str, str]) -> None:
-    """Write a bound graph beside its weights, saying `metadata` of itself, and have it checked."""
+    """Write a bound graph with its metadata next to its weights, and check it."""
     model.metadata_props.update(metadata)
     ir.save(model, file)
     onnx.checker.check_model(file)
 
 
 def _tidy(model: ir.Model) -> ir.Model:
-    """Fold constants, and drop what only a debugger reads: stack traces, shapes between nodes."""
+    """Fold constants, and remove debug data: stack traces and shapes between nodes."""
     model = optimizer.optimize(model)
     outputs = set(model.graph.outputs)
     model.metadata_props.clear()

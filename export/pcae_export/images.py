@@ -1,27 +1,28 @@
-"""Pixels to prove and to measure on: decoded image files, or made ones where none are at hand.
-
-It knows images and sizes, nothing of models or of labels.
-"""
+"""Pixels to verify and measure on: decoded image files, or generated images."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image
 
 from pcae_serve.engines.base import Pixels
 from pcae_training.data import LabelledImages
 
+#: What an option for images takes, for help texts.
+IMAGES_HELP = "class folders, a folder of images, parquet files or a hub name"
+
 
 def decode(images: LabelledImages, rows: Sequence[int]) -> Pixels:
-    """Image files to pixels [N, H, W, 3] uint8, by the way requests take."""
+    """Decode image files as a request is decoded; return pixels uint8 [N, H, W, 3]."""
     return np.stack([images[row][0].permute(1, 2, 0).numpy() for row in rows])
 
 
 def generate(count: int, size: int) -> Pixels:
-    """Cloudy colour images [count, size, size, 3] uint8, always the same ones.
+    """Return cloudy colour images uint8 [count, size, size, 3], the same on every call.
 
-    Noise at every scale from the whole image to a pixel, as photographs have it: no two patches
-    are equal. They show that graphs compute alike, and nothing of how good an answer is.
+    They contain noise at every scale from the whole image to one pixel, as photographs do, so no
+    two patches are equal. They show whether graphs compute the same, not how accurate they are.
     """
     draw = np.random.Generator(np.random.PCG64(0))
     whole = np.zeros((count, size, size, 3), np.float32)
@@ -35,3 +36,9 @@ def generate(count: int, size: int) -> Pixels:
                 image[..., channel] += np.asarray(smooth)
         side *= 2
     return (255 / (1 + np.exp(-2 * whole))).astype(np.uint8)
+
+
+def shuffle_rows(count: int) -> list[int]:
+    """Return row numbers 0 to count - 1 in a fixed random order: class folders are sorted."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return order

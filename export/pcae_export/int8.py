@@ -1,9 +1,8 @@
-"""An elastic graph whose linear layers multiply in int8, by ONNX Runtime's dynamic quantisation.
+"""Quantise an elastic graph's linear layers to int8, with ONNX Runtime's dynamic quantisation.
 
-Weights are scaled per channel, activations as they come. Only products with weights are quantised:
-attention, ranking, merging and the patch embedding stay in float32, since a ranking decides by
-differences that int8 cannot hold. The weights lie inside the file. It knows graphs and tensors,
-nothing of tiers.
+Weights have a scale per channel; activations get theirs at run time. Only products with weights are
+quantised: attention, ranking, merging and the patch embedding stay in float32, because a ranking
+depends on differences that int8 cannot represent. The weights are stored inside the graph's file.
 """
 
 import logging
@@ -17,21 +16,21 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxscript import optimizer
 from torch import Tensor
 
-#: No weight is larger than this, in bytes: folding transposes all of them.
+#: Size limit for constant folding, in bytes: no weight exceeds it, so all are transposed.
 _ALL_BYTES = 2**31 - 1
 
 
 def save(
     elastic: ir.Model, weights: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]
 ) -> None:
-    """Write the int8 form of a float32 elastic graph that is not yet bound; `weights` by name."""
+    """Write the int8 form of an unbound float32 elastic graph. weights: by name."""
     whole = elastic.clone()
     for value in [value for value in whole.graph.inputs if value.name in weights]:
         assert value.name is not None
         whole.graph.inputs.remove(value)
         value.const_value = ir.tensor(weights[value.name].float().numpy(), name=value.name)
         whole.graph.register_initializer(value)
-    whole = optimizer.optimize(  # transposed weights become weights: only those are quantised
+    whole = optimizer.optimize(  # folds transposed weights into constants: only those are quantised
         whole, input_size_limit=_ALL_BYTES, output_size_limit=_ALL_BYTES
     )
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".int8.") as scratch:
@@ -39,7 +38,9 @@ def save(
         ir.save(whole, float32, external_data="float32.weights")
         level = logging.getLogger().level
         try:
-            logging.getLogger().setLevel(logging.ERROR)  # it advises to preprocess: done above
+            logging.getLogger().setLevel(
+                logging.ERROR
+            )  # hides its advice to preprocess, which is done above
             quantize_dynamic(
                 float32,
                 file,

@@ -1,19 +1,17 @@
-"""What a tier is worth, through the served engine: image files in, answers judged.
+"""Measure each tier's quality with the engine that serves it.
 
-    labels at hand      top-1
-    none, but a head    how often the tier names the class that the same model names at k = 1.0
-    no head             how near its features are to those at k = 1.0
-
-It knows a bundle and images; it knows nothing of torch models or of graphs.
+with labels              top-1 accuracy
+a head, but no labels    share of images with the same class as the same model at k = 1.0
+no head                  mean cosine of the features to those at k = 1.0
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from pcae_export.images import decode
+from pcae_export.progress import Progress
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
 from pcae_serve.bundle.reader import Bundle
@@ -29,13 +27,13 @@ Quality = Accuracy | Agreement | Fidelity
 def measure_quality(
     bundle: Bundle, engine: Engine, images: LabelledImages, rows: Sequence[int], labelled: bool
 ) -> dict[str, Quality]:
-    """Tier name to what it is worth on the given rows of `images`.
+    """Return each tier's quality on the given rows of `images`, by tier name.
 
-    labelled: whether the images' labels are the bundle's.
+    labelled: whether to compare with the images' labels, which must be the bundle's.
     """
     whole = {} if labelled else {model: _whole(bundle, model) for model in bundle.manifest.models}
     total = {tier.name: 0.0 for tier in bundle.tiers}
-    with tqdm(total=len(rows), desc="measuring", unit="img", leave=False) as bar:
+    with Progress("measuring quality", len(rows), "images") as progress:
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
             pixels, labels = decode(images, batch), images.labels[batch].numpy()
@@ -49,26 +47,26 @@ def measure_quality(
                     total[tier.name] += int(same.sum())
                 else:
                     total[tier.name] += float(cosine(answers, best[tier.model]).sum())
-            bar.update(len(batch))
-    return _stated(bundle, total, len(rows), images.name, labelled)
+            progress.update(len(batch))
+    return _to_quality(bundle, total, len(rows), images.name, labelled)
 
 
 def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Cosine of rows [N, D] to rows: [N]."""
+    """Return the cosine [N] between rows [N, D] and the same rows of another array."""
     lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     found: NDArray[np.float32] = (one * other).sum(axis=1) / lengths
     return found
 
 
 def _whole(bundle: Bundle, model: str) -> Tier:
-    """The model at k = 1.0, whether or not the bundle has that tier."""
+    """Return a float32 tier of the model at k = 1.0, even if the bundle has none."""
     known = bundle.manifest.models[model]
     counts = (known.patches,) * len(known.reduction_points)
     some = next(tier for tier in bundle.tiers if tier.model == model)
     return some.model_copy(update={"token_counts": counts, "precision": "float32"})
 
 
-def _stated(
+def _to_quality(
     bundle: Bundle, total: Mapping[str, float], n: int, data_set: str, labelled: bool
 ) -> dict[str, Quality]:
     if labelled:

@@ -1,7 +1,4 @@
-"""Checkpoints to a sealed bundle (DESIGN section 3), written whole or not at all.
-
-It knows the bundle's files and their order of making; what the graphs are worth it asks a judge.
-"""
+"""Write a bundle from checkpoints: atomically, after its graphs have been verified and measured."""
 
 import json
 import os
@@ -20,10 +17,10 @@ import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
-from tqdm import tqdm
 
 from pcae_export import card, graph, int8, weights
 from pcae_export.measure import Quality
+from pcae_export.progress import Progress
 from pcae_export.verify import Parity
 from pcae_serve import atomic
 from pcae_serve.bundle.manifest import (
@@ -46,7 +43,7 @@ CARD = "README.md"
 
 Half = Literal["float16", "bfloat16"]
 
-#: The paper's five budgets (DESIGN section 3), tier name to keep ratio.
+#: The PCAE paper's five keep ratios, by tier name.
 DEFAULT_TIERS: Mapping[str, KeepRatio] = {
     "fast": 0.6, "brisk": 0.7, "balanced": 0.8, "careful": 0.9, "full": 1.0
 }  # fmt: skip
@@ -54,7 +51,7 @@ DEFAULT_TIERS: Mapping[str, KeepRatio] = {
 
 @dataclass(frozen=True)
 class TierSpec:
-    """A tier to be made of a model."""
+    """A tier to export from a model."""
 
     keep_ratio: KeepRatio
     precision: Literal["float32", "int8"] = "float32"
@@ -65,7 +62,7 @@ DEFAULT: Mapping[str, TierSpec] = {name: TierSpec(ratio) for name, ratio in DEFA
 
 @dataclass(frozen=True)
 class Part:
-    """A model of the bundle, and its tiers by name."""
+    """One of the bundle's models, and its tiers by name."""
 
     checkpoint: Checkpoint
     tiers: Mapping[str, TierSpec] = field(default_factory=lambda: DEFAULT)
@@ -76,16 +73,16 @@ class PackError(PcaeError):
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What a judge found of a draft; empty for bundles that only measure speed."""
+class Evaluation:
+    """What was measured on a draft; empty for bundles that only serve to measure speed."""
 
     quality: Mapping[str, Quality] = field(default_factory=dict)  # by tier
     parity: Mapping[str, Parity] = field(default_factory=dict)  # by model
 
 
-#: Sees the draft, whole but for quality and card, and its models with the weights as stored.
-#: What it raises keeps the bundle from being written.
-Judge = Callable[[Bundle, Mapping[str, Checkpoint]], Evidence]
+#: Verifies and measures a draft, which lacks only quality and card, and its models with the weights
+#: as stored. If it raises, no bundle is written.
+Evaluate = Callable[[Bundle, Mapping[str, Checkpoint]], Evaluation]
 
 
 def write_bundle(
@@ -94,22 +91,22 @@ def write_bundle(
     *,
     name: str | None = None,
     half: Half | None = None,
-    judge: Judge = lambda draft, stored: Evidence(),
+    evaluate: Evaluate = lambda draft, stored: Evaluation(),
     note: str = "",
     force: bool = False,
 ) -> Bundle:
-    """Export `parts` (by model id) and put the bundle at `out`.
+    """Export `parts` (by model id) to a bundle at `out`.
 
-    half: also write graphs for GPUs, in that type. Without a judge nothing is measured and no claim
-    is made: for benchmarks on random weights. Raises PackError where `out` exists (unless `force`,
-    and it is a bundle), a tier leaves no patch, or the parts do not fit together; and whatever the
-    judge raises. Then nothing is left behind.
+    half: precision of the graphs for GPUs; None writes none. Without `evaluate` nothing is verified
+    or measured, as for benchmarks on random weights. Raises PackError if `out` exists (unless it is
+    a bundle and `force` is set), a tier leaves no patch, or the parts cannot share a bundle; also
+    what `evaluate` raises. Nothing is left behind then.
     """
     out = out.absolute()
     check_output(out, force)
     planned = plan_tiers(parts)
     stored = {model_id: _stored(part.checkpoint) for model_id, part in parts.items()}
-    with _beside(out) as fresh:
+    with _temporary_folder(out) as fresh:
         for model_id, checkpoint in stored.items():
             folder = fresh / "models" / model_id
             folder.mkdir(parents=True)
@@ -121,9 +118,9 @@ def write_bundle(
             _graphs(name or out.name, checkpoint, tiers, half, folder)
         (fresh / CARD).write_text("")
         draft = _seal(fresh, name or out.name, stored, half, planned)
-        evidence = judge(draft, stored)
-        final = rank_tiers(planned, evidence.quality)
-        text = card.render(draft.manifest, final, stored, evidence.parity, note)
+        evaluation = evaluate(draft, stored)
+        final = rank_tiers(planned, evaluation.quality)
+        text = card.render(draft.manifest, final, stored, evaluation.parity, note)
         (fresh / CARD).write_text(text)
         _seal(fresh, name or out.name, stored, half, final)
         atomic.replace_folder(fresh, out)
@@ -131,19 +128,19 @@ def write_bundle(
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Raise PackError unless a bundle may be put at `out`."""
+    """Raise PackError if `out` exists, unless `force` is set and it is a bundle."""
     if not os.path.lexists(out):
         return
     if not force:
-        raise PackError(f"{out} exists: choose another place, or replace it with --force")
+        raise PackError(f"{out} exists: choose another folder, or replace it with --force")
     if out.is_symlink() or not (out / MANIFEST).is_file():
-        raise PackError(f"{out} exists and is no bundle: --force replaces only bundles")
+        raise PackError(f"{out} exists and is not a bundle: --force replaces only bundles")
 
 
 def plan_tiers(parts: Mapping[str, Part]) -> list[Tier]:
-    """Tiers without quality yet, by MACs from the cheapest.
+    """Return the tiers of all parts, the cheapest first, without quality.
 
-    Raises PackError where a tier cannot be, or the models cannot share a bundle.
+    Raises PackError if a tier is impossible, or the models cannot share a bundle.
     """
     checkpoints = {model_id: part.checkpoint for model_id, part in parts.items()}
     _check_together(checkpoints)
@@ -158,7 +155,7 @@ def plan_tiers(parts: Mapping[str, Part]) -> list[Tier]:
             if not counts and parse_keep_ratio(wanted.keep_ratio) < 1:
                 raise PackError(
                     f"tier {name!r}: model {model_id!r} has {config.depth} blocks and no reduction"
-                    " points to drop patches at: give --reduction-points"
+                    " points at which to drop patches: give --reduction-points"
                 )
             planned.append(
                 Tier(
@@ -174,7 +171,7 @@ def plan_tiers(parts: Mapping[str, Part]) -> list[Tier]:
 
 
 def _check_together(checkpoints: Mapping[str, Checkpoint]) -> None:
-    """Raise PackError unless one decoding and one list of labels serve all the models."""
+    """Raise PackError unless all models have the same input size, preprocessing and labels."""
     (first_id, first), *others = checkpoints.items()
     for checkpoint in checkpoints.values():
         size = checkpoint.preprocess.image_size
@@ -187,19 +184,20 @@ def _check_together(checkpoints: Mapping[str, Checkpoint]) -> None:
         both = f"models {first_id!r} and {model_id!r} cannot share a bundle"
         if checkpoint.labels != first.labels:
             raise PackError(
-                f"{both}: one has {len(first.labels)} labels, the other {len(checkpoint.labels)},"
-                " or other ones"
+                f"{both}: their labels differ ({len(first.labels)} and"
+                f" {len(checkpoint.labels)} classes)"
             )
         if not checkpoint.preprocess.same_pixels(first.preprocess):
-            raise PackError(f"{both}: they take images of other sizes, or resized in another way")
+            raise PackError(f"{both}: their image sizes or resizing differ")
         if not first.labels and checkpoint.model.config.width != first.model.config.width:
             raise PackError(f"{both}: their features have different widths")
 
 
 def rank_tiers(tiers: list[Tier], quality: Mapping[str, Quality]) -> list[Tier]:
-    """The same tiers, in their order, with their quality; dominated where a cheaper one is as good.
+    """Return the tiers in the same order with their quality, marking dominated ones.
 
-    What a tier agrees with is its own model: without labels, models are not compared.
+    A tier is dominated if a cheaper one is at least as good. Without labels only tiers of the same
+    model are compared, because agreement is with that model at keep ratio 1.
     """
     fields = {Accuracy: "accuracy", Agreement: "agreement", Fidelity: "fidelity"}
     ranked: list[Tier] = []
@@ -219,7 +217,7 @@ def rank_tiers(tiers: list[Tier], quality: Mapping[str, Quality]) -> list[Tier]:
 
 
 def _stored(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with its weights as they will be stored: rounded to float16."""
+    """Return the checkpoint with its weights rounded to float16, as they are stored."""
     half = weights.to_half(checkpoint.model.state_dict())
     stored = replace(checkpoint, model=deepcopy(checkpoint.model).eval())
     stored.model.load_state_dict({name: tensor.float() for name, tensor in half.items()})
@@ -229,26 +227,22 @@ def _stored(checkpoint: Checkpoint) -> Checkpoint:
 def _graphs(
     bundle: str, checkpoint: Checkpoint, tiers: list[Tier], half: Half | None, folder: Path
 ) -> None:
-    """Every graph of one model: elastic, static, and for GPUs fused and plain ones in half."""
+    """Write all graphs of one model: elastic, static, and for GPUs fused and plain ones in half."""
     model, preprocess = checkpoint.model, checkpoint.preprocess
     places = weights.read_places(folder / WEIGHTS)
     exact_tiers = [tier for tier in tiers if tier.precision == "float32"]
     kinds = 3 if half else 1
-    bar = tqdm(
-        total=2 + kinds * len(exact_tiers) + (len(tiers) > len(exact_tiers)),
-        desc="exporting graphs",
-        unit="graph",
-        leave=False,
-    )
+    total = 2 + kinds * len(exact_tiers) + (len(tiers) > len(exact_tiers))
+    progress = Progress("exporting graphs", total, "steps")
 
     def save(found: ir.Model, file: str, precision: str, tier: Tier | None = None) -> None:
         about = describe_graph(bundle, checkpoint, precision, tier)
         graph.save(graph.bind_weights(found, places), folder / file, about)
-        bar.update()
+        progress.update()
 
-    with bar:
+    with progress:
         traced = graph.trace(model, preprocess)
-        bar.update()
+        progress.update()
         elastic = graph.make_elastic(traced)
         save(elastic, ELASTIC_GRAPH, "float32")
         for tier in exact_tiers:
@@ -256,7 +250,7 @@ def _graphs(
         if len(tiers) > len(exact_tiers):
             about = describe_graph(bundle, checkpoint, "int8", None)
             int8.save(elastic, model.state_dict(), folder / INT8_GRAPH, about)
-            bar.update()
+            progress.update()
         if half is None:
             return
         for fused in (True, False):
@@ -269,9 +263,9 @@ def _graphs(
 def describe_graph(
     bundle: str, checkpoint: Checkpoint, precision: str, tier: Tier | None
 ) -> dict[str, str]:
-    """What a graph says of itself, so that a file found alone can be used. `tier`: if static."""
+    """Return a graph's metadata, enough to use its file alone. tier: None for an elastic graph."""
     config, preprocess = checkpoint.model.config, checkpoint.preprocess
-    said: dict[str, object] = {
+    entries: dict[str, object] = {
         "name": bundle,
         "producer": f"pcae-serve {__version__}",
         "precision": precision,
@@ -289,10 +283,10 @@ def describe_graph(
         "labels": checkpoint.labels,
     }
     if tier is not None:
-        said |= {"tier": tier.name, "keep_ratio": tier.keep_ratio, "macs": tier.macs}
+        entries |= {"tier": tier.name, "keep_ratio": tier.keep_ratio, "macs": tier.macs}
     return {
         f"pcae.{key}": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in said.items()
+        for key, value in entries.items()
     }
 
 
@@ -303,7 +297,7 @@ def _seal(
     half: Half | None,
     tiers: list[Tier],
 ) -> Bundle:
-    """Write the manifest over what lies in `root`, and read the bundle back as the server would."""
+    """Write the manifest of all files in `root`, and load the bundle as the server would."""
     files = sorted(file for file in root.rglob("*") if file.is_file() and file != root / MANIFEST)
     first = next(iter(stored.values()))
     manifest = Manifest(
@@ -317,7 +311,7 @@ def _seal(
             "python": platform.python_version(),
         },
         labels=tuple(first.labels),
-        models={model_id: _described(c, half) for model_id, c in stored.items()},
+        models={model_id: _describe_model(c, half) for model_id, c in stored.items()},
         tiers=tuple(tiers),
         files={file.relative_to(root).as_posix(): file_sha256(file) for file in files},
     )
@@ -325,7 +319,7 @@ def _seal(
     return load_bundle(root)
 
 
-def _described(checkpoint: Checkpoint, half: Half | None) -> Model:
+def _describe_model(checkpoint: Checkpoint, half: Half | None) -> Model:
     config = checkpoint.model.config
     return Model(
         image_size=config.image_size,
@@ -343,15 +337,15 @@ def _described(checkpoint: Checkpoint, half: Half | None) -> Model:
 
 
 @contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A fresh folder beside `out`, gone at the end unless it was moved to its place."""
+def _temporary_folder(out: Path) -> Iterator[Path]:
+    """Yield a new folder next to `out`, deleted at the end unless it was renamed."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise PackError(f"cannot write beside {out}: {error.strerror}") from None
+        raise PackError(f"cannot write next to {out}: {error.strerror}") from None
     try:
-        fresh.chmod(0o755)  # mkdtemp makes it the owner's alone
+        fresh.chmod(0o755)  # mkdtemp restricts it to the owner
         yield fresh
     except OSError as error:  # such as a full disk
         raise PackError(f"cannot write {out}: {error}") from None

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import CliPositionalArg, NoDecode
-from tqdm import tqdm
 
 from pcae_export import keep_ratios
 from pcae_export.keep_ratios import Suggestion
+from pcae_export.progress import Progress
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.base import Engine
@@ -140,6 +140,7 @@ class Profile(BaseModel):
                     "suggestion": None if suggested is None else asdict(suggested),
                 },
             )
+        print(f"serve it with: pcae-serve --bundle {self.bundle}")
 
     def _suggest(self, bundle: Bundle, engine: Engine, timed: Rounds, limit_s: float) -> Suggestion:
         """Suggest keep ratios and print them; from a sweep if the engine can run one."""
@@ -160,10 +161,13 @@ def take_turns(
 ) -> Rounds:
     """Run `latency_profile.take_turns` with a progress bar over the seconds."""
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
-    with tqdm(total=limit_s, desc="timing", bar_format=bar_format, leave=False) as bar:
+    with Progress("timing", limit_s, "s", bar_format) as bar:
+        shown_s = 0.0
 
         def progress(elapsed_s: float) -> None:
-            bar.update(min(elapsed_s, limit_s) - bar.n)
+            nonlocal shown_s
+            bar.update(min(elapsed_s, limit_s) - shown_s)
+            shown_s = min(elapsed_s, limit_s)
 
         return latency_profile.take_turns(
             engine,

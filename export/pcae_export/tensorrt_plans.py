@@ -22,9 +22,10 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_settings import CliPositionalArg
 from tqdm import tqdm
 
-from pcae_export import images
 from pcae_export.cpu_session import GraphError, run_graph
+from pcae_export.images import IMAGES_HELP, decode, generate
 from pcae_export.measure import cosine
+from pcae_export.progress import Progress
 from pcae_export.verify import AGREEMENT, COSINE
 from pcae_serve import atomic
 from pcae_serve.bundle.manifest import ELASTIC_GRAPH, Tier
@@ -32,7 +33,7 @@ from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines import plan_cache
 from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.engines.cuda_runtime import CudaError, Gpu, find_gpu
-from pcae_serve.engines.plan_cache import Key, Parity, Plan, Recipe
+from pcae_serve.engines.plan_cache import Key, Plan, PlanParity, Recipe
 from pcae_serve.engines.tensorrt import Library, Runner, load_library, to_output
 from pcae_serve.errors import PcaeError, StartError
 from pcae_serve.settings import MAX_BATCH, Settings
@@ -72,7 +73,9 @@ class TensorRt(BaseModel):
         3, ge=0, le=5, description="thoroughness of TensorRT's search: 0 is fast, 5 exhaustive"
     )
     workspace_mb: int = Field(4096, ge=1, description="GPU memory for kernels' workspace, in MB")
-    eval_data: str | None = Field(None, description="images to verify on (default: generated ones)")
+    eval_data: str | None = Field(
+        None, description=f"images: {IMAGES_HELP} (default: generated images)"
+    )
     eval_split: str = Field("test", description="split of --eval-data")
     parity_images: int = Field(256, ge=MIN_IMAGES, description="number of images to verify on")
     dry_run: bool = Field(
@@ -126,7 +129,7 @@ class TensorRt(BaseModel):
 
     def _pixels(self, bundle: Bundle) -> tuple[Pixels, str]:
         if self.eval_data is None:
-            return images.generate(self.parity_images, bundle.image_size), "generated images"
+            return generate(self.parity_images, bundle.image_size), "generated images"
         data = load(self.eval_data, self.eval_split, bundle.preprocess)
         if len(data) < self.parity_images:
             raise PlanError(
@@ -134,7 +137,7 @@ class TensorRt(BaseModel):
                 " provide more, or lower --parity-images"
             )
         rows = np.random.default_rng(0).permutation(len(data))[: self.parity_images]
-        return images.decode(data, rows.tolist()), data.name
+        return decode(data, rows.tolist()), data.name
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,9 @@ def build_plan(
     parser = trt.OnnxParser(network, library.messages)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(number).desc() for number in range(parser.num_errors)]
-        reason = "; ".join(error.strip().splitlines()[0] for error in errors) or library.why()
+        reason = (
+            "; ".join(error.strip().splitlines()[0] for error in errors) or library.last_error()
+        )
         raise PlanError(f"{where} cannot read {graph}: {reason}")
     pixels = network.get_input(0)
     least, best, largest = (
@@ -237,12 +242,12 @@ def build_plan(
     if timings:
         _read_timings(config, timings)
     start = time.perf_counter()
-    with tqdm(desc=f"building {tier.name}", leave=False) as bar:
-        monitor = _monitor(trt, bar)
+    with Progress(f"building the plan of tier {tier.name}", 0, "steps") as progress:
+        monitor = _monitor(trt, progress)
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise PlanError(f"{where} cannot build {graph}: {library.why()}")
+        raise PlanError(f"{where} cannot build {graph}: {library.last_error()}")
     seconds = time.perf_counter() - start
     if timings:
         atomic.write_file(timings, bytes(config.get_timing_cache().serialize()))
@@ -264,7 +269,7 @@ def verify_plan(
     built: Built,
     pixels: Pixels,
     data_set: str,
-) -> Parity:
+) -> PlanParity:
     """Run a plan as the server would, and compare it with ONNX Runtime's float32 outputs.
 
     Every batch size that the server uses runs, and every image of pixels [N, H, W, 3]. Raises
@@ -293,7 +298,7 @@ def verify_plan(
 
 def compare_outputs(
     bundle: Bundle, tier: Tier, found: Output, expected: Output, distinct: int, data_set: str
-) -> Parity:
+) -> PlanParity:
     """Compare outputs row by row. distinct: number of different images among the rows.
 
     Raises PlanError if they agree less than AGREEMENT (logits) or COSINE (features).
@@ -317,7 +322,7 @@ def compare_outputs(
             f" {distinct} images of {data_set}, below {least} (largest difference"
             f" {difference:.3g}): the plan is discarded"
         )
-    return Parity(
+    return PlanParity(
         images=distinct,
         data_set=data_set,
         measure=parity_measure,
@@ -371,7 +376,7 @@ def _locked(path: Path, tier: Tier) -> AbstractContextManager[object]:
         return lock.acquire()
 
 
-def _monitor(trt: Any, bar: "tqdm[Any]") -> Any:
+def _monitor(trt: Any, progress: Progress) -> Any:
     """Return an IProgressMonitor that updates a progress bar by the steps of the whole build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -382,12 +387,12 @@ def _monitor(trt: Any, bar: "tqdm[Any]") -> Any:
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             if parent is None:
                 self._whole = phase
-                bar.reset(steps)
-            bar.set_postfix_str(phase)
+                progress.reset(steps)
+            progress.describe(phase)
 
         def step_complete(self, phase: str, step: int) -> bool:
             if phase == self._whole:
-                bar.update()
+                progress.update()
             return True  # go on
 
         def phase_finish(self, phase: str) -> None:

@@ -25,10 +25,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom
-from tqdm import tqdm
 
 from pcae_export.cpu_session import GraphError, run_graph
 from pcae_export.measure import cosine
+from pcae_export.progress import Progress
 from pcae_export.torch_reference import Reference, run_torch
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle
@@ -145,30 +145,37 @@ def verify_model(bundle: Bundle, checkpoint: Checkpoint, pixels: Pixels, model: 
     tiers = [tier for tier in bundle.tiers if tier.model == model]
     graphs = [(tier, *graph) for tier in tiers for graph in _graphs(bundle, tier)]
     references: dict[tuple[int, ...], Reference] = {}
-    rows, not_run = [], dict[str, None]()
-    for tier, graph, precision, file in tqdm(graphs, desc="verifying", unit="graph", leave=False):
-        counts = tier.token_counts
-        if precision == "bfloat16":
-            not_run["bfloat16 graphs: ONNX Runtime has no kernels for them on a CPU"] = None
-            continue
-        if counts not in references:
-            references[counts] = run_torch(checkpoint, pixels, counts)
-        expected = references[counts]
-        near = int((expected.margin <= MARGIN).sum())
-        if precision == "float32" and near > MAX_NEAR_TIES * len(pixels):
-            raise ParityError(
-                f"tier {tier.name!r}: {near} of {len(pixels)} images are near ties, which show"
-                " nothing about parity: use other images"
-            )
-        where = f"tier {tier.name!r}, {graph} graph"
-        try:
-            found = run_graph(file, pixels, counts if graph == "elastic" else None, BATCHES)
-        except GraphError as error:
-            raise ParityError(f"{where}: {error}") from None
-        row = compare_outputs(found, expected, checkpoint, pixels, tier.name, graph, precision)
-        check_parity(row, found, expected, checkpoint.model.config.reduction, where)
-        rows.append(row)
+    rows, not_run = list[Compared](), dict[str, None]()
+    with Progress("verifying", len(graphs), "graphs") as progress:
+        for tier, graph, precision, file in graphs:
+            if precision == "bfloat16":
+                not_run["bfloat16 graphs: ONNX Runtime has no kernels for them on a CPU"] = None
+                continue
+            counts = tier.token_counts
+            if counts not in references:
+                references[counts] = run_torch(checkpoint, pixels, counts)
+            expected, where = references[counts], f"tier {tier.name!r}, {graph} graph"
+            if precision == "float32":
+                _check_margins(expected, tier.name)
+            try:
+                found = run_graph(file, pixels, counts if graph == "elastic" else None, BATCHES)
+            except GraphError as error:
+                raise ParityError(f"{where}: {error}") from None
+            row = compare_outputs(found, expected, checkpoint, pixels, tier.name, graph, precision)
+            check_parity(row, found, expected, checkpoint.model.config.reduction, where)
+            rows.append(row)
+            progress.update()
     return Parity(len(pixels), tuple(rows), tuple(not_run))
+
+
+def _check_margins(expected: Reference, tier: str) -> None:
+    """Raise ParityError if too many images are near ties to show anything about parity."""
+    images, near = len(expected.margin), int((expected.margin <= MARGIN).sum())
+    if near > MAX_NEAR_TIES * images:
+        raise ParityError(
+            f"tier {tier!r}: {near} of {images} images are near ties, which show nothing about"
+            " parity: use other images"
+        )
 
 
 def _graphs(bundle: Bundle, tier: Tier) -> Iterator[tuple[str, Precision, Path]]:

@@ -1,7 +1,4 @@
-"""The weights on disk: float16, once, as a safetensors file whose bytes the graphs point into.
-
-It knows tensors and where they lie; it knows nothing of networks or of graphs.
-"""
+"""Store the weights once, as float16 safetensors; graphs refer to byte ranges of that file."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +17,7 @@ class WeightsError(PcaeError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor lies in the file, in bytes."""
+    """The byte range of one tensor in the file."""
 
     offset: int
     length: int
@@ -28,24 +25,24 @@ class Place:
 
 
 def to_half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as they will be stored. Raises WeightsError where float16 cannot hold a value."""
+    """Round weights to float16. Raises WeightsError if a value overflows."""
     stored = {name: tensor.to(torch.float16).contiguous() for name, tensor in weights.items()}
     for name, tensor in stored.items():
         if not tensor.isfinite().all():
             raise WeightsError(
-                f"{name} has values that float16 cannot hold (largest"
-                f" {weights[name].abs().max():.3g}): the checkpoint is damaged or has diverged"
+                f"{name} has values beyond the range of float16 (largest"
+                f" {weights[name].abs().max():.3g}): the checkpoint is damaged or training diverged"
             )
     return stored
 
 
 def write(stored: dict[str, Tensor], file: Path) -> None:
-    """Write float16 tensors as safetensors, readable by all (save_file makes it the owner's)."""
+    """Write tensors as safetensors, with the usual permissions (save_file restricts them)."""
     file.write_bytes(save(stored, metadata={"format": "pt"}))
 
 
 def read_places(file: Path) -> dict[str, Place]:
-    """Where each tensor of a safetensors file begins: 8 bytes of header length, header, tensors."""
+    """Return each tensor's byte range: 8 bytes of header length, the header, then the tensors."""
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(header_bytes))

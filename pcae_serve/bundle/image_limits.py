@@ -1,8 +1,7 @@
-"""What an image file says of itself, told before a decoder is let at it.
+"""Check an image file's type and layout before it is decoded.
 
-It knows how files are laid out, nothing of pixels. Every limit stands against a file that would
-hold a decoder for seconds or fill memory, as measured in benchmarks/records/2026-11-24_input; what
-cameras and programs write stays far below each of them.
+Each limit rejects files that would occupy a decoder for seconds or fill memory, as measured in
+benchmarks/records/2026-11-24_input. Files of cameras and common programs stay far below all limits.
 """
 
 import io
@@ -11,8 +10,8 @@ import struct
 
 from pcae_serve.errors import TooLarge, UnreadableImage, UnsupportedType
 
-#: How a file of each type that is read begins, by the name that Pillow has for it. What begins so
-#: and cannot be opened is damaged; what begins otherwise is of another type.
+#: Magic bytes of each supported type, by Pillow's name for it. A file that matches but cannot be
+#: opened is damaged; a file that matches none is of an unsupported type.
 MAGIC = {
     "JPEG": re.compile(rb"\xff\xd8\xff"),
     "PNG": re.compile(rb"\x89PNG"),
@@ -22,31 +21,30 @@ MAGIC = {
     "TIFF": re.compile(rb"II\*\0|MM\0\*"),
 }
 
-#: Pixels of a side. A row costs memory beside its pixels: 50,000,000 rows of one pixel take 1 GB.
+#: Pixels per side. A row costs memory besides its pixels: 50,000,000 rows of one pixel take 1 GB.
 MAX_SIDE = 100_000
 
-#: Scans of a JPEG. Each goes over the whole image, for as little as 100 bytes; programs write 10
-#: to 18.
+#: Scans of a JPEG. A scan of 100 bytes can cover the whole image; programs write 10 to 18 scans.
 MAX_SCANS = 32
 
-#: Segments of a JPEG, for one whose scans must be counted.
+#: Segments of a JPEG whose scans must be counted.
 MAX_SEGMENTS = 10_000
 
-#: Strips or tiles of a TIFF: Pillow makes an object for each.
+#: Strips or tiles of a TIFF: Pillow creates an object for each.
 MAX_PARTS = 65_536
 
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # but not the restarts inside a scan
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # without the restarts inside a scan
 _TEM, _SOI, _EOI, _SOS = 0x01, 0xD8, 0xD9, 0xDA
 _TILE_WIDTH, _TILE_LENGTH, _STRIP_OFFSETS, _TILE_OFFSETS = 322, 323, 273, 324
 _SHORT, _LONG = 3, 4
 
 
 class BoundedReader(io.BytesIO):
-    """A file in memory that ends the loops of Pillow's parsers, which run in Python.
+    """A file in memory that limits the number of reads.
 
-    A parser reads some bytes at a time: a header of millions of empty parts would keep it, and
-    the interpreter's lock, for seconds. What programs write needs a read in 128 bytes at most, by
-    comments of a GIF; the first 10,000 are free.
+    Pillow's parsers are loops in Python that read a few bytes at a time: a header of millions of
+    empty parts would hold the interpreter's lock for seconds. Files of common programs need at most
+    one read per 128 bytes (comments in a GIF). The limit is that plus 10,000.
     """
 
     def __init__(self, body: bytes) -> None:
@@ -56,19 +54,21 @@ class BoundedReader(io.BytesIO):
     def read(self, size: int | None = -1, /) -> bytes:
         self._reads_left -= 1
         if self._reads_left < 0:
-            raise OSError("it is made of too many parts")
+            raise OSError("the file has too many parts")
         return super().read(size)
 
 
 def check_header(body: bytes, max_pixels: int) -> str:
-    """The type of an image file, by its first bytes and as Pillow names it.
+    """Return the type of an image file by its magic bytes, as Pillow names it.
 
-    Raises UnsupportedType where it is none in MAGIC; UnreadableImage or TooLarge where its layout
-    is beyond a limit.
+    Raises UnsupportedType if it is not in MAGIC, and UnreadableImage or TooLarge if its layout
+    exceeds a limit.
     """
     kind = next((name for name, magic in MAGIC.items() if magic.match(body)), None)
     if kind is None:
-        raise UnsupportedType(f"the body is none of {', '.join(MAGIC)} (told by its first bytes)")
+        raise UnsupportedType(
+            f"unknown image type: the body starts like none of {', '.join(MAGIC)}"
+        )
     try:
         if kind == "JPEG":
             _check_jpeg(body)
@@ -82,7 +82,7 @@ def check_header(body: bytes, max_pixels: int) -> str:
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raises TooLarge for an image that is not to be decoded."""
+    """Raise TooLarge if an image has too many pixels to decode."""
     if width * height > max_pixels:
         raise TooLarge(
             f"the image has {width} x {height} pixels, over the limit of {max_pixels:,}:"
@@ -90,13 +90,13 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         )
     if max(width, height) > MAX_SIDE:
         raise TooLarge(
-            f"the image has {width} x {height} pixels, over the limit of {MAX_SIDE:,} a side:"
-            " cut it up"
+            f"the image has {width} x {height} pixels, over the limit of {MAX_SIDE:,} per side:"
+            " split it"
         )
 
 
 def _check_jpeg(body: bytes) -> None:
-    """The scans are counted as libjpeg finds them: data of other kinds may hold the same bytes."""
+    """Count scans as libjpeg finds them, as other data may contain the same bytes."""
     if body.count(bytes([0xFF, _SOS])) <= MAX_SCANS:
         return
     at = scans = 0
@@ -107,15 +107,15 @@ def _check_jpeg(body: bytes) -> None:
         at, scans = found.end(), scans + (marker == _SOS)
         if scans > MAX_SCANS:
             break
-        if marker not in (_TEM, _SOI):  # all others say how long they are
+        if marker not in (_TEM, _SOI):  # all other segments start with their length
             at += int.from_bytes(body[at : at + 2])
     raise UnreadableImage(
-        f"the JPEG has more than {MAX_SCANS} scans, or {MAX_SEGMENTS:,} segments: save it anew"
+        f"the JPEG has more than {MAX_SCANS} scans or {MAX_SEGMENTS:,} segments: save it again"
     )
 
 
 def _check_png(body: bytes) -> None:
-    """One colour profile, as the standard has it: Pillow inflates each, to up to 1 MB."""
+    """Allow one colour profile, as the standard does: Pillow inflates each, to up to 1 MB."""
     if body.count(b"iCCP") < 2:
         return
     at, profiles = 8, 0
@@ -123,12 +123,12 @@ def _check_png(body: bytes) -> None:
         length, kind = struct.unpack_from(">I4s", body, at)
         profiles += kind == b"iCCP"
         if profiles > 1:
-            raise UnreadableImage("the PNG has more than one colour profile: save it anew")
+            raise UnreadableImage("the PNG has more than one colour profile: save it again")
         at += 12 + length
 
 
 def _check_tiff(body: bytes, max_pixels: int) -> None:
-    """A tile is decoded whole, however little of it the image shows."""
+    """Check strips and tiles: a tile is decoded whole, even if the image uses little of it."""
     order = "<" if body.startswith(b"II") else ">"
     (at,) = struct.unpack_from(order + "I", body, 4)
     (entries,) = struct.unpack_from(order + "H", body, at)
@@ -142,10 +142,10 @@ def _check_tiff(body: bytes, max_pixels: int) -> None:
             )
         if tag in sides:
             if count != 1 or kind not in (_SHORT, _LONG):
-                raise UnreadableImage("the TIFF says nothing sensible of its tiles' size")
+                raise UnreadableImage("the TIFF has an invalid tile size")
             format_ = order + ("H" if kind == _SHORT else "I")
             (side,) = struct.unpack_from(format_, body, start + 8)
-            sides[tag] = max(sides[tag], side)  # of a tag given twice, readers take either
+            sides[tag] = max(sides[tag], side)  # if a tag occurs twice, readers may use either
     width, length = sides.values()
     if width * length > max_pixels:
         raise TooLarge(

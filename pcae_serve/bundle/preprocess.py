@@ -1,16 +1,15 @@
-"""Image bytes to the uint8 pixels a model takes: one path for serving, export and evaluation.
+"""Decode image bytes to a model's uint8 pixels, in the same way for serving, export and evaluation.
 
-It knows image files and sizes, nothing of models: scaling and normalising happen inside the graph.
+Scaling to [0, 1] and normalising happen inside the graph. Every image is converted to 8-bit RGB as
+by `Image.convert("RGB")`, which torchvision, timm and Hugging Face's processors use too, except
+where that would destroy the picture:
 
-Any image becomes 8-bit RGB by one rule, that of `Image.convert("RGB")`, which torchvision, timm and
-Hugging Face's processors follow too, but where it would lose the picture:
-
-- transparency is dropped: a pixel has the colour that lies under it, no background is put there;
-- grey becomes three equal channels, a palette its colours, CMYK and YCbCr their plain formulas
-  (in a JPEG, CMYK is inverted, as Adobe writes it); colour profiles are not applied;
-- samples of 16 bits keep the high 8, those of 12 bits in a TIFF too (Pillow alone would clip grey);
-- 32-bit and signed 16-bit grey, floats and Lab are refused: they name no range for black and white;
-- of several frames, pages or pictures the first counts.
+- transparency is dropped: a pixel keeps its own colour, and no background is blended in;
+- grey becomes three equal channels, a palette its colours, CMYK and YCbCr are converted by their
+  plain formulas (in a JPEG, CMYK is inverted, as Adobe writes it); colour profiles are not applied;
+- 16-bit samples keep their high 8 bits, as do 12-bit samples of a TIFF (Pillow would clip grey);
+- 32-bit and signed 16-bit grey, floats and Lab are rejected: their black and white are undefined;
+- of several frames, pages or pictures, the first is used.
 """
 
 import contextlib
@@ -27,30 +26,31 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pcae_serve.bundle import image_limits
 from pcae_serve.errors import TooLarge, UnreadableImage, UnsupportedType, one_line
 
-# Pillow warns of damage that it can do without. Each text is printed once and then remembered for
-# ever, and clients choose what it says: they could fill the log and the memory.
+# Pillow warns about harmless damage. Python remembers each distinct warning text, and clients
+# determine these texts, so they could fill the log and memory.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # an error of a file is its client's to know
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # errors of a file are returned to its client
 
-#: Pixels an image may have before it is decoded; four times a 12-megapixel photograph.
+#: Maximum pixels of an image, checked before decoding: four times a 12-megapixel photograph.
 MAX_PIXELS = 50_000_000
 
-#: A JPEG is decoded at 1/2, 1/4 or 1/8 where its shorter side stays this many times `resize`.
+#: A JPEG is decoded at scale 1/2, 1/4 or 1/8 if its shorter side stays at least this many times
+#: `resize`.
 REDUCED = 2
 
-#: Modes that the rule above covers beside 16-bit grey.
+#: Pillow's modes that the rule above covers, in addition to 16-bit grey.
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags and a value
 
 
 class _Turn(NamedTuple):
-    """How an image is made upright, and where the edges go that may be padded."""
+    """How an image is turned upright, and which edges the decoder's padding moves to."""
 
     method: Image.Transpose
-    on_its_side: bool  # width and height change places
-    right_is_left: bool  # the upright image's left edge is what was decoded last of a row
-    bottom_is_top: bool  # the upright image's upper edge, likewise of a column
+    on_its_side: bool  # width and height are swapped
+    right_is_left: bool  # the decoded image's right edge becomes the upright image's left edge
+    bottom_is_top: bool  # its bottom edge becomes the top edge
 
 
 #: By EXIF orientation.
@@ -69,20 +69,20 @@ class Picture(NamedTuple):
     """An upright RGB image, which may have been decoded at a reduced scale."""
 
     image: Image.Image
-    size: tuple[int, int]  # the file's own, upright
-    box: tuple[float, float, float, float]  # what the picture takes of `image`: the rest is padding
+    size: tuple[int, int]  # of the file, upright
+    box: tuple[float, float, float, float]  # part of `image` with the picture; the rest is padding
 
     @classmethod
     def whole(cls, image: Image.Image) -> "Picture":
-        """Decoded at full scale."""
+        """Return an image that was decoded at full scale."""
         return cls(image, image.size, (0, 0, *image.size))
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize the shorter side, crop the centre; mean and std per channel, of values in [0, 1].
+    """Resizes the shorter side and crops the centre. mean, std: per channel, of values in [0, 1].
 
-    squash: resize both sides to image_size instead, as Hugging Face's ViTs were trained.
+    squash: resize both sides to image_size instead, as for Hugging Face's ViTs.
     """
 
     image_size: int
@@ -96,20 +96,20 @@ class Preprocess:
         if not 0 < self.image_size <= self.resize:
             raise ValueError(f"cannot crop {self.image_size} pixels out of {self.resize}")
         if self.squash and self.image_size != self.resize:
-            raise ValueError("what is squashed to its size is not cropped")
+            raise ValueError("squash requires resize to equal image_size")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Preprocess":
         """Read a Hugging Face preprocessor_config.json.
 
-        Raises KeyError where a field is missing, ValueError for what is not supported.
+        Raises KeyError if a field is missing, and ValueError if a value is not supported.
         """
         size = config["size"]
         squash = "shortest_edge" not in size and not config.get("do_center_crop", False)
         side = size["shortest_edge"] if "shortest_edge" in size else size["height"]
         crop = size if squash else config.get("crop_size", {"height": side, "width": side})
         if crop["height"] != crop["width"]:
-            raise ValueError("images that are not square are not supported")
+            raise ValueError("only square image sizes are supported")
         if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
             raise ValueError(f"rescale_factor must be 1/255, not {config['rescale_factor']}")
         plain = not config.get("do_normalize", True)
@@ -123,7 +123,7 @@ class Preprocess:
         )
 
     def to_config(self) -> dict[str, Any]:
-        """The same as a Hugging Face preprocessor_config.json."""
+        """Return the content of a Hugging Face preprocessor_config.json."""
         return {
             "image_processor_type": "ViTImageProcessor",
             "do_convert_rgb": True,
@@ -142,24 +142,24 @@ class Preprocess:
         }
 
     def same_pixels(self, other: "Preprocess") -> bool:
-        """Whether both make the same pixels; mean and std come later, inside the graph."""
+        """Return whether both produce the same pixels. mean and std apply inside the graph."""
         return replace(self, mean=other.mean, std=other.std) == other
 
     def __call__(self, body: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-        """An image file's bytes to pixels [H, W, 3], H = W = image_size.
+        """Decode an image file to pixels uint8 [H, W, 3], H = W = image_size.
 
         A JPEG at least 2 * REDUCED times as large as `resize` is decoded at a reduced scale. In
-        photographs, at most one value in 1,000 then differs by more than 5 of 255, none was seen
-        to by more than 11, and the mean is 0.7 at most; lines two pixels apart, the worst there
-        is, differ by up to 32 (benchmarks/records/2026-11-24_input).
+        photographs, at most one value in 1,000 then differs by more than 5 of 255, the largest
+        observed difference is 11, and the mean is at most 0.7; for lines two pixels apart, the
+        worst case, values differ by up to 32 (benchmarks/records/2026-11-24_input).
         """
         return self.crop(read_picture(body, max_pixels, REDUCED * self.resize))
 
     def crop(self, image: "Image.Image | Picture") -> NDArray[np.uint8]:
-        """An RGB image to pixels [H, W, 3]: shorter side to `resize`, then the centre.
+        """Resize an RGB image's shorter side to `resize` and crop the centre: uint8 [H, W, 3].
 
-        Only the centre is ever made: whole, a strip would grow beyond any memory. What is cut is
-        told by the file's own size, so that the scale of decoding moves nothing.
+        Only the centre is resized, as a long strip would exceed any memory. The crop is computed
+        from the file's own size, so it does not depend on the scale of decoding.
         """
         picture = Picture.whole(image) if isinstance(image, Image.Image) else image
         image, size, (left, top, right, bottom) = picture
@@ -167,7 +167,7 @@ class Preprocess:
         if self.squash:
             return np.asarray(image.resize(sides, self.resample, picture.box), dtype=np.uint8)
         short = min(size)
-        resized = [s * self.resize // short for s in size]  # rounded down, as torchvision
+        resized = [s * self.resize // short for s in size]  # rounded down, as in torchvision
         x, y = ((side - self.image_size) // 2 for side in resized)
         centre = (x, y, x + self.image_size, y + self.image_size)
         if short == self.resize:
@@ -183,18 +183,18 @@ class Preprocess:
 
 
 def decode_image(body: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An image file's bytes to an upright RGB image, as large as the file. Raises as `read`."""
+    """Decode an image file to an upright RGB image at full size. Raises like `read_picture`."""
     return read_picture(body, max_pixels).image
 
 
 def read_picture(body: bytes, max_pixels: int = MAX_PIXELS, short: int | None = None) -> Picture:
-    """An image file's bytes to an upright RGB image, of which `short` pixels a side may do.
+    """Decode an image file to an upright RGB image.
 
-    Raises UnreadableImage (empty, truncated, damaged), UnsupportedType (no type in
-    image_limits.MAGIC, or samples without a range) or TooLarge (read from the header, before any
-    pixel is decoded).
-    Pillow's own limit, about 179 million pixels, stays in force above `max_pixels`, and is the one
-    up to which a GIF's header may take memory, a byte a pixel.
+    short: number of pixels that the shorter side needs; a JPEG may be decoded at a reduced scale
+    that keeps them. Raises UnreadableImage (empty, truncated, damaged), UnsupportedType (a type not
+    in image_limits.MAGIC, or samples without a defined range) or TooLarge (from the header, before
+    any pixel is decoded). Pillow's own limit of about 179 million pixels remains in force above
+    `max_pixels`; up to it, a GIF's header may allocate one byte per pixel.
     """
     if not body:
         raise UnreadableImage("the request body is empty: send the image file's bytes")
@@ -205,10 +205,10 @@ def read_picture(body: bytes, max_pixels: int = MAX_PIXELS, short: int | None = 
         raise UnreadableImage("the image's header is truncated or damaged") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # -W error raises both
         raise TooLarge(f"the image has more than {max_pixels:,} pixels: scale it down") from None
-    except MemoryError:  # it may be a good image
+    except MemoryError:  # the image may be valid
         raise
-    except Exception as error:  # Pillow's parsers raise many kinds on hostile headers
-        raise UnreadableImage(f"the image cannot be read: {one_line(error)}") from None
+    except Exception as error:  # Pillow's parsers raise many types on hostile headers
+        raise UnreadableImage(f"cannot read the image: {one_line(error)}") from None
     image_limits.check_size(*image.size, max_pixels)
     _check_samples(image)
     try:
@@ -222,29 +222,29 @@ def read_picture(body: bytes, max_pixels: int = MAX_PIXELS, short: int | None = 
 
 
 def _check_samples(image: Image.Image) -> None:
-    """Raises UnsupportedType for an image that has no one reading as 8-bit RGB."""
+    """Raise UnsupportedType if an image's conversion to 8-bit RGB is not defined."""
     if image.mode not in _MODES and not image.mode.startswith("I;16"):
         raise UnsupportedType(
-            f"the {image.format} image's samples (Pillow calls them {image.mode}) have no agreed"
-            " range: save it with 8 or 16 bits, unsigned"
+            f"the {image.format} image's samples (Pillow mode {image.mode}) have no defined range:"
+            " save it with 8 or 16 unsigned bits per sample"
         )
     if image.format == "BMP" and image.info.get("compression") in (1, 2):
         # Pillow decodes these byte by byte in Python: 100 bytes can take seconds
-        raise UnsupportedType("run-length BMPs are not read: save it uncompressed, or as PNG")
+        raise UnsupportedType("run-length encoded BMP: save it uncompressed, or as PNG")
 
 
 def _picture(image: Image.Image, short: int | None) -> Picture:
-    """Decoded, made RGB and turned, with the place of the picture in it.
+    """Decode an image, convert it to RGB and turn it upright.
 
-    A side that the scale does not divide ends in a pixel that the picture fills in part.
+    If the scale does not divide a side, the picture covers the side's last pixel only in part.
     """
     size = image.size
-    reduced = image.draft(None, (short, short)) if short else None  # None where it is no JPEG
+    reduced = image.draft(None, (short, short)) if short else None  # None unless it is a JPEG
     image.load()
     width, height = reduced[1][2:] if reduced else image.size
     turn, upright = _turn(image), _rgb(image)
     if upright is not image:
-        image.close()  # lets its pixels go before they are turned
+        image.close()  # frees its pixels before the turn allocates more
     if turn is None:
         return Picture(upright, size, (0, 0, width, height))
     upright = upright.transpose(turn.method)
@@ -256,14 +256,14 @@ def _picture(image: Image.Image, short: int | None) -> Picture:
 
 
 def _turn(image: Image.Image) -> _Turn | None:
-    """As its EXIF orientation says; a broken tag is no reason to refuse good pixels."""
+    """Return the turn for the EXIF orientation; a broken tag is ignored."""
     with contextlib.suppress(Exception):
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode of the rule to RGB."""
+    """Convert any supported mode to RGB."""
     if image.mode == "RGB":
         return image  # convert would copy it
     if image.mode.startswith("I;16"):
@@ -273,5 +273,5 @@ def _rgb(image: Image.Image) -> Image.Image:
         if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
             high = 255 - high
         return Image.fromarray(high).convert("RGB")
-    image.info.pop("transparency", None)  # Pillow would warn that RGB cannot hold a palette's
+    image.info.pop("transparency", None)  # else Pillow warns that RGB cannot hold a palette's
     return image.convert("RGB")

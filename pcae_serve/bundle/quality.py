@@ -1,6 +1,6 @@
-"""How good a tier is, as the exporter measured it: what stands in a bundle and under /tiers.
+"""The measured quality of a tier, as stored in a bundle and returned by /tiers.
 
-It knows figures and where they come from, neither files nor images: clients read it too, and light.
+Clients import this module, so it needs only pydantic.
 """
 
 from math import sqrt
@@ -17,7 +17,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Accuracy(FrozenModel):
-    """Top-1 on labelled images, measured through the exported graph."""
+    """Top-1 accuracy on labelled images, measured with the exported graph."""
 
     top1: Share
     n: Annotated[int, Field(ge=1)]
@@ -26,7 +26,7 @@ class Accuracy(FrozenModel):
 
 
 class Agreement(FrozenModel):
-    """Share of images where the tier's top-1 is that of k = 1.0, where no labels were at hand."""
+    """Share of images with the same top-1 class as at k = 1.0; used without labels."""
 
     share: Share
     n: Annotated[int, Field(ge=1)]
@@ -34,7 +34,7 @@ class Agreement(FrozenModel):
 
 
 class Fidelity(FrozenModel):
-    """Mean cosine of the tier's features to those of k = 1.0, where there is no head to agree."""
+    """Mean cosine of the tier's features to those at k = 1.0; used without a head."""
 
     cosine: Annotated[float, Field(ge=-1, le=1)]
     n: Annotated[int, Field(ge=1)]

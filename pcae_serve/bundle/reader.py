@@ -24,15 +24,18 @@ class Bundle:
 
     root: Path
     manifest: Manifest
-    digest: str  # sha256 of bundle.json, and so of everything in it
+    digest: str  # SHA-256 of bundle.json, which contains those of all other files
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
-        """By MACs, the cheapest first."""
+        """Return the tiers, the cheapest first."""
         return self.manifest.tiers
 
     def allowed_tiers(self, tier: str = "auto", min_tier: str | None = None) -> tuple[int, ...]:
-        """Tiers that may answer, cheapest first. Raises InvalidParameter for an unknown name."""
+        """Return indices of the tiers that a request allows, the cheapest first.
+
+        Raises InvalidParameter if a name is unknown, or `tier` is below `min_tier`.
+        """
         names = [t.name for t in self.tiers]
         known = {"tier": (*names, "auto"), "min_tier": (*names, None)}
         for parameter, name in (("tier", tier), ("min_tier", min_tier)):
@@ -60,31 +63,32 @@ class Bundle:
 
     @property
     def answers(self) -> Literal["logits", "features"]:
-        """What its models say of an image."""
+        """Return what the models compute."""
         return next(iter(self.manifest.models.values())).answers
 
     @property
     def width(self) -> int:
-        """Numbers in an answer: one a label, or the features'."""
+        """Return the length of an output vector: the number of labels, or of features."""
         return len(self.labels) or next(iter(self.manifest.models.values())).width
 
     def file(self, model: str, name: str) -> Path:
-        """Path of one of a model's files."""
+        """Return the path of one of a model's files."""
         return self.root / "models" / model / name
 
     @cached_property
     def preprocess(self) -> Preprocess:
-        """How image bytes become pixels; one for all models, whose graphs normalise by themselves.
+        """Return how image bytes become pixels, the same for all models.
 
-        Raises BundleError where they want other pixels.
+        Graphs normalise inside, so mean and std may differ. Raises BundleError if anything else
+        does.
         """
         found = {model: self._preprocess(model) for model in self.manifest.models}
         first = found[self.tiers[0].model]
         for model, preprocess in found.items():
             if not preprocess.same_pixels(first):
                 raise BundleError(
-                    f"{self.root}: model {model!r} resizes images in another way than"
-                    f" {self.tiers[0].model!r}, but one decoding serves both"
+                    f"{self.root}: models {model!r} and {self.tiers[0].model!r} resize images"
+                    " differently, but must share the decoded image"
                 )
         return first
 
@@ -93,64 +97,66 @@ class Bundle:
         try:
             return Preprocess.from_config(json.loads(path.read_text()))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BundleError(f"{path} is no preprocessor config: {error}") from None
+            raise BundleError(f"{path} is not a valid preprocessor config: {error}") from None
 
 
 def load_bundle(root: Path) -> Bundle:
-    """Read and check a bundle. Raises BundleError with one line that says what is wrong."""
+    """Read a bundle and check its schema and hashes. Raises BundleError with a one-line reason."""
     path = root / MANIFEST
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise BundleError(
-            f"no bundle at {root}: {MANIFEST} cannot be read ({error.strerror});"
-            " make one with 'pcae-export bundle'"
+            f"no bundle at {root}: cannot read {MANIFEST} ({error.strerror});"
+            " create one with 'pcae-export bundle'"
         ) from None
     try:
         document = json.loads(raw)
         version = document.get("schema_version") if isinstance(document, dict) else None
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise BundleError(
-                f"{path} has schema version {version}, but this server reads {SCHEMA_VERSION}:"
-                " update pcae-serve or export again"
+                f"{path} has schema version {version}, but this server supports {SCHEMA_VERSION}:"
+                " update pcae-serve or export the bundle again"
             )
         manifest = Manifest.model_validate(document)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         message = first["msg"].removeprefix("Value error, ")
-        raise BundleError(f"{path} is no valid manifest: {where}: {message}") from None
+        raise BundleError(f"{path} is not a valid manifest: {where}: {message}") from None
     except ValueError as error:
-        raise BundleError(f"{path} is no valid JSON: {error}") from None
+        raise BundleError(f"{path} is not valid JSON: {error}") from None
     for name, expected in manifest.files.items():
-        _check(root, name, expected)
+        _check_hash(root, name, expected)
     bundle = Bundle(root, manifest, hashlib.sha256(raw).hexdigest())
     if bundle.preprocess.image_size != bundle.image_size:
-        raise BundleError(f"{root}: the preprocessor crops to another size than the model takes")
+        raise BundleError(f"{root}: the preprocessor's crop size is not the model's image size")
     return bundle
 
 
 def file_sha256(file: Path) -> str:
-    """Hex digest of a file, as the manifest lists it."""
+    """Return the hex digest of a file, as in the manifest."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def demo_path() -> Path:
-    """Where the demo bundle lies inside the installed package."""
+    """Return the folder of the demo bundle inside the installed package."""
     return Path(str(files("pcae_serve"))) / "demo"
 
 
-def _check(root: Path, name: str, expected: str) -> None:
+def _check_hash(root: Path, name: str, expected: str) -> None:
     path = root / name
     try:
         if not path.resolve().is_relative_to(root.resolve()):
-            raise BundleError(f"{path} leads out of the bundle: it must be a file inside it")
+            raise BundleError(f"{path} links to a file outside the bundle: it must be inside")
         found = file_sha256(path)
     except OSError as error:
-        raise BundleError(f"the bundle lacks {path}: {error.strerror}; export it again") from None
+        raise BundleError(
+            f"cannot read {path} ({error.strerror}): export the bundle again"
+        ) from None
     if found != expected:
         raise BundleError(
-            f"{path} is not the file that was sealed (its sha256 differs): copy or export the"
-            " bundle again"
+            f"{path} was changed after export (its SHA-256 differs from the manifest's): copy or"
+            " export the bundle again"
         )

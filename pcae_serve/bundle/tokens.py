@@ -1,7 +1,6 @@
-"""Token arithmetic: a budget (keep ratio) to patch counts per stage, to tokens per block, to MACs.
+"""Token arithmetic: from a keep ratio to patch counts per stage, tokens per block, and MACs.
 
-Pure integers and exact decimals. It knows nothing of images, tensors or time, so that training,
-export and server can all ask it and never disagree.
+Integers and exact decimals, used by training, export and server alike.
 """
 
 from collections.abc import Sequence
@@ -13,15 +12,15 @@ from typing import Literal
 
 KeepRatio = float | str | Decimal | Fraction
 
-#: How patches are ranked, and what becomes of those that go: `pcae_training.reduction` says it.
+#: How patches are ranked and reduced; see `pcae_training.reduction`.
 Rule = Literal["ptr", "ptr-normalised", "weighted", "merged", "random", "attention"]
 
-#: After which blocks (counted from 0) a 12-block classifier drops tokens (PCAE paper, section 3.4).
+#: Blocks, counted from 0, after which a 12-block classifier drops tokens (PCAE paper, section 3.4).
 REDUCTION_POINTS = (0, 7, 10)
 
 
 def parse_keep_ratio(keep_ratio: KeepRatio) -> Fraction:
-    """The keep ratio as the decimal a person wrote: 0.7 is 7/10, not 0.69999…
+    """Parse a keep ratio as the decimal that was written: 0.7 is 7/10, not 0.69999…
 
     Raises ValueError unless 0 < keep_ratio <= 1.
     """
@@ -35,12 +34,12 @@ def parse_keep_ratio(keep_ratio: KeepRatio) -> Fraction:
 
 
 def patches_kept(patches: int, keep_ratio: KeepRatio, stages: int = 3) -> tuple[int, ...]:
-    """Patches left after each stage: floor(n * k) of the stage before, exactly.
+    """Return the patches kept after each stage: exactly floor(n * k) of the previous stage's n.
 
     >>> patches_kept(196, 0.7)
     (137, 95, 66)
 
-    Raises ValueError where a stage would be left without any patch.
+    Raises ValueError if a stage would keep no patch.
     """
     ratio, counts = parse_keep_ratio(keep_ratio), []
     for stage in range(stages):
@@ -53,7 +52,7 @@ def patches_kept(patches: int, keep_ratio: KeepRatio, stages: int = 3) -> tuple[
 
 @dataclass(frozen=True)
 class Geometry:
-    """What decides the cost of a plain ViT: enough to turn patch counts into MACs."""
+    """The sizes that determine the cost of a plain ViT."""
 
     patches: int  # per image, before any reduction
     width: int
@@ -65,13 +64,13 @@ class Geometry:
     reduction_points: tuple[int, ...] = REDUCTION_POINTS
 
     def counts(self, keep_ratio: KeepRatio) -> tuple[int, ...]:
-        """Patches left after each of this model's stages."""
+        """Return the patches kept after each of this model's stages."""
         return patches_kept(self.patches, keep_ratio, len(self.reduction_points))
 
     def tokens_per_block(self, counts: Sequence[int]) -> tuple[int, ...]:
-        """Sequence length in every block: prefix, patches left, a mean per stage that dropped some.
+        """Return each block's sequence length: prefix, kept patches, a mean per stage that dropped.
 
-        Raises ValueError unless `counts` has an entry per stage, falling from `patches`.
+        Raises ValueError unless `counts` has an entry per stage, decreasing from `patches`.
         """
         self.check(counts)
         left, appended, lengths = self.patches, 0, []
@@ -84,7 +83,7 @@ class Geometry:
         return tuple(lengths)
 
     def macs(self, counts: Sequence[int]) -> int:
-        """Multiply-adds for one image.
+        """Return the multiply-adds for one image.
 
         A block of N tokens and width D costs (4 + 2r)*N*D^2 + 2*N^2*D, where r is the MLP ratio
         (12*N*D^2 at r = 4). Norms, softmax and the reduction itself (below 0.02 %) are left out,
@@ -95,12 +94,13 @@ class Geometry:
         return round(self.patches * self.patch_values * d + blocks + d * self.classes)
 
     def check(self, counts: Sequence[int]) -> None:
-        """Raise ValueError unless `counts` could be this model's patches after each stage."""
+        """Raise ValueError unless `counts` are possible patch counts of this model's stages."""
         stages = len(self.reduction_points)
         if len(counts) != stages:
             raise ValueError(f"{len(counts)} token counts for {stages} reduction points")
         falling = (self.patches, *counts)
         if any(b > a or b < 1 for a, b in zip(falling, counts, strict=False)):
             raise ValueError(
-                f"token counts must fall from {self.patches} and stay above 0, not {tuple(counts)}"
+                f"token counts must decrease from {self.patches} and stay above 0,"
+                f" not {tuple(counts)}"
             )

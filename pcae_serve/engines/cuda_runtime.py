@@ -1,7 +1,6 @@
-"""One GPU through cuda.bindings: what it is, its memory, and its calls with every code checked.
+"""Access one GPU through cuda.bindings, with every return code checked.
 
-It knows addresses and bytes, nothing of TensorRT or of images. cuda.bindings is imported by those
-who ask for a GPU: it comes with the extra that needs it.
+cuda.bindings is imported on first use, as only the `tensorrt` extra installs it.
 """
 
 import ctypes
@@ -17,30 +16,32 @@ from pcae_serve.version import install_command
 
 
 class CudaError(RuntimeError):
-    """A CUDA call failed; later ones on this GPU may fail as well."""
+    """A CUDA call failed. Later calls on this GPU may fail too."""
 
 
 class Gpu(NamedTuple):
-    """What plans depend on."""
+    """The properties of a GPU that plans depend on."""
 
     number: int  # N of cuda:N
     name: str  # as NVIDIA gives it: "NVIDIA H100 80GB HBM3"
     compute_capability: str  # "9.0"
-    driver: str  # the newest CUDA that its driver runs: "13.1"
+    driver: str  # newest CUDA version that its driver supports: "13.1"
 
 
 def find_gpu(device: str) -> Gpu:
-    """The GPU that `device` names: "cuda:0".
+    """Return the GPU of a device name such as "cuda:0".
 
-    TensorRT crashes the process where there is no driver, so this comes before it.
-    Raises StartError with the first thing that is missing: GPU, driver or bindings.
+    Call it before TensorRT, which crashes the process without a driver. Raises StartError with the
+    first thing that is missing: driver, GPU or bindings.
     """
     kind, _, number = device.partition(":")
     if kind != "cuda" or not number.isdecimal():
-        raise StartError(f"TensorRT needs an NVIDIA GPU, and {device!r} names none: use cuda:0")
+        raise StartError(f"TensorRT needs an NVIDIA GPU such as cuda:0, not {device!r}")
     names, n = nvidia.list_gpus(), int(number)
     if n >= len(names):
-        raise StartError(f"there is no {device}: of {', '.join(names)} the first is cuda:0")
+        raise StartError(
+            f"there is no {device}: this machine has {len(names)} ({', '.join(names)}), from cuda:0"
+        )
     cuda = Cuda(n)
     attribute = cuda.runtime.cudaDeviceAttr
     try:
@@ -53,16 +54,16 @@ def find_gpu(device: str) -> Gpu:
         )
         version = cuda.call("cudaDriverGetVersion")  # 13010
     except CudaError as error:
-        raise StartError(f"{device} ({names[n]}) does not answer: {error}") from None
+        raise StartError(f"{device} ({names[n]}) does not respond: {error}") from None
     runs = f"{version // 1000}.{version % 1000 // 10}"
     return Gpu(n, names[n], f"{major}.{minor}", runs)
 
 
 class Cuda:
-    """The runtime's calls on one GPU."""
+    """The CUDA runtime on one GPU."""
 
     def __init__(self, number: int) -> None:
-        """Raises StartError where cuda.bindings is not installed."""
+        """Raise StartError if cuda.bindings is not installed."""
         try:
             self.runtime = import_module("cuda.bindings.runtime")
         except ImportError:
@@ -72,11 +73,11 @@ class Cuda:
         self._number = number
 
     def use(self) -> None:
-        """Make the GPU this thread's own: every thread begins with the first one."""
+        """Select the GPU for the calling thread; each thread starts with GPU 0."""
         self.call("cudaSetDevice", self._number)
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """What a function of the runtime returns beside its code. Raises CudaError."""
+        """Call a function of the runtime and return its value. Raises CudaError if it fails."""
         code, *values = getattr(self.runtime, function)(*arguments)
         if code != self.runtime.cudaError_t.cudaSuccess:
             _, text = self.runtime.cudaGetErrorString(code)
@@ -85,7 +86,7 @@ class Cuda:
 
 
 class Buffer:
-    """One tensor twice: in the GPU's memory, and pinned in the host's, where `host` shows it."""
+    """A tensor in the GPU's memory and a copy in pinned host memory, which `host` views."""
 
     def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: DTypeLike) -> None:
         self._cuda = cuda
@@ -114,6 +115,6 @@ class Buffer:
         self._cuda.call("cudaMemcpyAsync", self._pinned, self.device, nbytes, kind, stream)
 
     def free(self) -> None:
-        """Give both back; `host` must not be touched afterwards."""
+        """Free both. `host` must not be accessed afterwards."""
         self._cuda.call("cudaFreeHost", self._pinned)
         self._cuda.call("cudaFree", self.device)

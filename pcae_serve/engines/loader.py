@@ -25,24 +25,24 @@ def load_engine(
     cache_dir: Path = CACHE_DIR,
     wrap: Callable[[Engine], Engine] = run_directly,
 ) -> Engine:
-    """The engine that was asked for, every tier of it tried.
+    """Load an engine and try every tier on it.
 
-    With auto it is the fastest that works, each step down logged.
+    With backend "auto", load the fastest backend that works; each one that does not is logged. A
+    backend or device that is named is never replaced by another.
 
-    backend: auto, tensorrt, cuda, onnxruntime or simulated. device: auto, cpu or cuda:N. One that
-    was named is never left for another. threads: of one batch on a CPU; 0 = one a core. max_batch:
-    the largest batch that a GPU is set up for. cache_dir: where TensorRT's plans lie. wrap: what
-    the trial batches run through, where they must not get in the way of others.
-    Raises StartError, in one line that says what is missing.
+    backend: auto, tensorrt, cuda, onnxruntime or simulated. device: auto, cpu or cuda:N. threads:
+    per batch on a CPU; 0 for one per CPU. max_batch: largest batch that a GPU is set up for.
+    cache_dir: where TensorRT's plans are. wrap: applied to the engine for the trial batches, for
+    example to keep them from delaying other requests. Raises StartError with a one-line reason.
     """
     if backend == "simulated":
         from pcae_serve.engines.simulated import SimulatedEngine
 
         return SimulatedEngine(bundle, "cpu" if device == "auto" else device)
     if backend == "onnxruntime" and device not in ("auto", "cpu"):
-        raise StartError(f"backend onnxruntime runs on the CPU: for {device} use --backend cuda")
+        raise StartError(f"backend onnxruntime runs on the CPU: use --backend cuda for {device}")
     if backend in GPU_BACKENDS and device == "cpu":
-        raise StartError(f"backend {backend} runs on a GPU: use --device cuda:0, or leave it out")
+        raise StartError(f"backend {backend} runs on a GPU: use --device cuda:0 or omit --device")
     if backend == "onnxruntime" or device == "cpu":
         return _on_cpu(bundle, threads, wrap)
 
@@ -57,7 +57,7 @@ def load_engine(
         from pcae_serve.engines.onnx_cpu import is_gpu_build
 
         expected = isinstance(error, nvidia.NoGpu) and not is_gpu_build()
-        log.log(logging.INFO if expected else logging.WARNING, "on the CPU: %s", error)
+        log.log(logging.INFO if expected else logging.WARNING, "using the CPU: %s", error)
         return engine
 
 
@@ -67,7 +67,7 @@ def load_configured_engine(
     device: str | None = None,
     wrap: Callable[[Engine], Engine] = run_directly,
 ) -> Engine:
-    """As `load`, by the settings: on `device`, or on the first of theirs (all are equal)."""
+    """Load the engine of the settings, on `device` or on their first device."""
     return load_engine(
         settings.backend,
         bundle,
@@ -80,16 +80,16 @@ def load_configured_engine(
 
 
 def check_engine(engine: Engine, bundle: Bundle, batches: Sequence[int] = (1,)) -> None:
-    """Run every tier at these sizes: what does not fit its manifest is told before any caller asks.
+    """Run every tier at these batch sizes, before any request does.
 
-    Raises StartError.
+    Raises StartError if one fails, or its outputs do not match the manifest.
     """
     size = bundle.image_size
     for tier in bundle.tiers:
         for batch in batches:
             try:
                 output = engine.run(tier, np.zeros((batch, size, size, 3), np.uint8))
-            except Exception as error:  # libraries raise kinds of their own
+            except Exception as error:  # libraries raise types of their own
                 raise StartError(
                     f"tier {tier.name!r} does not run on {engine.device} with a batch of {batch}:"
                     f" {one_line(error)}"
@@ -97,13 +97,13 @@ def check_engine(engine: Engine, bundle: Bundle, batches: Sequence[int] = (1,)) 
             width, counts = output.vectors.shape[1], tuple(k.shape[1] for k in output.kept)
             if width != bundle.width:
                 raise StartError(
-                    f"tier {tier.name!r} answers with {width} {bundle.answers}, but the bundle"
-                    f" names {bundle.width}: export it again"
+                    f"tier {tier.name!r} computes {width} {bundle.answers}, but the manifest has"
+                    f" {bundle.width}: export the bundle again"
                 )
             if counts != tier.token_counts:
                 raise StartError(
-                    f"tier {tier.name!r} keeps {counts} patches, but the bundle names"
-                    f" {tier.token_counts}: export it again"
+                    f"tier {tier.name!r} keeps {counts} patches, but the manifest has"
+                    f" {tier.token_counts}: export the bundle again"
                 )
 
 
@@ -115,7 +115,7 @@ def _on_gpu(
     cache_dir: Path,
     wrap: Callable[[Engine], Engine],
 ) -> Engine:
-    """The first of these backends that works. Raises StartError with every one's reason."""
+    """Load the first of these backends that works. Raises StartError with the reason of each."""
     found = nvidia.list_gpus()
     if int(gpu.removeprefix("cuda:")) >= len(found):
         raise StartError(f"there is no {gpu}: this machine has {len(found)} ({', '.join(found)})")
@@ -128,13 +128,13 @@ def _on_gpu(
             failures.append(f"{name}: {error}")
         else:
             for failure in failures:
-                log.info("on the GPU without %s", failure)
+                log.info("backend not used: %s", failure)
             return engine
     raise StartError("; ".join(failures))
 
 
 def _gpu_engine(name: str, bundle: Bundle, gpu: str, max_batch: int, cache_dir: Path) -> Engine:
-    try:  # heavy, so imported by those who run it
+    try:  # heavy imports, so only for the backend in use
         if name == "tensorrt":
             from pcae_serve.engines.tensorrt import TensorRtEngine
 

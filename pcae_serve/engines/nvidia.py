@@ -1,7 +1,7 @@
-"""The NVIDIA driver, asked through its own library: which GPUs are there?
+"""List the machine's NVIDIA GPUs through the driver's own library.
 
-It is asked before anything else: without a driver TensorRT's runtime crashes, and ONNX Runtime goes
-on without the GPU in silence. It knows nothing of either.
+Call it before TensorRT or ONNX Runtime: without a driver, the first crashes and the second silently
+runs on the CPU.
 """
 
 import ctypes
@@ -16,14 +16,14 @@ class NoGpu(StartError):
 
 
 def list_gpus() -> list[str]:
-    """Names of the GPUs, by their number in cuda:N.
+    """Return the names of the GPUs, in the order of cuda:N.
 
-    Raises NoGpu where there is none, StartError where there is one that does not answer.
+    Raises NoGpu if there is none, and StartError if the driver fails.
     """
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        raise NoGpu("no NVIDIA driver here (a container needs --gpus all)") from None
+        raise NoGpu("no NVIDIA driver found (a container needs --gpus all)") from None
     count = ctypes.c_int()
     error = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
     if error == NO_DEVICE or not (error or count.value):

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: one session per elastic graph, in which a tier is a row of numbers."""
+"""ONNX Runtime on the CPU: one session per elastic graph, which takes token counts as an input."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,23 +14,23 @@ from pcae_serve.errors import StartError, one_line
 
 
 class OnnxRuntimeEngine:
-    """Sessions of a bundle's elastic graphs: one a model, and one more for its int8 tiers."""
+    """One session per model, and another per model with int8 tiers."""
 
     name = "onnxruntime"
     version: str = ort.__version__
     device = "cpu"
-    sizes: Sequence[int] = (1,)  # a batch of any size runs without being set up
+    sizes: Sequence[int] = (1,)  # batches of any size run without set-up
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
-        """threads: of one batch; 0 = one a core that we may use.
+        """Load the graphs. threads: per batch; 0 for one per usable CPU.
 
-        Raises StartError where a graph does not load.
+        Raises StartError if a graph does not load.
         """
         self.threads = threads
         options = ort.SessionOptions()
-        # ONNX Runtime would count the host's cores, whatever we may use of them
+        # by default ONNX Runtime counts the host's CPUs, including those this process may not use
         options.intra_op_num_threads = threads or cpus.count_usable()
-        # spinning threads take the cores from decoding and neighbours: benchmarks/threads.py
+        # spinning threads take CPU time from decoding and other processes: benchmarks/threads.py
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors only
         self._sessions: dict[tuple[str, str], ort.InferenceSession] = {}
@@ -40,7 +40,7 @@ class OnnxRuntimeEngine:
                 self._sessions[model, name] = ort.InferenceSession(
                     graph, options, providers=["CPUExecutionProvider"]
                 )
-            except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
+            except Exception as error:  # ONNX Runtime raises a dozen types of its own
                 raise StartError(f"ONNX Runtime cannot load {graph}: {one_line(error)}") from None
         self._options: ort.RunOptions | None = None  # of the batch in progress
 
@@ -61,5 +61,5 @@ class OnnxRuntimeEngine:
 
 
 def is_gpu_build() -> bool:
-    """Whether the package that is installed is the one for GPUs, as in the gpu image."""
+    """Return whether the installed onnxruntime is the build for GPUs, as in the gpu image."""
     return "CUDAExecutionProvider" in ort.get_available_providers()

@@ -1,15 +1,15 @@
 """ONNX Runtime on an NVIDIA GPU: a session per tier, a CUDA graph per (tier, bucket).
 
-    pixels -> padded to a bucket -> a buffer on the GPU -> the captured graph, replayed -> rows
+    pixels -> pad to a bucket -> buffer on the GPU -> replay the captured graph -> rows
 
-A captured graph has one shape, fixed addresses and the thread that captured it. So batches are
-padded up to a bucket, inputs and outputs lie in buffers that stay, and all runs on one thread.
+A captured graph has a fixed shape, fixed addresses and one thread. So batches are padded to a
+bucket (a fixed batch size), inputs and outputs have permanent buffers, and all runs on one thread.
 
-Every session holds the weights of its tier by itself. Of the two ways to share them from Python,
-`add_initializer` takes no buffer that ONNX Runtime allocated on a GPU, and
-`add_external_initializers` copied it for every session until onnxruntime#29013 (2026).
+Each session has its own copy of the weights. Python has two ways to share them, and neither works:
+`add_initializer` does not take buffers that ONNX Runtime allocated on a GPU, and
+`add_external_initializers` copied them per session until onnxruntime#29013 (2026).
 
-On device "cpu" the CPU provider does all this but the capture: that is for tests.
+With device "cpu", the CPU provider does the same without the capture; this is for tests.
 """
 
 import io
@@ -35,15 +35,15 @@ INSTALL = install_command("gpu")
 
 
 class Replay(NamedTuple):
-    """A tier at a bucket: what ONNX Runtime needs to run it again at the same addresses."""
+    """What ONNX Runtime needs to rerun a tier at one bucket with the same addresses."""
 
     binding: ort.IOBinding
-    options: ort.RunOptions  # names the captured graph
+    options: ort.RunOptions  # contain the captured graph's id
     outputs: list[ort.OrtValue]  # logits or features, then kept per stage
 
 
 class CudaEngine:
-    """Sessions of a bundle's static half-precision graphs; answers are float32 and int32."""
+    """One session per tier, of its static half-precision graph. Outputs are float32 and int32."""
 
     name = "cuda"
     version: str = f"onnxruntime {ort.__version__}"
@@ -52,7 +52,7 @@ class CudaEngine:
     def __init__(self, bundle: Bundle, device: str = "cuda:0", max_batch: int = MAX_BATCH) -> None:
         """Capture every tier at every bucket up to max_batch.
 
-        Raises StartError where the library, the GPU or the graphs are missing, or one fails.
+        Raises StartError if the library, the GPU or a graph is missing or fails.
         """
         self._kind, _, number = device.partition(":")
         self._number = int(number or 0)
@@ -73,7 +73,7 @@ class CudaEngine:
                 for name, session in self._sessions.items()
                 for n in self.sizes
             }
-        except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
+        except Exception as error:  # ONNX Runtime raises a dozen types of its own
             raise StartError(
                 f"ONNX Runtime cannot set up batches on {self.device}: {one_line(error)}"
             ) from None
@@ -83,7 +83,7 @@ class CudaEngine:
         return self._thread.submit(self._run, tier, pixels).result()
 
     def terminate(self) -> None:
-        """Nothing: a graph that the GPU has begun runs to its end."""
+        """Do nothing: a graph that was launched on the GPU cannot be stopped."""
 
     def close(self) -> None:
         self._thread.shutdown(wait=False)
@@ -94,36 +94,36 @@ class CudaEngine:
         count = len(pixels)
         bucket = next((n for n in self.sizes if n >= count), None)
         if bucket is None or not count:
-            raise ValueError(f"{count} images: a batch has 1 to {self.sizes[-1]}")
+            raise ValueError(f"a batch has 1 to {self.sizes[-1]} images, not {count}")
         if count < bucket:
-            self._padded[bucket][:count] = pixels  # rows beyond hold older images: not read below
+            self._padded[bucket][:count] = pixels  # the other rows' outputs are not read
             pixels = self._padded[bucket]
         self._inputs[bucket].update_inplace(pixels)
         replay = self._replays[tier.name, bucket]
         self._sessions[tier.name].run_with_iobinding(replay.binding, replay.options)
-        # copied: on a CPU, numpy() shows the buffer that the next batch is written to
+        # copied: on a CPU, numpy() is a view of the buffer that the next batch overwrites
         vectors, *kept = (output.numpy()[:count].copy() for output in replay.outputs)
         return Output(vectors, tuple(kept), padding=bucket - count)
 
     def _provider(self) -> tuple[str | tuple[str, dict[str, str]], str]:
-        """ONNX Runtime's provider with its options, and what it said of libraries it misses."""
+        """Return ONNX Runtime's provider with options, and its output about missing libraries."""
         if self._kind == "cpu":
             return "CPUExecutionProvider", ""
         if CUDA not in ort.get_available_providers():
             raise StartError(
-                "the installed onnxruntime is the one for CPUs: pip uninstall onnxruntime, then"
+                "the installed onnxruntime is the build for CPUs: pip uninstall onnxruntime, then"
                 f" {INSTALL}"
             )
-        ort.set_default_logger_severity(3)  # errors only: it warns of every provider left out
-        with redirect_stdout(io.StringIO()) as said:
-            ort.preload_dlls()  # of the nvidia-* packages
+        ort.set_default_logger_severity(3)  # errors only: it warns of missing providers
+        with redirect_stdout(io.StringIO()) as printed:
+            ort.preload_dlls()  # from the nvidia-* packages
         options = {
             "device_id": str(self._number),
             "enable_cuda_graph": "1",
-            "use_tf32": "0",  # the similarity, by which patches are chosen, is float32 on purpose
-            "arena_extend_strategy": "kSameAsRequested",  # else up to twice of it, for each tier
+            "use_tf32": "0",  # patches are chosen by similarity, which needs full float32
+            "arena_extend_strategy": "kSameAsRequested",  # else up to twice the memory per tier
         }
-        return (CUDA, options), said.getvalue()
+        return (CUDA, options), printed.getvalue()
 
     def _bind(self, session: ort.InferenceSession, bucket: int) -> Replay:
         binding, options, outputs = session.io_binding(), ort.RunOptions(), []
@@ -142,11 +142,11 @@ class CudaEngine:
 
 
 def _graph(bundle: Bundle, tier: Tier) -> str:
-    """Path of a tier's graph. Raises StartError where the bundle lacks it."""
+    """Return the path of a tier's graph. Raises StartError if the bundle lacks it."""
     if f"models/{tier.model}/{tier.cuda_graph}" not in bundle.manifest.files:
         raise StartError(
-            f"{bundle.root} has no {tier.cuda_graph}, which GPUs run: export the bundle again, or"
-            " use --device cpu"
+            f"{bundle.root} has no {tier.cuda_graph}, which the cuda backend needs: export the"
+            " bundle again, or use --device cpu"
         )
     return str(bundle.file(tier.model, tier.cuda_graph))
 
@@ -154,25 +154,25 @@ def _graph(bundle: Bundle, tier: Tier) -> str:
 def _session(
     graph: str, provider: str | tuple[str, dict[str, str]], missing: str
 ) -> ort.InferenceSession:
-    """A session of a static graph, on that provider and no other. missing: libraries, if any.
+    """Return a session of a static graph on this provider alone. missing: from `_provider`.
 
-    Raises StartError: left to itself ONNX Runtime prints a line and goes on without the GPU.
+    Raises StartError if the provider does not load; ONNX Runtime would continue without it.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only
-    options.intra_op_num_threads = 1  # on the CPU there is nothing to compute
+    options.intra_op_num_threads = 1  # nothing is computed on the CPU
     try:
         session = ort.InferenceSession(graph, options, providers=[provider], enable_fallback=False)
     except Exception as error:
         raise StartError(f"ONNX Runtime cannot load {graph}: {one_line(error)}") from None
     name = provider if isinstance(provider, str) else provider[0]
     if name not in session.get_providers():
-        first = next(iter(missing.splitlines()), "it says why above")
-        raise StartError(f"ONNX Runtime left out {name} ({first}): {INSTALL}")
+        first = next(iter(missing.splitlines()), "see its message above")
+        raise StartError(f"ONNX Runtime cannot use {name} ({first}): {INSTALL}")
     for output in session.get_outputs():
         if not all(isinstance(size, int) for size in output.shape[1:]):
             raise StartError(
-                f"{graph} must be static, but {output.name} is {output.shape}: export the bundle"
-                " again"
+                f"{graph} must be static, but {output.name} has shape {output.shape}: export the"
+                " bundle again"
             )
     return session

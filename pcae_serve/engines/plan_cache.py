@@ -1,10 +1,9 @@
-"""Plans: what TensorRT built of the tiers' graphs, kept in this machine's cache.
+"""The cache of TensorRT plans, which are built from the tiers' graphs for one GPU.
 
-    <cache>/tensorrt/<key>.plan    the engine as TensorRT serialised it
-    <cache>/tensorrt/<key>.json    what it was built from, with and on, and its proof; written last
+    <cache>/tensorrt/<key>.plan    the engine as serialised by TensorRT
+    <cache>/tensorrt/<key>.json    its key, build data and verification; written last
 
-A plan lies here only after its answers were compared with the bundle's on this GPU. This module
-knows files and what a plan is valid for, nothing of TensorRT.
+A plan is cached only after its outputs were compared with the bundle's on this GPU.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ BUILD_COMMAND = "pcae-export tensorrt"
 
 
 class GpuTarget(FrozenModel):
-    """What must be the same where a plan is built and where it runs."""
+    """The GPU and TensorRT version that a plan is valid for."""
 
     library: str  # tensorrt, or tensorrt_rtx
     version: str
@@ -39,90 +38,90 @@ class GpuTarget(FrozenModel):
 
 
 class Recipe(FrozenModel):
-    """How a plan is built: its one optimisation profile and the builder's flags."""
+    """How a plan is built: its optimisation profile and the builder's flags."""
 
-    opt_batch: Annotated[int, Field(ge=1)] = 8  # kernels are chosen for it
-    max_batch: Annotated[int, Field(ge=1)] = 32  # batches of one up to it run
+    opt_batch: Annotated[int, Field(ge=1)] = 8  # kernels are optimised for it
+    max_batch: Annotated[int, Field(ge=1)] = 32  # largest batch that runs
     optimization_level: Annotated[int, Field(ge=0, le=5)] = 3
     workspace_mb: Annotated[int, Field(ge=1)] = 4096
 
 
 class Key(FrozenModel):
-    """What a plan is valid for; its hash names the files."""
+    """Everything that a plan depends on; its hash is the files' name."""
 
-    bundle: str  # digest
+    bundle: str  # its digest
     tier: str
-    graph: str  # sha256
+    graph: str  # its SHA-256
     target: GpuTarget
     recipe: Recipe
 
     @property
     def name(self) -> str:
-        """Of the files, without their endings."""
+        """Return the files' name without suffix."""
         return digest(self.model_dump_json().encode())[:24]
 
 
-class Parity(FrozenModel):
-    """A plan's answers beside those of the same tier's float32 graph on ONNX Runtime."""
+class PlanParity(FrozenModel):
+    """Comparison of a plan's outputs with those of the tier's float32 graph on ONNX Runtime."""
 
     images: Annotated[int, Field(ge=1)]
     data_set: str
-    measure: Literal["top-1 agreement", "mean cosine"]  # of logits, of features
+    measure: Literal["top-1 agreement", "mean cosine"]  # for logits, for features
     value: float
-    largest_difference: float  # of a number in an answer
-    same_patches: float  # share of the patches kept that both keep, over the stages
+    largest_difference: float  # of an output value
+    same_patches: float  # share of kept patches that both keep, over all stages
 
     def __str__(self) -> str:
         return (
             f"{self.measure} {self.value:.4f} on {self.images} images of {self.data_set}, largest"
-            f" difference {self.largest_difference:.2g}, {self.same_patches:.1%} of patches alike"
+            f" difference {self.largest_difference:.2g}, {self.same_patches:.1%} of patches equal"
         )
 
 
 class Plan(FrozenModel):
-    """The sidecar: all that is known of a plan."""
+    """The content of a plan's sidecar file."""
 
     key: Key
     sha256: str  # of the plan
     built: datetime
     build_s: float
-    driver: str  # the newest CUDA that the driver ran
-    shapes: dict[str, tuple[int, ...]]  # of `pixels`, least, best and largest
-    fused_attention: int  # attention blocks that TensorRT runs as one kernel, as its log names them
-    parity: Parity
+    driver: str  # newest CUDA version of the driver at build time
+    shapes: dict[str, tuple[int, ...]]  # of `pixels`: min, opt, max
+    fused_attention: int  # attention blocks that run as one kernel, by TensorRT's log
+    parity: PlanParity
 
 
 def find_graph(bundle: Bundle, tier: Tier) -> Path:
-    """The graph that TensorRT builds from. Raises BundleError where the bundle lacks it."""
+    """Return the graph that a plan is built from. Raises BundleError if the bundle lacks it."""
     path = bundle.file(tier.model, tier.tensorrt_graph)
     if f"models/{tier.model}/{tier.tensorrt_graph}" not in bundle.manifest.files:
         raise BundleError(
-            f"{bundle.root} has no {tier.tensorrt_graph}, which TensorRT builds from: export the"
-            " bundle again"
+            f"{bundle.root} has no {tier.tensorrt_graph}, which the tensorrt backend needs: export"
+            " the bundle again"
         )
     return path
 
 
 def make_key(bundle: Bundle, tier: Tier, target: GpuTarget, recipe: Recipe) -> Key:
-    """What a plan of the tier is valid for. Raises BundleError where the bundle has no graph."""
+    """Return the key of a tier's plan. Raises BundleError if the bundle has no graph for it."""
     find_graph(bundle, tier)
     source = bundle.manifest.files[f"models/{tier.model}/{tier.tensorrt_graph}"]
     return Key(bundle=bundle.digest, tier=tier.name, graph=source, target=target, recipe=recipe)
 
 
 def batch_buckets(max_batch: int) -> tuple[int, ...]:
-    """The batch sizes that run: powers of two, then max_batch; others are padded to the next."""
+    """Return the batch sizes that run, powers of two and max_batch; others are padded up."""
     powers = [1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch]
     return (*powers, max_batch)
 
 
 def plans_folder(cache_dir: Path) -> Path:
-    """Where plans lie in a cache."""
+    """Return the folder of plans in a cache."""
     return cache_dir / "tensorrt"
 
 
 def load_plan(cache_dir: Path, wanted: Key) -> Plan | None:
-    """The sidecar of that key; None where there is none, or none that can be read."""
+    """Return the plan of a key; None if there is none, or its sidecar cannot be read."""
     plan = _sidecar(plans_folder(cache_dir) / f"{wanted.name}.json")
     return plan if plan and plan.key == wanted else None
 
@@ -130,9 +129,9 @@ def load_plan(cache_dir: Path, wanted: Key) -> Plan | None:
 def find_plan(
     cache_dir: Path, bundle: Bundle, tier: Tier, target: GpuTarget, max_batch: int = 1
 ) -> Plan:
-    """The newest plan of a tier that was built for this machine and takes such batches.
+    """Return the newest plan of a tier for this target that takes batches of max_batch.
 
-    Raises StartError that says what to build; BundleError where the bundle has no graph for it.
+    Raises StartError with the command to build one; BundleError if the bundle has no graph for it.
     """
     find_graph(bundle, tier)
     sidecars = sorted(plans_folder(cache_dir).glob("*.json"))
@@ -150,7 +149,7 @@ def find_plan(
     if not taking:
         most = max(plan.key.recipe.max_batch for plan in fitting)
         raise StartError(
-            f"the TensorRT plan of tier {tier.name!r} takes {most} images at most, not"
+            f"the TensorRT plan of tier {tier.name!r} takes batches of at most {most} images, not"
             f" {max_batch}: serve with --max-batch {most}, or run '{BUILD_COMMAND} {bundle.root}"
             f" --max-batch {max_batch}'"
         )
@@ -158,32 +157,31 @@ def find_plan(
 
 
 def read_plan(cache_dir: Path, plan: Plan) -> bytes:
-    """The plan as it was written. Raises StartError where it is gone or damaged."""
+    """Return a plan's bytes. Raises StartError if the file is missing or damaged."""
     path = plans_folder(cache_dir) / f"{plan.key.name}.plan"
     try:
         data = path.read_bytes()
     except OSError as error:
         raise StartError(
-            f"{path} cannot be read ({error.strerror}): run '{BUILD_COMMAND}' again"
+            f"cannot read {path} ({error.strerror}): run '{BUILD_COMMAND}' again"
         ) from None
     if digest(data) != plan.sha256:
-        raise StartError(f"{path} is not what was written there: run '{BUILD_COMMAND}' again")
+        raise StartError(f"{path} is damaged (its SHA-256 is wrong): run '{BUILD_COMMAND}' again")
     return data
 
 
 def digest(data: bytes) -> str:
-    """Hex digest of a plan, as its sidecar has it."""
+    """Return the SHA-256 of a plan in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def write_plan(cache_dir: Path, plan: Plan, data: bytes) -> None:
-    """Put a plan and its sidecar into the cache, each whole or not at all. Raises OSError.
+    """Write a plan and its sidecar to the cache, each atomically. Raises OSError.
 
-    The caller holds the key's lock: names of files being written are fixed, so that those an
-    interrupted build left behind are replaced and do not pile up.
+    The caller holds the key's lock.
     """
     target = plans_folder(cache_dir) / plan.key.name
-    target.with_suffix(".json").unlink(missing_ok=True)  # it speaks of the plan being replaced
+    target.with_suffix(".json").unlink(missing_ok=True)  # it describes the plan being replaced
     atomic.write_file(target.with_suffix(".plan"), data)
     atomic.write_file(target.with_suffix(".json"), plan.model_dump_json(indent=1).encode())
 
@@ -194,5 +192,5 @@ def _sidecar(path: Path) -> Plan | None:
     except FileNotFoundError:
         return None
     except (OSError, ValidationError):
-        log.warning("%s cannot be read, so its plan is left out", path)
+        log.warning("cannot read %s: ignoring its plan", path)
         return None

@@ -1,7 +1,6 @@
-"""A simulated engine: answers at once or after chosen times, without a graph.
+"""A simulated engine: returns dummy outputs after a chosen time, without a graph.
 
-It ships beside the real ones: tests, load trials and policies run on it. It knows how long a batch
-should take, nothing of what is on the images.
+For tests, load tests and the development of policies.
 """
 
 import time
@@ -13,18 +12,18 @@ from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Output, Pixels
 
-#: A device that batches well: seconds of one batch, and of one ViT-B/16 image's 17.56 GMACs.
+#: A device that batches well: seconds per batch, and per ViT-B/16 image of 17.56 GMACs.
 OVERHEAD_S = 0.002
 SECONDS_PER_MAC = 0.5e-3 / 17.56e9
 
 
-def by_macs(tier: Tier, batch: int) -> float:
-    """Seconds of a batch: an overhead, and time in proportion to the MACs."""
+def seconds_by_macs(tier: Tier, batch: int) -> float:
+    """Return the seconds of a batch: an overhead, plus time proportional to the MACs."""
     return OVERHEAD_S + batch * tier.macs * SECONDS_PER_MAC
 
 
 class SimulatedEngine:
-    """Sleeps as long as `seconds` says; the largest number follows from the mean pixel."""
+    """Sleeps for `seconds(tier, batch)`. The largest output depends on the mean pixel."""
 
     name = "simulated"
     version = "1"
@@ -35,17 +34,17 @@ class SimulatedEngine:
         self,
         bundle: Bundle,
         device: str = "cpu",
-        seconds: Callable[[Tier, int], float] = by_macs,
+        seconds: Callable[[Tier, int], float] = seconds_by_macs,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.device, self._seconds, self._sleep = device, seconds, sleep
         self._width = bundle.width
 
     def terminate(self) -> None:
-        """Nothing: it sleeps to its end."""
+        """Do nothing: the sleep cannot be interrupted."""
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is no memory to release."""
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         batch = len(pixels)

@@ -1,9 +1,8 @@
-"""TensorRT: one plan a tier, built on this GPU by `pcae-export tensorrt`, run as CUDA graphs.
+"""TensorRT: one plan per tier, built on this GPU by `pcae-export tensorrt`, run as CUDA graphs.
 
     find the GPU → load the library → read the plans → capture every (tier, bucket) → run
 
-The only module of the server that imports tensorrt. A batch is padded to the next bucket; what the
-padding answers is not read.
+A batch is padded to the next bucket (a fixed batch size); the padding's outputs are ignored.
 """
 
 import logging
@@ -31,28 +30,28 @@ from pcae_serve.version import install_command
 
 log = logging.getLogger(__name__)
 
-#: Packages with TensorRT's interface, the first that is there is used. The wheels of tensorrt_rtx
-#: bring only its bindings.
+#: Packages with TensorRT's interface; the first one installed is used. The wheels of tensorrt_rtx
+#: contain only tensorrt_rtx_bindings.
 PACKAGES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
-OLDEST = (10, 16)  # of tensorrt: what this is written against, beside 11
+OLDEST = (10, 16)  # of tensorrt; written for this version and 11
 
 
 @dataclass(frozen=True)
 class Library:
-    """TensorRT's Python module, and where its messages go."""
+    """TensorRT's Python module and its logger."""
 
     name: str  # tensorrt, or tensorrt_rtx
     version: str
     trt: Any
-    messages: Any  # an ILogger, with `errors` and `layers`; it must outlive what it is given to
+    messages: Any  # an ILogger with `errors` and `layers`; must outlive the objects that use it
 
     @property
     def ahead_of_time(self) -> bool:
-        """Whether it builds where there is neither GPU nor driver."""
+        """Return whether it can build plans without a GPU and driver."""
         return self.name == "tensorrt_rtx"
 
     def target(self, gpu: Gpu) -> GpuTarget:
-        """What plans built here are valid on."""
+        """Return the target that plans built on a GPU are valid for."""
         return GpuTarget(
             library=self.name,
             version=self.version,
@@ -60,14 +59,14 @@ class Library:
             compute_capability=gpu.compute_capability,
         )
 
-    def why(self) -> str:
-        """The last error it logged, on one line: its calls only return that they failed."""
+    def last_error(self) -> str:
+        """Return the last logged error in one line, as calls return only that they failed."""
         errors: list[str] = self.messages.errors
-        return errors[-1].strip().splitlines()[0] if errors else "TensorRT does not say why"
+        return errors[-1].strip().splitlines()[0] if errors else "TensorRT gives no reason"
 
 
 def load_library() -> Library:
-    """TensorRT where it is installed, else TensorRT-RTX. Raises StartError."""
+    """Import TensorRT, or else TensorRT-RTX. Raises StartError if neither loads."""
     for package in PACKAGES:
         try:
             trt = import_module(package)
@@ -80,17 +79,17 @@ def load_library() -> Library:
         version: str = trt.__version__
         if package == "tensorrt" and tuple(map(int, version.split(".")[:2])) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
-            raise StartError(f"TensorRT {version} is too old: {oldest} or newer is needed")
+            raise StartError(f"TensorRT {version} is too old: {oldest} or newer is required")
         return Library(package.removesuffix("_bindings"), version, trt, _messages(trt))
     raise StartError(f"TensorRT is not installed: {install_command('tensorrt')}")
 
 
 class TensorRtEngine:
-    """The plans of a bundle's tiers, resident on one GPU."""
+    """The plans of a bundle's tiers on one GPU."""
 
     name = "tensorrt"
     threads = 0
-    sizes: Sequence[int] = (1,)  # the runner has run each bucket as it captured it
+    sizes: Sequence[int] = (1,)  # the runner ran each bucket when it captured it
 
     def __init__(
         self,
@@ -101,7 +100,7 @@ class TensorRtEngine:
     ) -> None:
         """Capture every tier at every bucket up to max_batch.
 
-        Raises StartError where library, driver, GPU or a plan is missing, or a plan does not fit.
+        Raises StartError if library, driver, GPU or a plan is missing, or a plan does not fit.
         """
         gpu = find_gpu(device)  # before TensorRT
         found = load_library()
@@ -120,22 +119,22 @@ class TensorRtEngine:
         return to_output(self._bundle, tier, answers)._replace(padding=padding)
 
     def terminate(self) -> None:
-        """Nothing: a graph that the GPU has begun runs to its end."""
+        """Do nothing: a graph that was launched on the GPU cannot be stopped."""
 
     def close(self) -> None:
-        """Give the GPU's memory back; the engine cannot run afterwards."""
+        """Free the GPU's memory. The engine cannot run afterwards."""
         self._runner.close()
 
 
 def to_output(bundle: Bundle, tier: Tier, answers: Mapping[str, NDArray[Any]]) -> Output:
-    """A plan's outputs by name, in the order that engines answer in."""
+    """Convert a plan's outputs by name to an engine's Output."""
     stages = range(len(tier.token_counts))
     return Output(answers[bundle.answers], tuple(answers[f"kept_{stage}"] for stage in stages))
 
 
 @dataclass
 class _Resident:
-    """One plan: its tensors' buffers, and a captured graph a bucket."""
+    """One plan's buffers, and a captured graph per bucket."""
 
     pixels: Buffer
     outputs: dict[str, Buffer]
@@ -143,22 +142,22 @@ class _Resident:
 
 
 class Runner:
-    """Plans on one GPU, one stream and one call at a time; it knows them by name only.
+    """Runs plans by name on one GPU, with one stream and one call at a time.
 
-    Each bucket has its own execution context, since a captured graph holds the state of the one it
-    was captured from. All share one scratch memory, which is right because they take turns.
+    Each bucket has its own execution context, because a captured graph refers to the state of the
+    context it was captured from. All contexts share one scratch memory, as they never overlap.
     """
 
     def __init__(
         self, library: Library, gpu: Gpu, data: Mapping[str, bytes], buckets: Sequence[int]
     ) -> None:
-        """data: name to plan. buckets: batch sizes to capture, ascending.
+        """Load and capture plans. data: plans by name. buckets: batch sizes, ascending.
 
-        Raises StartError where a plan does not load or run.
+        Raises StartError if a plan does not load or run.
         """
         self._library, self._buckets, self._lock = library, tuple(buckets), threading.Lock()
         self._residents: dict[str, _Resident] = {}
-        with ExitStack() as stack:  # what it took so far is given back where a step fails
+        with ExitStack() as stack:  # frees everything allocated so far if a step fails
             try:
                 self._cuda = Cuda(gpu.number)
                 self._cuda.use()
@@ -172,9 +171,9 @@ class Runner:
             self._closing = weakref.finalize(self, _close, self._cuda, stack.pop_all())
 
     def run(self, name: str, pixels: Pixels) -> dict[str, NDArray[Any]]:
-        """What a plan answers to pixels uint8 [N, H, W, 3], by output name: arrays [N, …].
+        """Run a plan on pixels uint8 [N, H, W, 3]; return its outputs [N, …] by name.
 
-        Raises ValueError for pixels it does not take, CudaError where the GPU fails.
+        Raises ValueError if the pixels do not fit, and CudaError if the GPU fails.
         """
         resident, count = self._residents[name], len(pixels)
         bucket, image = self.bucket(count), resident.pixels.host.shape[1:]
@@ -184,19 +183,19 @@ class Runner:
             if not self._closing.alive:
                 raise CudaError("the engine is closed")
             self._cuda.use()
-            resident.pixels.host[:count] = pixels  # rows beyond hold older images: not read below
+            resident.pixels.host[:count] = pixels  # the other rows' outputs are not read
             self._cuda.call("cudaGraphLaunch", resident.graphs[bucket], self._stream)
             self._cuda.call("cudaStreamSynchronize", self._stream)
             return {name: buffer.host[:count].copy() for name, buffer in resident.outputs.items()}
 
     def bucket(self, count: int) -> int:
-        """The batch size that so many images run at. Raises ValueError beyond the largest."""
+        """Return the bucket for `count` images. Raises ValueError beyond the largest."""
         if not 1 <= count <= self._buckets[-1]:
-            raise ValueError(f"{count} images: a batch has 1 to {self._buckets[-1]}")
+            raise ValueError(f"a batch has 1 to {self._buckets[-1]} images, not {count}")
         return next(size for size in self._buckets if size >= count)
 
     def close(self) -> None:
-        """Give all of it back, in the opposite order; done once, at the latest as Python ends."""
+        """Free everything in reverse order: once, and at interpreter exit at the latest."""
         with self._lock:
             self._closing()
 
@@ -206,7 +205,7 @@ class Runner:
         nbytes = max(engine.device_memory_size_v2 for engine in engines.values())
         scratch = self._cuda.call("cudaMalloc", max(nbytes, 1))
         stack.callback(self._cuda.call, "cudaFree", scratch)
-        held: list[Any] = [runtime, *engines.values()]  # and their contexts, as they are made
+        held: list[Any] = [runtime, *engines.values()]  # and their contexts, once created
         stack.callback(_release, held)
         for name, engine in engines.items():
             resident = self._buffers(name, engine, stack)
@@ -215,7 +214,9 @@ class Runner:
                     self._library.trt.ExecutionContextAllocationStrategy.USER_MANAGED
                 )
                 if context is None:
-                    raise self._refused(name, f"no context: {self._library.why()}")
+                    raise self._unusable(
+                        name, f"no execution context: {self._library.last_error()}"
+                    )
                 held.append(context)
                 context.set_device_memory(scratch, nbytes)
                 resident.graphs[bucket] = self._capture(name, context, resident, bucket, stack)
@@ -224,7 +225,7 @@ class Runner:
     def _deserialise(self, runtime: Any, name: str, plan: bytes) -> Any:
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise self._refused(name, self._library.why())
+            raise self._unusable(name, self._library.last_error())
         return engine
 
     def _buffers(self, name: str, engine: Any, stack: ExitStack) -> _Resident:
@@ -237,33 +238,37 @@ class Runner:
                 wanted = np.uint8
                 _, _, largest = engine.get_tensor_profile_shape(tensor, 0)
                 if largest[0] < self._buckets[-1]:
-                    raise self._refused(name, f"it takes {largest[0]} images at most")
+                    raise self._unusable(name, f"it takes at most {largest[0]} images")
             if dtype != wanted or -1 in shape:
-                raise self._refused(name, f"{tensor} is {dtype} {shape}, not {np.dtype(wanted)}")
+                raise self._unusable(name, f"{tensor} is {dtype} {shape}, not {np.dtype(wanted)}")
             buffers[tensor] = Buffer(self._cuda, (self._buckets[-1], *shape), dtype)
             stack.callback(buffers[tensor].free)
         if "pixels" not in buffers:
-            raise self._refused(name, "it has no input 'pixels'")
+            raise self._unusable(name, "it has no input 'pixels'")
         return _Resident(buffers.pop("pixels"), buffers)
 
     def _capture(
         self, name: str, context: Any, resident: _Resident, bucket: int, stack: ExitStack
     ) -> Any:
-        """The way of one batch as a CUDA graph: pixels to the GPU, the plan, answers back."""
+        """Capture one batch as a CUDA graph: pixels to the GPU, the plan, outputs to the host."""
         call, stream = self._cuda.call, self._stream
 
         def execute() -> None:
             if not context.execute_async_v3(int(stream)):
-                raise self._refused(name, f"batch {bucket} does not run: {self._library.why()}")
+                raise self._unusable(
+                    name, f"batch {bucket} does not run: {self._library.last_error()}"
+                )
 
         tensors = {"pixels": resident.pixels} | resident.outputs
         shape = (bucket, *resident.pixels.host.shape[1:])
         if not context.set_input_shape("pixels", shape) or not all(
             context.set_tensor_address(tensor, buffer.device) for tensor, buffer in tensors.items()
         ):
-            raise self._refused(name, f"batch {bucket} is not taken: {self._library.why()}")
+            raise self._unusable(
+                name, f"batch {bucket} is not accepted: {self._library.last_error()}"
+            )
         resident.pixels.send(bucket, stream)
-        execute()  # what a new shape defers happens here: it may not be captured
+        execute()  # runs the set-up of a new shape, which must not be captured
         call("cudaStreamSynchronize", stream)
         mode = self._cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         call("cudaStreamBeginCapture", stream, mode)
@@ -273,7 +278,7 @@ class Runner:
             for buffer in resident.outputs.values():
                 buffer.fetch(bucket, stream)
         except BaseException:
-            self._cuda.runtime.cudaStreamEndCapture(stream)  # its code says only that it failed
+            self._cuda.runtime.cudaStreamEndCapture(stream)  # its code only repeats the failure
             raise
         graph = call("cudaStreamEndCapture", stream)
         try:
@@ -283,9 +288,9 @@ class Runner:
         stack.callback(call, "cudaGraphExecDestroy", executable)
         return executable
 
-    def _refused(self, name: str, reason: str) -> StartError:
+    def _unusable(self, name: str, reason: str) -> StartError:
         return StartError(
-            f"the TensorRT plan of tier {name!r} cannot be used: {reason};"
+            f"cannot use the TensorRT plan of tier {name!r}: {reason};"
             f" run '{plan_cache.BUILD_COMMAND}' again"
         )
 
@@ -296,20 +301,20 @@ def _close(calls: Cuda, stack: ExitStack) -> None:
 
 
 def _release(held: list[Any]) -> None:
-    """Contexts, then their engines, then the runtime: TensorRT frees what nobody refers to."""
+    """Drop references to contexts, then engines, then the runtime; TensorRT frees each."""
     while held:
         held.pop()
 
 
 def _messages(trt: Any) -> Any:
-    """An ILogger that keeps what is asked for later; the rest is for --log-level debug."""
+    """Return an ILogger that keeps errors and layer names, and logs the rest at level debug."""
     severity = trt.ILogger.Severity
 
     class Messages(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
-            self.layers: list[str] = []  # names of a plan's layers, told as it is built
+            self.layers: list[str] = []  # names of a plan's layers, logged while it is built
 
         def log(self, level: Any, message: str) -> None:
             if level in (severity.ERROR, severity.INTERNAL_ERROR):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from pcae_export import graph
-from pcae_export.cli import Export
+from pcae_export.commands import Export
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.command import run

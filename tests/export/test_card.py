@@ -61,7 +61,7 @@ def test_a_tier_no_better_than_a_cheaper_one_is_said_to_be_so(
     ("classes", "worth", "head", "cell", "explained"),
     [
         (3, TOP1, "top-1 (95 % interval)", "75.00 % [40.00, 95.00] of 8", "Top-1 on 8 images of"),
-        (3, SAME, "same class as at keep ratio 1", "62.5 % of 8", "without labels, against"),
+        (3, SAME, "same class as at keep ratio 1", "62.5 % of 8", "ratio 1, without labels, on"),
         (
             0, NEAR, "cosine of the features to those at keep ratio 1", "0.9877 over 1,200",
             "on 1,200 images of toys/test",
@@ -80,9 +80,16 @@ def test_tiers_are_worth_what_was_measured(
     assert table["tier"][-1] == head
     assert table["low"][-1] == cell
     assert explained in text
-    assert ("through the elastic graph" in text) == (worth is not None)
-    purpose = "tells 3 classes apart (bag, coat, shoe) in" if classes else "gives 32 features of"
-    assert f"{purpose} images of 16 x 16 pixels, cut into 64 patches" in text
+    assert ("on the elastic graph (one graph for all tiers" in text) == (worth is not None)
+    assert ("rounded to float16, as stored; `pcae-train evaluate` uses" in text) == (
+        worth is not None
+    )
+    purpose = (
+        "classifies images into 3 classes (bag, coat, shoe)"
+        if classes
+        else ("computes 32 features per image")
+    )
+    assert f"{purpose}. Images have 16 x 16 pixels, divided into 64 patches" in text
 
 
 def test_tiers_of_several_models_are_told_apart(rendered: Callable[..., str], tiny: Tiny) -> None:
@@ -104,7 +111,7 @@ def test_tiers_of_several_models_are_told_apart(rendered: Callable[..., str], ti
     assert table["half"][-2] == f"{full / half:.2f}"  # of the largest model, not its own
     assert "**large**: A vision transformer (0.05 million" in text
     assert text.count("**small**") == 3  # what it is, its training, its parity
-    assert "**small**\n\nNot recorded: the weights came without it." in text
+    assert "**small**\n\nNot recorded: the checkpoint does not contain it." in text
 
 
 def test_tokens_of_the_last_block_count_what_was_appended(
@@ -115,19 +122,19 @@ def test_tokens_of_the_last_block_count_what_was_appended(
     assert table["full"][2:4] == ["64, 64, 64", "65"]
     plain = {"vit": Part(tiny(reduction_points=()), {"full": TierSpec(1.0)})}
     assert rows(rendered(plain))["full"][2] == "all"
-    assert "It keeps all of them." in rendered(plain)
+    assert "It keeps all patches." in rendered(plain)
 
 
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
-        ("ptr", "it drops the patches most like the mean patch (progressive token reduction, the "
-         "PCAE paper)."),
-        ("merged", "it merges into others the patches most like the mean patch"),
+        ("ptr", "it drops the patches most similar to the mean patch (progressive token reduction, "
+         "the PCAE paper)."),
+        ("merged", "it merges into others the patches most similar to the mean patch"),
         ("random", "it drops a fixed random choice of patches"),
-        ("attention", "it drops the least attended patches"),
-        ("ptr-normalised", "it drops the patches most like the mean of the normalised patches"),
-        ("weighted", "it drops the patches most like the mean patch"),
+        ("attention", "it drops the patches that receive the least attention"),
+        ("ptr-normalised", "it drops the patches most similar to the mean of the normalised"),
+        ("weighted", "it drops the patches most similar to the mean patch"),
     ],
 )  # fmt: skip
 def test_the_reduction_is_told_in_words(
@@ -135,7 +142,7 @@ def test_the_reduction_is_told_in_words(
 ) -> None:
     text = rendered(one(tiny(reduction=rule)))
     assert f"After blocks 0, 1, 2 {said}" in text
-    assert (f"here: `{rule}`" in text) == (rule != "ptr")
+    assert (f"rule `{rule}`" in text) == (rule != "ptr")
 
 
 def test_phases_are_told_in_their_order_without_places_on_the_machine(
@@ -159,12 +166,13 @@ def test_phases_are_told_in_their_order_without_places_on_the_machine(
 def test_parity_is_claimed_only_where_it_was_proven(
     rendered: Callable[..., str], tiny: Tiny
 ) -> None:
-    assert "Not checked: exported without images." in rendered(one(tiny()))
+    assert "Not verified." in rendered(one(tiny()))
     proven = Parity(64, (EXACT, HALF), not_run=("bfloat16 graphs: no kernels",))
     text = rendered(one(tiny()), parity={"vit": proven})
-    assert "Not checked" not in text
-    assert f"torch with the weights as stored: {proven}." in text
+    assert "Not verified" not in text
+    assert f"compared with torch on the stored weights: {proven}." in text
     assert "| low | static | float32 | 64 | 2.0e-06 | 1.0e-07 | 3.0e-06 | 100.0 % | 3 | 0 |" in text
+    assert "- near ties: images on which two patches at a cut differ by at most 1e-05" in text
     assert "| low | cuda | float16 | 64 | 5.0e-01 | 1.0e-01 | 4.0e-03 | 98.4 % | 3 | 17 |" in text
 
 

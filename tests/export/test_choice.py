@@ -78,9 +78,9 @@ def test_the_table_tells_the_means_and_how_sure_the_choice_is() -> None:
         "| random | 0.950, 95 % | 0.950, 95 % |",
     ]
     # differences of 0.098, 0.102, 0.099 and 0.101, an image at a time
-    assert "on 4 images, and how often both name the same class" in lines[-1]
+    assert "on 4 images, and share of images with the same class" in lines[-1]
     assert lines[-1].endswith(
-        "Chosen: `weighted`, 0.1000 ± 0.0018 ahead of the next, paired by image."
+        "Chosen: `weighted`, by 0.1000 ± 0.0018 over the next best, paired by image."
     )
 
 

@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pcae_export import cli, graph, pack, weights
+from pcae_export import bundle_command, graph, pack, weights
 from pcae_export.choice import Choice
-from pcae_export.cli import Export, TierFlag, parse_tiers, shuffled
+from pcae_export.commands import Export
+from pcae_export.images import shuffle_rows
 from pcae_export.pack import TierSpec
+from pcae_export.tier_flags import TierFlag, parse_tiers
 from pcae_serve.bundle.reader import file_sha256, load_bundle
 from pcae_serve.command import run
 from pcae_serve.errors import PcaeError
@@ -50,6 +54,8 @@ def test_bundle_prints_what_it_made(
     top1 = bundle.tiers[0].accuracy
     assert top1 is not None
     assert out[2].startswith("full         1 ")
+    assert out[-2].startswith("quality: measured with the weights rounded to float16")
+    assert out[-1] == f"serve it with: pcae-serve --bundle {tmp_path / 'out'}"
     assert f"  {100 * top1.top1:.2f} % [" in out[2]
     assert bundle.manifest.name == "Toys 2"
 
@@ -110,7 +116,7 @@ def planned(
         return Choice({best: np.ones((len(ratios), 32), np.float32)}, {}, tuple(ratios))  # type: ignore[dict-item]
 
     monkeypatch.setattr(pack, "write_bundle", write)
-    monkeypatch.setattr(cli, "choose_reduction", choose)
+    monkeypatch.setattr(bundle_command, "choose_reduction", choose)
     assert run(Export, [str(word) for word in argv]) == 1
     return seen
 
@@ -175,17 +181,17 @@ def test_a_model_out_of_a_bundle_keeps_the_reduction_it_says(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tier", "fast"], "'fast' is no NAME=RATIO"),
-        (["--tier", "Fast=0.5"], "'Fast=0.5' is no NAME=RATIO"),
+        (["--tier", "fast"], "'fast' is not NAME=RATIO"),
+        (["--tier", "Fast=0.5"], "'Fast=0.5' is not NAME=RATIO"),
         (["--tier", "fast=1.5"], "keep ratio must be in"),
         (["--tier", "fast=0"], "keep ratio must be in"),
         (["--tier", "fast=-0.5"], "keep ratio must be in"),
         (["--tier", "fast=nan"], "keep ratio must be a number"),
         (["--tier", "fast="], "keep ratio must be a number"),
         (["--tier", "fast=0.5:int4"], "precision 'int4' is neither int8 nor float32"),
-        (["--tier", "fast=@0.5"], "names no checkpoint before '@'"),
-        (["--tier", "auto=0.5"], "no tier may be named 'auto'"),
-        (["--tier", "elastic=0.5"], "no tier may be named 'elastic'"),
+        (["--tier", "fast=@0.5"], "has no checkpoint before '@'"),
+        (["--tier", "auto=0.5"], "tier name 'auto' is reserved"),
+        (["--tier", "elastic=0.5"], "tier name 'elastic' is reserved"),
         (["--tier", "a=0.5", "--tier", "a=0.6"], "tier 'a' is given twice"),
         (["--limit", "0"], "--limit"),
         (["--parity-images", "15"], "--parity-images"),
@@ -193,7 +199,10 @@ def test_a_model_out_of_a_bundle_keeps_the_reduction_it_says(
         (["--half", "float8"], "--half"),
         (["--normalise", "clip"], "--normalise"),
         (["--reduction", "best"], "--reduction"),
-        (["--reduction", "auto"], "--reduction auto needs images to try on: give --eval-data"),
+        (
+            ["--reduction", "auto"],
+            "--reduction auto needs images to compare rules",
+        ),
         (["--reduction-points", "0,x"], "--reduction-points"),
         (["--model-id", "A/b"], "--model-id"),
         (["--name", ""], "--name"),
@@ -221,14 +230,14 @@ def test_tiers_as_they_are_written() -> None:
         "b": TierFlag(TierSpec("0.5"), Path("x/y@z.pth")),
         "c": TierFlag(TierSpec(".25"), Path("d")),
     }
-    with pytest.raises(ValueError, match="at least one tier is needed"):
+    with pytest.raises(ValueError, match="at least one tier is required"):
         parse_tiers([])
 
 
 def test_images_are_taken_from_all_over_and_always_the_same_ones() -> None:
-    order = shuffled(1000)
+    order = shuffle_rows(1000)
     assert sorted(order) == list(range(1000))
-    assert order == shuffled(1000)
+    assert order == shuffle_rows(1000)
     assert 300 < np.mean(order[:50]) < 700
 
 
@@ -249,10 +258,10 @@ def test_what_cannot_be_done(made: Any, tmp_path: Path, write_images: Any, capsy
 
     other = write_images(tmp_path / "other", ["bag", "coat", "sock"])
     line = fails(capsys, 1, *argv, other)
-    assert "3 labels (bag, coat, sock), but the checkpoint 3 (bag, coat, shoe)" in line
-    assert "measure without labels by --agreement" in line
+    assert "3 labels (bag, coat, sock), but the checkpoint has 3 (bag, coat, shoe)" in line
+    assert "measure without labels (--agreement)" in line
     few = write_images(tmp_path / "few", ["bag", "coat", "shoe"], each=6)
-    assert "has 18 images, but parity is proven on 64: give more, or a smaller --parity-images" in (
+    assert "has only 18 images of the 64 to verify on: provide more, or lower --parity-images" in (
         fails(capsys, 1, *argv, few)
     )
 
@@ -268,11 +277,11 @@ def test_what_stands_at_out_is_kept(
     (tmp_path / "precious" / "photo.png").write_text("")
     argv = ("bundle", made.checkpoint, tmp_path / "precious", *["--force"] * force)
     line = fails(capsys, 1, *argv)
-    message = "is no bundle: --force replaces only" if force else "exists: choose another place, or"
+    message = "is not a bundle: --force replaces" if force else "exists: choose another folder"
     assert message in line
     assert [path.name for path in tmp_path.rglob("*")] == ["precious", "photo.png"]
     line = fails(capsys, 1, "bundle", made.checkpoint, made.bundle.root)
-    assert "exists: choose another place, or replace it with --force" in line
+    assert "exists: choose another folder, or replace it with --force" in line
     assert load_bundle(made.bundle.root).digest == made.bundle.digest
 
 
@@ -314,8 +323,31 @@ def test_graphs_that_answer_otherwise_are_not_sealed(
 
     monkeypatch.setattr(weights, "write", wrong)
     line = fails(capsys, 1, "bundle", quick, tmp_path / "out", *FULL)
-    assert "tier 'full', elastic graph: a logit differs from torch by 1, over" in line
+    assert "tier 'full', elastic graph: a logit differs from torch by 1, more than" in line
     assert [path.name for path in tmp_path.iterdir()] == ["quick"]
+
+
+# Entry point
+
+
+WITHOUT_TORCH = """
+import sys
+class Hidden:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name=name)
+sys.meta_path.insert(0, Hidden())
+from pcae_export.cli import start
+sys.exit(start(["verify", "bundle"]))
+"""
+
+
+def test_without_torch_one_line_says_what_to_install() -> None:
+    """In a process of its own: an imported torch cannot be removed."""
+    argv = [sys.executable, "-c", WITHOUT_TORCH]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "pcae-export: torch is not installed: pip install '.[export]'\n"
 
 
 # verify
@@ -330,6 +362,8 @@ def test_verify_proves_a_bundle_again(made: Any, capsys: Capture) -> None:
     assert out.startswith(head)
     assert "\n| full | elastic | float32 | 64 | " in out
     assert "\n| low | tensorrt | float16 | 64 | " in out
+    assert "\n- with equal sets: the largest difference, over all images" in out
+    assert out.endswith(f"serve it with: pcae-serve --bundle {made.bundle.root}\n")
 
 
 def test_verify_makes_images_up_where_there_are_none(made: Any, capsys: Capture) -> None:
@@ -364,7 +398,7 @@ def test_verify_refuses_files_that_were_changed(made: Any, tmp_path: Path, capsy
     file = tmp_path / "copy" / "models" / "vit" / "mid.onnx"
     shutil.copy(file.with_name("low.onnx"), file)
     line = fails(capsys, 1, "verify", tmp_path / "copy")
-    assert "mid.onnx is not the file that was sealed (its sha256 differs)" in line
+    assert "mid.onnx was changed after export (its SHA-256 differs" in line
 
 
 def test_what_verify_cannot_do(
@@ -376,5 +410,5 @@ def test_what_verify_cannot_do(
     )
     few = write_images(tmp_path / "few", ["bag"], each=15)
     line = fails(capsys, 1, "verify", made.bundle.root, "--data", few)
-    assert "parity needs 16 images, and there are 15" in line
+    assert "parity needs at least 16 images, not 15" in line
     assert "--images" in fails(capsys, 2, "verify", made.bundle.root, "--images", "15")

@@ -97,7 +97,7 @@ def test_a_vit_of_timm_under_a_budget(save: Callable[..., Path], tmp_path: Path)
     assert bundle.tiers[0].quality is None  # made-up images measure nothing
     card = (bundle.root / "README.md").read_text()
     assert "16 images, batches of 1, 2, 3, 8; 4 float32 graphs" in card
-    assert "Not recorded: the weights came without it." in card
+    assert "Not recorded: the checkpoint does not contain it." in card
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_tiers_without_labels_are_held_against_k_1(timm: Path, data: Path, tmp_p
     assert full.agreement.data_set.endswith("/test")
     card = (bundle.root / "README.md").read_text()
     assert "same class as at keep ratio 1" in card
-    assert "Reductions tried" not in card  # it was told
+    assert "Reductions compared" not in card  # it was told
 
 
 def test_features_are_held_against_k_1_by_their_cosine(
@@ -229,9 +229,11 @@ def test_the_reduction_that_answers_best_is_chosen_and_the_card_says_so(
     assert "| reduction | k = 0.5 |" in card
     for rule in ("ptr", "weighted", "merged", "random"):
         assert re.search(rf"^\| {rule} \| [01]\.\d{{3}}, \d+ % \|$", card, re.MULTILINE)
-    assert "on 8 images, and how often both name the same class" in card
-    assert f"`random` is the floor. Chosen: `{chosen}`, " in card
-    assert f"Chosen: `{chosen}`" in capsys.readouterr().out
+    assert "on 8 images, and share of images with the same class" in card
+    assert f"`random` is the baseline. Chosen: `{chosen}`, " in card
+    out = capsys.readouterr().out
+    assert "| reduction | k = 0.5 |" in out  # the table next to its result
+    assert f"Chosen: `{chosen}`" in out
 
 
 # Several models, and int8
@@ -254,7 +256,7 @@ def test_a_tier_of_each_of_two_checkpoints(tmp_path: Path) -> None:
     card = (bundle.root / "README.md").read_text()
     assert "**large**: A vision transformer" in card
     assert "| fast | small | 0.8 | 28 |" in card
-    assert card.count("Every graph was held against torch with the weights as stored: 16") == 2
+    assert card.count("Every graph was compared with torch on the stored weights: 16") == 2
 
 
 def test_a_tier_of_another_checkpoint_beside_those_of_source(timm: Path, tmp_path: Path) -> None:
@@ -294,15 +296,15 @@ HUGE = vit().state_dict() | {"head.bias": torch.full((5,), 1e6)}
         (CNN, TOLD, "not a vision transformer: it has no patch_embed.proj.weight"),
         (OBLONG, TOLD, "proj.weight has shape [16, 3, 4, 3], expected [16, 3, 4, 4]"),
         (renamed(vit().state_dict(), ("^norm", "norms")), TOLD, "norm.weight [16] is missing"),
-        (HUGE, TOLD, "head.bias has values that float16 cannot hold (largest 1e+06)"),
+        (HUGE, TOLD, "head.bias has values beyond the range of float16 (largest 1e+06)"),
         (vit().state_dict(), (*TOLD, "--image-size", 30), "patch size 4 does not divide 30"),
         (vit().state_dict(), (*TOLD, "--resize", 20), "cannot crop 24 pixels out of 20"),
         (vit().state_dict(), TOLD[2:], "number of heads from width 16: give --heads"),
         (vit().state_dict(), (*TOLD[2:], "--heads", 3), "3 heads do not divide width 16"),
-        (vit().state_dict(), TOLD[:2], "does not say how its images were normalised: give --"),
+        (vit().state_dict(), TOLD[:2], "does not contain mean and std of its images: give --"),
         (
             vit().state_dict(), (*TOLD, "--tier", "low=0.5"),
-            "model 'vit' has 2 blocks and no reduction points to drop patches at",
+            "model 'vit' has 2 blocks and no reduction points at which to drop patches",
         ),
         (
             vit().state_dict(), (*TOLD, "--reduction-points", "0,2"),
@@ -310,11 +312,11 @@ HUGE = vit().state_dict() | {"head.bias": torch.full((5,), 1e6)}
         ),
         (
             vit(replace(TINY, channels=1)).state_dict(), TOLD,
-            "takes 1 channels: only RGB is served",
+            "takes 1 channels; only RGB is supported",
         ),
         (
             vit(replace(TINY, classes=0)).state_dict(), (*TOLD, "--labels", __file__),
-            "has no head: --labels would name nothing",
+            "has no head, so --labels does not apply",
         ),
         ([1, 2], TOLD, "contains a list, expected a state dict"),
     ],
@@ -337,7 +339,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": {"height": 24, "width": 32}}, "images that are not square are not supported"),
+        ({"size": {"height": 24, "width": 32}}, "only square image sizes are supported"),
         ({"rescale_factor": 1.0}, "rescale_factor must be 1/255, not 1.0"),
         ({"image_std": None}, "its preprocessing cannot be used"),
     ],
@@ -363,4 +365,7 @@ def test_checkpoints_that_cannot_share_a_bundle(
     other = saved(vit(replace(TINY, classes=4)).state_dict(), tmp_path, "other.pth")
     tiers = ("--tier", f"fast={other}@1.0", "--tier", "full=1.0")
     line = fails(capsys, 1, "bundle", timm, tmp_path / "out", *TOLD, *tiers)
-    assert "models 'other' and 'vit' cannot share a bundle: one has 4 labels, the other 5" in line
+    assert (
+        "models 'other' and 'vit' cannot share a bundle: their labels differ (4 and 5 classes)"
+        in line
+    )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pcae_export import graph, pack, weights
-from pcae_export.pack import Evidence, Half, Part, TierSpec
+from pcae_export.pack import Evaluation, Half, Part, TierSpec
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
 from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.errors import BundleError, PcaeError
@@ -22,12 +22,12 @@ from pcae_training.checkpoint import Checkpoint
 
 Tiny = Callable[..., Checkpoint]
 
-REFUSAL = "the judge says no"
+REFUSAL = "parity does not hold"
 FULL = {"full": TierSpec(1.0)}
 QUICK = {"depth": 1, "reduction_points": ()}  # to trace
 
 
-def refuse(*_: object) -> Evidence:
+def refuse(*_: object) -> Evaluation:
     raise PcaeError(REFUSAL)
 
 
@@ -124,14 +124,14 @@ def test_the_judge_sees_the_weights_as_they_are_stored(tiny: Tiny, tmp_path: Pat
     checkpoint = tiny(**QUICK)
     seen = {}
 
-    def judge(draft: Bundle, stored: Any) -> Evidence:
+    def judge(draft: Bundle, stored: Any) -> Evaluation:
         assert draft.root.parent == tmp_path  # beside its place, not yet in it
         assert not (tmp_path / "out").exists()
         seen.update(stored["vit"].model.state_dict())
         worth = Agreement(share=0.5, n=2, data_set="toys")
-        return Evidence({"full": worth})
+        return Evaluation({"full": worth})
 
-    bundle = pack.write_bundle(one(checkpoint, full=1.0), tmp_path / "out", judge=judge)
+    bundle = pack.write_bundle(one(checkpoint, full=1.0), tmp_path / "out", evaluate=judge)
     for name, tensor in checkpoint.model.state_dict().items():
         assert torch.equal(seen[name], tensor.half().float()), name
     assert bundle.tiers[0].agreement is not None
@@ -158,7 +158,7 @@ def test_a_flipped_byte_in_the_weights_is_refused(made: Any, tmp_path: Path) -> 
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(BundleError, match=r"model\.safetensors is not the file that was sealed"):
+    with pytest.raises(BundleError, match=r"model\.safetensors was changed after export"):
         load_bundle(copy)
 
 
@@ -168,10 +168,10 @@ def test_a_flipped_byte_in_the_weights_is_refused(made: Any, tmp_path: Path) -> 
 def test_failure_leaves_nothing_and_keeps_the_old(made: Any, tmp_path: Path, tiny: Tiny) -> None:
     out, parts = tmp_path / "out", one(tiny(**QUICK), full=1.0)
     shutil.copytree(made.bundle.root, out)
-    with pytest.raises(pack.PackError, match="exists: choose another place"):
+    with pytest.raises(pack.PackError, match="exists: choose another folder"):
         pack.write_bundle(parts, out)
     with pytest.raises(PcaeError, match=REFUSAL):
-        pack.write_bundle(parts, out, judge=refuse, force=True)
+        pack.write_bundle(parts, out, evaluate=refuse, force=True)
     assert load_bundle(out).digest == made.bundle.digest
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -226,13 +226,13 @@ def test_force_replaces_only_bundles(made: Any, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("")
     (tmp_path / "link").symlink_to(made.bundle.root)
     for place in (tmp_path, tmp_path / "precious.txt", tmp_path / "link"):
-        with pytest.raises(pack.PackError, match="is no bundle: --force replaces only bundles"):
+        with pytest.raises(pack.PackError, match="is not a bundle: --force replaces only bundles"):
             pack.check_output(place, force=True)
 
 
 def test_a_place_that_cannot_be_written_to(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(pack.PackError, match=r"cannot write beside .*out"):
+    with pytest.raises(pack.PackError, match=r"cannot write next to .*out"):
         pack.write_bundle(one(tiny(**QUICK), full=1.0), tmp_path / "file" / "out")
 
 
@@ -242,7 +242,7 @@ def test_weights_beyond_float16_are_refused_before_anything_is_written(
     checkpoint = tiny(**QUICK)
     with torch.no_grad():
         checkpoint.model.head.bias[0] = 1e6
-    with pytest.raises(weights.WeightsError, match=r"head\.bias has values that float16 cannot"):
+    with pytest.raises(weights.WeightsError, match=r"head\.bias has values beyond"):
         pack.write_bundle(one(checkpoint, full=1.0), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -284,8 +284,11 @@ def unlike(checkpoint: Checkpoint, change: str) -> Checkpoint:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("labels", "models 'a' and 'b' cannot share a bundle: one has 3 labels, the other 3"),
-        ("resize", "models 'a' and 'b' cannot share a bundle: they take images of other sizes"),
+        ("labels", "models 'a' and 'b' cannot share a bundle: their labels differ"),
+        (
+            "resize",
+            "models 'a' and 'b' cannot share a bundle: their image sizes or resizing differ",
+        ),
         ("mean", None),  # the graph's own matter
     ],
 )

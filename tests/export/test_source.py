@@ -91,7 +91,7 @@ def test_heads_that_no_tensor_tells_must_be_told(file: Path) -> None:
 
 def test_only_rgb_is_served(tmp_path: Path) -> None:
     grey = saved(vit(replace(TINY, channels=1)).state_dict(), tmp_path)
-    refused(grey, HALF, r"x\.pth takes 1 channels: only RGB is served")
+    refused(grey, HALF, r"x\.pth takes 1 channels; only RGB is supported")
 
 
 # Reduction
@@ -130,7 +130,7 @@ def test_normalisation_that_nobody_tells_is_asked_for(file: Path) -> None:
     refused(
         file,
         SourceOverrides(heads=2),
-        r"x\.pth does not say how its images were normalised: give --normalise"
+        r"x\.pth does not contain mean and std of its images: give --normalise"
         r" imagenet or --normalise half$",
     )  # fmt: skip
 
@@ -214,18 +214,20 @@ def test_labels_are_read_from_text_and_json(
 def test_classes_without_names_are_numbered_and_it_is_said(file: Path) -> None:
     found = read_source(file, HALF)
     assert found.checkpoint.labels == list("01234")
-    assert found.notes == (f"{file} does not name its 5 classes: they are numbered (--labels)",)
+    assert found.notes == (
+        f"{file} has no names for its 5 classes: they are numbered (see --labels)",
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.txt", "a\nb\n", r"x\.txt names 2 classes, .*x\.pth has 5"),
-        ("x.txt", "a\nb\nc\nb\nd\n", r"x\.txt names 'b' twice"),
-        ("x.txt", "a\n\nb\nc\nd\n", "one class a line, or be a JSON list"),
-        ("x.json", '{"0": "a"}', "one class a line, or be a JSON list"),
-        ("x.json", "[1, 2, 3, 4, 5]", "one class a line, or be a JSON list"),
-        ("x.json", "a\nb", r"x\.json cannot be read"),
+        ("x.txt", "a\nb\n", r"x\.txt has 2 names, but .*x\.pth has 5 classes"),
+        ("x.txt", "a\nb\nc\nb\nd\n", r"x\.txt contains 'b' twice"),
+        ("x.txt", "a\n\nb\nc\nd\n", "one class name per line, or a JSON list"),
+        ("x.json", '{"0": "a"}', "one class name per line, or a JSON list"),
+        ("x.json", "[1, 2, 3, 4, 5]", "one class name per line, or a JSON list"),
+        ("x.json", "a\nb", r"cannot read .*x\.json"),
     ],
 )
 def test_labels_that_name_nothing(
@@ -237,7 +239,7 @@ def test_labels_that_name_nothing(
 def test_labels_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin1.txt").write_bytes("Küche".encode("latin-1"))
     for name in ("latin1.txt", "none.txt", "."):
-        with pytest.raises(SourceError, match="cannot be read"):
+        with pytest.raises(SourceError, match="cannot read"):
             read_labels(tmp_path / name)
 
 
@@ -253,14 +255,14 @@ def test_a_checkpoint_without_a_head_gives_features(tmp_path: Path) -> None:
     file = saved(dino_teacher(vit(replace(TINY, classes=0)).state_dict()), tmp_path)
     found = read_source(file, HALF)
     assert headless(found)
-    assert found.notes == (f"left out of {file}: head.mlp.0.weight",)
+    assert found.notes == (f"ignored in {file}: head.mlp.0.weight",)
     labels = text(tmp_path, "a\n")
-    refused(file, replace(HALF, labels=labels), r"x\.pth has no head: --labels would name nothing")
+    refused(file, replace(HALF, labels=labels), r"x\.pth has no head, so --labels does not apply")
 
 
 def test_a_mask_token_is_no_loss_worth_a_note(tmp_path: Path) -> None:
     file = saved(mae_pretrained(vit(replace(TINY, classes=0)).state_dict()), tmp_path)
-    assert read_source(file, HALF).notes == (f"left out of {file}: decoder_embed.weight",)
+    assert read_source(file, HALF).notes == (f"ignored in {file}: decoder_embed.weight",)
 
 
 @pytest.mark.parametrize("distilled", [False, True])

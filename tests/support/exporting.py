@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pcae_export.cli import Export
+from pcae_export.commands import Export
 from pcae_export.verify import MIN_IMAGES
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.reader import Bundle, load_bundle

@@ -221,7 +221,7 @@ def test_what_cannot_be_drawn(settings: Any, files: list[Path], class_folders: A
     out = folder / "out.png"
     cases: list[tuple[dict[str, Any], str]] = [
         ({"image": (folder / "none.png",), "out": out}, "none.png: No such file"),
-        ({"image": (folder / "text.png",), "out": out}, "text.png: the body is none of JPEG"),
+        ({"image": (folder / "text.png",), "out": out}, "text.png: unknown image type"),
         ({"image": (folder,), "out": out}, "cannot read the image"),
         ({"image": files, "out": folder / "x.jpg"}, "neither a .png file nor a folder"),
         ({"image": files, "out": folder / "file" / "x.png"}, "no folder that can be written to"),

@@ -342,8 +342,8 @@ def test_one_refused_image_refuses_the_request_and_cancels_the_others(
         first.join()
         metrics = client.get("/metrics").text
     assert gate.batches == [1]
-    assert 'outcome="refused_full"} 2.0' in metrics
-    assert 'outcome="left"} 4.0' in metrics
+    assert 'outcome="rejected_full"} 2.0' in metrics
+    assert 'outcome="cancelled"} 4.0' in metrics
 
 
 def test_an_unreadable_image_cancels_the_others(

@@ -126,7 +126,7 @@ def test_samples_of_more_than_eight_bits_keep_the_high_ones() -> None:
 
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_samples_without_a_range_are_refused(mode: str) -> None:
-    with pytest.raises(UnsupportedType, match=f"{mode}\\) have no agreed range: save it with 8"):
+    with pytest.raises(UnsupportedType, match=f"{mode}\\) have no defined range: save it with 8"):
         decode_image(body(photo().convert("L").convert(mode), "TIFF"))
 
 
@@ -145,7 +145,7 @@ def test_no_parser_sees_what_does_not_begin_right(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Image, "open", refuse)
     for text in (b"RIFF\x24\0\0\0WAVEfmt ", b"II+\0\x08\0\0\0", b"P6 1 1 255\nabc", b"8BPS\0\1"):
-        with pytest.raises(UnsupportedType, match="told by its first bytes"):
+        with pytest.raises(UnsupportedType, match="unknown image type"):
             decode_image(text)
 
 
@@ -230,7 +230,7 @@ def test_a_truncated_image_is_unreadable(kind: str, share: float) -> None:
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     whole = body(noise, kind)
-    with pytest.raises(UnreadableImage, match=r"truncated|damaged|cannot be read") as raised:
+    with pytest.raises(UnreadableImage, match=r"truncated|damaged|cannot read") as raised:
         decode_image(whole[: max(12, int(share * len(whole)))])
     assert raised.value.status == 400
     assert "\n" not in raised.value.detail

@@ -73,7 +73,7 @@ def test_a_newer_schema_says_to_update(bundle_dir: Path) -> None:
 def test_a_path_that_leaves_the_folder_is_refused(bundle_dir: Path, path: str) -> None:
     files = json.loads((bundle_dir / "bundle.json").read_text())["files"]
     edit(bundle_dir, files=files | {path: "0" * 64})
-    assert "leaves the bundle" in refused(bundle_dir)
+    assert "is outside the bundle" in refused(bundle_dir)
 
 
 def test_a_link_that_leaves_the_folder_is_refused(bundle_dir: Path, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_link_that_leaves_the_folder_is_refused(bundle_dir: Path, tmp_path: Pa
     (tmp_path / "outside").write_bytes(weights.read_bytes())
     weights.unlink()
     weights.symlink_to(tmp_path / "outside")
-    assert "leads out of the bundle" in refused(bundle_dir)
+    assert "links to a file outside the bundle" in refused(bundle_dir)
 
 
 def changed(tiers: list[dict[str, Any]], index: int, **changes: Any) -> list[dict[str, Any]]:
@@ -91,13 +91,13 @@ def changed(tiers: list[dict[str, Any]], index: int, **changes: Any) -> list[dic
 @pytest.mark.parametrize(
     ("index", "changes", "words"),
     [
-        (0, {"macs": 9999}, "ordered by MACs"),
+        (0, {"macs": 9999}, "ascending order of MACs"),
         (0, {"name": "full"}, "differ"),
         (0, {"name": "auto"}, "auto"),
         (0, {"name": "elastic"}, "elastic"),
         (0, {"name": "../x"}, "name"),
         (0, {"model": "other"}, "'other'"),
-        (0, {"token_counts": [9, 10, 3]}, "fall"),
+        (0, {"token_counts": [9, 10, 3]}, "decrease"),
         (0, {"token_counts": [9, 5]}, "stages"),
         (0, {"keep_ratio": 1.5}, "keep_ratio"),
         (0, {"surprise": 1}, "surprise"),

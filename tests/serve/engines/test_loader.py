@@ -78,14 +78,14 @@ def test_memory_does_not_creep_over_batch_sizes_and_tiers(demo: Bundle, engine: 
 
 def test_labels_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> None:
     manifest = demo.manifest.model_copy(update={"labels": demo.labels[:9]})
-    with pytest.raises(StartError, match="answers with 10 logits, but the bundle names 9"):
+    with pytest.raises(StartError, match="computes 10 logits, but the manifest has 9"):
         load_engine("onnxruntime", replace(demo, manifest=manifest))
 
 
 def test_features_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> None:
     vit = demo.manifest.models["vit"].model_copy(update={"answers": "features"})
     manifest = demo.manifest.model_copy(update={"labels": (), "models": {"vit": vit}})
-    with pytest.raises(StartError, match="answers with 10 features, but the bundle names 192"):
+    with pytest.raises(StartError, match="computes 10 features, but the manifest has 192"):
         load_engine("onnxruntime", replace(demo, manifest=manifest))
 
 
@@ -188,7 +188,7 @@ BROKEN = {"tensorrt": "no plans", "cuda": "no libraries"}
         (["tensorrt"], "cuda:1", ("cuda", "cuda:1"), "INFO", "tensorrt: no plans"),
         (
             ["tensorrt", "cuda"], "auto", ("onnxruntime", "cpu"),
-            "WARNING", "on the CPU: tensorrt: no plans; cuda: no libraries",
+            "WARNING", "using the CPU: tensorrt: no plans; cuda: no libraries",
         ),
         ([], "cpu", ("onnxruntime", "cpu"), None, ""),
     ],
@@ -247,7 +247,7 @@ def test_a_machine_without_a_gpu_serves_on_its_cpu_and_one_that_should_have_it_w
         ("cuda", "cuda:2", "there is no cuda:2"),
         ("cuda", "cpu", "backend cuda runs on a GPU: use --device cuda:0"),
         ("tensorrt", "cpu", "backend tensorrt runs on a GPU"),
-        ("onnxruntime", "cuda:0", "runs on the CPU: for cuda:0 use --backend cuda"),
+        ("onnxruntime", "cuda:0", "runs on the CPU: use --backend cuda for cuda:0"),
     ],
 )
 def test_what_was_named_is_never_left_for_something_else(

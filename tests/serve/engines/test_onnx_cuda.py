@@ -169,13 +169,13 @@ def test_callers_on_many_threads_get_their_own_answers(served: Bundle) -> None:
 @pytest.mark.parametrize("batch", [0, 5])
 def test_a_batch_that_was_not_set_up(served: Bundle, batch: int) -> None:
     engine = CudaEngine(served, "cpu", max_batch=4)
-    with pytest.raises(ValueError, match=f"{batch} images: a batch has 1 to 4"):
+    with pytest.raises(ValueError, match=f"a batch has 1 to 4 images, not {batch}"):
         engine.run(served.tiers[0], PIXELS[:batch])
     assert_right(engine.run(served.tiers[0], PIXELS[:1]), served.tiers[0], PIXELS[:1], atol=1e-3)
 
 
 def test_a_bundle_without_graphs_for_gpus(small_bundle: Bundle) -> None:
-    with pytest.raises(StartError, match=r"has no fast\.cuda\.onnx, which GPUs run"):
+    with pytest.raises(StartError, match=r"has no fast\.cuda\.onnx, which the cuda backend needs"):
         CudaEngine(small_bundle, "cpu")
 
 
@@ -184,7 +184,7 @@ def test_a_bundle_without_graphs_for_gpus(small_bundle: Bundle) -> None:
     [
         (lambda tier: b"graph", r"cannot load .*fast\.cuda\.onnx"),
         (lambda tier: graph(tier.token_counts, elastic=True), "must be static, but kept_0"),
-        (lambda tier: graph(tier.token_counts, classes=3), "answers with 3 logits, .* names 4"),
+        (lambda tier: graph(tier.token_counts, classes=3), "computes 3 logits, .* has 4"),
         (lambda tier: graph((7, 5, 3)), r"'fast' keeps \(7, 5, 3\) patches, .* \(9, 5, 3\)"),
         (
             lambda tier: graph(tier.token_counts).replace(b"pixels", b"voxels"),
@@ -214,7 +214,7 @@ def test_a_session_that_would_go_on_without_the_gpu_is_refused(served: Bundle) -
         pytest.skip("this onnxruntime has CUDA")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python's warning comes only where the package lacks CUDA
-        with pytest.raises(StartError, match=r"left out CUDA.*\(no libcublas\): pip install"):
+        with pytest.raises(StartError, match=r"cannot use CUDA.*\(no libcublas\): pip install"):
             onnx_cuda._session(file, (CUDA, {"device_id": "0"}), "no libcublas\nnor others")
 
 
@@ -224,7 +224,7 @@ def test_the_package_for_cpus_is_told_from_a_missing_gpu(
     if CUDA in ort.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     monkeypatch.setattr(nvidia, "list_gpus", lambda: ["NVIDIA"])
-    with pytest.raises(StartError, match=r"pip uninstall onnxruntime.*pcae-serve\[gpu\]"):
+    with pytest.raises(StartError, match=r"pip uninstall onnxruntime.*'\.\[gpu\]'"):
         CudaEngine(served, "cuda:0")
 
 

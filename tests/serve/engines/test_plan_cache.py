@@ -8,7 +8,7 @@ import pytest
 
 from pcae_serve.bundle.reader import Bundle, file_sha256, load_bundle
 from pcae_serve.engines import plan_cache
-from pcae_serve.engines.plan_cache import GpuTarget, Key, Parity, Plan, Recipe
+from pcae_serve.engines.plan_cache import GpuTarget, Key, Plan, PlanParity, Recipe
 from pcae_serve.errors import BundleError, StartError
 from tests.support.bundles import manifest, write_bundle
 
@@ -42,7 +42,7 @@ def written(cache: Path, key: Key, minutes: int = 0, data: bytes = DATA) -> Plan
         driver="13.1",
         shapes={"min": (1, 8, 8, 3), "opt": (8, 8, 8, 3), "max": (32, 8, 8, 3)},
         fused_attention=12,
-        parity=Parity(
+        parity=PlanParity(
             images=64,
             data_set="toys",
             measure="top-1 agreement",
@@ -121,7 +121,7 @@ def test_the_newest_plan_that_takes_the_batch_is_found(bundle: Bundle, tmp_path:
     later = written(tmp_path, key(max_batch=64, optimization_level=5), minutes=1)
     written(tmp_path, key(max_batch=16), minutes=2)
     assert plan_cache.find_plan(tmp_path, bundle, bundle.tiers[0], TARGET, 32) == later
-    with pytest.raises(StartError, match="takes 64 images at most, not 128: serve with"):
+    with pytest.raises(StartError, match="takes batches of at most 64 images, not 128: serve with"):
         plan_cache.find_plan(tmp_path, bundle, bundle.tiers[0], TARGET, 128)
 
 
@@ -131,14 +131,14 @@ def test_a_damaged_plan_is_told_and_a_damaged_sidecar_is_none(
     key = plan_cache.make_key(bundle, bundle.tiers[0], TARGET, Recipe())
     plan = written(tmp_path, key)
     (plan_cache.plans_folder(tmp_path) / f"{key.name}.plan").write_bytes(DATA[:-1])
-    with pytest.raises(StartError, match="not what was written there: run 'pcae-export tensorrt'"):
+    with pytest.raises(StartError, match=r"is damaged .*: run 'pcae-export tensorrt'"):
         plan_cache.read_plan(tmp_path, plan)
     (plan_cache.plans_folder(tmp_path) / f"{key.name}.plan").unlink()
-    with pytest.raises(StartError, match="cannot be read"):
+    with pytest.raises(StartError, match="cannot read"):
         plan_cache.read_plan(tmp_path, plan)
     (plan_cache.plans_folder(tmp_path) / f"{key.name}.json").write_text("{")
     assert plan_cache.load_plan(tmp_path, key) is None
-    assert "its plan is left out" in caplog.text
+    assert "ignoring its plan" in caplog.text
 
 
 def test_a_write_that_fails_leaves_neither_plan_nor_sidecar(

@@ -14,7 +14,7 @@ from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import cuda_runtime, nvidia, plan_cache, tensorrt
 from pcae_serve.engines.base import Output
 from pcae_serve.engines.cuda_runtime import CudaError
-from pcae_serve.engines.plan_cache import Parity, Plan, Recipe
+from pcae_serve.engines.plan_cache import Plan, PlanParity, Recipe
 from pcae_serve.engines.tensorrt import Runner, TensorRtEngine
 from pcae_serve.errors import StartError
 from tests.support import tensorrt_standin
@@ -44,7 +44,7 @@ def cache(bundle: Bundle, trt: TensorRt, tmp_path: Path) -> Path:
     plan_cache.plans_folder(tmp_path).mkdir()
     for tier in bundle.tiers:
         data = plan_of(trt, bundle, tier.name)
-        parity = Parity(
+        parity = PlanParity(
             images=64,
             data_set="toys",
             measure="top-1 agreement",
@@ -202,7 +202,7 @@ def test_pixels_that_do_not_fit_are_refused(
 
 
 def test_batches_beyond_the_plans_are_told_at_start(bundle: Bundle, cache: Path) -> None:
-    with pytest.raises(StartError, match="takes 4 images at most, not 32"):
+    with pytest.raises(StartError, match="takes batches of at most 4 images, not 32"):
         TensorRtEngine(bundle, "cuda:0", cache)
 
 
@@ -217,7 +217,7 @@ def test_a_missing_plan_names_the_command(bundle: Bundle, cache: Path) -> None:
     ("spoil", "reason"),
     [
         (lambda _: b"rubbish", "magic tag does not match"),
-        (lambda plan: plan.replace(b"[4, 28", b"[3, 28"), "it takes 3 images at most"),
+        (lambda plan: plan.replace(b"[4, 28", b"[3, 28"), "it takes at most 3 images"),
     ],
     ids=["rubbish", "narrow"],
 )
@@ -244,7 +244,7 @@ def test_without_a_gpu_tensorrt_is_not_touched(
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:x", "cuda:-1"])
 def test_a_device_that_is_no_gpu_is_told(trt: TensorRt, device: str) -> None:
-    with pytest.raises(StartError, match="use cuda:0"):
+    with pytest.raises(StartError, match="needs an NVIDIA GPU such as cuda:0"):
         cuda_runtime.find_gpu(device)
 
 
@@ -256,7 +256,7 @@ def test_a_gpu_that_is_not_there_is_told(trt: TensorRt) -> None:
 
 def test_a_gpu_that_does_not_answer_is_told(trt: TensorRt) -> None:
     trt.cuda.fails["cudaDriverGetVersion"] = tensorrt_standin.cudaError_t.cudaErrorInvalidValue
-    with pytest.raises(StartError, match="does not answer: cudaDriverGetVersion"):
+    with pytest.raises(StartError, match="does not respond: cudaDriverGetVersion"):
         cuda_runtime.find_gpu("cuda:0")
 
 

@@ -1,0 +1,289 @@
+"""`pcae-export bundle`: checkpoints to a verified, measured bundle."""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic_settings import CliPositionalArg, NoDecode
+
+from pcae_export import card, pack
+from pcae_export.choice import DEFAULT_REDUCTION, choose_reduction
+from pcae_export.images import IMAGES_HELP, decode, generate, shuffle_rows
+from pcae_export.measure import measure_quality
+from pcae_export.pack import Evaluation, Half, Part, TierSpec
+from pcae_export.source import Source, SourceOverrides, read_source
+from pcae_export.tier_flags import parse_tiers
+from pcae_export.verify import MIN_IMAGES, verify_model
+from pcae_serve.bundle.manifest import NAME_PATTERN
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.tokens import Rule, parse_keep_ratio
+from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
+from pcae_serve.errors import PcaeError
+from pcae_training.checkpoint import Checkpoint
+from pcae_training.data import LabelledImages, load
+
+
+class WriteBundle(BaseModel):
+    """Export checkpoints to a bundle that pcae-serve serves.
+
+    SOURCE is a checkpoint of pcae-train, a state dict of timm, MAE, DeiT, DINO or DINOv2, or a
+    Hugging Face folder; OUT is the bundle to write. Give OUT alone if every --tier names its
+    checkpoint. Every graph is compared with torch and every tier is measured before the bundle is
+    put in place.
+    """
+
+    flag_groups: ClassVar[Mapping[str, Sequence[str]]] = {
+        "tiers": ("tier", "reduction", "reduction_points", "half"),
+        "images to verify and measure on": (
+            "eval_data", "eval_split", "agreement", "limit", "parity_images", "choice_images",
+        ),
+        "what SOURCE does not contain": (
+            "labels", "heads", "image_size", "resize", "normalise", "features",
+        ),
+        "bundle": ("name", "model_id", "card_note", "force"),
+    }  # fmt: skip
+
+    paths: CliPositionalArg[list[Path]] = Field(
+        min_length=1, max_length=2, description="SOURCE (a checkpoint) and OUT (the new bundle)"
+    )
+    tier: list[str] = Field(
+        [f"{name}={ratio}" for name, ratio in pack.DEFAULT_TIERS.items()],
+        description="NAME=RATIO or NAME=CHECKPOINT@RATIO, either with :int8 appended; repeatable",
+    )
+    reduction: Literal[Rule, "auto"] | None = Field(
+        None,
+        description="how redundant patches are reduced; auto: the best rule on --eval-data"
+        " (default: the rule that SOURCE was trained with, else auto, else merged)",
+    )
+    reduction_points: Annotated[tuple[int, ...] | None, NoDecode] = Field(
+        None,
+        description="blocks after which patches are reduced, such as 0,7,10 (default: SOURCE's, or"
+        " that pattern scaled to its depth)",
+    )
+    eval_data: str | None = Field(
+        None, description=f"images: {IMAGES_HELP} (default: generated images)"
+    )
+    eval_split: str = Field("test", description="split of --eval-data")
+    agreement: bool = Field(
+        False, description="ignore labels: measure each tier's agreement with keep ratio 1"
+    )
+    limit: int | None = Field(
+        None, ge=1, description="number of images to measure quality on (default: all)"
+    )
+    parity_images: int = Field(
+        64, ge=MIN_IMAGES, description="number of images to compare graphs with torch on"
+    )
+    choice_images: int = Field(
+        32, ge=2, description="number of images that --reduction auto compares rules on"
+    )
+    half: Literal[Half, "none"] = Field(
+        "float16", description="precision of the graphs for GPUs; none: write no such graphs"
+    )
+    labels: Path | None = Field(
+        None, description="text file of class names, one per line, or JSON list"
+    )
+    heads: int | None = Field(None, ge=1, description="attention heads, for a state dict")
+    image_size: int | None = Field(
+        None, ge=1, description="image size in pixels; positions are interpolated"
+    )
+    resize: int | None = Field(
+        None, ge=1, description="length of the shorter side before the centre crop, in pixels"
+    )
+    normalise: Literal["imagenet", "half"] | None = Field(
+        None, description="mean and std of the pixels that SOURCE was trained on"
+    )
+    features: bool = Field(False, description="drop the head, so that the bundle serves /embed")
+    name: str | None = Field(
+        None, min_length=1, description="the bundle's name (default: OUT's file name)"
+    )
+    model_id: str = Field("vit", pattern=NAME_PATTERN, description="id of SOURCE's model")
+    card_note: str = Field("", description="paragraph to add to the model card, such as licences")
+    force: bool = Field(False, description="replace an existing bundle at OUT")
+
+    @field_validator("tier")
+    @classmethod
+    def _check_tiers(cls, given: list[str]) -> list[str]:
+        parse_tiers(given)
+        return given
+
+    @field_validator("reduction_points", mode="before")
+    @classmethod
+    def _split_points(cls, given: object) -> object:
+        return tuple(part for part in given.split(",") if part) if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Self:
+        tiers = parse_tiers(self.tier)
+        if self.source is None and not all(tier.checkpoint for tier in tiers.values()):
+            missing = next(name for name, tier in tiers.items() if not tier.checkpoint)
+            raise ValueError(f"tier {missing!r} has no checkpoint: give SOURCE before OUT")
+        if self.reduction == "auto" and self.eval_data is None:
+            raise ValueError("--reduction auto needs images to compare rules on: give --eval-data")
+        return self
+
+    @property
+    def source(self) -> Path | None:
+        return self.paths[0] if len(self.paths) == 2 else None
+
+    @property
+    def out(self) -> Path:
+        return self.paths[-1]
+
+    def cli_cmd(self) -> None:
+        pack.check_output(self.out, self.force)  # before the slow part
+        parts: dict[str, Part] = {}
+        notes: list[str] = []
+        undecided: set[str] = set()  # models whose reduction rule is not known yet
+        for model_id, (path, tiers) in self._models().items():
+            read = read_source(path, self._overrides())
+            notes += read.notes
+            undecided |= set() if read.reduced else {model_id}
+            parts[model_id] = self._with_default_rule(read, Part(read.checkpoint, tiers))
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        pack.plan_tiers(parts)
+        first = next(iter(parts.values())).checkpoint
+        images = self._images(first)
+        order = shuffle_rows(len(images)) if images else []
+        tables = self._choose_reductions(parts, undecided, images, order)
+
+        def evaluate(draft: Bundle, stored: Mapping[str, Checkpoint]) -> Evaluation:
+            size, count = first.preprocess.image_size, self.parity_images
+            pixels = decode(images, order[:count]) if images else generate(count, size)
+            parity = {m: verify_model(draft, c, pixels, m) for m, c in stored.items()}
+            if images is None:
+                return Evaluation(parity=parity)
+            engine, rows = OnnxRuntimeEngine(draft), order[: self.limit]
+            quality = measure_quality(draft, engine, images, rows, bool(images.classes))
+            return Evaluation(quality, parity)
+
+        bundle = pack.write_bundle(
+            parts,
+            self.out,
+            name=self.name,
+            half=None if self.half == "none" else self.half,
+            evaluate=evaluate,
+            note="\n\n".join(filter(None, [self.card_note, *tables])),
+            force=self.force,
+        )
+        print(f"wrote {self.out} ({_megabytes(bundle.root):.1f} MB)")
+        for table in tables:
+            print(f"\n{table}\n")
+        _print_tiers(bundle)
+        print(f"serve it with: pcae-serve --bundle {self.out}")
+
+    def _models(self) -> dict[str, tuple[Path, dict[str, TierSpec]]]:
+        """Return each model's checkpoint and tiers, by model id."""
+        models: dict[str, tuple[Path, dict[str, TierSpec]]] = {}
+        ids: dict[Path, str] = {} if self.source is None else {self.source: self.model_id}
+        for name, tier in parse_tiers(self.tier).items():
+            path = tier.checkpoint or self.source
+            assert path is not None  # ensured by `_check_sources`
+            if path not in ids:
+                ids[path] = _model_id(path, set(ids.values()))
+            models.setdefault(ids[path], (path, {}))[1][name] = tier.spec
+        return models
+
+    def _overrides(self) -> SourceOverrides:
+        return SourceOverrides(
+            heads=self.heads,
+            image_size=self.image_size,
+            resize=self.resize,
+            normalise=self.normalise,
+            labels=self.labels,
+            reduction_points=self.reduction_points,
+            reduction=None if self.reduction == "auto" else self.reduction,
+            features=self.features,
+        )
+
+    def _with_default_rule(self, read: Source, part: Part) -> Part:
+        """Return the part with DEFAULT_REDUCTION if its rule is unknown and cannot be measured."""
+        if read.reduced or self.eval_data is not None:
+            return part
+        return _with_rule(part, DEFAULT_REDUCTION)
+
+    def _choose_reductions(
+        self,
+        parts: dict[str, Part],
+        undecided: set[str],
+        images: LabelledImages | None,
+        order: Sequence[int],
+    ) -> list[str]:
+        """Choose the rule of each undecided model, in `parts`. Returns the tables for the card."""
+        tables = []
+        for model_id, part in parts.items():
+            if images is None or not (model_id in undecided or self.reduction == "auto"):
+                continue
+            if not any(parse_keep_ratio(spec.keep_ratio) < 1 for spec in part.tiers.values()):
+                continue
+            ratios = list(dict.fromkeys(spec.keep_ratio for spec in part.tiers.values()))
+            pixels = decode(images, order[: self.choice_images])
+            found = choose_reduction(part.checkpoint, pixels, ratios)
+            parts[model_id] = _with_rule(part, found.rule)
+            title = f"Reductions compared on these weights ({model_id}):"
+            tables.append("\n\n".join([title, "\n".join(found.lines())]))
+        return tables
+
+    def _images(self, checkpoint: Checkpoint) -> LabelledImages | None:
+        """Open --eval-data. Raises PcaeError if its labels are read and differ from the model's."""
+        if self.eval_data is None:
+            return None
+        labelled = bool(checkpoint.labels) and not self.agreement
+        images = load(self.eval_data, self.eval_split, checkpoint.preprocess, labelled=labelled)
+        if labelled and images.classes != checkpoint.labels:
+            raise PcaeError(
+                f"{images.name} has {len(images.classes)} labels ({_first(images.classes)}), but"
+                f" the checkpoint has {len(checkpoint.labels)} ({_first(checkpoint.labels)}):"
+                " provide images with its labels, or measure without labels (--agreement)"
+            )
+        if len(images) < self.parity_images:
+            raise PcaeError(
+                f"{images.name} has only {len(images)} images of the {self.parity_images} to"
+                " verify on: provide more, or lower --parity-images"
+            )
+        return images
+
+
+def _with_rule(part: Part, rule: Rule) -> Part:
+    """Set the reduction rule of a part's model, and return the part."""
+    model = part.checkpoint.model
+    model.config = replace(model.config, reduction=rule)
+    return part
+
+
+def _model_id(path: Path, taken: set[str]) -> str:
+    """Return a model id made from a checkpoint's file name, unlike those taken."""
+    stem = path.stem if path.suffix in (".pth", ".pt", ".bin", ".safetensors") else path.name
+    name = re.sub(r"[^a-z0-9_-]+", "-", stem.lower()).strip("-_")[:32] or "vit"
+    number = next(
+        n for n in range(1, len(taken) + 2) if (f"{name}-{n}" if n > 1 else name) not in taken
+    )
+    return f"{name}-{number}" if number > 1 else name
+
+
+def _print_tiers(bundle: Bundle) -> None:
+    several = len(bundle.manifest.models) > 1
+    print(f"{'tier':<12} {'keep':<5} {'patches kept':<16} {'GMACs':>7}  quality")
+    for tier in bundle.tiers:
+        counts = ", ".join(map(str, tier.token_counts))
+        print(
+            f"{tier.name:<12} {tier.keep_ratio:<5g} {counts:<16} {tier.macs / 1e9:>7.3f}"
+            f"  {card.format_quality(tier)}"
+            + (f"  {tier.precision}" if tier.precision != "float32" else "")
+            + (f"  model {tier.model}" if several else "")
+            + ("  dominated" if tier.dominated else "")
+        )
+    if any(tier.quality is not None for tier in bundle.tiers):
+        print(f"quality: {card.PRECISION}")
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
+def _first(labels: list[str]) -> str:
+    return ", ".join(labels[:3]) + (", …" if len(labels) > 3 else "")
