@@ -27,6 +27,7 @@ from pcae_serve.runtime.background_tasks import BackgroundTasks
 from pcae_serve.runtime.reasons import explain_tier
 from pcae_serve.runtime.refusals import Refusal
 from pcae_serve.runtime.requests import InferenceRequest
+from pcae_serve.runtime.scheduler_driver import SchedulerDriver
 from pcae_serve.runtime.threads import Device, Threads
 from pcae_serve.runtime.tier_health import TierHealth
 from pcae_serve.runtime.worker import NotFinite, Worker
@@ -40,13 +41,10 @@ from pcae_serve.scheduling.events import (
     DeviceLost,
     Dispatch,
     Done,
-    Event,
     Reject,
     Remove,
-    SetTimer,
     StartTask,
     TierDisabled,
-    Timer,
 )
 from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.settings import Settings
@@ -94,15 +92,19 @@ class Servable:
         """
         self.settings, self.bundle = settings, bundle
         self.latency = setup.latency()
-        self._scheduler = setup.scheduler(self.latency)
+        self._driver = SchedulerDriver(
+            setup,
+            self.latency,
+            self._act,
+            on_fault=self._batch_not_started,
+            recorder=recorder,
+        )
+        self._handle = self._driver.handle
         self._accuracy = setup.tier_table.accuracy
-        self._metrics, self._make_engine, self._recorder = metrics, make_engine, recorder
-        if recorder is not None:
-            recorder.begin(setup)
+        self._metrics, self._make_engine = metrics, make_engine
         self._stopped = False
         self._admitted: dict[int, AdmittedRequest] = {}
         self._ids = itertools.count()
-        self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._batches: dict[int, _Batch] = {}  # by device
         self._health = TierHealth(setup.tier_table.names, metrics)
@@ -150,7 +152,7 @@ class Servable:
             if not admitted.result.done() or admitted.result.cancelled():
                 self._handle(ClientLeft(_now_s(), scheduled.id))
             else:
-                admitted.result.exception()  # retrieved, in case that nothing awaited it
+                admitted.result.exception()  # mark it as retrieved, if nothing awaited it
 
     def _allowed_tiers(self, request: InferenceRequest) -> tuple[int, ...]:
         """Return the tiers that may run the request now, the cheapest first.
@@ -171,25 +173,11 @@ class Servable:
         return working
 
     def _enqueue(self, admitted: AdmittedRequest) -> None:
-        """Tell the scheduler that the request is decoded."""
+        """Put a decoded request into the scheduler's queue."""
         self._handle(Decoded(admitted.queued_s, admitted.scheduled.id))
 
-    def _handle(self, event: Event) -> None:
-        """Pass an event to the scheduler and carry out the actions that it returns."""
-        if self._stopped:
-            return
-        actions = self._scheduler.handle(event)
-        if self._recorder is not None:
-            self._recorder.record(event, actions)
-        for action in actions:
-            try:
-                self._act(action)
-            except Exception:  # a fault in one action must not keep the others from happening
-                log.exception("internal error: action %s failed", type(action).__name__)
-                if isinstance(action, Dispatch):
-                    self._abandon(action)
-
     def _act(self, action: Action) -> None:
+        """Carry out an action of the scheduler."""
         match action:
             case Dispatch():
                 self._dispatch(action)
@@ -205,11 +193,6 @@ class Servable:
                 )
             case Remove(id=id_):
                 self._admitted[id_].refuse(self._removal(action, self._admitted[id_]))
-            case SetTimer(at_s=at_s):
-                if self._timer is not None:
-                    self._timer.cancel()
-                loop = asyncio.get_running_loop()
-                self._timer = loop.call_at(at_s, lambda: self._handle(Timer(loop.time())))
             case BatchAccounted(device=device):
                 self._account(action, self._batches.pop(device, None))
 
@@ -348,13 +331,10 @@ class Servable:
             raise BundleError(f"{self.bundle.root} now holds another bundle; reload it")
         return self._make_engine(self.bundle, device, run_directly)
 
-    def _abandon(self, dispatch: Dispatch) -> None:
-        """Answer a batch that could not be started, and free its device."""
+    def _batch_not_started(self, dispatch: Dispatch) -> None:
         for id_ in dispatch.ids:
             if (admitted := self._admitted.get(id_)) is not None:
                 admitted.refuse(refusals.batch_not_started())
-        loop = asyncio.get_running_loop()
-        loop.call_soon(lambda: self._handle(Done(loop.time(), dispatch.device, None)))
 
     def _engine_broken(self) -> None:
         """Refuse all requests if no device has an engine."""
@@ -378,8 +358,7 @@ class Servable:
         """Answer every admitted request that the server is stopping; handle no more events."""
         self._refuse_all(refusals.stopped())
         self._stopped = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._driver.stop()
         self.background.cancel()
         for task in self._tasks:
             task.cancel()
@@ -389,8 +368,7 @@ class Servable:
         self.stop()
         for worker in self._workers:
             worker.close()
-        if self._recorder is not None:
-            self._recorder.close()
+        self._driver.close()
 
     def _refuse_all(self, refusal: Refusal) -> None:
         """End all requests, those that are uploaded or decoded included."""
@@ -412,7 +390,7 @@ class Servable:
     @property
     def policy(self) -> str:
         """Name of the policy that chooses tiers and batches."""
-        return self._scheduler.policy
+        return self._driver.scheduler.policy
 
     @property
     def unanswered(self) -> int:
@@ -422,7 +400,7 @@ class Servable:
     @property
     def waiting(self) -> int:
         """Number of admitted requests that no device has started on."""
-        return self._scheduler.waiting
+        return self._driver.scheduler.waiting
 
     @property
     def idle(self) -> bool:
@@ -432,7 +410,7 @@ class Servable:
     @property
     def predicted_wait_s(self) -> float:
         """Seconds until all admitted requests should be answered."""
-        return self._scheduler.drain_s(_now_s())
+        return self._driver.predicted_wait_s
 
     @property
     def disabled_tiers(self) -> frozenset[int]:

@@ -163,7 +163,7 @@ class Hard(Greedy):
 def decoded(service: Service) -> int:
     """How many of those who wait are in the queue, no longer at the decoder."""
     assert isinstance(service._current, Servable)
-    return len(service._current._scheduler._queue)
+    return len(service._current._driver.scheduler._queue)
 
 
 def test_a_request_that_the_policy_lets_go_gets_503_and_a_time_to_come_back(

@@ -176,7 +176,7 @@ def test_requests_that_wait_together_run_together(
         await asyncio.to_thread(entered.wait, 20)
         others = [asyncio.create_task(classify(service, i, 60_000)) for i in range(1, 12)]
         assert isinstance(service._current, Servable)
-        while len(service._current._scheduler._queue) < len(others):
+        while len(service._current._driver.scheduler._queue) < len(others):
             await asyncio.sleep(0.005)
         go_on.set()
         answers = await asyncio.gather(first, *others)

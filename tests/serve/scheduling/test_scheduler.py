@@ -338,10 +338,10 @@ def test_a_long_errand_waits_where_it_would_make_expected_requests_late() -> Non
     ("waited_s", "spare_s", "first"),
     [
         (0.9, 9.0, "request"),
-        (1.1, 9.0, "errand"),  # 50 ms are 5 % of a second
+        (1.1, 9.0, "task"),  # 50 ms are 5 % of a second
         (1.1, 0.04, "request"),  # who waits has no 50 ms
         (4.9, 0.04, "request"),
-        (5.1, 0.04, "errand"),  # 1 % of a device is theirs in any case
+        (5.1, 0.04, "task"),  # 1 % of a device is theirs in any case
     ],
 )
 def test_errands_have_a_share_of_a_device_that_is_never_free(
@@ -352,7 +352,7 @@ def test_errands_have_a_share_of_a_device_that_is_never_free(
     machine.handle(TaskSubmitted(6.0 - waited_s, 7, 0.05))
     arrive(machine, 2, 5.9, 0.1 + 0.1 + spare_s)
     actions = machine.handle(Done(6.0, 0, 0.4))
-    assert isinstance(actions[1], StartTask if first == "errand" else Dispatch)
+    assert isinstance(actions[1], StartTask if first == "task" else Dispatch)
 
 
 def test_errands_are_done_in_turn_with_a_rest_between() -> None:

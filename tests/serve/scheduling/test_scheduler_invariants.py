@@ -59,7 +59,7 @@ class Case:
     queue_limit: int
     times: list[float]  # of the forecast that batches take, in turn; 0: the engine fails
     closed: dict[int, float]  # tiers that leave routing, and when
-    errands: list[tuple[float, float]]  # when they are offered, and seconds that they take
+    tasks: list[tuple[float, float]]  # when they are offered, and seconds that they take
 
 
 lives = st.builds(
@@ -79,7 +79,7 @@ cases = st.builds(
     queue_limit=st.sampled_from((8, 256)),
     times=st.lists(st.sampled_from((1.0, 1.0, 0.5, 1.2, 3.0, 0.0)), min_size=1, max_size=5),
     closed=st.dictionaries(st.sampled_from((0, 2)), st.sampled_from((0.0, 0.02, 0.4)), max_size=2),
-    errands=st.lists(
+    tasks=st.lists(
         st.tuples(st.sampled_from((0.0, 0.1, 0.5)), st.sampled_from((0.01, 0.3))), max_size=3
     ),
 )
@@ -103,14 +103,14 @@ class World:
     wake_s: float = float("inf")
     batches: int = 0
     closed: set[int] = field(default_factory=set)
-    errands: list[int] = field(default_factory=list)  # offered, not begun
-    on_errands: set[int] = field(default_factory=set)  # devices
+    tasks: list[int] = field(default_factory=list)  # offered, not begun
+    on_tasks: set[int] = field(default_factory=set)  # devices
 
     def play(self) -> None:
         now_s = 0.0
         for tier, at_s in self.case.closed.items():
             self.plan(TierDisabled(at_s, tier))
-        for id_, (at_s, seconds) in enumerate(self.case.errands):
+        for id_, (at_s, seconds) in enumerate(self.case.tasks):
             self.plan(TaskSubmitted(at_s, id_, seconds))
         for id_, life in enumerate(self.case.lives):
             now_s += life.gap_s
@@ -142,7 +142,7 @@ class World:
             case TierDisabled(tier=tier):
                 self.closed.add(tier)
             case TaskSubmitted(id=id_):
-                self.errands.append(id_)
+                self.tasks.append(id_)
             case Decoded(id=id_) if id_ in self.left or self.ends[id_]:
                 return  # nobody decodes for one who left or was refused
             case Decoded(id=id_, now_s=now_s):
@@ -152,8 +152,8 @@ class World:
                 self.waiting.pop(id_, None)
                 for device, dispatch in self.running.items():
                     self.cancelled[device] += id_ in dispatch.ids
-        if isinstance(event, Done) and event.device in self.on_errands:
-            self.on_errands.discard(event.device)
+        if isinstance(event, Done) and event.device in self.on_tasks:
+            self.on_tasks.discard(event.device)
         actions = self.machine.handle(event)
         self.told.append((event, actions))
         for action in actions:
@@ -173,10 +173,10 @@ class World:
                     self.expired(id_, event.now_s)
                 case StartTask(device=device, id=id_):
                     self.begun(id_, event.now_s)
-                    assert device not in self.running.keys() | self.on_errands
-                    assert id_ == self.errands.pop(0)
-                    self.on_errands.add(device)
-                    self.plan(Done(event.now_s + self.case.errands[id_][1], device, None))
+                    assert device not in self.running.keys() | self.on_tasks
+                    assert id_ == self.tasks.pop(0)
+                    self.on_tasks.add(device)
+                    self.plan(Done(event.now_s + self.case.tasks[id_][1], device, None))
                 case SetTimer(at_s=at_s):
                     assert at_s >= event.now_s
                     self.wake_s = at_s
@@ -185,8 +185,8 @@ class World:
                     self.done(event, spent)
 
     def begun(self, id_: int, now_s: float) -> None:
-        """Who waits for an errand has the time to, or the errand has waited long."""
-        at_s, seconds = self.case.errands[id_]
+        """Requests that wait for a task have the time to, or the task has waited long."""
+        at_s, seconds = self.case.tasks[id_]
         waited_s = now_s - at_s
         if self.waiting and waited_s <= min(MAX_PAUSE_S, seconds / GUARANTEED_SHARE):
             assert waited_s > min(MAX_PAUSE_S, seconds / SPARE_SHARE), "somebody waits for it"
@@ -194,7 +194,7 @@ class World:
             assert now_s + seconds < first_s, "somebody misses his deadline"
 
     def dispatched(self, dispatch: Dispatch, now_s: float) -> None:
-        assert dispatch.device not in self.running.keys() | self.on_errands
+        assert dispatch.device not in self.running.keys() | self.on_tasks
         assert dispatch.tier not in self.closed
         assert 1 <= len(dispatch.ids) <= self.case.max_batch
         forecast = self.latency.forecast(now_s)
@@ -248,7 +248,7 @@ def test_every_request_is_dealt_with_rightly_and_once(spec: str, case: Case) -> 
     assert not first.machine.policy_failed
     assert first.machine.waiting == 0
     assert not first.waiting, "somebody was forgotten"
-    assert not first.errands, "an errand was forgotten"
+    assert not first.tasks, "a task was forgotten"
     assert set(first.ends.values()) <= {1}, "somebody was answered twice"
     assert set(first.ends) | first.left >= set(first.requests)
 
