@@ -71,7 +71,7 @@ def main() -> None:
             means = {name: float(np.mean(values[name])) for name in values}
             best = max(OTHERS, key=means.__getitem__)
             gap = means["optimum"] - means[best]
-            share = (means[OURS] - means[best]) / gap
+            share = (means[OURS] - means[best]) / gap if gap > 0 else float("nan")
             closed.append(share)
             print(
                 f"{trace:12s} {load:4.1f}  {means[best]:.4f} {best:26s} {means[OURS]:.4f}"
@@ -79,7 +79,9 @@ def main() -> None:
                 flush=True,
             )
             results.append({"trace": trace, "load": load, "proven": proven, "values": values})
-    print(f"gap closed, mean over cells: {np.mean(closed):.1%} (median {np.median(closed):.1%})")
+    print(
+        f"gap closed, mean over cells: {np.nanmean(closed):.1%} (median {np.nanmedian(closed):.1%})"
+    )
     if options.json:
         options.json.write_text(json.dumps({"options": str(vars(options)), "cells": results}))
 

@@ -1,4 +1,4 @@
-"""Situations for policies to decide in: exact seconds, so that a test can be checked by hand."""
+"""Scheduler views for policies, with exact seconds that can be checked by hand."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,25 +14,25 @@ MOST = 32
 
 
 def linear(*tiers: tuple[float, float], tail: float = 1.0, most: int = MOST) -> Latency:
-    """By tier: seconds of overhead and an image; `tail`: p99 over median."""
+    """Return a latency model; tiers: seconds of overhead and per image; tail: p99 over median."""
     sizes = (1, 32)
     return Latency(
         [{b: Seconds(o + b * i, tail * (o + b * i)) for b in sizes} for o, i in tiers], most
     )
 
 
-#: 0.1, 0.2 and 0.4 s for one image and 0.01, 0.02 and 0.04 s more for each further one.
+#: 0.1, 0.2 and 0.4 s for one image, and 0.01, 0.02 and 0.04 s for each further one.
 LINES = ((0.09, 0.01), (0.18, 0.02), (0.36, 0.04))
 LATENCY = linear(*LINES)
 
 
 def waiting(*budgets_s: float, tiers: tuple[int, ...] = ALL) -> list[Request]:
-    """Requests that all came at 0, numbered as written."""
+    """Return requests that arrived at 0, numbered in this order."""
     return [Request(i, 0.0, budget, tiers) for i, budget in enumerate(budgets_s)]
 
 
 def load(rate: float, now_s: float = 0.0, budgets_s: Sequence[float] = (1.0,)) -> Arrivals:
-    """Regular arrivals up to `now_s`, their budgets in turn."""
+    """Return regular arrivals up to `now_s`, with these budgets in turn."""
     arrivals = Arrivals()
     for i in range(128 if rate else 0):
         arrivals.observe(now_s - (128 - i) / rate, budgets_s[i % len(budgets_s)])
@@ -57,6 +57,6 @@ def view(
 
 
 def ids(run: object) -> list[int]:
-    """Who runs."""
+    """Return the ids of the requests that run."""
     assert isinstance(run, Run)
     return [request.id for request in run.requests]
