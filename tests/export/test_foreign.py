@@ -308,7 +308,7 @@ HUGE = vit().state_dict() | {"head.bias": torch.full((5,), 1e6)}
         ),
         (
             vit().state_dict(), (*TOLD, "--reduction-points", "0,2"),
-            "reduction points (0, 2) outside 2 blocks",
+            "reduction points (0, 2) are outside the 2 blocks",
         ),
         (
             vit(replace(TINY, channels=1)).state_dict(), TOLD,

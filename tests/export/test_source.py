@@ -117,7 +117,7 @@ def test_none_is_told_by_naming_no_points(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("points", "message"),
-    [((0, 2), r"points \(0, 2\) outside 2 blocks"), ((1, 0), r"points \(1, 0\) must rise")],
+    [((0, 2), r"points \(0, 2\) are outside"), ((1, 0), r"points \(1, 0\) must be in")],
 )
 def test_points_that_cannot_be(file: Path, points: tuple[int, ...], message: str) -> None:
     refused(file, replace(HALF, reduction_points=points), rf"x\.pth: reduction {message}")

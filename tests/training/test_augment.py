@@ -32,7 +32,7 @@ def test_nothing_is_done_by_default() -> None:
     images = torch.rand(3, 3, SIDE, SIDE)
     augment = Augmentation(SIDE)
     assert torch.equal(augment(images, draws(3)), images)
-    assert torch.equal(augment.erased(images, draws(3)), images)
+    assert torch.equal(augment.erase_rectangles(images, draws(3)), images)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_two_halves_are_the_whole(options: dict[str, Any]) -> None:
 
     def done(start: int, stop: int) -> Tensor:
         part = draws(16, start, stop)
-        return augment.erased(augment(images[start:stop], part), part)
+        return augment.erase_rectangles(augment(images[start:stop], part), part)
 
     before = images.clone()
     whole = done(0, 16)
@@ -131,7 +131,7 @@ def test_shifts_are_all_as_likely() -> None:
 def test_without_a_crop_the_middle_is_taken() -> None:
     images = torch.rand(2, 3, 9, 9)
     assert torch.equal(Augmentation(5)(images, draws(2)), images[:, :, 2:7, 2:7])
-    with pytest.raises(ValueError, match="images of 9 pixels have no middle of 10"):
+    with pytest.raises(ValueError, match="cannot crop 10 pixels out of images of 9"):
         Augmentation(10)(images, draws(2))
 
 
@@ -191,7 +191,7 @@ def test_rectangles_fit() -> None:
 
 def test_erased_rectangles_hold_noise() -> None:
     images = torch.full((2000, 3, 32, 32), 7.0)
-    erased = Augmentation(32, erase=0.25).erased(images, draws(2000))
+    erased = Augmentation(32, erase=0.25).erase_rectangles(images, draws(2000))
     assert torch.equal(images, torch.full_like(images, 7))
     gone = (erased != 7).any(dim=1)  # [B, S, S]
     hit = gone.flatten(1).any(dim=1)

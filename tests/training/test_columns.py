@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Features, Image, Value
 
-from pcae_training.columns import Columns, choose
+from pcae_training.columns import Columns, choose_columns
 from pcae_training.source import DataError
 
 PETS = ClassLabel(names=["cat", "dog"])
@@ -13,7 +13,7 @@ INT = Value("int64")
 
 def fails(columns: dict[str, Any], **wanted: Any) -> str:
     with pytest.raises(DataError) as raised:
-        choose(Features(columns), "x", **wanted)
+        choose_columns(Features(columns), "x", **wanted)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -30,43 +30,43 @@ def fails(columns: dict[str, Any], **wanted: Any) -> str:
     ],
 )
 def test_the_label_column(columns: dict[str, Any], asked: str | None, found: Any) -> None:
-    assert choose(Features(columns), "x", label_column=asked).label == found
+    assert choose_columns(Features(columns), "x", label_column=asked).label == found
 
 
 def test_nothing_need_be_said_of_one_image_and_one_label() -> None:
-    found = choose(Features({"image": Image(), "label": PETS}), "x")
+    found = choose_columns(Features({"image": Image(), "label": PETS}), "x")
     assert found == Columns("image", ("label",), ("cat", "dog"))
 
 
 def test_the_image_column_that_is_asked_for() -> None:
     features = Features({"photo": Image(), "mask": Image(), "label": PETS})
-    assert choose(features, "x", image_column="mask").image == "mask"
+    assert choose_columns(features, "x", image_column="mask").image == "mask"
 
 
 def test_names_that_are_given_hold() -> None:
     features = Features({"a": Image(), "cls": INT})
-    assert choose(features, "x").classes == ()
-    assert choose(features, "x", classes=["u", "v", "w"]).classes == ("u", "v", "w")
+    assert choose_columns(features, "x").classes == ()
+    assert choose_columns(features, "x", classes=["u", "v", "w"]).classes == ("u", "v", "w")
     named = Features({"a": Image(), "label": PETS})
-    assert choose(named, "x", classes=["cat", "dog"]).classes == ("cat", "dog")
+    assert choose_columns(named, "x", classes=["cat", "dog"]).classes == ("cat", "dog")
 
 
 def test_names_that_are_given_are_not_against_the_datas_own() -> None:
     assert fails({"a": Image(), "label": PETS}, classes=["dog", "cat"]) == (
-        "x calls its classes cat, dog, but dog, cat are asked for"
+        "x has the classes cat, dog, but --classes gives dog, cat"
     )
     four = fails({"a": Image(), "label": PETS}, classes=["cat", "dog", "eel", "fox"])
-    assert four == "x calls its classes cat, dog, but cat, dog, eel, … (4) are asked for"
+    assert four == "x has the classes cat, dog, but --classes gives cat, dog, eel, … (4)"
 
 
 def test_unlabelled_needs_an_image_alone() -> None:
-    assert choose(Features({"a": Image()}), "x", labelled=False) == Columns("a")
+    assert choose_columns(Features({"a": Image()}), "x", labelled=False) == Columns("a")
     labelled = Features({"a": Image(), "one": PETS, "two": PETS})
-    assert choose(labelled, "x", labelled=False) == Columns("a")
+    assert choose_columns(labelled, "x", labelled=False) == Columns("a")
 
 
 def test_what_cannot_be_chosen() -> None:
-    assert fails({"label": PETS}) == "x needs an image column: its columns are label (ClassLabel)"
+    assert fails({"label": PETS}) == "x has no image column: its columns are label (ClassLabel)"
     assert fails({"a": Image(), "b": Image(), "label": PETS}) == (
         "x has 2 image columns, a, b: choose one with --image-column"
     )
@@ -74,10 +74,10 @@ def test_what_cannot_be_chosen() -> None:
         "x has no image column 'b': its columns are a (Image), label (ClassLabel)"
     )
     assert fails({"a": Image(), "name": Value("string")}) == (
-        "x needs a label column (class folders have one from two classes on):"
+        "x has no label column (class folders have one if there are at least two):"
         " its columns are a (Image), name (string)"
     )
-    assert fails({"a": Image(), "width": INT}).startswith("x needs a label column")
+    assert fails({"a": Image(), "width": INT}).startswith("x has no label column")
     assert fails({"a": Image(), "fine": PETS, "coarse": PETS}) == (
         "x has 2 label columns, fine, coarse: choose one with --label-column"
     )
@@ -86,15 +86,15 @@ def test_what_cannot_be_chosen() -> None:
             {"a": Image(), "name": Value("string"), "json": {"name": Value("string")}},
             label_column=asked,
         ).startswith(f"x has no column {asked!r} of class labels or integers: its columns are a (")
-    with pytest.raises(DataError, match="x needs an image column: its columns are not known"):
-        choose(None, "x")
+    with pytest.raises(DataError, match="x has no image column: its columns are not known"):
+        choose_columns(None, "x")
 
 
 def test_classes_that_teach_nothing() -> None:
     one = {"a": Image(), "label": ClassLabel(names=["cat"])}
-    assert fails(one) == "x has only one class, 'cat': there is nothing to learn"
+    assert fails(one) == "x has only one class, 'cat': at least two are needed"
     assert fails({"a": Image(), "cls": INT}, classes=["u", "v", "u"]) == (
-        "x has two classes called 'u': give each its own name"
+        "x has two classes named 'u': give each a unique name"
     )
 
 
@@ -113,7 +113,7 @@ def test_bodies(prefix: str, tmp_path: Path) -> None:
     file.write_bytes(b"abc")
     assert columns.body({"a": {"bytes": b"de", "path": "nowhere"}}) == b"de"
     assert columns.body({"a": {"bytes": None, "path": f"{prefix}{file}"}}) == b"abc"
-    with pytest.raises(OSError, match="there is no image"):
+    with pytest.raises(OSError, match="the row has no image"):
         columns.body({"a": None})
     with pytest.raises(FileNotFoundError):
         columns.body({"a": {"bytes": None, "path": f"{prefix}{tmp_path}/nowhere"}})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training import data
-from pcae_training.columns import choose
+from pcae_training.columns import choose_columns
 from pcae_training.data import DataError, LabelledImages, hold_out, load
 
 PREPROCESS = Preprocess(8, 8, (0.5,) * 3, (0.5,) * 3)
@@ -90,7 +90,7 @@ def test_unlabelled(tmp_path: Path) -> None:
     assert images.classes == []
     assert images.labels.tolist() == [-1] * 6
     assert [labels.tolist() for _, labels in run(images, [slice(0, 2)])] == [[-1, -1]]
-    with pytest.raises(DataError, match="needs a label column"):
+    with pytest.raises(DataError, match="has no label column"):
         load(str(tmp_path / "a.parquet"), "train", PREPROCESS)
 
 
@@ -108,12 +108,12 @@ def test_numbers_name_themselves() -> None:
 
 def test_numbers_with_names() -> None:
     rows = numbered([2, 0, 1])
-    columns = choose(rows.features, "x", classes=["u", "v", "w"])
+    columns = choose_columns(rows.features, "x", classes=["u", "v", "w"])
     assert LabelledImages(rows, PREPROCESS, "x", columns).classes == ["u", "v", "w"]
-    fewer = choose(rows.features, "x", classes=["u", "v"])
+    fewer = choose_columns(rows.features, "x", classes=["u", "v"])
     with pytest.raises(DataError) as raised:
         LabelledImages(rows, PREPROCESS, "x", fewer)
-    assert str(raised.value) == "x, row 0: label 2 is beyond the 2 classes, 0 to 1"
+    assert str(raised.value) == "x, row 0: label 2 is not one of the 2 classes, 0 to 1"
 
 
 def test_numbers_that_are_no_labels() -> None:
@@ -122,7 +122,7 @@ def test_numbers_that_are_no_labels() -> None:
 
 
 def test_one_class_teaches_nothing() -> None:
-    with pytest.raises(DataError, match="x has only one class, '0': there is nothing to learn"):
+    with pytest.raises(DataError, match="x has only one class, '0': at least two are needed"):
         LabelledImages(numbered([0, 0, 0]), PREPROCESS, "x")
 
 
@@ -284,7 +284,7 @@ def test_a_subset_is_all_there_is() -> None:
         assert (len(fewer), fewer.labels.tolist(), levels(fewer)) == (3, [1, 0, 0], [7, 2, 4])
         assert sorted(drawn(fewer, [slice(0, 3)])) == [2, 4, 7]
         assert levels(fewer.subset([2, 0])) == [4, 7]
-    with pytest.raises(DataError, match="x: none of its 10 images are left"):
+    with pytest.raises(DataError, match="x: none of its 10 images remain"):
         images.subset([])
 
 
@@ -311,7 +311,7 @@ def test_too_many_unreadable_images_end_the_run() -> None:
     images = LabelledImages(damaged(set(range(11)), 40), PREPROCESS, "x")
     message = (
         r"^x: 11 of 40 images cannot be read \(27.5%; --max-unreadable allows 1.0%\);"
-        r" the first: x, row \d+ \(bytes in the table\): "
+        r" the first one: x, row \d+ \(bytes in the table\): "
     )
     with pytest.raises(DataError, match=message):
         run(images, [slice(0, 40)])
@@ -323,7 +323,9 @@ def test_too_many_unreadable_images_end_the_run() -> None:
 @pytest.mark.usefixtures("mode")
 def test_nothing_readable() -> None:
     images = LabelledImages(damaged({0, 1, 2}, 3), PREPROCESS, "x")
-    with pytest.raises(DataError, match="x: 3 images in a row cannot be read; the first: x, row "):
+    with pytest.raises(
+        DataError, match="x: 3 images in a row cannot be read; the first one: x, row "
+    ):
         run(images, [slice(0, 3)])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pcae_training.diversity import diversity, nuclear_norm_per_token
+from pcae_training.diversity import measure_layers, nuclear_norm_per_token
 from pcae_training.model import VisionTransformer, ViTConfig
 
 TINY = ViTConfig(8, 2, width=8, heads=2, classes=2)
@@ -68,7 +68,7 @@ def test_every_layer_is_averaged_over_images() -> None:
     model = vit()
     with torch.inference_mode():
         per_image = [[slow(x) for x in plain_layers(model, image)] for image in images()]
-    found = diversity(model, images())
+    found = measure_layers(model, images())
     assert found.shape == (13,)
     expected = torch.tensor(np.mean(per_image, axis=0), dtype=torch.float32)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -76,7 +76,7 @@ def test_every_layer_is_averaged_over_images() -> None:
 
 def test_with_reduction_only_the_patches_left_count() -> None:
     model, counts = vit(), (11, 7, 4)
-    found = diversity(model, images(1), counts)
+    found = measure_layers(model, images(1), counts)
     with torch.inference_mode():
         layers = plain_layers(model, images(1)[0])
         _, kept = model.classify(images(1), counts)
@@ -91,6 +91,6 @@ def test_with_reduction_only_the_patches_left_count() -> None:
 def test_the_random_rule_takes_its_noise() -> None:
     model = vit(replace(TINY, reduction="random"))
     noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(3))
-    one, again = (diversity(model, images(), (8, 4, 2), noise=noise) for _ in range(2))
+    one, again = (measure_layers(model, images(), (8, 4, 2), noise=noise) for _ in range(2))
     assert torch.equal(one, again)
-    assert not torch.equal(one, diversity(model, images(), (8, 4, 2), noise=1 - noise))
+    assert not torch.equal(one, measure_layers(model, images(), (8, 4, 2), noise=1 - noise))

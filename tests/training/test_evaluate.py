@@ -288,7 +288,7 @@ def test_what_cannot_be_is_told_before_anything_is_measured(
     with pytest.raises(PcaeError, match="it is a folder"):
         run_evaluation(settings(json=tmp_path))
     (tmp_path / "file").touch()
-    with pytest.raises(PcaeError, match="is no folder that can be written to"):
+    with pytest.raises(PcaeError, match="is not a writable folder"):
         run_evaluation(settings(json=tmp_path / "file" / "x.json"))
     with pytest.raises(PcaeError, match="checkpoint not found"):
         run_evaluation(EvaluateSettings(checkpoint=tmp_path / "none", data="x"))

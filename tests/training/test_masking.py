@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from pcae_training.masking import gather, mask, patchify, visible_patches
+from pcae_training.masking import gather, hide_patches, patchify, visible_patches
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ def test_counts(ratio: float, visible: int) -> None:
 
 def test_every_patch_once_and_the_noisiest_hidden() -> None:
     noise = torch.rand(5, 16, generator=torch.Generator().manual_seed(0))
-    parts = mask(noise, 0.75)
+    parts = hide_patches(noise, 0.75)
     assert parts.visible.shape == (5, 4)
     for row, visible, hidden in zip(noise, *parts, strict=True):
         assert sorted([*visible.tolist(), *hidden.tolist()]) == list(range(16))
@@ -23,7 +23,7 @@ def test_every_patch_once_and_the_noisiest_hidden() -> None:
 
 def test_squares_are_hidden_as_a_whole() -> None:
     noise = torch.rand(3, 9, generator=torch.Generator().manual_seed(0))  # of a 6 x 6 grid
-    parts = mask(noise, 0.6, unit=2)
+    parts = hide_patches(noise, 0.6, unit=2)
     assert parts.hidden.shape == (3, 6 * 4)
     for row, hidden in zip(noise, parts.hidden, strict=True):
         shown = torch.ones(6, 6)

@@ -327,13 +327,13 @@ def test_positions_tell_rows_from_columns() -> None:
         ({"patch_size": 5}, "patch size 5 does not divide 24"),
         ({"heads": 3}, "3 heads do not divide width 16"),
         ({"width": 18}, "width 18 is not a multiple of 4"),
-        ({"depth": 10}, "outside 10 blocks"),
-        ({"reduction_points": (7, 0, 10)}, "must rise"),
+        ({"depth": 10}, "outside the 10 blocks"),
+        ({"reduction_points": (7, 0, 10)}, "must be in ascending order"),
         (
             {"reduction": "least"},
-            "reduction 'least' is none of ptr, ptr-normalised, weighted, merged, random, attention",
+            "reduction 'least' is not one of ptr, ptr-normalised, weighted, merged, random, a",
         ),
-        ({"distilled": True}, "a distilled model pools its CLS and distillation tokens"),
+        ({"distilled": True}, "a distilled model must pool its CLS and distillation tokens"),
     ],
 )
 def test_sizes_that_cannot_be(change: dict[str, Any], message: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from pcae_serve.errors import PcaeError
-from pcae_training.output import check_place, write_whole
+from pcae_training.output import check_writable, write_whole
 
 
 def test_a_file_is_written_whole_or_not_at_all(
@@ -43,7 +43,7 @@ def test_a_place_that_can_be_written_to_is_left_as_it_is(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").touch()
     for file in (Path("there"), Path("new"), tmp_path / "not" / "yet" / "there"):
-        check_place(file)
+        check_writable(file)
     assert [file.name for file in tmp_path.iterdir()] == ["there"]
 
 
@@ -52,9 +52,9 @@ def test_a_place_that_cannot_be_written_to_is_told(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PcaeError, match="it is a folder"):
-        check_place(tmp_path)
-    with pytest.raises(PcaeError, match="file is no folder that can be written to"):
-        check_place(tmp_path / "file" / "deep" / "x.json")
+        check_writable(tmp_path)
+    with pytest.raises(PcaeError, match="file is not a writable folder"):
+        check_writable(tmp_path / "file" / "deep" / "x.json")
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may always write
-    with pytest.raises(PcaeError, match=f"{tmp_path} is no folder that can be written to"):
-        check_place(tmp_path / "deep" / "x.json")
+    with pytest.raises(PcaeError, match=f"{tmp_path} is not a writable folder"):
+        check_writable(tmp_path / "deep" / "x.json")

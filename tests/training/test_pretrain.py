@@ -15,7 +15,7 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
 from pcae_training.finetune import FinetuneSettings, finetune
-from pcae_training.masking import Mask, mask, patchify
+from pcae_training.masking import Mask, hide_patches, patchify
 from pcae_training.pretrain import Pretraining, PretrainSettings, build, embed, pretrain
 from pcae_training.sample_rng import SampleRng
 from pcae_training.schedule import momentum
@@ -51,7 +51,9 @@ def split(learner: Pretraining, pixels: Tensor) -> tuple[Tensor, Mask]:
     """Patch values and mask as the objective makes them at step 0."""
     images = (pixels.float() / 255 - 0.5) / 0.5
     ratio = learner.settings.hidden_share
-    return patchify(images, 4), mask(SampleRng(0, 0, len(pixels)).uniform("mask", 36), ratio)
+    return patchify(images, 4), hide_patches(
+        SampleRng(0, 0, len(pixels)).uniform("mask", 36), ratio
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,8 +282,8 @@ def test_random_dropping_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"mask_ratio": 0.05}, "leaves no patch"),
         ({"mask_unit": 4}, "--mask-unit 4 does not divide the 6 patches per side"),
         ({"teacher_keep": 0.1}, "leaves no patch"),
-        ({"reduce_after": "0,4,9"}, "outside 9 blocks"),
-        ({"reduce_after": "4,0"}, "must rise"),
+        ({"reduce_after": "0,4,9"}, "outside the 9 blocks"),
+        ({"reduce_after": "4,0"}, "must be in ascending order"),
         ({"drop_targets": "loss"}, "--drop-targets is only for --method mae"),
         ({"stream": True}, "--epoch-size"),
         ({"epoch_size": 10}, "--epoch-size is only for --stream"),

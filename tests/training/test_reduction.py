@@ -141,7 +141,7 @@ def test_weighted_means_count_as_what_they_stand_for() -> None:
     assert twice.sizes is not None
     assert twice.sizes.tolist() == [[1, 1, 4, 3]]
     for left in (once, twice):  # nothing was lost on the way: the mean is that of all nine
-        torch.testing.assert_close(left.pooled(), patches.mean(dim=1))
+        torch.testing.assert_close(left.pool(), patches.mean(dim=1))
 
 
 def test_merged_averages_into_the_most_alike() -> None:
@@ -154,7 +154,7 @@ def test_merged_averages_into_the_most_alike() -> None:
     assert left.sizes.tolist() == [[2, 3]]
     again = reduce_tokens(left, 1, 1, "merged", torch.tensor([[5.0, 0]]))
     torch.testing.assert_close(again.x[:, 0], patches.mean(dim=1))  # 2 and 3 patches weigh so
-    torch.testing.assert_close(again.pooled(), patches.mean(dim=1))
+    torch.testing.assert_close(again.pool(), patches.mean(dim=1))
     assert again.sizes is not None
     assert again.sizes.tolist() == [[5]]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_training.columns import choose
+from pcae_training.columns import choose_columns
 from pcae_training.data import DataError, load
 from pcae_training.stream import ImageStream, load_stream
 
@@ -195,7 +195,7 @@ def test_too_many_unreadable_images_end_the_run(shards: Any) -> None:
     pattern = shards(24, bad=set(range(0, 22, 2)))
     message = (
         r"^shards/\*.tar/train: 11 of 24 images cannot be read \(45.8%; --max-unreadable allows"
-        r" 1.0%\); the first: shards/\*.tar/train, .*/00\d.tar 0\d\d.png: "
+        r" 1.0%\); the first one: shards/\*.tar/train, .*/00\d.tar 0\d\d.png: "
     )
     with pytest.raises(DataError, match=message) as raised:
         run(open_shards(pattern, epoch_size=24), [slice(0, 24)])
@@ -205,7 +205,7 @@ def test_too_many_unreadable_images_end_the_run(shards: Any) -> None:
 
 def test_nothing_readable(shards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcae_training.stream.PATIENCE", 20)
-    with pytest.raises(DataError, match="train: 4 images in a row cannot be read; the first: "):
+    with pytest.raises(DataError, match="train: 4 images in a row cannot be read; the first one: "):
         run(open_shards(shards(4, bad={0, 1, 2, 3})), WHOLE)
 
 
@@ -213,7 +213,7 @@ def test_a_cut_shard_is_one_line(shards: Any) -> None:
     pattern = shards()
     last = Path(pattern).parent / "002.tar"
     last.write_bytes(last.read_bytes()[:3000])
-    with pytest.raises(DataError, match=r"^shards/.*/train cannot be read on: ") as raised:
+    with pytest.raises(DataError, match=r"^shards/.*/train: reading failed: ") as raised:
         run(open_shards(pattern), WHOLE)
     assert "\n" not in str(raised.value)
 
@@ -228,14 +228,14 @@ def rows(labels: list[int | None]) -> datasets.IterableDataset:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([5, 5], r"^x, image 0 of epoch 3: label 5 is beyond the 2 classes, 0 to 1$"),
+        ([5, 5], r"^x, image 0 of epoch 3: label 5 is not one of the 2 classes, 0 to 1$"),
         ([None, None], r"^x, image 0 of epoch 3: the image has no label$"),
         ([], "^x has no rows$"),
     ],
 )
 def test_labels_that_are_none(labels: list[int | None], message: str) -> None:
     source = rows(labels or [0]).take(len(labels))
-    columns = choose(source.features, "x", classes=PARITY)
+    columns = choose_columns(source.features, "x", classes=PARITY)
     stream = ImageStream(source, PREPROCESS, "x", columns, epoch_size=2)
     with pytest.raises(DataError, match=message):
         run(stream, [slice(0, 2)], epoch=3)
@@ -243,9 +243,9 @@ def test_labels_that_are_none(labels: list[int | None], message: str) -> None:
 
 def test_what_cannot_be_a_stream(shards: Any, tmp_path: Path) -> None:
     pattern = shards(4)
-    with pytest.raises(DataError, match="has numbers for labels: name the classes with --classes"):
+    with pytest.raises(DataError, match="has numbers as labels: name the classes with --classes"):
         open_shards(pattern, classes=None)
-    with pytest.raises(DataError, match="an epoch of 0 images is none"):
+    with pytest.raises(DataError, match="an epoch must have at least one image, not 0"):
         open_shards(pattern, epoch_size=0)
     with pytest.raises(DataError, match=r"^cannot read split 'train' of data set"):
         open_shards(str(tmp_path / "nowhere" / "*.tar"))

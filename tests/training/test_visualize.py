@@ -17,12 +17,12 @@ from pcae_serve.command import config, run
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.diversity import diversity
+from pcae_training.diversity import measure_layers
 from pcae_training.evaluate import normalise, row_noise
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.visualize import (
+    DROPPED_GREY,
     GAP,
-    GONE,
     TITLE,
     Curves,
     Panel,
@@ -92,7 +92,7 @@ def masked(image: Pixels, kept: list[int]) -> Pixels:
     for y in range(8):
         for x in range(8):
             patch = (y // 2) * 4 + x // 2
-            colour = image[y, x] if patch in kept else (GONE,) * 3
+            colour = image[y, x] if patch in kept else (DROPPED_GREY,) * 3
             out[y * SCALE : (y + 1) * SCALE, x * SCALE : (x + 1) * SCALE] = colour
     return out
 
@@ -176,7 +176,7 @@ def test_large_images_are_not_scaled() -> None:
 
 def test_a_sheet_that_nothing_could_open_is_refused() -> None:
     pixels = torch.zeros(3, 224, 224, dtype=torch.uint8)
-    with pytest.raises(PcaeError, match="1000 rows of panels do not fit one file"):
+    with pytest.raises(PcaeError, match="1000 rows of panels do not fit into one file"):
         draw_sheet([[Panel("", pixels)] * 4] * 1000)
 
 
@@ -196,7 +196,7 @@ def test_curves_are_the_mean_over_images(
     model, device = vit(tiny), torch.device("cpu")
     for curve, counts in zip(content["curves"], [(16, 16, 16), (8, 4, 2)], strict=True):
         each = [
-            diversity(model, model_input(path), counts, noise=row_noise(tiny, [i], device))
+            measure_layers(model, model_input(path), counts, noise=row_noise(tiny, [i], device))
             for i, path in enumerate(files)
         ]
         assert curve["values"] == pytest.approx(torch.stack(each).mean(dim=0).tolist(), abs=1e-5)
@@ -223,9 +223,9 @@ def test_what_cannot_be_drawn(settings: Any, files: list[Path], class_folders: A
         ({"image": (folder / "none.png",), "out": out}, "none.png: No such file"),
         ({"image": (folder / "text.png",), "out": out}, "text.png: unknown image type"),
         ({"image": (folder,), "out": out}, "cannot read the image"),
-        ({"image": files, "out": folder / "x.jpg"}, "neither a .png file nor a folder"),
-        ({"image": files, "out": folder / "file" / "x.png"}, "no folder that can be written to"),
-        ({"image": files, "out": folder / "file"}, "no folder that can be written to"),
+        ({"image": files, "out": folder / "x.jpg"}, "neither a .png file nor an existing folder"),
+        ({"image": files, "out": folder / "file" / "x.png"}, "not a writable folder"),
+        ({"image": files, "out": folder / "file"}, "not a writable folder"),
         ({"image": files, "out": files[1]}, "would replace the image"),
         ({"data": data, "rows": "0,4", "out": out}, "has 4 rows, there is no row 4"),
         ({"image": files, "out": out, "budgets": ".2"}, "leaves no patch"),
@@ -268,4 +268,4 @@ def test_flags_name_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     expected = "runs/x a b.png [1].png it's.png d (0, 1, 2, 7) (1.0, 0.5) True\n"
     assert capsys.readouterr().out == expected
     assert run(Command, ["visualize", "runs/x", "--out", "o"]) == 2
-    assert "name --image files or a --data set" in capsys.readouterr().err
+    assert "nothing to draw: give --image or --data" in capsys.readouterr().err

@@ -1,9 +1,8 @@
-"""Augmentation of a whole batch on its device: crops, RandAugment, erasing, mixup and CutMix.
+"""Augment a batch on its device: crops, RandAugment, erasing, mixup and CutMix.
 
-Every random number comes from `SampleRng`, on the CPU, so it is known without waiting for the
-device which images get which operation, and processes that share a batch do what one would do.
-(kornia's own random modules draw from global state, and one operation for a whole batch.) Takes
-square RGB images and class numbers.
+All random numbers come from `SampleRng` on the CPU, so no device sync is needed to know which image
+gets which operation, and several processes augment a batch exactly as one. (kornia's random modules
+draw from global state, and one operation for a whole batch.) Images are square RGB.
 """
 
 import math
@@ -21,12 +20,12 @@ from pcae_training.sample_rng import SampleRng, generator
 #: Width over height of a random crop.
 CROP_ASPECT = (3 / 4, 4 / 3)
 
-#: Share of the image that an erased rectangle takes, and its width over height.
+#: Area of an erased rectangle as a share of the image, and its width over height.
 ERASE_AREA = (0.02, 1 / 3)
 ERASE_ASPECT = (0.3, 1 / 0.3)
 
-#: RandAugment as MAE fine-tunes with it: operations an image, how likely each is to be done at
-#: all, the noise on its magnitude, and what the magnitude is out of.
+#: RandAugment as in MAE's fine-tuning: operations per image, the probability of each, the standard
+#: deviation of its magnitude, and the largest magnitude.
 ROUNDS = 2
 PROBABILITY = 0.5
 MAGNITUDE_STD = 0.5
@@ -35,9 +34,9 @@ MAGNITUDE_MAX = 10
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images; everything off by default."""
+    """Augmentation of training images; everything is off by default."""
 
-    size: int  # side of what comes out, in pixels
+    size: int  # side of the result, in pixels
     crop: float = 0.0  # smallest share of the area a random resized crop takes; 0 = off
     shift: int = 0  # pixels an image may move each way, reflected at its edges; 0 = off
     flip: bool = False  # mirror half of the images
@@ -53,12 +52,12 @@ class Augmentation:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, rng: SampleRng) -> Tensor:
-        """Float [B, 3, S, S] in [0, 1] to [B, 3, size, size] in [0, 1], on the same device.
+        """Return [B, 3, size, size] in [0, 1] of float images [B, 3, S, S] in [0, 1].
 
-        Without a crop the centre is taken, and S must not be below `size` (ValueError). Nothing is
-        erased yet: see `erased`.
+        Without random crops the centre is taken; raise ValueError if S is below `size`. Erasing is
+        separate, see `erase_rectangles`.
         """
-        # Colours and places need float32, whatever the trainer computes in.
+        # Colours and coordinates need float32, also under autocast.
         with torch.autocast(images.device.type, enabled=False):
             flipped = rng.uniform("flip") < (0.5 if self.flip else 0)
             if self.crop:
@@ -70,14 +69,14 @@ class Augmentation:
                 steps = rng.uniform("shift", 2) * (2 * self.shift + 1)
                 images = move(images, steps.long() - self.shift)
             if self.randaugment:
-                images = self._randaugmented(images, rng)
+                images = self._randaugment(images, rng)
         return images
 
     @torch.no_grad()
-    def erased(self, normalised: Tensor, rng: SampleRng) -> Tensor:
-        """Normalised [B, 3, size, size] with noise of N(0, 1) in a rectangle of some images.
+    def erase_rectangles(self, normalised: Tensor, rng: SampleRng) -> Tensor:
+        """Replace a rectangle of some normalised images [B, 3, size, size] by noise of N(0, 1).
 
-        The noise is a window of a fixed tile, at an offset drawn for each image.
+        The noise is a window of a fixed tile, at a random offset for each image.
         """
         device, side = normalised.device, normalised.shape[3]
         numbers = rng.uniform("erase", 7)  # [B, 7]
@@ -94,14 +93,14 @@ class Augmentation:
         part = torch.where(inside[:, None], noise, normalised.index_select(0, index))
         return normalised.index_copy(0, index, part)
 
-    def _randaugmented(self, images: Tensor, rng: SampleRng) -> Tensor:
-        images = images.clone()  # what comes in is the caller's
+    def _randaugment(self, images: Tensor, rng: SampleRng) -> Tensor:
+        images = images.clone()  # the argument is not changed
         for numbers in rng.uniform("randaugment", ROUNDS, 3).unbind(1):
             pick, noise, sign = numbers.unbind(1)  # [B] each
             magnitude = self.randaugment + MAGNITUDE_STD * torch.special.ndtri(noise)
             operate_(
                 images,
-                (pick * len(OPERATIONS) / PROBABILITY).long(),  # past the last: no operation
+                (pick * len(OPERATIONS) / PROBABILITY).long(),  # beyond the last: no operation
                 magnitude.clamp(0, MAGNITUDE_MAX) / MAGNITUDE_MAX,
                 torch.where(sign < 0.5, -1.0, 1.0),
             )
@@ -110,15 +109,15 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixup (arXiv 1710.09412) and CutMix (1905.04899) between neighbours in the batch.
+    """Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) between neighbours in the batch.
 
-    Samples 2i and 2i + 1 are mixed with each other, by the draws of the even one; where both kinds
-    are on, half of the pairs are cut. An odd one at the end stays as it is. Processes that share a
-    batch do as one would as long as every part begins at an even place.
+    Samples 2i and 2i + 1 are mixed with each other, with the random numbers of the even one. If
+    both are on, half of the pairs use CutMix. A last odd sample is not mixed. The result does not
+    depend on the number of processes if every part of the batch starts at an even index.
     """
 
-    mixup: float = 0.0  # alpha of the Beta distribution that shares are drawn from; 0 = off
-    cutmix: float = 0.0  # the same
+    mixup: float = 0.0  # alpha of the Beta distribution of mixing weights; 0 = off
+    cutmix: float = 0.0  # the same for CutMix
     smoothing: float = 0.0  # share of a target that is spread over all classes
 
     def __post_init__(self) -> None:
@@ -130,9 +129,9 @@ class Mixing:
     def __call__(
         self, images: Tensor, labels: Tensor, classes: int, rng: SampleRng
     ) -> tuple[Tensor, Tensor]:
-        """Float images [B, 3, S, S] and labels int64 [B], to images and float32 [B, classes].
+        """Return mixed images [B, 3, S, S] and targets float32 [B, classes], which sum to one.
 
-        Every target sums to one.
+        images: float [B, 3, S, S]. labels: int64 [B].
         """
         targets = F.one_hot(labels, classes).float()
         targets = targets * (1 - self.smoothing) + self.smoothing / classes
@@ -146,13 +145,13 @@ class Mixing:
         weight, edges = (part.to(images.device, non_blocking=True) for part in (weight, edges))
         per_pixel = torch.where(_inside(edges, side), 0, weight[:, None, None])  # [p, S, S]
         per_pixel = per_pixel[:, None].to(images.dtype)
-        return _mixed(images, per_pixel), _mixed(targets, share[:, None])
+        return _mix(images, per_pixel), _mix(targets, share[:, None])
 
     def _shares(self, numbers: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        """How much each pair's images keep of themselves, of numbers [p, 4] in [0, 1).
+        """Return each pair's own weight outside of a box, float32 [p], and the box, int64 [p, 4].
 
-        Float32 [p] outside of a box, and the box's int64 [p, 4] edges. Mixup has an empty box,
-        CutMix keeps all outside of it.
+        numbers [p, 4] in [0, 1). Mixup has an empty box; CutMix has weight 1 outside of its box and
+        0 inside.
         """
         kind, quantile, x, y = numbers.unbind(1)
         both = bool(self.mixup and self.cutmix)
@@ -164,8 +163,8 @@ class Mixing:
         return torch.where(cut, 1.0, own), (edges * side).round().long()
 
 
-def _mixed(values: Tensor, weight: Tensor) -> Tensor:
-    """Every two of values [B, ...] mixed; weight [p, ...]: how much each keeps of itself."""
+def _mix(values: Tensor, weight: Tensor) -> Tensor:
+    """Mix neighbours in values [B, ...]; weight [p, ...] is the share of each that is its own."""
     pairs = len(weight)
     two = values[: 2 * pairs].reshape(pairs, 2, *values.shape[1:])
     mixed = torch.lerp(two.flip(1), two, weight[:, None]).flatten(0, 1)
@@ -173,10 +172,10 @@ def _mixed(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def rectangles(numbers: Tensor, area: tuple[float, float], aspect: tuple[float, float]) -> Tensor:
-    """Left, top, width and height as shares of the side: [n, 4] in [0, 1) to float32 [n, 4].
+    """Return left, top, width and height, float32 [n, 4], relative to the image's side.
 
-    The area is uniform, width over height log-uniform, the place uniform. A side that does not fit
-    is cut to the image's, where MAE's code draws up to ten times and gives up.
+    numbers: [n, 4] in [0, 1). The area is uniform, width over height log-uniform, the position
+    uniform. A side longer than the image is cut to it; MAE's code redraws, up to ten times.
     """
     least, most = area
     share = least + (most - least) * numbers[:, 0]
@@ -188,10 +187,10 @@ def rectangles(numbers: Tensor, area: tuple[float, float], aspect: tuple[float, 
 
 
 def resized_crop(images: Tensor, boxes: Tensor, flipped: Tensor, size: int) -> Tensor:
-    """The `boxes` [B, 4] (see `rectangles`) of images [B, 3, S, S] at `size`, mirrored if so told.
+    """Resize the `boxes` [B, 4] (see `rectangles`) of images [B, 3, S, S] to `size`.
 
-    Bicubic without a filter: a box of many more pixels than `size` x `size` aliases. Decode images
-    little larger than the model's.
+    flipped [B]: which of them to mirror. Bicubic without antialiasing, so images should be decoded
+    at a size little above the model's.
     """
     left, top, width, height = boxes.unbind(1)
     matrices = torch.zeros(len(boxes), 2, 3)
@@ -205,16 +204,16 @@ def resized_crop(images: Tensor, boxes: Tensor, flipped: Tensor, size: int) -> T
 
 
 def centre(images: Tensor, size: int) -> Tensor:
-    """The middle [B, 3, size, size] of images. Raises ValueError where they are smaller."""
+    """Return the centre [B, 3, size, size] of images. Raise ValueError if they are smaller."""
     margin = images.shape[3] - size
     if margin < 0:
-        raise ValueError(f"images of {images.shape[3]} pixels have no middle of {size}")
+        raise ValueError(f"cannot crop {size} pixels out of images of {images.shape[3]}")
     start = margin // 2
     return images[:, :, start : start + size, start : start + size]
 
 
 def mirror(images: Tensor, flipped: Tensor) -> Tensor:
-    """Images [B, 3, S, S], mirrored where `flipped` [B], on the CPU, says so."""
+    """Mirror the images [B, 3, S, S] that `flipped` [B], on the CPU, selects."""
     if not flipped.any():
         return images
     index = flipped.nonzero().squeeze(1).to(images.device, non_blocking=True)
@@ -222,17 +221,17 @@ def mirror(images: Tensor, flipped: Tensor) -> Tensor:
 
 
 def move(images: Tensor, steps: Tensor) -> Tensor:
-    """Every image [3, S, S] moved `steps` int64 [B, 2] pixels left and up, its edges reflected."""
+    """Shift each image by `steps` int64 [B, 2] pixels left and up, with reflected edges."""
     last = images.shape[3] - 1
     source = torch.arange(last + 1) + steps[:, :, None]  # [B, 2, S]
-    source = last - (last - source.abs()).abs()  # back into the image, as a mirror has it
+    source = last - (last - source.abs()).abs()  # reflected at the edges
     columns, rows = source.to(images.device, non_blocking=True).unbind(1)
     images = images.gather(3, columns[:, None, None, :].expand_as(images))
     return images.gather(2, rows[:, None, :, None].expand_as(images))
 
 
 def _inside(edges: Tensor, side: int) -> Tensor:
-    """Pixels of boxes int64 [n, 4] (left, top, right, bottom): bool [n, side, side]."""
+    """Return the mask of boxes int64 [n, 4] (left, top, right, bottom): bool [n, side, side]."""
     place = torch.arange(side, device=edges.device)
     left, top, right, bottom = edges[:, :, None].unbind(1)  # [n, 1] each
     columns = (place >= left) & (place < right)  # [n, side]
@@ -242,13 +241,13 @@ def _inside(edges: Tensor, side: int) -> Tensor:
 
 @cache
 def _noise(side: int, device: torch.device) -> Tensor:
-    """float32 [3, 2 * side, 2 * side] of N(0, 1), ever the same."""
+    """Return a fixed tile of noise N(0, 1), float32 [3, 2 * side, 2 * side]."""
     tile = torch.randn(3, 2 * side, 2 * side, generator=generator("erase"))
     return tile.to(device)
 
 
 def _windows(tile: Tensor, offsets: Tensor, side: int) -> Tensor:
-    """The windows of tile [3, T, T] at offsets int64 [n, 2]: [n, 3, side, side]."""
+    """Return the windows of tile [3, T, T] at offsets int64 [n, 2]: [n, 3, side, side]."""
     place = torch.arange(side, device=tile.device)
     rows, columns = (offsets[:, :, None] + place).unbind(1)  # [n, side] each
     return tile[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)

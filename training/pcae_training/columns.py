@@ -1,7 +1,4 @@
-"""Which columns of a data set hold the image and its label, and what the classes are called.
-
-It reads an image's bytes and a label out of a row; it knows nothing of pixels, order or files.
-"""
+"""Choose a data set's columns of images and labels, and read both from a row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,20 +10,20 @@ import fsspec  # type: ignore[import-untyped]
 
 from pcae_training.source import DataError
 
-#: Integer columns taken for labels without being asked for; the last two are WebDataset's.
+#: Integer columns that are taken as labels by default; the last two are WebDataset's.
 LABEL_NAMES = ("label", "labels", "cls", "json.label")
 
-#: The label of an image that has none.
+#: The label of an image without one.
 UNLABELLED = -1
 
 
 class ColumnChoice(TypedDict, total=False):
-    """What a person may say about the columns; all that is left out is found or given up."""
+    """Choices of columns that flags make; the others are detected."""
 
     labelled: bool  # False: images alone, for pretraining
     image_column: str | None
-    label_column: str | None  # a class label or integers; json.label is a field inside a column
-    classes: Sequence[str] | None  # names in the order of the label values
+    label_column: str | None  # of class labels or integers; json.label is a field in a column
+    classes: Sequence[str] | None  # names, in the order of the label values
 
 
 @dataclass(frozen=True)
@@ -34,14 +31,14 @@ class Columns:
     """The columns to read."""
 
     image: str
-    label: tuple[str, ...] = ()  # column, then fields inside it; empty: unlabelled
-    classes: tuple[str, ...] = ()  # empty: unlabelled, or not told by the columns
+    label: tuple[str, ...] = ()  # column, then fields in it; empty: unlabelled
+    classes: tuple[str, ...] = ()  # empty: unlabelled, or not named by the data set
 
     def body(self, row: Mapping[str, Any]) -> bytes:
-        """The image file's bytes, from a row whose image is not decoded. Raises OSError."""
+        """Return the image file's bytes of a row with undecoded images. Raise OSError."""
         cell = row[self.image]
         if cell is None:
-            raise OSError("there is no image")
+            raise OSError("the row has no image")
         if cell["bytes"] is not None:
             return cast(bytes, cell["bytes"])
         if "://" in cell["path"]:  # a stream from the hub
@@ -50,17 +47,17 @@ class Columns:
         return Path(cell["path"]).read_bytes()
 
     def value(self, row: Mapping[str, Any]) -> int:
-        """The label's value; UNLABELLED where the row has none."""
+        """Return the label's value, or UNLABELLED if the row has none."""
         cell: Any = row if self.label else None
         for key in self.label:
             cell = None if cell is None else cell[key]
         return UNLABELLED if cell is None else int(cell)
 
 
-def choose(features: datasets.Features | None, name: str, **wanted: Any) -> Columns:
-    """The columns among `features`, as far as `wanted` (fields of `ColumnChoice`) leaves them open.
+def choose_columns(features: datasets.Features | None, name: str, **choice: Any) -> Columns:
+    """Return the columns of `features` to read; `choice` has fields of `ColumnChoice`.
 
-    Raises DataError where there is none, or more than one and no word which.
+    Raise DataError if there is no suitable column, or several and `choice` names none.
     """
     asked: ColumnChoice = {
         "labelled": True,
@@ -68,7 +65,7 @@ def choose(features: datasets.Features | None, name: str, **wanted: Any) -> Colu
         "label_column": None,
         "classes": None,
     }
-    asked.update(cast(ColumnChoice, wanted))
+    asked.update(cast(ColumnChoice, choice))
     features = features or {}
     image = _image(features, name, asked["image_column"])
     if not asked["labelled"]:
@@ -77,29 +74,30 @@ def choose(features: datasets.Features | None, name: str, **wanted: Any) -> Colu
     kind = _kind(features, label)
     own = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else ()
     named = tuple(asked["classes"] or own)
-    if own and named != own:  # another order of the same names would teach the wrong ones
-        raise DataError(f"{name} calls its classes {_few(own)}, but {_few(named)} are asked for")
+    if own and named != own:  # another order would give images the wrong labels
+        raise DataError(f"{name} has the classes {_few(own)}, but --classes gives {_few(named)}")
     if named:
         check_classes(named, name)
     return Columns(image, label, named)
 
 
 def check_classes(classes: Sequence[str], name: str) -> None:
-    """Raise DataError where there is nothing to tell apart, or nothing to tell it by."""
+    """Raise DataError if there are fewer than two classes, or two of the same name."""
     if len(classes) < 2:
-        raise DataError(f"{name} has only one class, {classes[0]!r}: there is nothing to learn")
+        raise DataError(f"{name} has only one class, {classes[0]!r}: at least two are needed")
     if len(set(classes)) < len(classes):
         twice = next(label for label in classes if list(classes).count(label) > 1)
-        raise DataError(f"{name} has two classes called {twice!r}: give each its own name")
+        raise DataError(f"{name} has two classes named {twice!r}: give each a unique name")
 
 
 def check_value(value: int, classes: Sequence[str], place: str) -> None:
-    """Raise DataError, which begins with `place`, where `value` is no label of `classes`."""
+    """Raise DataError, naming `place`, unless `value` is the index of a class."""
     if value < 0:
         raise DataError(f"{place}: the image has no label")
     if value >= len(classes):
         raise DataError(
-            f"{place}: label {value} is beyond the {len(classes)} classes, 0 to {len(classes) - 1}"
+            f"{place}: label {value} is not one of the {len(classes)} classes, 0 to"
+            f" {len(classes) - 1}"
         )
 
 
@@ -115,7 +113,7 @@ def _image(features: Mapping[str, Any], name: str, asked: str | None) -> str:
             " choose one with --image-column"
         )
     if not found:
-        raise DataError(f"{name} needs an image column: {_list(features)}")
+        raise DataError(f"{name} has no image column: {_list(features)}")
     return found[0]
 
 
@@ -139,19 +137,19 @@ def _label(features: Mapping[str, Any], name: str, asked: str | None) -> tuple[s
         )
     if not paths:
         raise DataError(
-            f"{name} needs a label column (class folders have one from two classes on):"
+            f"{name} has no label column (class folders have one if there are at least two):"
             f" {_list(features)}"
         )
     return paths[0]
 
 
 def _path(features: Mapping[str, Any], column: str) -> tuple[str, ...]:
-    """A column's name, or the names of a column and the fields inside it."""
+    """Split the name of a column, or of a column and fields in it."""
     return (column,) if column in features else tuple(column.split("."))
 
 
 def _kind(features: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """The type at `path`; None where there is nothing."""
+    """Return the type at `path`, or None if there is nothing."""
     kind: Any = features
     for key in path:
         kind = kind.get(key) if isinstance(kind, Mapping) else None
@@ -165,7 +163,7 @@ def _holds_labels(kind: Any) -> bool:
 
 
 def _list(features: Mapping[str, Any]) -> str:
-    """What there is instead, for the end of a message."""
+    """List the columns, for the end of an error message."""
     kinds = (f"{key} ({_word(kind)})" for key, kind in features.items())
     return f"its columns are {', '.join(kinds) or 'not known'}"
 

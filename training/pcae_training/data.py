@@ -1,8 +1,7 @@
-"""Images opened at random from Hugging Face `datasets`, with labels or without.
+"""Images with random access from Hugging Face `datasets`, with or without labels.
 
-Pixels come out as the server would make them: every image goes through
-`pcae_serve.bundle.preprocess`, at whatever size is asked for, which need not be a model's. Data
-that fit live decoded on the device that asks for them.
+Every image is preprocessed by `pcae_serve.bundle.preprocess`, as in the server, at any size. Data
+that fit into memory are decoded once and stay on the training device.
 """
 
 import copy
@@ -28,7 +27,7 @@ from pcae_training.columns import (
     Columns,
     check_classes,
     check_value,
-    choose,
+    choose_columns,
 )
 from pcae_training.progress import Progress
 from pcae_training.sample_rng import generator
@@ -36,13 +35,13 @@ from pcae_training.skipped import MAX_UNREADABLE, PATIENCE, Skipped, none_readab
 from pcae_training.source import DataError as DataError
 from pcae_training.source import open_source, title
 
-#: Decoded data sets up to this many bytes are kept in memory and never wait for a loader.
+#: Decoded data sets of up to so many bytes are kept in memory.
 MEMORY_LIMIT_BYTES = 2 * 1024**3
 
-#: The share of a GPU's free memory that decoded images may take: the rest is the model's.
+#: The share of a GPU's free memory that decoded images may take; the rest is for the model.
 GPU_SHARE = 0.5
 
-#: Images decoded together: enough that handing them to a thread costs little.
+#: Images decoded by one task of a thread, so that the overhead per task is small.
 CHUNK = 128
 
 
@@ -54,11 +53,11 @@ class TrainingData(Protocol):
     preprocess: Preprocess
 
     def __len__(self) -> int:
-        """Images an epoch."""
+        """Return the number of images per epoch."""
 
     @property
     def unreadable(self) -> int:
-        """Images skipped so far by this process."""
+        """Number of images that this process has skipped."""
 
     def epoch(
         self,
@@ -68,19 +67,19 @@ class TrainingData(Protocol):
         device: torch.device,
         workers: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each of `slices` of the epoch's order, which rise: pixels uint8 [b, 3, S, S] and
-        labels int64 [b] (-1 where unlabelled), both on `device`.
+        """Yield pixels uint8 [b, 3, S, S] and labels int64 [b] for each of the ascending `slices`.
 
-        The order depends on `seed` and `epoch` alone: processes take slices of the same one, and a
-        resumed run takes later ones. The next readable image in that order stands in for one that
-        cannot be read. Raises DataError where too many cannot.
+        Both are on `device`; labels are -1 if the data have none. The order depends on `seed` and
+        `epoch` alone: processes take slices of the same order, and a resumed run takes later ones.
+        An unreadable image is replaced by the next readable one in that order. Raise DataError if
+        too many are unreadable.
         """
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """uint8 pixels [3, S, S] and a label each, decoded on access, or all at once by `in_memory`.
+    """Pixels uint8 [3, S, S] and labels, decoded on access, or all at once by `in_memory`.
 
-    `len`, `labels` and every index are of the rows it holds; `subset` holds fewer of them.
+    Indices count the images of this object, of which `subset` returns fewer.
     """
 
     def __init__(
@@ -91,29 +90,29 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         columns: Columns | None = None,
         max_unreadable: float = MAX_UNREADABLE,
     ) -> None:
-        """Raises DataError where there are no rows, or labels are missing or beyond the classes."""
+        """Raise DataError if there are no rows, or a label is missing or not one of the classes."""
         if len(rows) == 0:
             raise DataError(f"{name} has no rows")
         self.name, self.preprocess = name, preprocess
-        self._columns = columns or choose(rows.features, name)
+        self._columns = columns or choose_columns(rows.features, name)
         self.image_column = self._columns.image
         self.labels, self.classes = _labels(rows, self._columns, name)
         images = rows.select_columns([self.image_column])
         self._rows = images.cast_column(self.image_column, datasets.Image(decode=False))
-        self._numbers: Sequence[int] = range(len(rows))  # the data set's row at each index
-        self._pixels: Tensor | None = None  # [len, 3, S, S], on any device; unreadable ones zero
-        self._skipped = Skipped(name, max_unreadable, len(rows))  # by the data set's row
+        self._numbers: Sequence[int] = range(len(rows))  # row in the data set, by index
+        self._pixels: Tensor | None = None  # [len, 3, S, S], on any device; zero if unreadable
+        self._skipped = Skipped(name, max_unreadable, len(rows))  # by row in the data set
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def unreadable(self) -> int:
-        """Images skipped so far by this process; in memory, all there are."""
+        """Number of images that this process has skipped; in memory, all unreadable ones."""
         return len(self._skipped)
 
     def body(self, index: int) -> bytes:
-        """The image file's bytes, as a client would send them."""
+        """Return the bytes of the image file."""
         number = self._numbers[index]
         try:
             return self._columns.body(self._rows[number])
@@ -121,7 +120,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             raise DataError(f"{self.name}, row {number}: {error}") from None
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Pixels [3, S, S] and label. Raises DataError where the image cannot be read."""
+        """Return pixels [3, S, S] and label. Raise DataError if the image cannot be read."""
         number = self._numbers[index]
         if number in self._skipped.reasons:
             raise DataError(self._skipped.reasons[number])
@@ -135,9 +134,9 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             raise DataError(f"{self.name}, row {number} ({path}): {error}") from None
 
     def subset(self, indices: Sequence[int]) -> "LabelledImages":
-        """The same images at `indices` alone, in that order. Raises DataError on none."""
+        """Return the images at `indices`, in that order. Raise DataError if there are none."""
         if len(indices) == 0:
-            raise DataError(f"{self.name}: none of its {len(self)} images are left")
+            raise DataError(f"{self.name}: none of its {len(self)} images remain")
         fewer, index = copy.copy(self), torch.as_tensor(indices)
         fewer.labels = self.labels[index]
         fewer._numbers = [self._numbers[i] for i in indices]
@@ -150,10 +149,10 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return fewer
 
     def in_memory(self, device: torch.device | None = None) -> "LabelledImages":
-        """Decode everything now and keep it on `device` (the CPU), where it fits; else leave it.
+        """Decode all images now and keep them on `device` (default: the CPU), if they fit.
 
-        It fits in MEMORY_LIMIT_BYTES, or in GPU_SHARE of what the GPU has free. Unreadable images
-        are noted: `epoch` has others stand in, all other access raises DataError.
+        The limit is MEMORY_LIMIT_BYTES, or GPU_SHARE of the GPU's free memory. Unreadable images
+        are recorded: `epoch` replaces them, all other access raises DataError.
         """
         device = device or torch.device("cpu")
         size = self.preprocess.image_size
@@ -167,7 +166,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return self
 
     def readable(self) -> "LabelledImages":
-        """The same images without those that cannot be read; all are read now to know."""
+        """Return the images that can be read; all are decoded now to find out."""
         if self.in_memory()._pixels is None:
             self._decode_all(None)
         bad = self._skipped.reasons
@@ -176,10 +175,10 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     def batches(
         self, order: Sequence[int], batch_size: int, workers: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels [B, 3, S, S] uint8 and labels [B] int64 of rows in `order`; the last is short.
+        """Yield pixels [B, 3, S, S] uint8 and labels [B] int64 in `order`; the last may be short.
 
-        Labels are on the CPU, pixels where `in_memory` put them. An unreadable image raises
-        DataError: a score is of the images it names.
+        Labels are on the CPU, pixels where `in_memory` put them. Raise DataError for an unreadable
+        image: a score must be that of exactly these images.
         """
         if self._pixels is None:
             slices = [slice(i, i + batch_size) for i in range(0, len(order), batch_size)]
@@ -202,13 +201,13 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         device: torch.device,
         workers: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As TrainingData. workers: loader processes for data that do not fit `device`."""
+        """See TrainingData. workers: loader processes for data that do not fit on `device`."""
         order = torch.randperm(len(self), generator=generator(seed, epoch, "order"))
         pixels = self.in_memory(device)._pixels
         if pixels is None:
             yield from self._load(order.tolist(), slices, device, workers)
             return
-        index = self._stand_ins(order).to(device)  # sent once: a batch waits for nothing
+        index = self._replace_unreadable(order).to(device)  # copied once
         labels = self.labels.to(device)
         for part in slices:
             yield pixels.index_select(0, index[part]), labels.index_select(0, index[part])
@@ -216,16 +215,16 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     def _load(
         self, order: list[int], slices: Sequence[slice], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The slices' batches, decoded by loader processes and sent to `device`."""
+        """Yield the batches of `slices`, decoded by loader processes, on `device`."""
         batches = _Slices(self, order, PATIENCE).load(slices, workers, pin=device.type == "cuda")
         for pixels, labels, reasons in batches:
             if len(labels) == 0 and reasons:
                 raise none_readable(self.name, reasons)
-            self._skipped.note(reasons, len(labels))
+            self._skipped.add(reasons, len(labels))
             yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-    def _stand_ins(self, order: Tensor) -> Tensor:
-        """`order` with the next readable index in place of each that is not."""
+    def _replace_unreadable(self, order: Tensor) -> Tensor:
+        """Return `order` with each unreadable index replaced by the next readable one."""
         bad = self._skipped.reasons
         if not bad:
             return order
@@ -238,7 +237,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return order[ahead % len(order)]
 
     def _decode_all(self, pixels: Tensor | None) -> None:
-        """Decode every image, into `pixels` [len, 3, S, S] where given; note the unreadable."""
+        """Decode all images, into `pixels` [len, 3, S, S] if given; record the unreadable ones."""
         chunks = [range(i, min(i + CHUNK, len(self))) for i in range(0, len(self), CHUNK)]
         reasons: dict[Hashable, str] = {}
         progress = Progress(f"decoding {self.name}", len(self))
@@ -247,10 +246,10 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             for chunk, found in zip(chunks, unread, strict=True):
                 reasons.update(found)
                 progress.update(len(chunk))
-        self._skipped.note(reasons, len(self))
+        self._skipped.add(reasons, len(self))
 
     def _decode(self, pixels: Tensor | None, chunk: range) -> dict[Hashable, str]:
-        """Decode the images of `chunk` into their places; why, for each that has no pixels."""
+        """Decode the images of `chunk` into `pixels`; return the reasons of the unreadable ones."""
         reasons: dict[Hashable, str] = {}
         size = self.preprocess.image_size
         images = torch.zeros(len(chunk), 3, size, size, dtype=torch.uint8)
@@ -265,32 +264,32 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
 
 class _Batch(NamedTuple):
-    pixels: Tensor  # [b, 3, S, S] uint8; none where `reasons` left nothing to stand in
+    pixels: Tensor  # [b, 3, S, S] uint8; empty if no readable image was found
     labels: Tensor  # [b] int64
-    reasons: dict[Hashable, str]  # why images could not be read, by row of the data set
+    reasons: dict[Hashable, str]  # of unreadable images, by row in the data set
 
 
 class _Slices(Dataset[_Batch]):
-    """A whole batch for each slice of an order, in loader processes where there are any.
+    """A batch for each slice of an order, decoded in loader processes if there are any.
 
-    Errors come back as values: an exception of a process would keep it waiting, and bring its
-    traceback along.
+    Errors are returned as values: an exception in a loader process would block it and print a
+    traceback.
     """
 
     def __init__(self, images: LabelledImages, order: list[int], patience: int) -> None:
-        """patience: images of the order that are tried for a place; 1: none stands in."""
+        """patience: images of the order to try in place of an unreadable one; 1: do not replace."""
         self.images, self.order, self.patience = images, order, min(patience, len(order))
 
     def load(self, slices: Sequence[slice], workers: int, pin: bool = False) -> Iterator[_Batch]:
-        """A batch for each of `slices`, in page-locked memory where `pin`."""
+        """Yield a batch for each of `slices`, in page-locked memory if `pin`."""
         loader = DataLoader(
             self,
             batch_size=None,  # an item is a whole batch
             sampler=slices,
             num_workers=workers,
             pin_memory=pin,
-            worker_init_fn=_undisturbed,
-            generator=torch.Generator(),  # of its own: torch's global one is left as it was
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # so that torch's global one is not used
         )
         yield from loader
 
@@ -307,7 +306,7 @@ class _Slices(Dataset[_Batch]):
         return _Batch(pixels, labels, reasons)
 
     def _readable(self, place: int, reasons: dict[Hashable, str]) -> tuple[Tensor, int] | None:
-        """The image at `place` of the order, or the next one that can be read."""
+        """Return the image at `place` of the order, or the next readable one."""
         for i in range(self.patience):
             index = self.order[(place + i) % len(self.order)]
             try:
@@ -319,14 +318,14 @@ class _Slices(Dataset[_Batch]):
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to train on and rows held out for every choice, disjoint."""
+    """Rows to train on, and rows held out for all choices."""
 
     train: list[int]
     holdout: list[int]
 
 
 def hold_out(images: LabelledImages, count: int, seed: int = 0) -> Split:
-    """Draw `count` rows for choosing epochs and tiers; the same seed draws the same rows."""
+    """Draw `count` rows to hold out; the same seed gives the same rows."""
     if not 0 < count < len(images):
         raise DataError(f"cannot hold out {count} of the {len(images)} images of {images.name}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -339,35 +338,34 @@ def load(
     preprocess: Preprocess,
     *,
     max_unreadable: float = MAX_UNREADABLE,
-    **wanted: Unpack[ColumnChoice],
+    **choice: Unpack[ColumnChoice],
 ) -> LabelledImages:
-    """Open `source` (as `source.open_source` takes it) at `split`.
+    """Open `source` (see `open_source`) at `split`.
 
-    preprocess: its image_size is the side of the pixels that come out; a trainer that crops asks
-    for more than its model takes. wanted: `labelled`, `image_column`, `label_column`, `classes`,
-    as in `columns.ColumnChoice`. Raises DataError if there is no such data, split, image column
-    or label column.
+    preprocess: how images are decoded; for random crops, larger than the model's input. choice:
+    fields of `ColumnChoice`. Raise DataError if there is no such data, split, image column or label
+    column.
     """
     name = title(source, split)
     rows = open_source(source, split)
     return LabelledImages(
-        rows, preprocess, name, choose(rows.features, name, **wanted), max_unreadable
+        rows, preprocess, name, choose_columns(rows.features, name, **choice), max_unreadable
     )
 
 
 def to_pixels(preprocess: Preprocess, body: bytes) -> Tensor:
-    """uint8 [3, S, S] of an image file's bytes, as the server makes them. Raises RequestError."""
+    """Decode an image file to uint8 [3, S, S], as the server does. Raise RequestError."""
     return torch.from_numpy(preprocess(body).copy()).permute(2, 0, 1)
 
 
-def _undisturbed(_: int) -> None:
-    """A loader process leaves stopping to the one it loads for: signals reach the whole group."""
+def _ignore_signals(_: int) -> None:
+    """Leave stopping to the process that a loader works for: signals reach the whole group."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _labels(rows: datasets.Dataset, columns: Columns, name: str) -> tuple[Tensor, list[str]]:
-    """Labels [rows] int64 and the class names; without names, the numbers up to the largest."""
+    """Return labels int64 [rows] and the class names, which default to the label numbers."""
     if not columns.label:
         return torch.full((len(rows),), UNLABELLED), []
     column = columns.label[0]
@@ -380,7 +378,7 @@ def _labels(rows: datasets.Dataset, columns: Columns, name: str) -> tuple[Tensor
         row = int(labels.argmax())
         check_value(largest, columns.classes, f"{name}, row {row}")
         return labels, list(columns.classes)
-    if largest >= len(rows):  # numbers of another kind, and names for each would fill memory
+    if largest >= len(rows):  # not class labels; a name for each could fill the memory
         raise DataError(
             f"{name} has labels up to {largest} in {len(rows)} rows: name the classes with"
             " --classes, or choose another --label-column"
@@ -391,7 +389,7 @@ def _labels(rows: datasets.Dataset, columns: Columns, name: str) -> tuple[Tensor
 
 
 def _room_bytes(device: torch.device) -> int:
-    """What decoded images may take on `device`."""
+    """Return how much memory decoded images may take on `device`."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(GPU_SHARE * free)
@@ -399,5 +397,5 @@ def _room_bytes(device: torch.device) -> int:
 
 
 def _cores() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

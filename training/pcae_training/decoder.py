@@ -1,7 +1,4 @@
-"""The light transformer that predicts hidden patches from visible ones (MAE; paper, appendix B).
-
-It knows latents and positions, nothing of what its predictions are compared with.
-"""
+"""The light decoder that predicts hidden patches from visible ones (MAE; paper, appendix B)."""
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +8,10 @@ from pcae_training.model import Block, ViTConfig, init_weights, sincos_position
 
 
 class Decoder(nn.Module):
-    """Latents of CLS and visible patches, and positions to predict, to a prediction for each."""
+    """Predict the patches at given positions from latents of CLS and visible patches."""
 
     def __init__(self, config: ViTConfig, outputs: int, depth: int, width: int, heads: int) -> None:
-        """config: the encoder's; outputs: numbers predicted for a patch."""
+        """config: of the encoder. outputs: numbers predicted per patch."""
         super().__init__()
         self.decoder_embed = nn.Linear(config.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -29,9 +26,9 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, latent: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
-        """Predictions [B, w, outputs] at the patches `wanted` [B, w].
+        """Return predictions [B, w, outputs] for the patches `wanted` [B, w].
 
-        latent [B, 1 + v, D]: CLS and the patches `visible` [B, v]. Patches in neither take no part.
+        latent [B, 1 + v, D]: CLS and the patches `visible` [B, v]. Other patches are left out.
         """
         positions: Tensor = self.decoder_pos_embed  # type: ignore[assignment]
         table = positions[:, 1:].expand(latent.shape[0], -1, -1)
@@ -44,7 +41,7 @@ class Decoder(nn.Module):
         return prediction
 
     def macs(self, visible: int, wanted: int) -> int:
-        """Multiply-adds for one image with so many patches visible, and so many predicted."""
+        """Return the multiply-adds for one image with so many visible and predicted patches."""
         embed, predict, tokens = self.decoder_embed, self.decoder_pred, 1 + visible + wanted
         width, depth = embed.out_features, len(self.decoder_blocks)
         blocks = depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
@@ -53,5 +50,5 @@ class Decoder(nn.Module):
 
 
 def default_width(width: int) -> int:
-    """512 beside ViT-B as MAE, and as much narrower beside a narrower encoder."""
+    """Return the decoder's width for an encoder's: 512 for ViT-B as in MAE, else in proportion."""
     return min(512, max(32, round(width * 2 / 3 / 32) * 32))

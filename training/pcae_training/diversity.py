@@ -1,7 +1,4 @@
-"""How different an image's patch tokens are from each other, layer by layer (paper, Figure 3).
-
-It knows token tensors and a model to take them from; nothing of files, labels or charts.
-"""
+"""Measure how different an image's patch tokens are from each other, by layer (paper, Figure 3)."""
 
 from collections.abc import Sequence
 
@@ -13,13 +10,13 @@ from pcae_training.model import VisionTransformer
 
 
 def nuclear_norm_per_token(patches: Tensor) -> Tensor:
-    """The sum of A's singular values divided by N, for each image's A: [B, N, D] to float32 [B].
+    """Return the sum of A's singular values divided by N for each image: [B, N, D] to float32 [B].
 
-    A is the image's N tokens, each scaled to length one (paper, appendix A). So its Frobenius norm
-    is sqrt(N), and the result lies between 1 / sqrt(N), where all tokens point the same way or the
-    opposite one, and sqrt(min(N, D) / N), at most 1, where they are as spread as D dimensions
-    allow: at N <= D, orthogonal. Both bounds rise as N falls: only part of what fewer tokens gain
-    is owed to which tokens they are.
+    A holds the image's N tokens, each scaled to unit length (paper, appendix A), so its Frobenius
+    norm is sqrt(N). The result lies between 1 / sqrt(N), if all tokens are parallel or opposite,
+    and sqrt(min(N, D) / N), at most 1, if they are as spread as D dimensions allow (orthogonal for
+    N <= D). Both bounds rise as N falls, so only part of the gain from fewer tokens is due to their
+    selection.
     """
     unit = F.normalize(patches.float(), dim=-1)
     singular_values: Tensor = torch.linalg.svdvals(unit)  # [B, min(N, D)]
@@ -27,18 +24,18 @@ def nuclear_norm_per_token(patches: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def diversity(
+def measure_layers(
     model: VisionTransformer,
     images: Tensor,
     token_counts: Sequence[int] | None = None,
     *,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Nuclear norm per token, averaged over normalised images [B, C, H, W]: float32 [depth + 1].
+    """Return the nuclear norm per token, averaged over normalised images: float32 [depth + 1].
 
-    Entry 0 is of the patch tokens as they enter, with their positions; entry i + 1 of those that
-    block i and the stage after it leave. Prefix tokens and means of dropped ones are left out.
-    token_counts and noise as in `VisionTransformer.forward`.
+    images: [B, C, H, W]. Entry 0 is that of the input tokens, with positions; entry i + 1 that of
+    the patch tokens after block i and its reduction stage. Prefix tokens and the means of dropped
+    patches are excluded. token_counts, noise: see `VisionTransformer.forward`.
     """
     layers = model.walk(model.embed(images), token_counts, noise=noise)
     norms = [nuclear_norm_per_token(tokens.patch_tokens).mean() for tokens in layers]

@@ -23,7 +23,7 @@ from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
 from pcae_training.import_weights import load_checkpoint
 from pcae_training.model import VisionTransformer, ViTConfig
-from pcae_training.output import check_place, write_whole
+from pcae_training.output import check_writable, write_whole
 from pcae_training.progress import Progress
 from pcae_training.sample_rng import generator
 from pcae_training.score import MIN_CLASSES_FOR_TOP5, Difference, Score, Top1
@@ -239,7 +239,7 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
     checkpoint = load_checkpoint(settings.checkpoint).build(settings.checkpoint)
     budgets = choose_ratios(checkpoint, settings.budgets)
     if settings.json_file is not None:
-        check_place(settings.json_file)
+        check_writable(settings.json_file)
     images = load(settings.data, settings.split, checkpoint.preprocess)
     check_labels(checkpoint, images)
     with join(settings.device) as world:

@@ -191,7 +191,9 @@ class Finetuning(nn.Module):
         config, device = self.model.config, pixels.device
         with torch.no_grad():
             images = self.augment(pixels.float() / 255, rng)
-            images = self.augment.erased(normalise(images * 255, self.start.preprocess), rng)
+            images = self.augment.erase_rectangles(
+                normalise(images * 255, self.start.preprocess), rng
+            )
             images, targets = self.mix(images, labels, config.classes, rng)
         drop_path = drop_path_factors(rng, config.depth, self.settings.drop_path, device)
         noise = None

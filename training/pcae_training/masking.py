@@ -1,7 +1,4 @@
-"""Which patches a pretraining image shows and which it hides, and patches as plain numbers.
-
-It knows grids and counts, nothing of networks or losses.
-"""
+"""Choose the visible and hidden patches of pretraining images, and extract patches' pixels."""
 
 from fractions import Fraction
 from math import floor
@@ -13,14 +10,14 @@ from torch.nn import functional as F
 
 
 class Mask(NamedTuple):
-    """A split of an image's patches, by index: together every patch once."""
+    """A split of an image's patches, by index; every patch occurs once."""
 
     visible: Tensor  # [B, v], int64
     hidden: Tensor  # [B, n - v], int64
 
 
 def visible_patches(patches: int, mask_ratio: float) -> int:
-    """How many of `patches` stay visible: floor(n * (1 - mask_ratio)), exactly as a decimal.
+    """Return how many of `patches` stay visible: floor(n * (1 - mask_ratio)), in exact decimals.
 
     >>> [visible_patches(196, ratio) for ratio in (0.6, 0.75, 0.85, 0.9)]
     [78, 49, 29, 19]
@@ -28,11 +25,11 @@ def visible_patches(patches: int, mask_ratio: float) -> int:
     return floor(patches * (1 - Fraction(str(mask_ratio))))
 
 
-def mask(noise: Tensor, mask_ratio: float, unit: int = 1) -> Mask:
+def hide_patches(noise: Tensor, mask_ratio: float, unit: int = 1) -> Mask:
     """Hide the patches of highest noise.
 
-    noise float32 [B, (grid / unit)^2], a number for each square of `unit` x `unit` patches, which
-    is shown or hidden as a whole (SimMIM hides squares of two patches).
+    noise: float32 [B, (grid / unit)^2], one number per square of `unit` x `unit` patches, which is
+    hidden as a whole (SimMIM uses a unit of 2).
     """
     units = noise.shape[1]
     shown = visible_patches(units, mask_ratio)
@@ -42,7 +39,7 @@ def mask(noise: Tensor, mask_ratio: float, unit: int = 1) -> Mask:
 
 
 def _spread(index: Tensor, units: int, unit: int) -> Tensor:
-    """Indices of squares [B, u] to those of their patches [B, u * unit^2]."""
+    """Convert indices of squares [B, u] to those of their patches [B, u * unit^2]."""
     if unit == 1:
         return index
     across = round(units**0.5)
@@ -53,10 +50,10 @@ def _spread(index: Tensor, units: int, unit: int) -> Tensor:
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """[B, C, H, W] to the numbers of each patch, [B, n, C * p * p], as a convolution reads them."""
+    """Return the pixels of each patch, [B, n, C * p * p], in a convolution's order."""
     return F.unfold(images, patch_size, stride=patch_size).transpose(1, 2)
 
 
 def gather(tokens: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [B, m] of tokens [B, n, D]: [B, m, D]."""
+    """Return the tokens [B, m, D] at `index` [B, m] of tokens [B, n, D]."""
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))

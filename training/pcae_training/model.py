@@ -1,7 +1,7 @@
-"""The vision transformer that can drop redundant patches as it runs: the one definition.
+"""The vision transformer with progressive token reduction: the one definition of the model.
 
-Parameter names are those of timm, MAE and DeiT. The model knows pixels already normalised to
-float; it knows nothing of budgets or tiers, only how many patches to keep after each stage.
+Parameter names are those of timm, MAE and DeiT. Inputs are normalised float images, and the number
+of patches to keep after each stage.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,13 +27,13 @@ class ViTConfig:
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
-    classes: int = 1000  # 0: no head, the model gives features
-    pooling: Literal["mean", "cls"] = "mean"  # mean over patches as MAE fine-tunes, or CLS as DeiT
+    classes: int = 1000  # 0: no head, the model returns features
+    pooling: Literal["mean", "cls"] = "mean"  # mean over patches as in MAE, or CLS as in DeiT
     norm_eps: float = 1e-6  # timm, MAE and DeiT; torch's own default is 1e-5
     reduction_points: tuple[int, ...] = REDUCTION_POINTS
     reduction: Rule = "ptr"
     qkv_bias: bool = True
-    layer_scale: bool = False  # DINOv2 scales each branch
+    layer_scale: bool = False  # a learnt scale on each branch (DINOv2)
     distilled: bool = False  # DeiT's second token and head
     registers: int = 0  # DINOv2's extra tokens, without positions
 
@@ -46,13 +46,13 @@ class ViTConfig:
             raise ValueError(f"width {self.width} is not a multiple of 4")
         points = self.reduction_points
         if any(not 0 <= point < self.depth for point in points):
-            raise ValueError(f"reduction points {points} outside {self.depth} blocks")
+            raise ValueError(f"reduction points {points} are outside the {self.depth} blocks")
         if list(points) != sorted(set(points)):
-            raise ValueError(f"reduction points {points} must rise")
+            raise ValueError(f"reduction points {points} must be in ascending order")
         if self.reduction not in RULES:
-            raise ValueError(f"reduction {self.reduction!r} is none of {', '.join(RULES)}")
+            raise ValueError(f"reduction {self.reduction!r} is not one of {', '.join(RULES)}")
         if self.distilled and self.pooling != "cls":
-            raise ValueError("a distilled model pools its CLS and distillation tokens")
+            raise ValueError("a distilled model must pool its CLS and distillation tokens")
 
     @property
     def hidden(self) -> int:
@@ -61,22 +61,22 @@ class ViTConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side."""
+        """Number of patches along one side."""
         return self.image_size // self.patch_size
 
     @property
     def positioned(self) -> int:
-        """Tokens before the patches that have a position embedding: CLS, and distillation."""
+        """Number of prefix tokens with a position embedding: CLS and distillation."""
         return 1 + self.distilled
 
     @property
     def prefix(self) -> int:
-        """Tokens before the patches: CLS, distillation, registers. No stage drops them."""
+        """Number of tokens before the patches: CLS, distillation, registers; never dropped."""
         return self.positioned + self.registers
 
     @property
     def geometry(self) -> Geometry:
-        """What token arithmetic needs to know of this model."""
+        """The sizes that the token arithmetic needs."""
         return Geometry(
             patches=self.grid**2,
             width=self.width,
@@ -90,7 +90,7 @@ class ViTConfig:
 
 
 class PatchEmbed(nn.Module):
-    """[B, C, H, W] to [B, patches, D], row by row."""
+    """Embed the patches of images [B, C, H, W], row by row: [B, patches, D]."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -112,13 +112,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values of x [B, N, D], each [B, heads, N, D / heads]."""
+        """Return queries, keys and values of x [B, N, D], each [B, heads, N, D / heads]."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         return tuple(qkv.permute(2, 0, 3, 1, 4).unbind(0))
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [B, N, D]; bias, broadcast to [B, heads, N, N], is added before the softmax."""
+        """Return [B, N, D] of x [B, N, D]; bias is added before the softmax, [B, heads, N, N]."""
         q, k, v = self.split(x)
         mask = None if bias is None else bias.to(q.dtype)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -173,9 +173,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, drop_path: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
-        """x [B, N, D]; drop_path [2, B]: what each sample's two branches are multiplied by.
+        """Return [B, N, D] of x [B, N, D].
 
-        bias: see `Attention`.
+        drop_path [2, B]: factors on each sample's two branches. bias: see `Attention`.
         """
         attended = self.ls1(self.attn(self.norm1(x), bias))
         if drop_path is not None:
@@ -188,13 +188,13 @@ class Block(nn.Module):
         return x
 
     def attention_received(self, x: Tensor) -> Tensor:
-        """How much the tokens of x [B, N, D] attend to each one in this block: [B, N]."""
+        """Return the attention that each token of x [B, N, D] receives in this block: [B, N]."""
         q, k, _ = self.attn.split(self.norm1(x))
         return attention_received(q, k)
 
 
 class VisionTransformer(nn.Module):
-    """A plain ViT that can drop redundant patches as it runs (DESIGN section 2)."""
+    """A plain ViT with optional progressive token reduction (DESIGN section 2)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -239,11 +239,11 @@ class VisionTransformer(nn.Module):
         drop_path: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, classes] of normalised images [B, C, H, W]; features [B, D] without a head.
+        """Return logits [B, classes] of normalised images [B, C, H, W]; without a head, features.
 
-        token_counts: patches left after each reduction point; None runs the plain ViT.
-        drop_path [depth, 2, B]: factors on the branches. noise [B, patches]: what the `random`
-        rule ranks by; drawn here where None.
+        token_counts: patches to keep after each reduction point; None runs the plain ViT.
+        drop_path [depth, 2, B]: factors on the branches. noise [B, patches]: ranking of the
+        `random` rule; drawn here if None.
         """
         return self.classify(images, token_counts, drop_path=drop_path, noise=noise)[0]
 
@@ -256,7 +256,10 @@ class VisionTransformer(nn.Module):
         noise: Tensor | None = None,
         kept: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """As `forward`, with the original indices [B, m_i] of the patches left after each stage."""
+        """Return `forward`'s result and the indices [B, m_i] of the patches kept after each stage.
+
+        kept: see `walk`.
+        """
         positions, tokens = [], None
         layers = self.walk(
             self.embed(images), token_counts, drop_path=drop_path, noise=noise, kept=kept
@@ -264,7 +267,7 @@ class VisionTransformer(nn.Module):
         for i, tokens in enumerate(layers, start=-1):
             if token_counts and i in self.config.reduction_points:
                 positions.append(tokens.position)
-        assert tokens is not None  # `walk` begins with the tokens it is given
+        assert tokens is not None  # `walk` yields at least the input tokens
         return self.pool(tokens), positions
 
     def walk(
@@ -279,12 +282,12 @@ class VisionTransformer(nn.Module):
         points: Sequence[int] | None = None,
         append: bool = True,
     ) -> Iterator[Tokens]:
-        """The tokens as they come in, [B, prefix + n, D], then as each block and stage leaves them.
+        """Yield the input tokens x [B, prefix + n, D], then the tokens after each block and stage.
 
-        prefix: how many of x are no patches (default: all of the model's own). points: the blocks
-        after which `token_counts` hold (default: the model's). append: whether the mean of what a
-        stage drops goes on as a token (section 3.4), or not (pretraining, section 3.2).
-        kept, per stage [B, m_i]: original indices of the patches to keep, whatever the rule says.
+        prefix: number of tokens in x before the patches (default: the model's). points: blocks that
+        `token_counts` apply after (default: the model's). append: whether the mean of the patches
+        that a stage drops is appended (section 3.4), or not (pretraining, section 3.2). kept, per
+        stage [B, m_i]: original indices of the patches to keep, instead of the rule's choice.
         """
         points = self.config.reduction_points if points is None else points
         counts = dict(zip(points, token_counts or (), strict=bool(token_counts)))
@@ -307,15 +310,15 @@ class VisionTransformer(nn.Module):
             yield tokens
 
     def tokens(self, x: Tensor, prefix: int | None = None) -> Tokens:
-        """x [B, prefix + n, D] as the tokens before the first block."""
+        """Return x [B, prefix + n, D] as the tokens before the first block."""
         prefix = self.config.prefix if prefix is None else prefix
         n = x.shape[1] - prefix
         return Tokens(x, n, torch.arange(n, device=x.device).expand(x.shape[0], -1), prefix)
 
     def scores(self, block: Block, tokens: Tokens, noise: Tensor | None) -> Tensor | None:
-        """What the stage after `block` ranks by, where that is known before the block has run.
+        """Return the scores [B, n] of the stage after `block`, of which the lowest are kept.
 
-        [B, n], the lowest stay; None: by the tokens that come out of it. noise [1 or B, patches].
+        Return None if the rule ranks by the block's output. noise: [1 or B, patches].
         """
         if self.config.reduction == "random":
             assert noise is not None
@@ -326,17 +329,17 @@ class VisionTransformer(nn.Module):
         return None
 
     def embed(self, images: Tensor) -> Tensor:
-        """Prefix and patch tokens with their positions: [B, prefix + n, D]."""
+        """Return prefix and patch tokens with positions, [B, prefix + n, D]."""
         patches = self.embed_patches(images)
         return torch.cat([self.prefix_tokens(images.shape[0]), patches], dim=1)
 
     def embed_patches(self, images: Tensor) -> Tensor:
-        """Patch tokens with their positions: [B, n, D]."""
+        """Return patch tokens with positions, [B, n, D]."""
         patches: Tensor = self.patch_embed(images)
         return patches + self.pos_embed[:, self.config.positioned :]
 
     def prefix_tokens(self, batch: int) -> Tensor:
-        """CLS, distillation and register tokens, with positions where they have one."""
+        """Return CLS, distillation and register tokens; the first two have positions."""
         tokens: Tensor = self.cls_token
         if self.config.distilled:
             tokens = torch.cat([tokens, self.dist_token], dim=1)
@@ -346,20 +349,20 @@ class VisionTransformer(nn.Module):
         return tokens.expand(batch, -1, -1)
 
     def pool(self, tokens: Tokens) -> Tensor:
-        """Logits [B, classes] of the last block's tokens; features [B, D] without a head."""
+        """Return logits [B, classes] of the last block's tokens; features [B, D] without a head."""
         if self.config.pooling == "mean":
-            logits: Tensor = self.head(self.fc_norm(tokens.pooled()))
+            logits: Tensor = self.head(self.fc_norm(tokens.pool()))
             return logits
         logits = self.head(self.norm(tokens.x[:, 0]))
-        if self.config.distilled:  # DeiT, at inference: the mean of both heads
+        if self.config.distilled:  # DeiT at inference: the mean of both heads
             logits = (logits + self.head_dist(self.norm(tokens.x[:, 1]))) / 2
         return logits
 
 
 def sincos_position(width: int, grid: int, positioned: int = 1) -> Tensor:
-    """Fixed 2-D sine-cosine positions as MAE starts from: [1, positioned + grid^2, width].
+    """Return MAE's fixed 2-D sine-cosine positions, [1, positioned + grid^2, width].
 
-    Zeros for the `positioned` tokens before the patches.
+    The `positioned` tokens before the patches get zeros.
     """
     frequency = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.outer(torch.arange(grid, dtype=torch.float64), frequency)  # [grid, D / 4]
@@ -371,7 +374,7 @@ def sincos_position(width: int, grid: int, positioned: int = 1) -> Tensor:
 
 
 def init_weights(module: nn.Module) -> None:
-    """MAE's initialisation: Xavier uniform, no biases, the patch embedding as a linear layer."""
+    """Initialise as MAE: Xavier uniform, zero biases, the patch embedding as a linear layer."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

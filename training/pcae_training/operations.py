@@ -1,7 +1,7 @@
-"""RandAugment's operations (arXiv 1909.13719) on a batch on its device: PIL's, each image its own.
+"""RandAugment's operations (arXiv 1909.13719), as defined by PIL, one per image of a batch.
 
-Which image gets which is told on the CPU, so nothing waits for the device. It knows square RGB
-images in [0, 1]; nothing of how operations and their strengths are drawn.
+They run on the batch's device; the choice of operations is on the CPU, so no sync is needed. Images
+are square RGB in [0, 1].
 """
 
 import math
@@ -13,7 +13,7 @@ from kornia import enhance
 from torch import Tensor
 from torch.nn import functional as F
 
-#: What comes in where a rotated, sheared or shifted image leaves a gap.
+#: Level of the gaps that rotating, shearing or shifting leaves.
 FILL = 0.5
 
 
@@ -25,27 +25,27 @@ class Operation(NamedTuple):
 
 
 def _autocontrast(images: Tensor, _: Tensor) -> Tensor:
-    """Each channel stretched to [0, 1]; one of a single level stays."""
+    """Stretch each channel to [0, 1], unless it has a single level."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     return torch.where(high > low, (images - low) / (high - low), images)
 
 
 def _solarize_add(images: Tensor, amount: Tensor) -> Tensor:
-    """`amount` more for the darker half of the levels. kornia's adds to all, and inverts."""
+    """Add `amount` to the darker half of the levels. (kornia's adds to all, and inverts.)"""
     lighter = (images + amount[:, None, None, None]).clamp(max=1)
     return torch.where(images < 128 / 255, lighter, images)
 
 
 def _factor(strength: Tensor, sign: Tensor) -> Tensor:
-    """1 leaves an image alone, 0.1 nearly takes away what the factor is on, 1.9 exaggerates it."""
+    """Return an enhancement's factor: 1 changes nothing, 0.1 nearly removes, 1.9 exaggerates."""
     return 1 + 0.9 * strength * sign
 
 
-#: Ranges are those of timm's "increasing" set: no operation is weaker at a greater magnitude.
+#: Ranges as in timm's "increasing" set: no operation gets weaker as the magnitude grows.
 COLOUR = {
     "AutoContrast": Operation(_autocontrast, lambda strength, _: strength),
     "Equalize": Operation(lambda images, _: enhance.equalize(images), lambda strength, _: strength),
-    # kornia's waits for the device
+    # kornia's needs a device sync
     "Invert": Operation(lambda images, _: 1 - images, lambda strength, _: strength),
     "Posterize": Operation(enhance.posterize, lambda strength, _: 4 - (4 * strength).long()),
     "Solarize": Operation(
@@ -58,13 +58,13 @@ COLOUR = {
     "Sharpness": Operation(enhance.sharpness, _factor),
 }
 
-#: What is added to the identity at full strength, from where pixels go to where they come from.
-#: Shears leave the upper or left edge in place, as PIL's do.
+#: Matrices added to the identity at full strength; they map output to input coordinates. Shears
+#: leave the upper or left edge in place, as PIL's do.
 GEOMETRY = {
     "Rotate": [[0.0, 0, 0], [0, 0, 0]],  # not linear in strength: see `_matrices`
     "ShearX": [[0, 0.3, 0.3], [0, 0, 0]],
     "ShearY": [[0, 0, 0], [0.3, 0, 0.3]],
-    "TranslateX": [[0, 0, 0.9], [0, 0, 0]],  # of 2, the side: 0.45 of it
+    "TranslateX": [[0, 0, 0.9], [0, 0, 0]],  # coordinates span 2: 0.45 of the side
     "TranslateY": [[0, 0, 0], [0, 0, 0.9]],
 }
 
@@ -74,10 +74,10 @@ OPERATIONS = (*COLOUR, *GEOMETRY)
 
 
 def operate_(images: Tensor, choice: Tensor, strength: Tensor, sign: Tensor) -> None:
-    """One operation on every image [B, 3, S, S] in [0, 1], in place.
+    """Apply one operation to every image [B, 3, S, S] in [0, 1], in place.
 
-    On the CPU: choice int64 [B], a place in OPERATIONS (beyond them: none); strength [B] in [0, 1];
-    sign [B] of 1 and -1, which turns those that go two ways.
+    On the CPU: choice int64 [B], an index of OPERATIONS (beyond them: none); strength [B] in
+    [0, 1]; sign [B] of 1 and -1, the direction of operations that have two.
     """
     for number, (change, argument) in enumerate(COLOUR.values()):
         index = (choice == number).nonzero().squeeze(1)
@@ -93,14 +93,14 @@ def operate_(images: Tensor, choice: Tensor, strength: Tensor, sign: Tensor) -> 
 def _change_(
     images: Tensor, index: Tensor, change: Callable[[Tensor, Tensor], Tensor], argument: Tensor
 ) -> None:
-    """Images at `index` [n], on the CPU, as `change` makes them with their arguments [n, ...]."""
+    """Apply `change` with arguments [n, ...] to the images at `index` [n], on the CPU, in place."""
     index = index.to(images.device, non_blocking=True)
     argument = argument.to(images.device, non_blocking=True)
     images.index_copy_(0, index, change(images.index_select(0, index), argument))
 
 
 def _matrices(kind: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    """[n, 2, 3] of GEOMETRY's `kind` [n]."""
+    """Return the matrices [n, 2, 3] of GEOMETRY's operations `kind` [n]."""
     angle = strength * sign * (kind == 0) * math.radians(ROTATE_DEGREES)
     cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     turned = torch.stack([cosine, -sine, zero, sine, cosine, zero], dim=1).view(-1, 2, 3)
@@ -109,16 +109,17 @@ def _matrices(kind: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
 
 
 def _warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Images resampled where `matrices` [n, 2, 3] say; FILL from outside of them."""
+    """Resample images by `matrices` [n, 2, 3], with FILL outside of the image."""
     grid = sampling_grid(matrices, images.shape[3])
     warped = F.grid_sample(images - FILL, grid, align_corners=False)  # zeros from outside
     return (warped + FILL).clamp_(0, 1)
 
 
 def sampling_grid(matrices: Tensor, size: int) -> Tensor:
-    """Where `size` x `size` pixels come from, edges at -1 and 1: [n, 2, 3] to [n, size, size, 2].
+    """Return the input coordinates of `size` x `size` pixels, [n, size, size, 2], edges at ±1.
 
-    `F.affine_grid` multiplies matrices, for which a GPU may use TF32: pixels would be misplaced.
+    matrices: [n, 2, 3]. `F.affine_grid` uses a matrix product, which a GPU may compute in TF32, too
+    inaccurate for coordinates.
     """
     steps = (2 * torch.arange(size, device=matrices.device) + 1) / size - 1
     x, y = steps[None, None, :, None], steps[None, :, None, None]

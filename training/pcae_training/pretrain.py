@@ -26,7 +26,7 @@ from pcae_training.augment import Augmentation
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.decoder import Decoder, default_width
 from pcae_training.evaluate import normalise
-from pcae_training.masking import Mask, gather, mask, patchify, visible_patches
+from pcae_training.masking import Mask, gather, hide_patches, patchify, visible_patches
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.plan import Plan, describe
 from pcae_training.sample_rng import SampleRng, drop_path_factors, to_device
@@ -221,7 +221,7 @@ class Pretraining(nn.Module):
             values = patchify(images, config.patch_size)
             squares = (config.grid // settings.mask_unit) ** 2
             noise = to_device(rng.uniform("mask", squares), device)
-            parts = mask(noise, settings.hidden_share, settings.mask_unit)
+            parts = hide_patches(noise, settings.hidden_share, settings.mask_unit)
         drop_path = drop_path_factors(rng, config.depth, settings.drop_path, device)
         return self.loss(values, parts, rng, drop_path)
 

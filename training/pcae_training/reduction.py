@@ -1,17 +1,16 @@
-"""Progressive token reduction (PTR): which patches stay after a stage, what becomes of the rest.
+"""Progressive token reduction (PTR): rules that choose the patches to keep and treat the rest.
 
-    ptr             the paper's: patches least like their mean stay, the mean of the others is
-                    appended as one token (equation 3, section 3.4)
-    ptr-normalised  the same by the mean of patches scaled to length one, as the public code does
-    weighted        ptr, but an appended mean counts as the patches it stands for, in attention (the
-                    log of its size is added, as in ToMe) and in pooling
-    merged          every dropped patch is averaged into the kept one most like it, which counts as
-                    all that it stands for; nothing is appended
-    random          ranks drawn at random: the floor
-    attention       the most attended stay (appendix E)
+    ptr             the paper's: keep the patches least similar to their mean, append the mean of
+                    the others as one token (equation 3, section 3.4)
+    ptr-normalised  the same with the mean of patches scaled to unit length, as in the public code
+    weighted        ptr, but an appended mean counts as the patches that it represents, in attention
+                    (the log of its size is added, as in ToMe) and in pooling
+    merged          average every dropped patch into the most similar kept one, which counts as all
+                    patches that it represents; append nothing
+    random          keep random patches: a baseline
+    attention       keep the patches that receive most attention (appendix E)
 
-The last two append the mean as ptr does. None has parameters. It knows tokens and scores; nothing
-of blocks, budgets or where the stages are.
+The last two append the mean as ptr does. No rule has parameters.
 """
 
 from typing import NamedTuple, get_args
@@ -29,28 +28,28 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 class Tokens(NamedTuple):
     """The tokens between two blocks."""
 
-    x: Tensor  # [B, prefix + n + e, D]: prefix tokens, patches, means of what was dropped
+    x: Tensor  # [B, prefix + n + e, D]: prefix tokens, patches, means of dropped patches
     patches: int  # n
-    position: Tensor  # [B, n], int64: which of the image's patches each one is
+    position: Tensor  # int64 [B, n]: index of each patch in the image
     prefix: int
-    sizes: Tensor | None = None  # float32 [1 or B, n + e]: patches each stands for; None: uncounted
+    sizes: Tensor | None = None  # float32 [1 or B, n + e]: patches each represents, if counted
 
     @property
     def patch_tokens(self) -> Tensor:
-        """[B, n, D]"""
+        """The patches, [B, n, D]."""
         return self.x[:, self.prefix : self.prefix + self.patches]
 
     @property
     def attention_bias(self) -> Tensor | None:
-        """[1 or B, 1, 1, prefix + n + e]: a token of size s is attended to as s equal ones are."""
+        """[1 or B, 1, 1, prefix + n + e]: gives a token of size s the attention of s equal ones."""
         if self.sizes is None:
             return None
         return F.pad(self.sizes.log(), (self.prefix, 0))[:, None, None]
 
-    def pooled(self) -> Tensor:
-        """The mean over the image's patches: [B, D].
+    def pool(self) -> Tensor:
+        """Return the mean over the image's patches, [B, D].
 
-        Without sizes, over those that are left: the appended means are left out (section 3.4).
+        Without sizes it is over the kept patches, without the appended means (section 3.4).
         """
         if self.sizes is None:
             return self.patch_tokens.mean(dim=1)
@@ -59,12 +58,12 @@ class Tokens(NamedTuple):
 
 
 def redundancy(patches: Tensor, normalised: bool = False, sizes: Tensor | None = None) -> Tensor:
-    """Cosine of every patch to the mean patch (paper, equation 3): [B, n, D] to float32 [B, n].
+    """Return the cosine of every patch with the mean patch (paper, equation 3), float32 [B, n].
 
-    `normalised`: to the mean of the patches scaled to length one, where no patch weighs more.
-    `sizes` [B, n]: to the mean in which each counts as so many.
+    patches: [B, n, D]. normalised: use the mean of the patches scaled to unit length. sizes [B, n]:
+    weights of the patches in the mean.
     """
-    patches = patches.float()  # near ties flip with precision, so never rank in half
+    patches = patches.float()  # near ties depend on precision, so ranks are never computed in half
     whole = F.normalize(patches, dim=-1) if normalised else patches
     if sizes is None:
         mean = whole.mean(dim=1, keepdim=True)
@@ -81,10 +80,10 @@ def reduce_tokens(
     scores: Tensor | None = None,
     means: int = 1,
 ) -> Tokens:
-    """Keep the `keep` patches of lowest score; `rule` says what becomes of the `dropped` others.
+    """Keep the `keep` patches of lowest score, and treat the `dropped` others as `rule` does.
 
-    scores [B, n], the rule's own redundancy where None. `dropped` is n - keep, `means` how many
-    tokens their mean is appended as, 1 or 0: the elastic export passes a tensor and a traced size.
+    scores: [B, n]; None for the rule's redundancy. dropped: n - keep. means: tokens that the mean
+    is appended as, 1 or 0. The elastic export passes a tensor and a traced size for the last two.
     """
     patches, rest = tokens.patch_tokens, tokens.x[:, tokens.prefix + tokens.patches :]
     sizes = tokens.sizes
@@ -92,37 +91,37 @@ def reduce_tokens(
         scores = redundancy(patches, rule == "ptr-normalised", sizes if rule == "merged" else None)
     index = scores.topk(keep, dim=1, largest=False).indices  # [B, m]
     if rule == "merged":
-        kept, sizes = _merged(patches, index, sizes)
+        kept, sizes = _merge(patches, index, sizes)
     else:
         kept = patches.gather(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
         total = patches.float().sum(dim=1) - kept.float().sum(dim=1)  # no second gather
-        mean = (total / dropped).to(patches.dtype).unsqueeze(1)  # no number where nothing goes
-        rest = torch.cat([rest, mean.narrow(1, 0, means)], dim=1)  # so it is sliced away there
+        mean = (total / dropped).to(patches.dtype).unsqueeze(1)  # NaN if nothing is dropped,
+        rest = torch.cat([rest, mean.narrow(1, 0, means)], dim=1)  # where it is sliced away
         if rule == "weighted":
-            sizes = _appended(tokens, keep, dropped, means)
+            sizes = _append_size(tokens, keep, dropped, means)
     x = torch.cat([tokens.x[:, : tokens.prefix], kept, rest], dim=1)
     return Tokens(x, keep, tokens.position.gather(1, index), tokens.prefix, sizes)
 
 
-def _appended(tokens: Tokens, keep: int, dropped: int | Tensor, means: int) -> Tensor:
-    """Sizes [1, m + e] after `keep` patches stay and a mean of `dropped` ones joins the others."""
+def _append_size(tokens: Tokens, keep: int, dropped: int | Tensor, means: int) -> Tensor:
+    """Return the sizes [1, m + e] of `keep` patches and the means, that of `dropped` ones last."""
     device = tokens.x.device
     size = torch.as_tensor(dropped, dtype=torch.float32, device=device).view(1, 1)
     before = [] if tokens.sizes is None else [tokens.sizes[:, tokens.patches :]]
     return torch.cat([torch.ones(1, keep, device=device), *before, size.narrow(1, 0, means)], dim=1)
 
 
-def _merged(patches: Tensor, index: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Kept patches [B, m, D], each the mean of itself and all merged into it, and sizes [B, m].
+def _merge(patches: Tensor, index: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the kept patches [B, m, D], averaged with those merged into them, and sizes [B, m].
 
-    A one-hot product [B, m, n] @ [B, n, D] adds them up: no scatter, which TensorRT lacks.
+    Sums are a one-hot product [B, m, n] @ [B, n, D], because TensorRT has no scatter-add.
     """
     batch, n, width = patches.shape
     whole = patches.float()
     unit = F.normalize(whole, dim=-1)
     kept = unit.gather(1, index.unsqueeze(-1).expand(-1, -1, width))
     here = torch.arange(n, device=patches.device)[None, :, None] == index[:, None]  # [B, n, m]
-    alike = unit @ kept.transpose(1, 2) + 3 * here  # a kept one goes to itself, even beside a twin
+    alike = unit @ kept.transpose(1, 2) + 3 * here  # a kept patch goes to itself
     nearest = alike.argmax(dim=2, keepdim=True)  # [B, n, 1]
     into = (nearest == torch.arange(index.shape[1], device=patches.device)).float()  # [B, n, m]
     size = torch.ones(batch, n, 1, device=patches.device) if sizes is None else sizes[..., None]
@@ -132,15 +131,15 @@ def _merged(patches: Tensor, index: Tensor, sizes: Tensor | None) -> tuple[Tenso
 
 
 def fixed_order(patches: int) -> Tensor:
-    """What an exported `random` graph ranks by, the same for every image: float32 [1, patches]."""
+    """Return the ranking of an exported `random` graph, the same for all images: [1, patches]."""
     order = np.random.Generator(np.random.PCG64(0)).permutation(patches)
     return torch.from_numpy(order)[None].float()
 
 
 def attention_received(q: Tensor, k: Tensor) -> Tensor:
-    """How much the tokens attend to each one, averaged over heads and queries: float32 [B, N].
+    """Return the attention that each token receives, averaged over heads and queries: [B, N].
 
-    q, k [B, heads, N, D / heads]. Without gradient: it only ranks.
+    q, k: [B, heads, N, D / heads]. Float32 without gradient: it is only used to rank.
     """
     with torch.no_grad():
         weights = (q.float() @ k.float().transpose(-2, -1)) / q.shape[-1] ** 0.5

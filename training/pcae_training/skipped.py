@@ -1,7 +1,6 @@
-"""The images of a data set that could not be read, and how many of them are too many.
+"""Count unreadable images, and stop a run if there are too many.
 
-A few damaged files among a million are no reason to end a run, a share of them is. It knows names
-and reasons, nothing of files or pixels.
+A few damaged files in a large data set are skipped; a large share of them is an error.
 """
 
 import math
@@ -9,21 +8,21 @@ from collections.abc import Hashable, Mapping
 
 from pcae_training.source import DataError
 
-#: Unreadable images that end no run, whatever their share: one of 50 is no broken data set.
+#: So many unreadable images are allowed whatever their share, so that one of 50 ends no run.
 FLOOR = 10
 
-#: Unreadable images in a row after which no other is tried.
+#: Unreadable images in a row after which reading fails.
 PATIENCE = 1000
 
-#: The share of unreadable images above which a run ends.
+#: The largest share of unreadable images, by default.
 MAX_UNREADABLE = 0.01
 
 
 class Skipped:
-    """What was skipped so far, each image once, by this process."""
+    """The images that this process has skipped, each counted once."""
 
     def __init__(self, name: str, max_share: float, images: float = math.inf) -> None:
-        """images: how many different ones there are; what is seen again counts once."""
+        """images: number of different images; infinite if unknown."""
         self.name, self.max_share, self.images = name, max_share, images
         self.reasons: dict[Hashable, str] = {}  # by image
         self.seen = 0
@@ -31,10 +30,10 @@ class Skipped:
     def __len__(self) -> int:
         return len(self.reasons)
 
-    def note(self, reasons: Mapping[Hashable, str], seen: int) -> None:
-        """Add what was unreadable among `seen` images.
+    def add(self, reasons: Mapping[Hashable, str], seen: int) -> None:
+        """Add the unreadable images among `seen` ones.
 
-        Raises DataError above FLOOR and above the share allowed.
+        Raise DataError if they are more than FLOOR and more than the share allowed.
         """
         self.reasons.update(reasons)
         self.seen += seen
@@ -43,11 +42,11 @@ class Skipped:
             raise DataError(
                 f"{self.name}: {count:,} of {images:,} images cannot be read"
                 f" ({count / images:.1%}; --max-unreadable allows {self.max_share:.1%});"
-                f" the first: {next(iter(self.reasons.values()))}"
+                f" the first one: {next(iter(self.reasons.values()))}"
             )
 
 
 def none_readable(name: str, reasons: Mapping[Hashable, str]) -> DataError:
-    """The error where image after image is unreadable and none can stand in."""
-    first = next(iter(reasons.values()))
-    return DataError(f"{name}: {len(reasons):,} images in a row cannot be read; the first: {first}")
+    """Return the error of images in a row that are all unreadable, so that none can replace one."""
+    first, count = next(iter(reasons.values())), len(reasons)
+    return DataError(f"{name}: {count:,} images in a row cannot be read; the first one: {first}")

@@ -1,7 +1,7 @@
-"""Opens a data set by what a person calls it: class folders, parquet, tar shards or a hub name.
+"""Open a data set by name: class folders, parquet files, tar shards or a name on the hub.
 
-All reading is done by Hugging Face `datasets`, whose cache and locks let several processes open the
-same source at once. It knows nothing of columns, pixels or labels.
+Reads through Hugging Face `datasets`, whose cache and locks let several processes open the same
+source at once.
 """
 
 import glob
@@ -13,8 +13,8 @@ import datasets  # type: ignore[import-untyped]
 
 from pcae_serve.errors import PcaeError, one_line
 
-#: What `datasets` raises on a source that is missing, damaged or of no kind it knows; IndexError
-#: is its answer to an empty tar file.
+#: Raised by `datasets` if a source is missing, damaged or of an unknown kind; IndexError is raised
+#: for an empty tar file.
 READ_ERRORS = (
     OSError,
     ValueError,
@@ -23,12 +23,12 @@ READ_ERRORS = (
     datasets.exceptions.DatasetsError,
 )
 
-#: Files that are given by name or pattern, and the builder of `datasets` that reads them.
+#: Suffixes of files given by name or pattern, and the builder of `datasets` that reads them.
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 
 
 class DataError(PcaeError):
-    """The data set cannot be read, or has not what was asked for."""
+    """The data set cannot be read, or lacks what was asked for."""
 
 
 @overload
@@ -42,10 +42,11 @@ def open_source(source: str, split: str, stream: Literal[True]) -> datasets.Iter
 def open_source(
     source: str, split: str, stream: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The rows of `source` at `split`, read as they come where `stream`.
+    """Open the rows of `source` at `split`, to be read sequentially if `stream`.
 
-    source: class folders, a folder of parquet or of tar shards, .parquet or .tar files (one, or a
-    pattern such as shards/*.tar: whatever split is asked for), or a hub name. Raises DataError.
+    source: class folders, a folder of parquet files or tar shards, .parquet or .tar files (one, or
+    a pattern such as shards/*.tar, which is used for any split), or a name on the hub. Raise
+    DataError if it cannot be read.
     """
     options = {"streaming": True} if stream else {}
     builder = BUILDERS.get(Path(source).suffix)
@@ -59,7 +60,7 @@ def open_source(
 
 
 def title(source: str, split: str) -> str:
-    """What the data set is called in messages and on the model card."""
+    """Return the data set's name for messages and the model card."""
     path = Path(source)
     name = f"{path.parent.name}/{path.name}" if glob.has_magic(path.name) else path.name
     return f"{name}/{split}"

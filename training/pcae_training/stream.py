@@ -1,9 +1,9 @@
-"""Images read as they come: tar shards and other sources too large to be opened at random.
+"""Images read sequentially: tar shards and other sources too large for random access.
 
-Every process reads the whole stream and decodes its own share of it, so that the image at a place
-of an epoch is the same for any number of processes, and a resumed run skips to where it was. The
-order is the shuffling of `datasets` (shards, then a buffer) under a key of seed and epoch: good for
-as long as its version stays. It knows nothing of models or of augmentation.
+Every process reads the whole stream and decodes its own share, so an epoch's order is the same for
+any number of processes, and a resumed run skips to its position. The order is the shuffling of
+`datasets` (shards, then a buffer), seeded by seed and epoch; it can change with the version of
+`datasets`.
 """
 
 import copy
@@ -19,36 +19,36 @@ from torch import Tensor
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import RequestError, one_line
-from pcae_training.columns import ColumnChoice, Columns, check_value, choose
+from pcae_training.columns import ColumnChoice, Columns, check_value, choose_columns
 from pcae_training.data import to_pixels
 from pcae_training.sample_rng import generator
 from pcae_training.skipped import MAX_UNREADABLE, PATIENCE, Skipped, none_readable
 from pcae_training.source import READ_ERRORS, DataError, open_source, title
 
-#: Images among which the next one is drawn; as files they are in memory, about 0.1 MB each.
+#: Images in the shuffle buffer, as files in memory: about 0.1 MB each.
 BUFFER_SIZE = 1000
 
-#: Slices being decoded while the one before them is in use.
+#: Slices that are decoded ahead.
 AHEAD = 2
 
 
 class Sample(NamedTuple):
     """One row of the stream, its image not decoded."""
 
-    title: str  # names the image in messages, and tells it from others
+    title: str  # unique; names the image in messages
     row: dict[str, Any]
 
 
 class Part(NamedTuple):
-    """A slice of the epoch on its way."""
+    """A slice of the epoch that is being decoded."""
 
     samples: list[Sample]
     decoded: list["Future[Tensor | str]"]
-    after: Iterator[Sample]  # the stream beyond it, to copy before it is read
+    after: Iterator[Sample]  # the stream after the slice; copied before it is read
 
 
 class ImageStream:
-    """uint8 pixels and labels, decoded on the way, under the epoch's order (TrainingData)."""
+    """uint8 pixels and labels, decoded in the background, in the epoch's order (TrainingData)."""
 
     def __init__(
         self,
@@ -61,11 +61,11 @@ class ImageStream:
         buffer_size: int = BUFFER_SIZE,
         max_unreadable: float = MAX_UNREADABLE,
     ) -> None:
-        """epoch_size: images an epoch; a shorter stream starts again, in another order."""
+        """epoch_size: images per epoch; a shorter stream starts again, in another order."""
         if epoch_size < 1:
-            raise DataError(f"{name}: an epoch of {epoch_size} images is none")
+            raise DataError(f"{name}: an epoch must have at least one image, not {epoch_size}")
         if columns.label and not columns.classes:
-            raise DataError(f"{name} has numbers for labels: name the classes with --classes")
+            raise DataError(f"{name} has numbers as labels: name the classes with --classes")
         self.name, self.preprocess = name, preprocess
         self.classes = list(columns.classes)
         self._columns, self._epoch_size, self._buffer_size = columns, epoch_size, buffer_size
@@ -79,7 +79,7 @@ class ImageStream:
 
     @property
     def unreadable(self) -> int:
-        """Images skipped so far by this process."""
+        """Number of images that this process has skipped."""
         return len(self._skipped)
 
     def epoch(
@@ -90,14 +90,14 @@ class ImageStream:
         device: torch.device,
         workers: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each of `slices`, which rise: pixels uint8 [b, 3, S, S] and labels int64 [b].
+        """Yield pixels uint8 [b, 3, S, S] and labels int64 [b] for each of the ascending `slices`.
 
-        Both are on `device`; labels are -1 without labels. workers: threads that decode (at least
-        one), two slices ahead. The next readable image stands in for one that cannot be read.
-        Raises DataError where the stream cannot be read, has too many unreadable images or a label
-        that is none.
+        Both are on `device`; labels are -1 if the data have none. workers: decoding threads (at
+        least one), which work two slices ahead. An unreadable image is replaced by the next
+        readable one. Raise DataError if the stream cannot be read, or has too many unreadable
+        images or an invalid label.
         """
-        samples = itertools.tee(self._samples(seed, epoch), 1)[0]  # a copy of it looks ahead
+        samples = itertools.tee(self._samples(seed, epoch), 1)[0]  # can be copied, to look ahead
         parts: deque[Part] = deque()
         place = 0
         with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -112,7 +112,7 @@ class ImageStream:
                 yield self._batch(parts.popleft(), device)
 
     def _samples(self, seed: int, epoch: int) -> Iterator[Sample]:
-        """The epoch's order, without end."""
+        """Yield the samples of an epoch in order, without end."""
         place = 0
         for turn in itertools.count():
             key = generator(seed, epoch, "order", turn).initial_seed()
@@ -122,17 +122,17 @@ class ImageStream:
                     yield Sample(self._title(row) or f"image {place} of epoch {epoch}", row)
                     place += 1
             except READ_ERRORS as error:
-                raise DataError(f"{self.name} cannot be read on: {one_line(error)}") from None
+                raise DataError(f"{self.name}: reading failed: {one_line(error)}") from None
             if place == begun:
                 raise DataError(f"{self.name} has no rows")
 
     def _title(self, row: dict[str, Any]) -> str:
-        """The image's shard and file; empty where the row does not tell."""
+        """Return the image's shard and file, or "" if the row does not name them."""
         path = (row[self._columns.image] or {}).get("path") or ""
         return " ".join(filter(None, (row.get("__url__"), path)))
 
     def _decode(self, sample: Sample) -> Tensor | str:
-        """Pixels [3, S, S], or why there are none."""
+        """Return pixels [3, S, S], or the reason if the image cannot be read."""
         try:
             return to_pixels(self.preprocess, self._columns.body(sample.row))
         except (OSError, RequestError) as error:
@@ -148,17 +148,17 @@ class ImageStream:
             if isinstance(image, str):
                 reasons[sample.title] = image
                 candidates = itertools.chain(part.samples[i + 1 :], copy.copy(part.after))
-                sample, image = self._stand_in(candidates, reasons)
+                sample, image = self._replace(candidates, reasons)
             pixels[i], labels[i] = image, self._label(sample)
-        self._skipped.note(reasons, len(pixels))
-        if device.type == "cuda":  # page-locked, so that nothing waits for the copy
+        self._skipped.add(reasons, len(pixels))
+        if device.type == "cuda":  # page-locked, for an asynchronous copy
             pixels, labels = pixels.pin_memory(), labels.pin_memory()
         return pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-    def _stand_in(
+    def _replace(
         self, candidates: Iterable[Sample], reasons: dict[Hashable, str]
     ) -> tuple[Sample, Tensor]:
-        """The first readable one of `candidates`; why the others are not goes to `reasons`."""
+        """Return the first readable candidate; add the reasons of the others to `reasons`."""
         for sample in itertools.islice(candidates, PATIENCE):
             image = self._decode(sample)
             if isinstance(image, Tensor):
@@ -181,11 +181,11 @@ def load_stream(
     epoch_size: int,
     buffer_size: int = BUFFER_SIZE,
     max_unreadable: float = MAX_UNREADABLE,
-    **wanted: Unpack[ColumnChoice],
+    **choice: Unpack[ColumnChoice],
 ) -> ImageStream:
-    """Open `source` (as `source.open_source` takes it) to be read as it comes.
+    """Open `source` (see `open_source`) for sequential reading.
 
-    Raises DataError where there is no such data, split, image column or label column.
+    Raise DataError if there is no such data, split, image column or label column.
     """
     name = title(source, split)
     rows = open_source(source, split, stream=True)
@@ -193,7 +193,7 @@ def load_stream(
         rows,
         preprocess,
         name,
-        choose(rows.features, name, **wanted),
+        choose_columns(rows.features, name, **choice),
         epoch_size=epoch_size,
         buffer_size=buffer_size,
         max_unreadable=max_unreadable,

@@ -1,8 +1,4 @@
-"""Which patches a model keeps (paper, Figure 2) and how diverse its tokens are (Figure 3), as PNG.
-
-It knows checkpoints, image files and charts; what is kept and how diversity is measured is decided
-elsewhere.
-"""
+"""Draw the patches that a model keeps (paper, Figure 2) and its tokens' diversity (Figure 3)."""
 
 import io
 import json
@@ -21,42 +17,42 @@ from pcae_serve.bundle.preprocess import MAX_PIXELS, Preprocess
 from pcae_serve.errors import PcaeError, RequestError
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import load, to_pixels
-from pcae_training.diversity import diversity
+from pcae_training.diversity import measure_layers
 from pcae_training.evaluate import Ratios, choose_ratios, normalise, row_noise
 from pcae_training.import_weights import load_checkpoint
-from pcae_training.output import check_place, write_whole
+from pcae_training.output import check_writable, write_whole
 from pcae_training.progress import Progress
 from pcae_training.world import join
 
-if TYPE_CHECKING:  # imported where it draws: on import it writes caches, which training needs not
+if TYPE_CHECKING:  # imported on use, because importing it writes caches
     from matplotlib.figure import Figure
 
-#: The grey of patches that are gone: neither the page's white nor a photograph's usual highlights.
-GONE = 192
+#: Grey level of dropped patches: darker than the page and than most highlights of photographs.
+DROPPED_GREY = 192
 
-#: Small images are scaled up by a whole factor until they are this wide, in pixels.
-LEAST_SIDE = 224
+#: Small images are scaled up by a whole factor to at least this width, in pixels.
+MIN_SIDE = 224
 
-#: Around panels, and above them for their titles, in pixels.
+#: Margin around panels, and height of their titles, in pixels.
 GAP, TITLE = 8, 28
 
-#: Pixels an inch: a power of two, so that no size in pixels is lost to rounding.
+#: Pixels per inch: a power of two, so that sizes in pixels are exact.
 DPI = 128
 
 #: Letters 14 pixels high.
 FONT_POINTS = 14 * 72 / DPI
 
-#: Images at a time.
+#: Images per batch.
 BATCH = 32
 
 
 def _paths(value: object) -> object:
-    """Paths written as one text with commas."""
+    """Split a comma-separated text into paths."""
     return value.split(",") if isinstance(value, str) else value
 
 
 def _rows(value: object) -> object:
-    """Row numbers and ranges written as one text with commas: 0-3,17 is 0, 1, 2, 3, 17."""
+    """Parse row numbers and ranges separated by commas: 0-3,17 is 0, 1, 2, 3, 17."""
     if not isinstance(value, str):
         return value
     rows: list[int] = []
@@ -64,58 +60,60 @@ def _rows(value: object) -> object:
         first, _, last = part.strip().partition("-")
         last = last or first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise ValueError(f"rows are numbers and ranges, as 0-3,17, not {value!r}")
+            raise ValueError(f"rows must be numbers and ranges, such as 0-3,17, not {value!r}")
         rows.extend(range(int(first), int(last) + 1))
     return rows
 
 
 class VisualizeSettings(BaseModel):
-    """Draw which patches a checkpoint keeps of images, or how diverse its tokens are."""
+    """Draw which patches a checkpoint keeps of images, or the diversity of its tokens."""
 
-    checkpoint: CliPositionalArg[Path] = Field(description="folder written by pcae-train")
-    image: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)] = Field(
-        (), description="image files, with commas between or the flag repeated"
+    checkpoint: CliPositionalArg[Path] = Field(
+        description="run or checkpoint of pcae-train, or a Hugging Face or timm folder"
     )
-    data: str | None = Field(None, description="also images of a data set, as --rows says")
+    image: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)] = Field(
+        (), description="image files, separated by commas or by repeating the flag"
+    )
+    data: str | None = Field(None, description="also draw images of this data set, see --rows")
     split: str = Field("test", description="split of --data")
     rows: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_rows)] = Field(
-        (0, 1, 2, 3), min_length=1, description="rows of --data, as 0-3,17"
+        (0, 1, 2, 3), min_length=1, description="rows of --data, such as 0-3,17"
     )
-    out: Path = Field(description=".png file for all, or folder for a file per image")
+    out: Path = Field(description="one .png file for all images, or a folder for one per image")
     budgets: Ratios = Field(
-        None, description="keep ratios, as 1.0,0.8,.6; default: those trained for"
+        None, description="keep ratios separated by commas; default: those trained for"
     )
     diversity: bool = Field(
-        False, description="a chart of the tokens' diversity by layer, and its numbers as JSON"
+        False, description="draw the tokens' diversity by layer, and write the figures as JSON"
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
 
     @model_validator(mode="after")
     def _has_images(self) -> Self:
         if not self.image and self.data is None:
-            raise ValueError("there is nothing to draw: name --image files or a --data set")
+            raise ValueError("nothing to draw: give --image or --data")
         return self
 
     @property
     def file(self) -> Path | None:
-        """The one file to write; None where --out is a folder. Raises PcaeError."""
+        """The file to write, or None if --out is a folder. Raise PcaeError if it is neither."""
         if self.out.is_dir() or not self.out.suffix:
             return None
         if self.out.suffix.lower() != ".png":
-            raise PcaeError(f"--out {self.out} is neither a .png file nor a folder that exists")
+            raise PcaeError(f"--out {self.out} is neither a .png file nor an existing folder")
         return self.out
 
 
 class Picture(NamedTuple):
-    """An image that is decoded when it is drawn."""
+    """An image, decoded when it is drawn."""
 
-    number: int  # its place among all; what the `random` rule draws by
-    name: str  # of the file that shows it
-    place: str  # for messages
+    number: int  # index among all pictures, which seeds the `random` rule
+    name: str  # of the output file
+    place: str  # for error messages
     body: Callable[[], bytes]
 
     def pixels(self, preprocess: Preprocess) -> Tensor:
-        """uint8 [3, S, S], as the server would make them. Raises PcaeError."""
+        """Return uint8 [3, S, S], preprocessed as in the server. Raise PcaeError."""
         try:
             return to_pixels(preprocess, self.body())
         except OSError as error:
@@ -125,21 +123,21 @@ class Picture(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One square of a sheet."""
+    """One image of a sheet, with its title."""
 
     title: str
     pixels: Tensor  # uint8 [3, S, S]
 
 
 def visualize(settings: VisualizeSettings) -> list[Path]:
-    """Draw what the settings name; returns the files written.
+    """Draw the images that the settings name, and return the files written.
 
-    Patches kept: all images in one .png, or one for each in a folder. Diversity: a chart, and its
-    numbers beside it. Each file is written whole or not at all. Raises PcaeError.
+    Kept patches: all images in one .png, or one each in a folder. Diversity: a chart and a JSON
+    file with its figures. Each file is written atomically. Raise PcaeError.
     """
     checkpoint = load_checkpoint(settings.checkpoint).build(settings.checkpoint)
     ratios = choose_ratios(checkpoint, settings.budgets)
-    if settings.budgets is None:  # 1.0 drops nothing: what curves are compared with, no panel's aim
+    if settings.budgets is None:  # 1.0 drops nothing: it is for curves alone
         smaller = tuple(ratio for ratio in ratios if ratio < 1)
         ratios = (1.0, *smaller) if settings.diversity else smaller or ratios
     pictures = list(_pictures(settings, checkpoint.preprocess))
@@ -161,7 +159,7 @@ def visualize(settings: VisualizeSettings) -> list[Path]:
 def kept_panels(
     checkpoint: Checkpoint, pictures: Sequence[Picture], ratios: Sequence[float]
 ) -> list[list[Panel]]:
-    """A row for each picture and keep ratio: the image as the model sees it, then each stage."""
+    """Return a row of panels per picture and keep ratio: the model's input, then each stage."""
     model, preprocess = checkpoint.model, checkpoint.preprocess
     config, device = model.config, model.pos_embed.device
     rows = []
@@ -175,36 +173,36 @@ def kept_panels(
             before = (config.geometry.patches, *counts)
             rows.append([Panel(f"keep {ratio:g}: {before[0]} patches", pixels)])
             for n, m, index in zip(before, counts, kept, strict=False):
-                left = only(pixels, index[0].cpu(), config.patch_size)
+                left = hide_dropped(pixels, index[0].cpu(), config.patch_size)
                 rows[-1].append(Panel(f"{n} → {m}", left))
     return rows
 
 
-def only(pixels: Tensor, kept: Tensor, patch_size: int) -> Tensor:
-    """The image [3, S, S] with all patches but the `kept` [m], counted row by row, in GONE."""
+def hide_dropped(pixels: Tensor, kept: Tensor, patch_size: int) -> Tensor:
+    """Return the image [3, S, S] with all patches except `kept` [m], counted by row, in grey."""
     grid = pixels.shape[-1] // patch_size
     mask = torch.zeros(grid * grid, dtype=torch.bool)
     mask[kept] = True
     mask = mask.view(grid, grid)
     for dim in (0, 1):
         mask = mask.repeat_interleave(patch_size, dim)
-    return pixels.masked_fill(~mask, GONE)
+    return pixels.masked_fill(~mask, DROPPED_GREY)
 
 
 def draw_sheet(rows: Sequence[Sequence[Panel]]) -> bytes:
-    """Rows of panels, all of one size, as a PNG file; small ones scaled up by a whole factor.
+    """Draw rows of panels of one size as a PNG file, small ones scaled up by a whole factor.
 
-    Raises PcaeError where the file would have more than MAX_PIXELS pixels.
+    Raise PcaeError if the file would have more than MAX_PIXELS pixels.
     """
     from matplotlib.figure import Figure
 
     size = rows[0][0].pixels.shape[-1]
-    scale = -(-LEAST_SIDE // size)
+    scale = -(-MIN_SIDE // size)
     cell, line = size * scale + GAP, size * scale + TITLE
     width, height = len(rows[0]) * cell + GAP, len(rows) * line + GAP
     if width * height > MAX_PIXELS:
         raise PcaeError(
-            f"{len(rows)} rows of panels do not fit one file: give a folder, or fewer images"
+            f"{len(rows)} rows of panels do not fit into one file: give a folder, or fewer images"
         )
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     for i, row in enumerate(rows):
@@ -219,16 +217,16 @@ def draw_sheet(rows: Sequence[Sequence[Panel]]) -> bytes:
 
 @dataclass(frozen=True)
 class Curves:
-    """The diversity of patch tokens, averaged over images, at every layer."""
+    """The diversity of patch tokens at every layer, averaged over images."""
 
     images: int
-    stages: tuple[int, ...]  # layers that patches are dropped in; layer 0 is the input
+    stages: tuple[int, ...]  # layers after which patches are dropped; layer 0 is the input
     values: dict[float, list[float]]  # by keep ratio: nuclear norm per token, [depth + 1]
 
     def to_json(self) -> bytes:
-        """The same as a JSON file."""
+        """Return the curves as a JSON file."""
         content = {
-            "measure": "nuclear norm of the patch tokens at length one, divided by their number",
+            "measure": "nuclear norm of the unit-length patch tokens, divided by their number",
             "images": self.images,
             "stages": self.stages,
             "curves": [
@@ -241,7 +239,7 @@ class Curves:
 def measure_diversity(
     checkpoint: Checkpoint, pictures: Sequence[Picture], ratios: Sequence[float]
 ) -> Curves:
-    """A curve for each keep ratio, over all pictures."""
+    """Return a curve for each keep ratio, averaged over all pictures."""
     model, preprocess = checkpoint.model, checkpoint.preprocess
     config, device = model.config, model.pos_embed.device
     totals = {ratio: torch.zeros(config.depth + 1) for ratio in ratios}
@@ -253,7 +251,7 @@ def measure_diversity(
             noise = row_noise(config, [picture.number for picture in batch], device)
             for ratio, total in totals.items():
                 counts = config.geometry.counts(ratio)
-                mean = diversity(model, images, counts, noise=noise)
+                mean = measure_layers(model, images, counts, noise=noise)
                 total += mean.cpu() * len(batch)
             progress.update(len(batch))
     return Curves(
@@ -264,7 +262,7 @@ def measure_diversity(
 
 
 def draw_chart(curves: Curves) -> bytes:
-    """A line for each budget as a PNG file, with dotted lines where patches are dropped."""
+    """Draw the curves as a PNG file, with dotted lines at the layers that drop patches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), dpi=DPI, facecolor="white", layout="constrained")
@@ -273,7 +271,7 @@ def draw_chart(curves: Curves) -> bytes:
         axes.axvline(stage, color="0.7", linestyle=":")
     for ratio, values in curves.values.items():
         axes.plot(range(len(values)), values, marker="o", label=f"keep {ratio:g}")
-    axes.set_xlabel("layer (0: the tokens as they enter; dotted: patches are dropped)")
+    axes.set_xlabel("layer (0: input tokens; dotted: patches are dropped)")
     axes.set_ylabel("nuclear norm / tokens")
     axes.set_title(f"Diversity of patch tokens, mean of {curves.images:,} images")
     axes.legend()
@@ -281,7 +279,7 @@ def draw_chart(curves: Curves) -> bytes:
 
 
 def _pictures(settings: VisualizeSettings, preprocess: Preprocess) -> Iterator[Picture]:
-    """Image files first, then the rows of the data set."""
+    """Yield the image files, then the rows of the data set."""
     for number, path in enumerate(settings.image):
         yield Picture(number, path.stem, str(path), path.read_bytes)
     if settings.data is None:
@@ -289,13 +287,13 @@ def _pictures(settings: VisualizeSettings, preprocess: Preprocess) -> Iterator[P
     images = load(settings.data, settings.split, preprocess, labelled=False)
     for number, row in enumerate(settings.rows, start=len(settings.image)):
         if row >= len(images):
-            raise PcaeError(f"--rows: {images.name} has {len(images)} rows, there is no row {row}")
+            raise PcaeError(f"--rows: {images.name} has {len(images)} rows, but no row {row}")
         place = f"{images.name}, row {row}"
         yield Picture(number, f"row-{row}", place, partial(images.body, row))
 
 
 def _files(settings: VisualizeSettings, pictures: Sequence[Picture]) -> list[Path]:
-    """The files to write. Raises PcaeError where one cannot be, or is an image to read."""
+    """Return the files to write. Raise PcaeError if one is not writable or is an input image."""
     file, folder = settings.file, settings.out
     if settings.diversity:
         chart = file or folder / "diversity.png"
@@ -311,8 +309,8 @@ def _files(settings: VisualizeSettings, pictures: Sequence[Picture]) -> list[Pat
     read = {path.resolve() for path in settings.image}
     for target in files:
         if target.resolve() in read:
-            raise PcaeError(f"--out would replace the image {target}: give another")
-        check_place(target)
+            raise PcaeError(f"--out would overwrite the image {target}: choose another")
+        check_writable(target)
     return files
 
 

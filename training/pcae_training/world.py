@@ -1,7 +1,4 @@
-"""The processes that train together: one, or as many as torchrun started.
-
-It knows ranks and devices, nothing of models. One process needs no process group and gets none.
-"""
+"""The processes that train together: one, without a process group, or those of torchrun."""
 
 import os
 from collections.abc import Iterator
@@ -17,20 +14,20 @@ from pcae_serve.errors import PcaeError
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that share every global batch."""
+    """This process's rank and device, and collective operations with the others."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
-    host: Any = None  # a process group of CPUs, which asks no GPU
+    host: Any = None  # a process group on the CPU, which needs no GPU sync
 
     @property
     def main(self) -> bool:
-        """Whether this process writes, prints and reports."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process holds, in the order of their ranks."""
+        """Return the values of all processes, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -38,7 +35,7 @@ class World:
         return values
 
     def any(self, value: bool) -> bool:
-        """Whether it is so in any process. Cheap enough for every step; it waits for no GPU."""
+        """Return whether `value` is true in any process. Cheap: it needs no GPU sync."""
         if self.size == 1:
             return value
         answer = torch.tensor(value, dtype=torch.uint8)
@@ -48,9 +45,9 @@ class World:
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """The world that torchrun's environment describes, left again at the end.
+    """Join the process group that torchrun's environment describes, and leave it at the end.
 
-    device: cpu, cuda (each process its own) or cuda:N. Raises PcaeError where it is not there.
+    device: cpu, cuda (each process its own) or cuda:N. Raise PcaeError if there is none.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if device != "cpu" and not torch.cuda.is_available():
@@ -62,7 +59,7 @@ def join(device: str) -> Iterator[World]:
         if place.index >= torch.cuda.device_count():
             raise PcaeError(f"there is no {device}: this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(place)
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+        torch.set_float32_matmul_precision("high")  # TF32 outside of autocast
     if size == 1:
         yield World(place)
         return
