@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
+import datasets  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import torch

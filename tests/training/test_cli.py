@@ -29,7 +29,7 @@ def test_the_installed_command(class_folders: Any, tmp_path: Path) -> None:
     assert command is not None, "the package is not installed: make test does that"
     flags = ["--data", str(class_folders()), "--out", str(tmp_path / "out")]
     done = subprocess.run(
-        [command, "finetune", *flags, *TINY], capture_output=True, text=True, timeout=120
+        [command, "finetune", *flags, *TINY], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert f"wrote {tmp_path / 'out'}; top-1 on held-out images" in done.stdout
@@ -101,7 +101,7 @@ def test_without_torch_one_line_says_what_to_install() -> None:
         (["--version"], 0, __version__),
     ):
         command = [sys.executable, "-c", code, *flags]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == status
         assert (done.stderr or done.stdout) == f"pcae-train{':' * status} {output}\n"
 

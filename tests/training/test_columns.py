@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import ClassLabel, Features, Image, Value
+from datasets import ClassLabel, Features, Image, Value  # type: ignore[import-untyped]
 
 from pcae_training.columns import Columns, choose_columns
 from pcae_training.source import DataError

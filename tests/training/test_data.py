@@ -2,7 +2,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets  # type: ignore[import-untyped]
 import numpy as np
 import pyarrow as pa
 import pytest

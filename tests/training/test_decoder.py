@@ -22,7 +22,7 @@ def parts() -> tuple[torch.Tensor, Mask]:
 def test_as_the_whole_grid_in_order_would_give() -> None:
     """MAE puts every token at its place first; attention does not care about the order."""
     net, (latent, mask) = decoder(), parts()
-    positions = net.decoder_pos_embed[0]
+    positions = net.get_buffer("decoder_pos_embed")[0]
     for i in range(2):
         tokens = {
             int(j): net.decoder_embed(latent[i, 1 + a]) for a, j in enumerate(mask.visible[i])

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_training import estimate
 from pcae_training.estimate import describe_time, measure_step
 from pcae_training.finetune import FinetuneSettings, Finetuning, finetune
 from pcae_training.plan import Plan
@@ -74,7 +74,7 @@ def test_a_step_is_timed_on_few_images(
     image_s: float, images: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objective = Objective(image_s)
-    monkeypatch.setattr(estimate.time, "monotonic", lambda: objective.now)
+    monkeypatch.setattr(time, "monotonic", lambda: objective.now)
     seconds = measure_step(objective, plan(accumulate=2), PREPROCESS, classes=2)
     assert objective.images == images
     assert seconds == pytest.approx(image_s * 100)  # of 100 images in two micro-batches

@@ -45,7 +45,7 @@ def vit(config: ViTConfig = TINY) -> VisionTransformer:
     torch.manual_seed(33)
     model = VisionTransformer(config)
     if config.classes:
-        torch.nn.init.normal_(model.head.weight)
+        torch.nn.init.normal_(model.get_parameter("head.weight"))
     return model
 
 
@@ -101,7 +101,7 @@ def test_a_budget_named_twice_counts_once(images: LabelledImages, model: VisionT
 def test_no_rows_are_a_score_that_adds_nothing(
     images: LabelledImages, model: VisionTransformer
 ) -> None:
-    some, none = (evaluate(model, images, rows, (0.6,))[0.6] for rows in (range(12), []))
+    some, none = (evaluate(model, images, range(n), (0.6,))[0.6] for n in (12, 0))
     assert none.n == 0
     assert torch.equal((none + some).confidence, some.confidence)
 
@@ -152,7 +152,7 @@ def test_a_run_tells_what_a_loop_finds(settings: Any, slow_score: Any, tmp_path:
     for found in content["budgets"]:
         ratio = found["keep_ratio"]
         counts = model.config.geometry.counts(ratio)
-        batch = normalise(torch.stack([pixels for pixels, _ in images]), PREPROCESS)
+        batch = normalise(torch.stack([images[i][0] for i in range(12)]), PREPROCESS)
         expected = slow_score(model(batch, counts).detach(), images.labels)
         right[ratio] = np.array(expected.top1)
         assert found["patches"] == list(counts)

@@ -3,7 +3,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing import (  # type: ignore[import-untyped]
+    event_accumulator,
+)
 
 from pcae_training.journal import Journal
 
@@ -25,7 +27,7 @@ def test_figures_go_to_a_line_and_a_curve(tmp_path: Path) -> None:
         {"step": 1, "loss": 2.5, "lr": 0.1},
         {"step": 2, "loss": 1.5, "lr": 0.2},
     ]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.5), (2, 1.5)]
 

@@ -39,7 +39,8 @@ def test_patches_are_read_as_a_convolution_reads_them() -> None:
     images, projection = torch.randn(2, 3, 8, 12), nn.Conv2d(3, 5, kernel_size=4, stride=4)
     values = patchify(images, 4)
     assert values.shape == (2, 6, 48)
-    tokens = values @ projection.weight.flatten(1).T + projection.bias
+    weight, bias = projection.parameters()
+    tokens = values @ weight.flatten(1).T + bias
     torch.testing.assert_close(tokens, projection(images).flatten(2).transpose(1, 2))
 
 

@@ -52,7 +52,8 @@ def plain_embed(model: Any, images: Tensor) -> Tensor:
 def plain_pool(model: Any, x: Tensor, patches: Tensor) -> Tensor:
     """Logits of tokens x [B, N, D], with the patches [B, n, D] among them."""
     if model.config.pooling == "mean":
-        return model.head(model.fc_norm(patches.mean(dim=1)))
+        logits: Tensor = model.head(model.fc_norm(patches.mean(dim=1)))
+        return logits
     logits = model.head(model.norm(x[:, 0]))
     if model.config.distilled:
         logits = (logits + model.head_dist(model.norm(x[:, 1]))) / 2
@@ -88,7 +89,7 @@ def slow_walk(
     """
     head, patches = x[:prefix], dict(enumerate(x[prefix:]))
     appended: list[Tensor] = []
-    stages = []
+    stages: list[dict[int, Tensor]] = []
     for i, block in enumerate(model.blocks):
         x = block(torch.stack([*head, *patches.values(), *appended])[None])[0]
         end = prefix + len(patches)
@@ -177,7 +178,8 @@ def test_without_classes_the_model_gives_what_its_head_reads(config: ViTConfig) 
 
 @torch.inference_mode()
 def test_drop_path_multiplies_each_samples_branches() -> None:
-    block, x = vit(KINDS["DINOv2"]).blocks[0], torch.randn(4, 7, 16)
+    block: Any = vit(KINDS["DINOv2"]).blocks[0]
+    x = torch.randn(4, 7, 16)
     factors = torch.tensor([[0.0, 1, 2, 0], [0, 1, 0, 3]])
     found = block(x, factors)
     assert torch.equal(found[0], x[0])  # both branches dropped

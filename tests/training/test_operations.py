@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,9 +31,10 @@ def pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def levels_apart(image: Tensor, expected: Image.Image) -> np.ndarray[Any, np.dtype[np.float32]]:
+def levels_apart(image: Tensor, expected: Image.Image) -> NDArray[np.float32]:
     """How far each number is from PIL's, in 8-bit levels: [S, S, 3]."""
-    return np.abs(image.permute(1, 2, 0).numpy() * 255 - np.asarray(expected, np.float32))
+    found: NDArray[np.float32] = image.permute(1, 2, 0).numpy() * 255
+    return np.abs(found - np.asarray(expected, np.float32))
 
 
 @pytest.mark.parametrize(

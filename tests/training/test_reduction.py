@@ -22,7 +22,14 @@ ONE_LONG = torch.tensor([[[9.0, 1.0], [0.1, 1.0], [-0.1, 1.0], [0.3, 1.0], [1.0,
 def vit(rule: Any) -> VisionTransformer:
     """A model whose patches differ much, so that no rank hangs on rounding."""
     torch.manual_seed(0)
-    sizes = {"image_size": 24, "patch_size": 4, "width": 16, "depth": 4, "heads": 2, "classes": 5}
+    sizes: dict[str, Any] = {
+        "image_size": 24,
+        "patch_size": 4,
+        "width": 16,
+        "depth": 4,
+        "heads": 2,
+        "classes": 5,
+    }
     model = VisionTransformer(ViTConfig(**sizes, reduction_points=POINTS, reduction=rule))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -126,7 +133,7 @@ def test_given_scores_decide(dropped: Any) -> None:
 
 def test_gradient_reaches_kept_and_dropped_patches() -> None:
     patches = torch.randn(1, 5, 3, requires_grad=True)
-    reduce_tokens(of(patches), 2, 3, "ptr", torch.arange(5.0)[None]).x.sum().backward()
+    reduce_tokens(of(patches), 2, 3, "ptr", torch.arange(5.0)[None]).x.sum().backward()  # type: ignore[no-untyped-call]
     assert patches.grad is not None
     expected = torch.tensor([1, 1, 1 / 3, 1 / 3, 1 / 3])[:, None].expand(5, 3)
     torch.testing.assert_close(patches.grad[0], expected)

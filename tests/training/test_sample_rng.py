@@ -53,6 +53,6 @@ def test_drop_path_keeps_the_expected_value() -> None:
     for block, keep in enumerate((1.0, 0.8, 0.6)):  # the rate rises along the blocks
         values = factors[block]
         expected = [1.0] if keep == 1 else [0.0, 1 / keep]
-        assert values.unique().tolist() == pytest.approx(expected)
+        assert sorted(set(values.flatten().tolist())) == pytest.approx(expected)
         assert (values > 0).float().mean() == pytest.approx(keep, abs=0.03)
     assert not torch.equal(factors[2, 0], factors[2, 1])  # each branch by itself

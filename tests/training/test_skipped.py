@@ -1,10 +1,12 @@
+from collections.abc import Hashable
+
 import pytest
 
 from pcae_training.skipped import FLOOR, Skipped
 from pcae_training.source import DataError
 
 
-def reasons(count: int, start: int = 0) -> dict[int, str]:
+def reasons(count: int, start: int = 0) -> dict[Hashable, str]:
     return {i: f"x, row {i}: cut" for i in range(start, start + count)}
 
 

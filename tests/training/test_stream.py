@@ -4,7 +4,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets  # type: ignore[import-untyped]
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +13,7 @@ from torch import Tensor
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training.columns import choose_columns
 from pcae_training.data import DataError, load
-from pcae_training.stream import ImageStream, load_stream
+from pcae_training.stream import ImageStream, Sample, load_stream
 
 PREPROCESS = Preprocess(8, 8, (0.5,) * 3, (0.5,) * 3)
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def shards(tmp_path: Path) -> Any:
 
 
 def open_shards(pattern: str, **options: Any) -> ImageStream:
-    given = {"epoch_size": 12, "buffer_size": 5, "classes": PARITY} | options
+    given: dict[str, Any] = {"epoch_size": 12, "buffer_size": 5, "classes": PARITY} | options
     return load_stream(pattern, "train", PREPROCESS, **given)
 
 
@@ -111,10 +111,15 @@ def test_processes_and_resumed_runs_take_slices_of_one_order(workers: int, shard
 def test_a_process_decodes_its_own_share_alone(
     shards: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded = []
+    decoded: list[Sample] = []
     stream = open_shards(shards())
     decode = stream._decode
-    monkeypatch.setattr(stream, "_decode", lambda sample: decoded.append(sample) or decode(sample))
+
+    def counted(sample: Sample) -> Tensor | str:
+        decoded.append(sample)
+        return decode(sample)
+
+    monkeypatch.setattr(stream, "_decode", counted)
     run(stream, [slice(6, 8), slice(10, 11)])
     assert len(decoded) == 3
 
@@ -133,7 +138,7 @@ def test_the_epochs_of_a_long_stream_end_early(shards: Any) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_a_stream_can_be_left(shards: Any) -> None:
-    batches = open_shards(shards()).epoch(0, 0, WHOLE, CPU, 2)
+    batches: Any = open_shards(shards()).epoch(0, 0, WHOLE, CPU, 2)
     next(batches)
     batches.close()
 

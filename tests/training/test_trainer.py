@@ -94,13 +94,24 @@ def killed() -> None:
     raise Killed
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 5])  # in an epoch, at its edge, in the next
-@pytest.mark.parametrize("save_every_s", [1e-9, 1e9])  # after every step, after every epoch
+EVERY_STEP, EVERY_EPOCH = 1e-9, 1e9
+
+
+@pytest.mark.parametrize(
+    ("step", "save_every_s"),
+    [
+        (1, EVERY_STEP),  # in the first epoch
+        (3, EVERY_EPOCH),  # at its end
+        (5, EVERY_STEP),  # in the second epoch
+        pytest.param(3, EVERY_STEP, marks=pytest.mark.slow),
+        pytest.param(4, EVERY_STEP, marks=pytest.mark.slow),
+        pytest.param(4, EVERY_EPOCH, marks=pytest.mark.slow),
+        pytest.param(5, EVERY_EPOCH, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_anywhere_and_resumed_is_unbroken(
     step: int, save_every_s: float, tune: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if step < 3 and save_every_s > 1:
-        pytest.skip("nothing is saved before the first epoch ends")
     whole = tune("whole")
     finetune(whole)
     with monkeypatch.context() as patch:
@@ -132,7 +143,7 @@ def test_killed_before_an_epoch_is_closed(tune: Any, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_close_epoch", second)
         with pytest.raises(Killed):
-            finetune(tune("broken", save_every_s=1e-9))
+            finetune(tune("broken", save_every_s=EVERY_STEP))
     finetune(tune("broken", resume=True))
     one, other = (checkpoints.load(tune(out).out).training for out in ("whole", "broken"))
     for epochs in (one["history"], other["history"]):
@@ -150,7 +161,7 @@ def test_a_pretraining_is_resumed_with_its_teacher(
     with monkeypatch.context() as patch:
         kill_at(6, patch, killed)
         with pytest.raises(Killed):
-            pretrain(learn("broken", ema=0.9, save_every_s=1e-9))
+            pretrain(learn("broken", ema=0.9, save_every_s=EVERY_STEP))
     assert pretrain(learn("broken", ema=0.9, resume=True))
     one, other = weights(whole.out), weights(learn("broken").out)
     assert same(one, other)
@@ -179,7 +190,7 @@ def test_a_stopped_command_exits_with_143(learn: Any) -> None:
     flags = [f"--data={run.data}", f"--out={run.out}", "--image-size=8", "--patch-size=2"]
     flags += ["--width=8", "--heads=2", "--batch-size=10", "--epochs=120000", "--log-every=1"]
     with subprocess.Popen([*TRAIN, "pretrain", *flags], stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (run.out / "metrics.jsonl").exists() or not metrics(run.out):
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -187,7 +198,7 @@ def test_a_stopped_command_exits_with_143(learn: Any) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
         printed = process.stderr.read().decode()
-        assert process.wait(120) == 143
+        assert process.wait(300) == 143
     lines = printed.splitlines()
     assert "training: 0 of 4,800,000 images" in lines  # a log, not a terminal
     again = f"continue with the same command and --resume (--out {run.out})"
@@ -224,7 +235,7 @@ def test_two_processes_train_as_one(tune: Any) -> None:
     finetune(shared.model_copy(update={"stop_after": 1}))
     again = shared.model_copy(update={"resume": True})
     command = two_processes("finetune", again)
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("wrote") == 1
     one, two = metrics(alone.out), metrics(shared.out)
@@ -245,7 +256,7 @@ def test_two_processes_share_masks_and_stop_together(learn: Any) -> None:
     shared, alone = learn("shared", **more), learn("alone", **more)
     command = two_processes("pretrain", shared)
     with subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not (shared.out / "metrics.jsonl").exists() or len(metrics(shared.out)) < 3:
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -253,7 +264,7 @@ def test_two_processes_share_masks_and_stop_together(learn: Any) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
         printed = process.stderr.read().decode()
-        process.wait(60)
+        process.wait(300)
     step = checkpoints.load(shared.out).training["step"]
     assert step >= 3, printed[-2000:]
     assert printed.count("pcae-train: stopped and saved; continue with") == 1
@@ -352,7 +363,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
         stepped(self)
         if spoil.pop(0):
             with torch.no_grad():
-                self.model.head.bias[0] = float("nan")
+                self.model.get_parameter("head.bias")[0] = float("nan")
 
     spoil = [False, False, False, False, False, True]
     monkeypatch.setattr(Finetuning, "after_step", spoilt)
@@ -443,10 +454,10 @@ def test_the_slurm_script_goes_on_after_a_process_is_killed(learn: Any, tmp_path
     path = f"{programs}:{os.environ['PATH']}"
     run = learn("slurm", epochs=30, save_every_s=0.5)
     script = Path(__file__).parents[2] / "training" / "recipes" / "slurm.sh"
-    command = [script, "pretrain", *flags(run)]
+    command = [str(script), "pretrain", *flags(run)]
     environment = ONE_THREAD | slurm | {"SLURM_JOB_ID": str(os.getpid()), "PATH": path}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not (run.out / checkpoints.RUN_CHECKPOINT / "config.json").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -455,7 +466,7 @@ def test_the_slurm_script_goes_on_after_a_process_is_killed(learn: Any, tmp_path
         os.kill(int(children[-1]), signal.SIGKILL)
         assert process.stderr is not None
         printed = process.stderr.read().decode()
-        assert process.wait(120) == 0, printed[-3000:]
+        assert process.wait(300) == 0, printed[-3000:]
     _, _, again = printed.partition("(exitcode: -9)")
     begun = re.search(r"training: ([\d,]+) of", again)
     assert begun is not None, printed[-3000:]

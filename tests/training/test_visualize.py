@@ -226,8 +226,8 @@ def test_what_cannot_be_drawn(settings: Any, files: list[Path], class_folders: A
         ({"image": files, "out": folder / "x.jpg"}, "neither a .png file nor an existing folder"),
         ({"image": files, "out": folder / "file" / "x.png"}, "not a writable folder"),
         ({"image": files, "out": folder / "file"}, "not a writable folder"),
-        ({"image": files, "out": files[1]}, "would replace the image"),
-        ({"data": data, "rows": "0,4", "out": out}, "has 4 rows, there is no row 4"),
+        ({"image": files, "out": files[1]}, "would overwrite the image"),
+        ({"data": data, "rows": "0,4", "out": out}, "has 4 rows, but no row 4"),
         ({"image": files, "out": out, "budgets": ".2"}, "leaves no patch"),
     ]
     for changes, message in cases:

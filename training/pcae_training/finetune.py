@@ -337,7 +337,7 @@ def prepare(
 
 
 def load_labelled(settings: FinetuneSettings, preprocess: Preprocess) -> LabelledImages:
-    """Open all of --data, decoded as `preprocess` says."""
+    """Open all of --data, decoded by `preprocess`."""
     images = training_data(settings, preprocess)
     assert isinstance(images, LabelledImages)  # --stream requires --eval-data
     return images

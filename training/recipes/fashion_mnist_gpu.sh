@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# The demo model on one GPU: a ViT of DeiT-Ti's sizes at 196 tokens, the paper's own geometry, on
-# Fashion-MNIST (28 x 28 in patches of 2). Pretrained by PCAE, then fine-tuned for every budget.
+# The demo model on one GPU: a ViT of DeiT-Ti's size on Fashion-MNIST, 28 x 28 pixels in patches of 2
+# (196 tokens, as in the paper). PCAE pretraining, then fine-tuning for all budgets.
 #
-#   training/recipes/fashion_mnist_gpu.sh DATA OUT [FLAGS for both, such as --resume]
+# Command:  training/recipes/fashion_mnist_gpu.sh DATA OUT [FLAGS of both phases, such as --device cuda]
+# Cost:     intended for about 12 minutes of an H200
+# Result:   not measured yet; benchmarks/gpu.sh runs this recipe
 #
-# DATA is a folder of Fashion-MNIST parquet files (or the hub name zalando-datasets/fashion_mnist).
-# Every choice is made on 5,000 training images held out. A phase that OUT holds already is not run
-# again; one that was stopped goes on. WIDTH, HEADS and HOLDOUT make it small, for a trial.
-# Cost: meant for about 12 minutes of an H200. Result: not run yet, see benchmarks/gpu.sh.
+# DATA is a folder of Fashion-MNIST parquet files, or zalando-datasets/fashion_mnist on the hub. All
+# choices are made on 5,000 training images held out. A phase that has finished in OUT is skipped; one
+# that was stopped is resumed. WIDTH, HEADS and HOLDOUT make the model small, for a trial run.
 set -euo pipefail
 data=$1 out=$2
 shift 2
 train=(${PCAE_TRAIN:-pcae-train})
 
-# phase NAME COMMAND…: one run in OUT/NAME, begun or gone on with
+# phase NAME COMMAND…: start or resume one run in OUT/NAME
 phase() {
   local name=$1 resume=()
   shift
@@ -25,7 +26,7 @@ phase() {
   touch "$out/$name.done"
 }
 
-trap : TERM # the run at hand saves itself; its exit code then ends this
+trap : TERM # the current run saves and exits with a code that ends this script
 mkdir -p "$out"
 phase pretrained pretrain --method pcae --image-size 28 --patch-size 2 \
   --width "${WIDTH:-192}" --heads "${HEADS:-3}" --depth 12 \

@@ -1,11 +1,12 @@
 #!/bin/bash
-# Training on several nodes under Slurm: one torchrun a node, one process a GPU.
+# Training on several nodes under Slurm: one torchrun per node, one process per GPU.
 #
-#   sbatch --nodes 2 --gpus-per-node 8 training/recipes/slurm.sh pretrain --data DATA --out RUN …
+# Command:  sbatch --nodes 2 --gpus-per-node 8 training/recipes/slurm.sh pretrain --data DATA --out RUN …
+# Cost:     that of the command it runs
+# Result:   not run on a cluster yet; a test runs it with two processes on one machine and kills one
 #
-# RUN lies where every node sees it. The same line goes on after a failure or the end of the time: two
-# minutes before it all processes save and stop. Not yet run on a cluster; a test runs it with two
-# processes on one machine, one of which is killed.
+# RUN must be visible to all nodes. Submit the same line again after a failure or when the time limit
+# has ended the job: all processes save and stop two minutes before the limit.
 #SBATCH --job-name=pcae-train
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
@@ -15,11 +16,11 @@ set -euo pipefail
 
 meeting=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# else torchrun's restarts share one store, in which addresses of the dead stand: the new processes may
-# then try to reach those, and end after minutes (torch 2.13)
+# Otherwise torchrun's restarts share one store with addresses of dead processes, which new processes
+# may try to reach until they time out after minutes (torch 2.13).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-# exec: the signal is for torchrun, which passes it on
+# exec, so that Slurm signals torchrun, which forwards the signal
 exec srun torchrun \
     --nnodes "$SLURM_NNODES" \
     --nproc-per-node "$SLURM_GPUS_ON_NODE" \

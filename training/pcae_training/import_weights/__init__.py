@@ -5,9 +5,9 @@
 
 `load_checkpoint` detects the format once (`detect`) and calls its one reader (`readers`). A reader
 takes the state dict out of the file (`tensors`), renames it (`rename`) and derives the model's
-sizes from the tensors' shapes (`sizes`); only what no shape tells (heads, epsilon, labels) comes
-from config.json. A tensor that would change what the encoder computes is never skipped: the
-checkpoint is refused. `initialise` loads the weights into a model, resized if need be (`resize`).
+sizes from the tensors' shapes (`sizes`); only what shapes do not determine (heads, epsilon, labels)
+comes from config.json. A tensor that would change what the encoder computes is never skipped: the
+checkpoint is refused. `initialise` loads the weights into a model, resized if necessary (`resize`).
 """
 
 from pathlib import Path

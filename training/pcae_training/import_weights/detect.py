@@ -42,7 +42,7 @@ class Source:
 def detect_format(path: Path) -> Source:
     """Return the format of `path` and where its weights are. Raise CheckpointError if not found."""
     if path.name in FOLDER_WEIGHTS and (path.parent / "config.json").exists():
-        path = path.parent  # config.json holds what the tensors do not tell
+        path = path.parent  # config.json has what the tensors do not show
     if path.is_file():
         return Source(path, Format.STATE_DICT, path)
     if not path.exists() and path.suffix in FILE_SUFFIXES:

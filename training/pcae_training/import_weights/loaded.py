@@ -14,7 +14,7 @@ from pcae_training.model import VisionTransformer, ViTConfig
 
 @dataclass
 class LoadedCheckpoint:
-    """Weights under timm's names, and what the checkpoint says about them."""
+    """Weights under timm's names, and their labels, preprocessing and origin."""
 
     config: ViTConfig  # the checkpoint's sizes; 0 classes if it has no head that fits
     weights: dict[str, Tensor]  # float32; exactly the state dict of a model of `config`
