@@ -62,7 +62,7 @@ class WriteBundle(BaseModel):
     reduction_points: Annotated[tuple[int, ...] | None, NoDecode] = Field(
         None,
         description="blocks after which patches are reduced, such as 0,7,10 (default: SOURCE's; for"
-        " weights of other projects 0,7,10 if they have 12 blocks, else none)",
+        " other weights 0,7,10 with more than 10 blocks, else none)",
     )
     eval_data: str | None = Field(
         None, description=f"images: {IMAGES_HELP} (default: generated images)"

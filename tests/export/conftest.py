@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -59,7 +58,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Prepared data sets go to a folder of this run."""
     with pytest.MonkeyPatch.context() as patch:
         cache = str(tmp_path_factory.mktemp("datasets"))
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
         yield
 
 

@@ -35,7 +35,7 @@ def test_cosines_and_shares_are_those_of_torch(tiny: Tiny, classes: int) -> None
     whole = run_torch(checkpoint, PIXELS, (64, 64, 64)).vectors
     for rule in CANDIDATES:
         for row, ratio in enumerate(found.ratios):
-            counts = checkpoint.model.config.geometry.counts(ratio)
+            counts = checkpoint.model.config.geometry.counts(str(ratio))
             answers = run_torch(under(checkpoint, rule), PIXELS, counts).vectors
             one, other = (
                 v - v.mean(dim=1, keepdim=True) if classes else v for v in (answers, whole)

@@ -62,7 +62,11 @@ def test_bundle_prints_what_it_made(
 
 @pytest.mark.parametrize(
     ("flags", "half"),
-    [((), "float16"), (("--half", "bfloat16"), "bfloat16"), (("--half", "none"), None)],
+    [
+        pytest.param((), "float16", marks=pytest.mark.slow),
+        (("--half", "bfloat16"), "bfloat16"),
+        pytest.param(("--half", "none"), None, marks=pytest.mark.slow),
+    ],
 )
 def test_graphs_for_gpus_as_asked(
     quick: Path, tmp_path: Path, flags: tuple[str, ...], half: str | None
@@ -296,7 +300,7 @@ def test_force_replaces_a_bundle(made: Any, quick: Path, tmp_path: Path) -> None
 def test_a_disk_that_fills_up_midway_leaves_nothing(
     quick: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, saved = graph.save, []
+    save, saved = graph.save, list[Path]()
 
     def full(model: Any, file: Path, metadata: Any) -> None:
         if saved:

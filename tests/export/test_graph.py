@@ -47,15 +47,16 @@ class GatherElements(OpRun):
 
 
 class MultiHeadAttention(OpRun):
-    """ONNX Runtime's, which runs it on a CPU in no bfloat16."""
+    """ONNX Runtime's operator, which it cannot run on a CPU in bfloat16."""
 
     op_domain = "com.microsoft"
 
     def _run(self, *qkv: Any, num_heads: int) -> Any:
         q, k, v = (
-            torch.from_numpy(x.astype(np.float32)).unflatten(2, (num_heads, -1)).transpose(1, 2)
+            torch.from_numpy(x.astype(np.float32).reshape(*x.shape[:2], num_heads, -1))
+            .transpose(1, 2)
             for x in qkv
-        )
+        )  # fmt: skip
         mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         return (mixed.transpose(1, 2).flatten(2).numpy().astype(qkv[0].dtype),)
 

@@ -27,7 +27,8 @@ def test_files_are_squashed_where_the_model_wants_it(data: Path) -> None:
 
 def test_generated_images_are_always_the_same_and_each_its_own() -> None:
     pixels = generate(3, 30)
-    assert (pixels.shape, pixels.dtype) == ((3, 30, 30, 3), np.uint8)
+    assert pixels.shape == (3, 30, 30, 3)
+    assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, generate(3, 30))
     assert (pixels[0] != pixels[1]).any()
     for channel in np.moveaxis(pixels, 3, 0).reshape(9, -1):

@@ -12,6 +12,7 @@ from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Output, Pixels
+from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_training.data import LabelledImages, load
 from pcae_training.score import Top1
 from tests.support.exporting import PREPROCESS
@@ -19,12 +20,11 @@ from tests.support.exporting import PREPROCESS
 ROWS = [71, 0, 30, 5, 40, 12, 60, 33, 25, 2, 9]  # a whole batch, and a short one
 
 
-class Known:
+class Known(SimulatedEngine):
     """Answers by the image's mean colour; a tier that drops patches mixes up some of the images."""
 
-    name, version, device, threads = "known", "1", "cpu", 1
-
-    def __init__(self) -> None:
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
         self.ran: list[Tier] = []
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
@@ -48,7 +48,7 @@ def images(data: Path) -> LabelledImages:
 
 
 def found(bundle: Bundle, images: LabelledImages, labelled: bool) -> dict[str, Quality]:
-    measured = measure_quality(bundle, Known(), images, ROWS, labelled)
+    measured = measure_quality(bundle, Known(bundle), images, ROWS, labelled)
     assert set(measured) == {"low", "mid", "full"}
     assert {(q.n, q.data_set) for q in measured.values()} == {(len(ROWS), images.name)}
     return measured
@@ -58,7 +58,7 @@ def by_hand(bundle: Bundle, images: LabelledImages, name: str) -> tuple[Any, Any
     """The tier's answers, those of k = 1.0 and the labels of ROWS, an image at a time."""
     tier = next(tier for tier in bundle.tiers if tier.name == name)
     pixels = [images[row][0].permute(1, 2, 0).numpy()[None] for row in ROWS]
-    ours = np.concatenate([Known().run(tier, one).vectors for one in pixels])
+    ours = np.concatenate([Known(bundle).run(tier, one).vectors for one in pixels])
     return ours, np.concatenate([answers(one) for one in pixels]), images.labels[ROWS].numpy()
 
 
@@ -100,7 +100,7 @@ def test_k_1_is_the_models_own_in_float32_whether_or_not_it_is_a_tier(
 ) -> None:
     cheap = made.bundle.tiers[0].model_copy(update={"precision": "int8"})
     manifest = made.bundle.manifest.model_copy(update={"tiers": (cheap,)})
-    engine = Known()
+    engine = Known(made.bundle)
     measure_quality(replace(made.bundle, manifest=manifest), engine, images, ROWS[:2], False)
     whole, tier = engine.ran
     assert (whole.token_counts, whole.precision) == ((64, 64, 64), "float32")

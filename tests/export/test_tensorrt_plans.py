@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from pcae_serve.engines.plan_cache import Recipe
 from pcae_serve.engines.tensorrt import Library, TensorRtEngine
 from pcae_serve.errors import PcaeError
 from tests.support import tensorrt_standin
+from tests.support.cuda_standin import Runtime
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 3), np.uint8)
 RECIPE = Recipe(opt_batch=2, max_batch=4)
@@ -310,9 +312,7 @@ def test_what_is_missing_is_one_line(
         raise nvidia.NoGpu("no NVIDIA driver here")
 
     monkeypatch.setattr(nvidia, "list_gpus", none)
-    monkeypatch.setitem(
-        sys.modules, "tensorrt", tensorrt_standin.TensorRt(tensorrt_standin.Runtime())
-    )
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_standin.TensorRt(Runtime()))
     for argv in ([], ["--dry-run"]):  # the real builder crashes without a GPU
         assert run(Command, ["tensorrt", str(bundle.root), *argv]) == 1
         assert capsys.readouterr().err == "pcae-export: no NVIDIA driver here\n"
@@ -348,7 +348,7 @@ def no_error() -> Iterator[None]:
     yield
 
 
-def answers(vectors: np.ndarray, kept: np.ndarray | None = None) -> Output:  # type: ignore[type-arg]
+def answers(vectors: NDArray[Any], kept: NDArray[Any] | None = None) -> Output:
     return Output(vectors.astype(np.float32), () if kept is None else (kept.astype(np.int32),))
 
 

@@ -87,11 +87,11 @@ def tiff(
     entries = sorted((default | tags).items())
     at = 8 + 2 + 12 * len(entries) + 4
     rows, tail = b"", pixels
-    for number, (kind, count, value) in entries:
-        if value == b"":
-            value = at
+    for number, (kind, count, given) in entries:
+        value = at if given == b"" else given
         if isinstance(value, bytes):
-            value, tail = at + len(tail), tail + value
+            at_tail, tail = at + len(tail), tail + value
+            value = at_tail
         short = kind == 3 and count == 1
         inline = struct.pack(order + "H2x", value) if short else struct.pack(order + "I", value)
         rows += struct.pack(order + "HHI", number, kind, count) + inline

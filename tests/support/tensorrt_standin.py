@@ -1,19 +1,14 @@
-# ruff: noqa: N801, N802, N815 - the names are CUDA's and TensorRT's own
-"""TensorRT and the CUDA runtime without a GPU: they compute with ONNX Runtime on the CPU.
+# ruff: noqa: N802 - the names are TensorRT's own
+"""TensorRT without a GPU: plans run with ONNX Runtime on the CPU. A plan is JSON naming its graph.
 
-What the real ones answer with False or an error code, these do too; what is undefined behaviour
-there (a freed address, a copy beyond an allocation, two threads on one stream, a graph replayed
-after its context changed) raises Misuse here. Work is queued and done at the next synchronisation.
-A plan is a line of JSON that names its graph.
+Where TensorRT returns False or None, this stand-in does too, and logs the reason; replaying a CUDA
+graph after its context changed, which is undefined, raises Misuse.
 """
 
 import hashlib
-import itertools
 import json
 import shutil
 import sys
-import threading
-from collections.abc import Callable
 from enum import Enum, IntEnum
 from functools import cache
 from pathlib import Path
@@ -27,215 +22,41 @@ import pytest
 from pcae_serve.bundle.manifest import Manifest
 from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.engines import nvidia
+from tests.support.cuda_standin import Misuse, Runtime
 
 GPU = "NVIDIA Stand-in"
 VERSION = "11.4.0"
 SCRATCH = 4096
 
 
-class Misuse(AssertionError):
-    """What a GPU would answer with a crash or with wrong numbers."""
-
-
-class cudaError_t(IntEnum):
-    cudaSuccess = 0
-    cudaErrorInvalidValue = 1
-    cudaErrorMemoryAllocation = 2
-    cudaErrorInvalidResourceHandle = 400
-    cudaErrorStreamCaptureUnsupported = 900
-
-
-OK = cudaError_t.cudaSuccess
-Kind = Enum("cudaMemcpyKind", ["cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"])
-Mode = Enum("cudaStreamCaptureMode", ["cudaStreamCaptureModeThreadLocal"])
-Attribute = Enum(
-    "cudaDeviceAttr",
-    ["cudaDevAttrComputeCapabilityMajor", "cudaDevAttrComputeCapabilityMinor"],
-)
-
-
-class Stream:
-    """Work that waits for a synchronisation, or is being captured."""
-
-    def __init__(self, handle: int, device: int) -> None:
-        self.handle, self.device = handle, device
-        self.queue: list[Callable[[], None]] = []
-        self.capture: list[Callable[[], None]] | None = None
-        self.owner: int | None = None
-
-    def __int__(self) -> int:
-        return self.handle
-
-    def enqueue(self, work: Callable[[], None]) -> None:
-        if self.capture is not None:
-            self.capture.append(work)
-            return
-        me = threading.get_ident()
-        if self.queue and self.owner != me:
-            raise Misuse("two threads use one stream, and its contexts, at the same time")
-        self.owner = me
-        self.queue.append(work)
-
-
-class Runtime:
-    """cuda.bindings.runtime, for two GPUs. `fails`: names of functions that answer with a code."""
-
-    cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = cudaError_t, Kind, Mode
-    cudaDeviceAttr = Attribute
-    cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
-
-    def __init__(self) -> None:
-        self.device: dict[int, np.ndarray[Any, Any]] = {}
-        self.pinned: dict[int, np.ndarray[Any, Any]] = {}
-        self.streams: dict[int, Stream] = {}
-        self.graphs: set[int] = set()
-        self.fails: dict[str, cudaError_t] = {}
-        self.launches = 0
-        self._addresses, self._handles = itertools.count(1 << 40, 1 << 24), itertools.count(1)
-        self._thread = threading.local()
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("cuda") and name in object.__getattribute__(self, "fails"):
-            return lambda *_: (self.fails[name], None)
-        return object.__getattribute__(self, name)
-
-    def left(self) -> int:
-        """What has not been given back."""
-        return sum(map(len, (self.device, self.pinned, self.streams, self.graphs)))
-
-    def resolve(self, where: dict[int, Any], address: int, nbytes: int) -> np.ndarray[Any, Any]:
-        """The bytes there. Raises Misuse where they are not all part of one live allocation."""
-        for base, memory in where.items():
-            if base <= address and address + nbytes <= base + len(memory):
-                found: np.ndarray[Any, Any] = memory[address - base :][:nbytes]
-                return found
-        raise Misuse(f"{nbytes} bytes at {address:#x} are freed, or beyond what was allocated")
-
-    def cudaGetErrorString(self, code: cudaError_t) -> tuple[cudaError_t, bytes]:
-        return OK, {2: "out of memory"}.get(int(code), "an error").encode()
-
-    def cudaDriverGetVersion(self) -> tuple[cudaError_t, int]:
-        return OK, 13010
-
-    def cudaDeviceGetAttribute(self, which: Attribute, device: int) -> tuple[cudaError_t, int]:
-        return OK, {1: 9, 2: 0}[which.value]
-
-    def cudaSetDevice(self, device: int) -> tuple[cudaError_t]:
-        self._thread.device = device
-        return (OK,)
-
-    def cudaMalloc(self, nbytes: int) -> tuple[cudaError_t, int]:
-        address = next(self._addresses)
-        self.device[address] = np.full(nbytes, 0xAB, np.uint8)  # not cleared
-        return OK, address
-
-    def cudaHostAlloc(self, nbytes: int, flags: int) -> tuple[cudaError_t, int]:
-        memory = np.full(nbytes, 0xCD, np.uint8)
-        self.pinned[memory.ctypes.data] = memory
-        return OK, memory.ctypes.data
-
-    def cudaFree(self, address: int) -> tuple[cudaError_t]:
-        return (OK if self.device.pop(address, None) is not None else cudaError_t(1),)
-
-    def cudaFreeHost(self, address: int) -> tuple[cudaError_t]:
-        return (OK if self.pinned.pop(address, None) is not None else cudaError_t(1),)
-
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[cudaError_t, Stream]:
-        stream = Stream(next(self._handles), getattr(self._thread, "device", 0))
-        self.streams[stream.handle] = stream
-        return OK, stream
-
-    def cudaStreamDestroy(self, stream: Stream) -> tuple[cudaError_t]:
-        del self.streams[stream.handle]
-        return (OK,)
-
-    def cudaStreamSynchronize(self, stream: Stream) -> tuple[cudaError_t]:
-        if stream.capture is not None:
-            return (cudaError_t.cudaErrorStreamCaptureUnsupported,)
-        if not self._mine(stream):
-            return (cudaError_t.cudaErrorInvalidResourceHandle,)
-        for work in stream.queue:
-            work()
-        stream.queue.clear()
-        return (OK,)
-
-    def cudaMemcpyAsync(
-        self, target: int, source: int, nbytes: int, kind: Kind, stream: Stream
-    ) -> tuple[cudaError_t]:
-        if not self._mine(stream):
-            return (cudaError_t.cudaErrorInvalidResourceHandle,)
-        there, here = self.device, self.pinned
-        if kind is Kind.cudaMemcpyDeviceToHost:
-            there, here = here, there
-
-        def copy() -> None:
-            self.resolve(there, target, nbytes)[:] = self.resolve(here, source, nbytes)
-
-        self.resolve(there, target, nbytes), self.resolve(here, source, nbytes)
-        stream.enqueue(copy)
-        return (OK,)
-
-    def cudaStreamBeginCapture(self, stream: Stream, mode: Mode) -> tuple[cudaError_t]:
-        if stream.queue:
-            raise Misuse("a capture begins while work is queued")
-        stream.capture = []
-        return (OK,)
-
-    def cudaStreamEndCapture(self, stream: Stream) -> tuple[cudaError_t, Any]:
-        captured, stream.capture = stream.capture, None
-        return OK, self._graph(captured)
-
-    def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[cudaError_t, Any]:
-        return OK, self._graph(graph.work)
-
-    def cudaGraphDestroy(self, graph: Any) -> tuple[cudaError_t]:
-        self.graphs.remove(graph.handle)
-        return (OK,)
-
-    cudaGraphExecDestroy = cudaGraphDestroy
-
-    def cudaGraphLaunch(self, graph: Any, stream: Stream) -> tuple[cudaError_t]:
-        if graph.handle not in self.graphs:
-            raise Misuse("a graph is launched that was destroyed")
-        if not self._mine(stream):
-            return (cudaError_t.cudaErrorInvalidResourceHandle,)
-        self.launches += 1
-        for work in graph.work:
-            stream.enqueue(work)
-        return (OK,)
-
-    def _graph(self, work: Any) -> Any:
-        graph = SimpleNamespace(handle=next(self._handles), work=work)
-        self.graphs.add(graph.handle)
-        return graph
-
-    def _mine(self, stream: Stream) -> bool:
-        """Whether the stream is of the GPU that this thread made its own."""
-        return stream.device == getattr(self._thread, "device", 0)
-
-
-class DataType(Enum):
+class DType(Enum):
     UINT8, INT32, FLOAT, INT64 = "uint8", "int32", "float", "int64"
 
 
-NUMPY = {
-    DataType.UINT8: np.uint8,
-    DataType.INT32: np.int32,
-    DataType.FLOAT: np.float32,
-    DataType.INT64: np.int64,
+NUMPY: dict[DType, type[np.generic]] = {
+    DType.UINT8: np.uint8,
+    DType.INT32: np.int32,
+    DType.FLOAT: np.float32,
+    DType.INT64: np.int64,
 }
-IOMode = Enum("TensorIOMode", ["INPUT", "OUTPUT"])
-Strategy = Enum("ExecutionContextAllocationStrategy", ["STATIC", "USER_MANAGED"])
+
+
+class IOMode(Enum):
+    INPUT, OUTPUT = "input", "output"
+
+
+class Strategy(Enum):
+    STATIC, USER_MANAGED = "static", "user managed"
 
 
 class Severity(IntEnum):
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
 
-class ILogger:
+class Logger:
     Severity = Severity
 
-    def log(self, severity: Severity, message: str) -> None:
+    def log(self, severity: int, message: str) -> None:
         raise NotImplementedError
 
 
@@ -244,15 +65,15 @@ class IProgressMonitor:
 
 
 class Tensor:
-    """A graph's input or output, of `session` or of a network."""
+    """An input or output of a session or of a network."""
 
     def __init__(self, found: Any) -> None:
         self.name: str = found.name
-        self.dtype = DataType(found.type.removeprefix("tensor(").removesuffix(")"))
+        self.dtype = DType(found.type.removeprefix("tensor(").removesuffix(")"))
         self.shape = tuple(size if isinstance(size, int) else -1 for size in found.shape)
 
 
-@cache  # they are opened again and again
+@cache  # the same graphs are opened by many tests
 def open_session(graph: str) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -261,11 +82,11 @@ def open_session(graph: str) -> ort.InferenceSession:
 
 
 class Engine:
-    """A plan deserialised."""
+    """A deserialised plan."""
 
     device_memory_size_v2 = SCRATCH
 
-    def __init__(self, cuda: Runtime, logger: ILogger, plan: dict[str, Any]) -> None:
+    def __init__(self, cuda: Runtime, logger: Logger, plan: dict[str, Any]) -> None:
         self.cuda, self.logger, self.plan = cuda, logger, plan
         self.session = open_session(plan["graph"])
         self.inputs = [Tensor(found) for found in self.session.get_inputs()]
@@ -279,7 +100,7 @@ class Engine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
 
-    def get_tensor_dtype(self, name: str) -> DataType:
+    def get_tensor_dtype(self, name: str) -> DType:
         return self.tensors[name].dtype
 
     def get_tensor_mode(self, name: str) -> IOMode:
@@ -293,14 +114,15 @@ class Engine:
 
 
 class Context:
-    """Refuses as TensorRT does: returns False and logs why."""
+    """Returns False and logs the reason where TensorRT does."""
 
     def __init__(self, engine: Engine, strategy: Strategy) -> None:
         self.engine = engine
         self.scratch: int | None = None if strategy is Strategy.USER_MANAGED else 0
         self.shape: tuple[int, ...] | None = None
         self.addresses: dict[str, int] = {}
-        self.changes, self.settled = 0, -1  # counted; at which count it last ran uncaptured
+        # number of changes, and that number at the last run that was not captured
+        self.changes, self.settled = 0, -1
 
     def set_device_memory(self, address: int, nbytes: int) -> None:
         if nbytes < SCRATCH:
@@ -330,17 +152,17 @@ class Context:
                 return self._refuse(f"the address of {name} is not set")
             self._bytes(name)
         if stream.capture is not None and self.settled != self.changes:
-            return self._refuse("a new shape is settled by a run that is not captured")
+            return self._refuse("the first run with a new shape must not be captured")
         expected = self.changes
 
         def work() -> None:
             if self.changes != expected:
-                raise Misuse("a graph is replayed, but its context has another shape by now")
+                raise Misuse("a graph is replayed after its context changed")
             feeds = {tensor.name: self._array(tensor) for tensor in self.engine.inputs}
             answers = self.engine.session.run(None, feeds)
             for tensor, answer in zip(self.engine.outputs, answers, strict=True):
                 self._array(tensor)[:] = answer
-                if self.engine.plan["wrong"] and tensor.dtype is DataType.FLOAT:
+                if self.engine.plan["wrong"] and tensor.dtype is DType.FLOAT:
                     self._array(tensor)[:] = answer[:, ::-1]
 
         if stream.capture is None:
@@ -366,7 +188,7 @@ class Context:
 
 
 class Builder:
-    def __init__(self, trt: "TensorRt", logger: ILogger) -> None:
+    def __init__(self, trt: "TensorRt", logger: Logger) -> None:
         self.trt, self.logger = trt, logger
 
     def create_network(self, flags: int) -> Any:
@@ -417,7 +239,7 @@ class Builder:
 
 
 class OnnxParser:
-    def __init__(self, network: Any, logger: ILogger) -> None:
+    def __init__(self, network: Any, logger: Logger) -> None:
         self.network, self.errors = network, list[str]()
 
     @property
@@ -442,10 +264,10 @@ class OnnxParser:
 
 
 class TensorRt:
-    """The module `tensorrt`. wrong: plans answer back to front. cannot_build: builds fail."""
+    """The module `tensorrt`. wrong: plans reverse their outputs. cannot_build: builds fail."""
 
     __version__ = VERSION
-    DataType, TensorIOMode, ILogger = DataType, IOMode, ILogger
+    DataType, TensorIOMode, ILogger = DType, IOMode, Logger
     IProgressMonitor, OnnxParser = IProgressMonitor, OnnxParser
     ExecutionContextAllocationStrategy = Strategy
     MemoryPoolType = Enum("MemoryPoolType", ["WORKSPACE"])
@@ -458,13 +280,13 @@ class TensorRt:
         self.cuda, self.wrong, self.cannot_build = cuda, False, False
         self.configs: list[Any] = []  # of the builds so far
 
-    def nptype(self, dtype: DataType) -> type[np.generic]:
+    def nptype(self, dtype: DType) -> type[np.generic]:
         return NUMPY[dtype]
 
-    def Builder(self, logger: ILogger) -> Builder:
+    def Builder(self, logger: Logger) -> Builder:
         return Builder(self, logger)
 
-    def Runtime(self, logger: ILogger) -> Any:
+    def Runtime(self, logger: Logger) -> Any:
         def deserialize(plan: bytes) -> Engine | None:
             if not plan.startswith(b"plan"):
                 logger.log(Severity.ERROR, "magic tag does not match")
@@ -475,7 +297,7 @@ class TensorRt:
 
 
 def install(patch: pytest.MonkeyPatch) -> TensorRt:
-    """Put the stand-ins where the engine imports the real ones from."""
+    """Put the stand-ins in place of the modules that the engine imports."""
     trt = TensorRt(Runtime())
     patch.setitem(sys.modules, "tensorrt", trt)
     patch.setitem(sys.modules, "cuda.bindings.runtime", trt.cuda)
@@ -484,9 +306,9 @@ def install(patch: pytest.MonkeyPatch) -> TensorRt:
 
 
 def demo_with_graphs(root: Path, *, float32: bool, tiers: int = 5) -> Bundle:
-    """A copy of the demo bundle, so many of its tiers, each with a graph for TensorRT.
+    """Return a copy of the demo bundle with its first `tiers` tiers, each with a TensorRT graph.
 
-    float32: it is the static float32 graph, also where the demo has one in half precision.
+    float32: use the static float32 graph, even if the demo has one in half precision.
     """
     shutil.copytree(demo_path(), root)
     document = json.loads((root / "bundle.json").read_text())

@@ -60,8 +60,8 @@ def test_there_are_enough() -> None:
     assert {case.status for case in CASES.values()} == {200, 400, 413, 415}
 
 
-def test_no_case_is_dear() -> None:
-    """All together, in a process of its own: seconds of CPU, and memory that may be had at all."""
+def test_no_case_is_expensive() -> None:
+    """CPU time of each case, and peak memory of all, in a process of its own."""
     code = """
 import resource, sys, time
 from pcae_serve.errors import RequestError
@@ -87,7 +87,7 @@ print(memory("VmHWM") - before)
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("memory is told by Linux's /proc")
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 200, f"{done.stdout} MB at the peak"
@@ -100,7 +100,8 @@ def answers(body: bytes) -> None:
     except RequestError as error:
         refused = error
     else:
-        assert (pixels.shape, pixels.dtype) == ((8, 8, 3), np.uint8)
+        assert pixels.shape == (8, 8, 3)
+        assert pixels.dtype == np.uint8
         return
     assert refused.status in (400, 413, 415)
     assert refused.detail

@@ -154,9 +154,13 @@ def test_no_parser_sees_what_does_not_begin_right(monkeypatch: pytest.MonkeyPatc
 def test_every_orientation(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
-    if kind == "lzw":
-        kind, options = "TIFF", {"compression": "tiff_lzw"}
+    lossless: dict[str, dict[str, Any]] = {
+        "JPEG": {"quality": 100, "subsampling": 0},
+        "WEBP": {"lossless": True},
+        "lzw": {"compression": "tiff_lzw"},
+    }
+    options = lossless.get(kind, {})
+    kind = "TIFF" if kind == "lzw" else kind
     file = body(photo(), kind, exif=exif, **options)
     with Image.open(io.BytesIO(file)) as opened:
         expected = ImageOps.exif_transpose(opened).convert("RGB")

@@ -48,7 +48,7 @@ def graph(counts: tuple[int, ...], classes: int = 4, elastic: bool = False) -> b
     for i, count in enumerate(counts):
         constants[f"range_{i}"] = np.arange(count, dtype=np.int32)[None]
         nodes.append(helper.make_node("Add", ["whole", f"range_{i}"], [f"kept_{i}"]))
-        shape = ["batch", count]
+        shape: list[str | int | None] = ["batch", count]
         outputs.append(helper.make_tensor_value_info(f"kept_{i}", TensorProto.INT32, shape))
     if elastic:  # kept_0 has as many columns as there are pixels that are not black
         nodes[5:6] = [

@@ -1,8 +1,8 @@
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from pcae_serve.engines.plan_cache import Plan, PlanParity, Recipe
 from pcae_serve.engines.tensorrt import Runner, TensorRtEngine
 from pcae_serve.errors import StartError
 from tests.support import tensorrt_standin
-from tests.support.tensorrt_standin import Misuse, TensorRt
+from tests.support.cuda_standin import CaptureMode, CopyKind, ErrorCode, Misuse
+from tests.support.tensorrt_standin import TensorRt
 
 MAX_BATCH = 4
+MODE = CaptureMode.cudaStreamCaptureModeThreadLocal
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 3), np.uint8)
 
 
@@ -174,7 +176,7 @@ def test_closing_gives_everything_back(bundle: Bundle, cache: Path, trt: TensorR
 def test_a_cuda_error_at_start_is_one_line_and_leaves_nothing(
     bundle: Bundle, cache: Path, trt: TensorRt, function: str
 ) -> None:
-    trt.cuda.fails[function] = tensorrt_standin.cudaError_t.cudaErrorMemoryAllocation
+    trt.cuda.fails[function] = ErrorCode.cudaErrorMemoryAllocation
     with pytest.raises(StartError, match=f"{function}: out of memory") as caught:
         TensorRtEngine(bundle, "cuda:0", cache, MAX_BATCH)
     assert "\n" not in str(caught.value)
@@ -184,7 +186,7 @@ def test_a_cuda_error_at_start_is_one_line_and_leaves_nothing(
 def test_a_cuda_error_in_a_run_is_raised(
     bundle: Bundle, engine: TensorRtEngine, trt: TensorRt
 ) -> None:
-    trt.cuda.fails["cudaGraphLaunch"] = tensorrt_standin.cudaError_t.cudaErrorInvalidResourceHandle
+    trt.cuda.fails["cudaGraphLaunch"] = ErrorCode.cudaErrorInvalidResourceHandle
     with pytest.raises(CudaError, match=r"cudaGraphLaunch: .*cudaErrorInvalidResourceHandle"):
         engine.run(bundle.tiers[0], PIXELS[:1])
     trt.cuda.fails.clear()
@@ -255,7 +257,7 @@ def test_a_gpu_that_is_not_there_is_told(trt: TensorRt) -> None:
 
 
 def test_a_gpu_that_does_not_answer_is_told(trt: TensorRt) -> None:
-    trt.cuda.fails["cudaDriverGetVersion"] = tensorrt_standin.cudaError_t.cudaErrorInvalidValue
+    trt.cuda.fails["cudaDriverGetVersion"] = ErrorCode.cudaErrorInvalidValue
     with pytest.raises(StartError, match="does not respond: cudaDriverGetVersion"):
         cuda_runtime.find_gpu("cuda:0")
 
@@ -330,22 +332,22 @@ class TestStandIn:
     def test_a_capture_needs_a_settled_shape(self, trt: TensorRt, made: Any) -> None:
         engine, context, stream = made
         self.bind(trt, engine, context)
-        trt.cuda.cudaStreamBeginCapture(stream, None)
+        trt.cuda.cudaStreamBeginCapture(stream, MODE)
         assert not context.execute_async_v3(int(stream))
         (code,) = trt.cuda.cudaStreamSynchronize(stream)
-        assert code == tensorrt_standin.cudaError_t.cudaErrorStreamCaptureUnsupported
+        assert code == ErrorCode.cudaErrorStreamCaptureUnsupported
 
     def test_a_replay_after_a_change_is_misuse(self, trt: TensorRt, made: Any) -> None:
         engine, context, stream = made
         self.bind(trt, engine, context, batch=2)
         assert context.execute_async_v3(int(stream))
         trt.cuda.cudaStreamSynchronize(stream)
-        trt.cuda.cudaStreamBeginCapture(stream, None)
+        trt.cuda.cudaStreamBeginCapture(stream, MODE)
         assert context.execute_async_v3(int(stream))
         _, graph = trt.cuda.cudaStreamEndCapture(stream)
         assert context.set_input_shape("pixels", (1, 28, 28, 3))
         trt.cuda.cudaGraphLaunch(graph, stream)
-        with pytest.raises(Misuse, match="another shape by now"):
+        with pytest.raises(Misuse, match="after its context changed"):
             trt.cuda.cudaStreamSynchronize(stream)
 
     def test_small_buffers_and_freed_memory_are_misuse(self, trt: TensorRt, made: Any) -> None:
@@ -353,10 +355,10 @@ class TestStandIn:
         self.bind(trt, engine, context)
         _, small = trt.cuda.cudaMalloc(8)
         context.set_tensor_address("logits", small)
-        with pytest.raises(Misuse, match="beyond what was allocated"):
+        with pytest.raises(Misuse, match="beyond the allocation"):
             context.execute_async_v3(int(stream))
         _, host = trt.cuda.cudaHostAlloc(16, 0)
-        kind = tensorrt_standin.Kind.cudaMemcpyHostToDevice
+        kind = CopyKind.cudaMemcpyHostToDevice
         with pytest.raises(Misuse, match="beyond"):
             trt.cuda.cudaMemcpyAsync(small, host, 16, kind, stream)
         trt.cuda.cudaMemcpyAsync(small, host, 8, kind, stream)
@@ -382,19 +384,25 @@ class TestStandIn:
         assert caught
 
     def test_without_its_lock_the_engine_would_be_caught(
-        self, trt: TensorRt, bundle: Bundle
+        self, trt: TensorRt, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         data = {"fast": plan_of(trt, bundle, "fast")}
         runner = Runner(tensorrt.load_library(), cuda_runtime.find_gpu("cuda:0"), data, (1,))
-        runner._lock = NoLock()  # type: ignore[assignment]
-        with pytest.raises(Misuse, match="two threads"), ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda i: runner.run("fast", PIXELS[i : i + 1]), range(8)))
+        runner._lock = nullcontext()  # type: ignore[assignment]
+        launched, tried = threading.Event(), threading.Event()
+        synchronise = trt.cuda.cudaStreamSynchronize
+
+        def wait(stream: Any) -> Any:
+            launched.set()
+            assert tried.wait(60)
+            return synchronise(stream)
+
+        monkeypatch.setattr(trt.cuda, "cudaStreamSynchronize", wait)
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(runner.run, "fast", PIXELS[:1])
+            assert launched.wait(60)
+            with pytest.raises(Misuse, match="two threads"):
+                runner.run("fast", PIXELS[1:2])
+            tried.set()
+            first.result()
         runner._closing.detach()
-
-
-class NoLock:
-    def __enter__(self) -> None:
-        time.sleep(0.001)
-
-    def __exit__(self, *_: object) -> None:
-        pass
