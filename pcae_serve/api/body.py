@@ -1,7 +1,4 @@
-"""A request's body: no more of it is read than may be, and nobody works for a client that left.
-
-It knows bytes and connections, nothing of what is in them.
-"""
+"""Read a request's body within a limit, and stop the work for clients that disconnect."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable
@@ -16,7 +13,7 @@ T = TypeVar("T")
 
 
 async def limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """The body's chunks; TooLarge where they come to more than `limit`, whatever was announced."""
+    """Yield the body's chunks. Raises TooLarge above `limit` bytes, announced or received."""
     too_large = TooLarge(f"the body is over the limit of {limit:,} bytes: send a smaller image")
     announced = request.headers.get("content-length", "0")
     if announced.isascii() and announced.isdecimal() and int(announced[:20]) > limit:

@@ -47,7 +47,7 @@ def _v2(file: Path) -> float | None:
 
 
 def _v1(folder: Path) -> float | None:
-    """Read cpu.cfs_quota_us over cpu.cfs_period_us; -1 is no limit."""
+    """Read cpu.cfs_quota_us over cpu.cfs_period_us; -1 means that there is no limit."""
     allowed, period = _lines(folder / "cpu.cfs_quota_us"), _lines(folder / "cpu.cfs_period_us")
     return int(allowed[0]) / int(period[0]) if allowed and period and int(allowed[0]) > 0 else None
 

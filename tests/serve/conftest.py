@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,9 +25,8 @@ def small_bundle(bundle_dir: Path) -> Bundle:
 @pytest.fixture
 def settings(tmp_path: Path) -> Callable[..., Settings]:
     """Settings that keep their cache in the test's own folder."""
-    return lambda **changes: Settings(
-        **({"cache_dir": tmp_path / "cache", "profile_s": 0.3} | changes)
-    )
+    defaults: dict[str, Any] = {"cache_dir": tmp_path / "cache", "profile_s": 0.3}
+    return lambda **changes: Settings(**(defaults | changes))
 
 
 @pytest.fixture

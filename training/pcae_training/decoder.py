@@ -41,7 +41,10 @@ class Decoder(nn.Module):
         return prediction
 
     def macs(self, visible: int, wanted: int) -> int:
-        """Return the multiply-adds for one image with so many visible and predicted patches."""
+        """Return the multiply-adds for one image.
+
+        visible, wanted: number of visible and of predicted patches.
+        """
         embed, predict, tokens = self.decoder_embed, self.decoder_pred, 1 + visible + wanted
         width, depth = embed.out_features, len(self.decoder_blocks)
         blocks = depth * (12 * tokens * width**2 + 2 * tokens**2 * width)

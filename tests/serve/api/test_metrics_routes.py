@@ -12,6 +12,6 @@ def test_metrics_count_requests_by_outcome(client: TestClient) -> None:
     client.post("/classify?budget_ms=1", content=image_bytes())
     response = client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
-    assert outcomes(client) - before == {"in_time": 1, "refused_budget": 1}
+    assert outcomes(client) - before == {"in_time": 1, "rejected_budget": 1}
     assert "pcae_compute_seconds_total" in response.text
     assert 'pcae_wasted_compute_seconds_total{reason="padding"} 0.0' in response.text

@@ -14,7 +14,7 @@ from pcae_serve.engines import nvidia
 from pcae_serve.engines.base import Engine, Output, Pixels
 from pcae_serve.engines.loader import check_engine
 from pcae_serve.engines.simulated import SimulatedEngine
-from pcae_serve.errors import Draining
+from pcae_serve.errors import Draining, Starting
 from pcae_serve.runtime import service as services
 from pcae_serve.runtime.requests import InferenceRequest
 from pcae_serve.runtime.servable import Servable
@@ -123,7 +123,7 @@ def test_the_state_decides_what_is_admitted(small_bundle: Bundle, settings: Make
             return InferenceRequest(loop.time(), budget_ms=60_000)
 
         assert (service.state, service.ready) == (State.STARTING, False)
-        with pytest.raises(Draining, match="measuring"):
+        with pytest.raises(Starting, match="measuring"):
             service.admit(request())
         await service.start()
         assert (service.state, service.ready) == (State.SERVING, True)
