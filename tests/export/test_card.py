@@ -1,4 +1,4 @@
-"""What the card says, and what it leaves out."""
+"""The content of the model card, and what it omits."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -126,7 +126,7 @@ def test_tokens_of_the_last_block_count_what_was_appended(
 
 
 @pytest.mark.parametrize(
-    ("rule", "said"),
+    ("rule", "sentence"),
     [
         ("ptr", "it drops the patches most similar to the mean patch (progressive token reduction, "
          "the PCAE paper)."),
@@ -138,10 +138,10 @@ def test_tokens_of_the_last_block_count_what_was_appended(
     ],
 )  # fmt: skip
 def test_the_reduction_is_told_in_words(
-    rendered: Callable[..., str], tiny: Tiny, rule: str, said: str
+    rendered: Callable[..., str], tiny: Tiny, rule: str, sentence: str
 ) -> None:
     text = rendered(one(tiny(reduction=rule)))
-    assert f"After blocks 0, 1, 2 {said}" in text
+    assert f"After blocks 0, 1, 2 {sentence}" in text
     assert (f"rule `{rule}`" in text) == (rule != "ptr")
 
 
@@ -163,14 +163,14 @@ def test_phases_are_told_in_their_order_without_places_on_the_machine(
     assert "image_size" not in text  # the second phase took its sizes from the first
 
 
-def test_parity_is_claimed_only_where_it_was_proven(
+def test_parity_is_claimed_only_where_it_was_verified(
     rendered: Callable[..., str], tiny: Tiny
 ) -> None:
     assert "Not verified." in rendered(one(tiny()))
-    proven = Parity(64, (EXACT, HALF), not_run=("bfloat16 graphs: no kernels",))
-    text = rendered(one(tiny()), parity={"vit": proven})
+    verified = Parity(64, (EXACT, HALF), not_run=("bfloat16 graphs: no kernels",))
+    text = rendered(one(tiny()), parity={"vit": verified})
     assert "Not verified" not in text
-    assert f"compared with torch on the stored weights: {proven}." in text
+    assert f"compared with torch on the stored weights: {verified}." in text
     assert "| low | static | float32 | 64 | 2.0e-06 | 1.0e-07 | 3.0e-06 | 100.0 % | 3 | 0 |" in text
     assert "- near ties: images on which two patches at a cut differ by at most 1e-05" in text
     assert "| low | cuda | float16 | 64 | 5.0e-01 | 1.0e-01 | 4.0e-03 | 98.4 % | 3 | 17 |" in text

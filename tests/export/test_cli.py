@@ -91,7 +91,7 @@ def test_the_papers_five_budgets_where_none_are_named(
 def test_labels_of_images_are_those_of_the_checkpoint(
     quick: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Where the images' labels are right, top-1 is counted; where they are not to be read, not."""
+    """Top-1 is measured with the images' labels, and agreement if labels are ignored."""
     labelled = bundled(quick, tmp_path / "a", *FULL, "--eval-data", data, "--limit", 10).tiers[0]
     assert labelled.accuracy is not None
     assert (labelled.accuracy.n, labelled.agreement) == (10, None)
@@ -319,7 +319,7 @@ def test_a_disk_that_fills_up_midway_leaves_nothing(
 def test_graphs_that_answer_otherwise_are_not_sealed(
     quick: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bundle is proven before it stands at its place."""
+    """The bundle is verified before it is put in place."""
     write = weights.write
 
     def wrong(stored: Any, file: Path) -> None:

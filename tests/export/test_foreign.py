@@ -41,7 +41,7 @@ from tests.support.foreign_checkpoints import (
 PIXELS = generate(6, 24)
 LABELS = {i: f"class {i}" for i in range(5)}
 FULL = ("--tier", "full=1.0", "--half", "none")
-TOLD = ("--heads", 2, "--normalise", "half")
+GIVEN = ("--heads", 2, "--normalise", "half")
 MERGED = ("--reduction-points", 0, "--tier", "low=0.5", *FULL)
 
 
@@ -88,7 +88,7 @@ def as_safetensors(weights: Weights, folder: Path) -> Path:
 
 @pytest.mark.parametrize("save", [saved, pytest.param(as_safetensors, marks=pytest.mark.slow)])
 def test_a_vit_of_timm_under_a_budget(save: Callable[..., Path], tmp_path: Path) -> None:
-    bundle = bundled(save(vit().state_dict(), tmp_path), tmp_path / "out", *TOLD, *MERGED)
+    bundle = bundled(save(vit().state_dict(), tmp_path), tmp_path / "out", *GIVEN, *MERGED)
     assert [tier.token_counts for tier in bundle.tiers] == [(18,), (36,)]
     assert bundle.manifest.models["vit"].reduction == "merged"  # best unmeasured
     assert bundle.labels == ("0", "1", "2", "3", "4")
@@ -119,20 +119,20 @@ def test_state_dicts_answer_as_they_did(
     config: ViTConfig, written: Callable[[Weights], Any], tmp_path: Path
 ) -> None:
     file = saved(written(vit(config).state_dict()), tmp_path)
-    bundle = bundled(file, tmp_path / "out", *TOLD, *FULL)
+    bundle = bundled(file, tmp_path / "out", *GIVEN, *FULL)
     assert bundle.answers == ("logits" if config.classes else "features")
     same(answers(bundle), expected(config))
 
 
 def test_a_head_left_out_leaves_the_features_before_it(timm: Path, tmp_path: Path) -> None:
-    bundle = bundled(timm, tmp_path / "out", *TOLD, *FULL, "--features")
+    bundle = bundled(timm, tmp_path / "out", *GIVEN, *FULL, "--features")
     assert (bundle.answers, bundle.labels, bundle.width) == ("features", (), 16)
     same(answers(bundle), expected(replace(TINY, classes=0)))
 
 
 @pytest.mark.slow
 def test_another_image_size_interpolates_positions(timm: Path, tmp_path: Path) -> None:
-    bundle = bundled(timm, tmp_path / "out", *TOLD, *FULL, "--image-size", 32)
+    bundle = bundled(timm, tmp_path / "out", *GIVEN, *FULL, "--image-size", 32)
     assert (bundle.image_size, bundle.preprocess.resize) == (32, 37)
     assert bundle.manifest.models["vit"].patches == 64
     assert answers(bundle, generate(6, 32)).shape == (6, 5)
@@ -198,7 +198,7 @@ def png(picture: Image.Image) -> bytes:
 
 def test_tiers_without_labels_are_held_against_k_1(timm: Path, data: Path, tmp_path: Path) -> None:
     flags = ("--eval-data", data, "--agreement", "--limit", 20, "--reduction", "merged")
-    bundle = bundled(timm, tmp_path / "out", *TOLD, *MERGED, *flags)
+    bundle = bundled(timm, tmp_path / "out", *GIVEN, *MERGED, *flags)
     low, full = bundle.tiers
     assert low.agreement is not None
     assert full.agreement is not None
@@ -213,7 +213,7 @@ def test_features_are_held_against_k_1_by_their_cosine(
     timm: Path, data: Path, tmp_path: Path
 ) -> None:
     flags = ("--features", "--reduction", "merged", "--eval-data", data, "--limit", 9)
-    bundle = bundled(timm, tmp_path / "out", *TOLD, *FULL, *flags)
+    bundle = bundled(timm, tmp_path / "out", *GIVEN, *FULL, *flags)
     (full,) = bundle.tiers
     assert isinstance(full.fidelity, Fidelity)
     assert full.fidelity.cosine == pytest.approx(1)
@@ -224,7 +224,7 @@ def test_the_reduction_that_answers_best_is_chosen_and_the_card_says_so(
     timm: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--eval-data", data, "--agreement", "--choice-images", 8)
-    bundle = bundled(timm, tmp_path / "out", *TOLD, *MERGED, *flags)
+    bundle = bundled(timm, tmp_path / "out", *GIVEN, *MERGED, *flags)
     chosen = bundle.manifest.models["vit"].reduction
     card = (bundle.root / "README.md").read_text()
     assert "| reduction | k = 0.5 |" in card
@@ -247,7 +247,7 @@ def test_a_tier_of_each_of_two_checkpoints(tmp_path: Path) -> None:
     )
     tiers = ("--tier", f"full={large}@1.0", "--tier", f"fast={small}@0.8")
     bundle = bundled(
-        None, tmp_path / "out", *TOLD, *tiers, "--reduction-points", 0, "--half", "none"
+        None, tmp_path / "out", *GIVEN, *tiers, "--reduction-points", 0, "--half", "none"
     )
     assert [(tier.name, tier.model, tier.token_counts) for tier in bundle.tiers] == [
         ("fast", "small", (28,)), ("full", "large", (36,))
@@ -264,7 +264,7 @@ def test_a_tier_of_another_checkpoint_beside_those_of_source(timm: Path, tmp_pat
     other = saved(vit(seed=1).state_dict(), tmp_path, "vit.pth")  # the id that SOURCE's model has
     tiers = ("--tier", f"mine={other}@0.8", "--tier", "full=1.0", "--tier", f"same={timm}@0.5")
     bundle = bundled(
-        timm, tmp_path / "out", *TOLD, *tiers, "--reduction-points", 0, "--half", "none"
+        timm, tmp_path / "out", *GIVEN, *tiers, "--reduction-points", 0, "--half", "none"
     )
     assert [(tier.name, tier.model) for tier in bundle.tiers] == [
         ("same", "vit"), ("mine", "vit-2"), ("full", "vit")
@@ -273,7 +273,7 @@ def test_a_tier_of_another_checkpoint_beside_those_of_source(timm: Path, tmp_pat
 
 def test_an_int8_tier(timm: Path, tmp_path: Path) -> None:
     flags = ("--reduction-points", 0, "--tier", "fast=0.6:int8", "--tier", "full=1.0")
-    bundle = bundled(timm, tmp_path / "out", *TOLD, *flags, "--half", "none")
+    bundle = bundled(timm, tmp_path / "out", *GIVEN, *flags, "--half", "none")
     fast, full = bundle.tiers
     assert (fast.precision, full.precision) == ("int8", "float32")
     same(answers(bundle), expected(TINY))
@@ -294,32 +294,32 @@ HUGE = vit().state_dict() | {"head.bias": torch.full((5,), 1e6)}
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        (CNN, TOLD, "not a vision transformer: it has no patch_embed.proj.weight"),
-        (OBLONG, TOLD, "proj.weight has shape [16, 3, 4, 3], expected [16, 3, 4, 4]"),
-        (renamed(vit().state_dict(), ("^norm", "norms")), TOLD, "norm.weight [16] is missing"),
-        (HUGE, TOLD, "head.bias has values beyond the range of float16 (largest 1e+06)"),
-        (vit().state_dict(), (*TOLD, "--image-size", 30), "patch size 4 does not divide 30"),
-        (vit().state_dict(), (*TOLD, "--resize", 20), "cannot crop 24 pixels out of 20"),
-        (vit().state_dict(), TOLD[2:], "number of heads from width 16: give --heads"),
-        (vit().state_dict(), (*TOLD[2:], "--heads", 3), "3 heads do not divide width 16"),
-        (vit().state_dict(), TOLD[:2], "does not contain mean and std of its images: give --"),
+        (CNN, GIVEN, "not a vision transformer: it has no patch_embed.proj.weight"),
+        (OBLONG, GIVEN, "proj.weight has shape [16, 3, 4, 3], expected [16, 3, 4, 4]"),
+        (renamed(vit().state_dict(), ("^norm", "norms")), GIVEN, "norm.weight [16] is missing"),
+        (HUGE, GIVEN, "head.bias has values beyond the range of float16 (largest 1e+06)"),
+        (vit().state_dict(), (*GIVEN, "--image-size", 30), "patch size 4 does not divide 30"),
+        (vit().state_dict(), (*GIVEN, "--resize", 20), "cannot crop 24 pixels out of 20"),
+        (vit().state_dict(), GIVEN[2:], "number of heads from width 16: give --heads"),
+        (vit().state_dict(), (*GIVEN[2:], "--heads", 3), "3 heads do not divide width 16"),
+        (vit().state_dict(), GIVEN[:2], "does not contain mean and std of its images: give --"),
         (
-            vit().state_dict(), (*TOLD, "--tier", "low=0.5"),
+            vit().state_dict(), (*GIVEN, "--tier", "low=0.5"),
             "model 'vit' has 2 blocks and no reduction points at which to drop patches",
         ),
         (
-            vit().state_dict(), (*TOLD, "--reduction-points", "0,2"),
+            vit().state_dict(), (*GIVEN, "--reduction-points", "0,2"),
             "reduction points (0, 2) are outside the 2 blocks",
         ),
         (
-            vit(replace(TINY, channels=1)).state_dict(), TOLD,
+            vit(replace(TINY, channels=1)).state_dict(), GIVEN,
             "takes 1 channels; only RGB is supported",
         ),
         (
-            vit(replace(TINY, classes=0)).state_dict(), (*TOLD, "--labels", __file__),
+            vit(replace(TINY, classes=0)).state_dict(), (*GIVEN, "--labels", __file__),
             "has no head, so --labels does not apply",
         ),
-        ([1, 2], TOLD, "contains a list, expected a state dict"),
+        ([1, 2], GIVEN, "contains a list, expected a state dict"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_a_bundle_is_one_line_and_leaves_nothing(
@@ -332,7 +332,7 @@ def test_what_cannot_be_a_bundle_is_one_line_and_leaves_nothing(
 
 def test_code_in_a_pickle_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = saved({"model": vit().state_dict(), "epoch": Malicious(tmp_path / "ran")}, tmp_path)
-    line = fails(capsys, 1, "bundle", file, tmp_path / "out", *FULL, *TOLD)
+    line = fails(capsys, 1, "bundle", file, tmp_path / "out", *FULL, *GIVEN)
     assert "x.pth: contains objects other than tensors, or is damaged: save its state dict" in line
     assert list(tmp_path.iterdir()) == [file]
 
@@ -365,7 +365,7 @@ def test_checkpoints_that_cannot_share_a_bundle(
 ) -> None:
     other = saved(vit(replace(TINY, classes=4)).state_dict(), tmp_path, "other.pth")
     tiers = ("--tier", f"fast={other}@1.0", "--tier", "full=1.0")
-    line = fails(capsys, 1, "bundle", timm, tmp_path / "out", *TOLD, *tiers)
+    line = fails(capsys, 1, "bundle", timm, tmp_path / "out", *GIVEN, *tiers)
     assert (
         "models 'other' and 'vit' cannot share a bundle: their labels differ (4 and 5 classes)"
         in line

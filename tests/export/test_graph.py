@@ -110,7 +110,7 @@ def written(
     precision: graph.Precision = "float32",
     fused: bool = False,
 ) -> Path:
-    """An elastic graph of the checkpoint beside its weights."""
+    """Write an elastic graph of the checkpoint next to its weights."""
     file, stored = folder / f"{precision}-{fused}.onnx", folder / WEIGHTS
     weights.write(weights.to_half(checkpoint.model.state_dict()), stored)
     traced = graph.trace(checkpoint.model, checkpoint.preprocess)

@@ -1,4 +1,4 @@
-"""Image files as requests decode them, and images where there are none."""
+"""Image files decoded like requests, and generated images."""
 
 from pathlib import Path
 

@@ -76,7 +76,7 @@ def test_a_bundle_lists_it_beside_the_float32_graphs(tiny: Any, tmp_path: Path) 
     names = {path.name for path in (bundle.root / "models" / "vit").iterdir()}
     graphs = {name for name in names if name.endswith(".onnx")}
     assert graphs == {INT8_GRAPH, "elastic.onnx", "full.onnx"}  # int8 tiers have no static graph
-    said = onnx.load(bundle.file("vit", INT8_GRAPH), load_external_data=False).metadata_props
-    told = {entry.key: entry.value for entry in said}
-    assert told["pcae.precision"] == "int8"
-    assert json.loads(told["pcae.labels"]) == ["bag", "coat", "shoe"]
+    metadata = onnx.load(bundle.file("vit", INT8_GRAPH), load_external_data=False).metadata_props
+    entries = {entry.key: entry.value for entry in metadata}
+    assert entries["pcae.precision"] == "int8"
+    assert json.loads(entries["pcae.labels"]) == ["bag", "coat", "shoe"]

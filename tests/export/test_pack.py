@@ -83,19 +83,19 @@ def test_graphs_for_gpus_are_written_where_they_are_wanted(
     )
     for name in graphs(folder):
         model = onnx.load(folder / name, load_external_data=False)
-        said = {entry.key: entry.value for entry in model.metadata_props}
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
         on_gpu = name.count(".") > 1
-        assert said["pcae.precision"] == (half if on_gpu else "float32")
+        assert metadata["pcae.precision"] == (half if on_gpu else "float32")
         casts = {n.attribute[0].i for n in model.graph.node if n.op_type == "Cast"}
         assert (onnx.TensorProto.BFLOAT16 in casts) == (on_gpu and half == "bfloat16")
 
 
 def test_a_graph_says_of_itself_what_it_takes_and_gives(made: Any) -> None:
-    def said(name: str) -> dict[str, Any]:
+    def metadata(name: str) -> dict[str, Any]:
         model = onnx.load(made.bundle.file("vit", name), load_external_data=False)
         return {entry.key: entry.value for entry in model.metadata_props}
 
-    elastic, static = said("elastic.onnx"), said("mid.cuda.onnx")
+    elastic, static = metadata("elastic.onnx"), metadata("mid.cuda.onnx")
     assert elastic["pcae.name"] == "toys"
     assert elastic["pcae.token_counts"] == "an input"
     assert "pcae.tier" not in elastic
@@ -124,14 +124,14 @@ def test_the_judge_sees_the_weights_as_they_are_stored(tiny: Tiny, tmp_path: Pat
     checkpoint = tiny(**QUICK)
     seen = {}
 
-    def judge(draft: Bundle, stored: Any) -> Evaluation:
+    def evaluate(draft: Bundle, stored: Any) -> Evaluation:
         assert draft.root.parent == tmp_path  # beside its place, not yet in it
         assert not (tmp_path / "out").exists()
         seen.update(stored["vit"].model.state_dict())
         worth = Agreement(share=0.5, n=2, data_set="toys")
         return Evaluation({"full": worth})
 
-    bundle = pack.write_bundle(one(checkpoint, full=1.0), tmp_path / "out", evaluate=judge)
+    bundle = pack.write_bundle(one(checkpoint, full=1.0), tmp_path / "out", evaluate=evaluate)
     for name, tensor in checkpoint.model.state_dict().items():
         assert torch.equal(seen[name], tensor.half().float()), name
     assert bundle.tiers[0].agreement is not None

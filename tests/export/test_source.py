@@ -1,4 +1,4 @@
-"""Checkpoints made ready for export: what the file says, what is told, what is missing."""
+"""Checkpoints read for export: their content, overrides, and what is missing."""
 
 import json
 from dataclasses import replace
@@ -40,7 +40,7 @@ def file(tmp_path: Path) -> Path:
     return saved(vit().state_dict(), tmp_path)
 
 
-def beside(file: Path, preprocessor: Any) -> Path:
+def write_preprocessor(file: Path, preprocessor: Any) -> Path:
     (file.parent / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return file
 
@@ -57,9 +57,9 @@ def ours(folder: Path, config: ViTConfig = TINY) -> Path:
     return folder / "run"
 
 
-def refused(path: Path, told: SourceOverrides, message: str) -> None:
+def refused(path: Path, overrides: SourceOverrides, message: str) -> None:
     with pytest.raises(PcaeError, match=message) as caught:
-        read_source(path, told)
+        read_source(path, overrides)
     assert "\n" not in str(caught.value)
 
 
@@ -141,40 +141,40 @@ def test_what_is_told_goes_before_what_lies_beside(file: Path, name: Any) -> Non
     assert read_source(file, replace(HALF, normalise=name)).checkpoint.preprocess == Preprocess(
         24, 27, mean, std  # 24 / 0.875, rounded
     )  # fmt: skip
-    beside(file, CROPPED)
+    write_preprocessor(file, CROPPED)
     found = read_source(file, SourceOverrides(heads=2)).checkpoint.preprocess
     assert found == Preprocess(24, 32, (0.1,) * 3, (0.2,) * 3, Image.Resampling.BILINEAR)
-    told = read_source(file, replace(HALF, normalise=name)).checkpoint.preprocess
-    assert told == replace(found, mean=mean, std=std)
+    changed = read_source(file, replace(HALF, normalise=name)).checkpoint.preprocess
+    assert changed == replace(found, mean=mean, std=std)
 
 
 def test_another_size_scales_the_crop_and_interpolates_positions(file: Path) -> None:
-    beside(file, CROPPED)
+    write_preprocessor(file, CROPPED)
     source = read_source(file, SourceOverrides(heads=2, image_size=48))
     assert f"{file} was trained at 24 pixels, not 48: positions are interpolated" in source.notes
     found = source.checkpoint
     assert (found.preprocess.image_size, found.preprocess.resize) == (48, 64)
     assert found.model.config == replace(TINY, image_size=48)
     assert found.model.pos_embed.shape == (1, 1 + 144, 16)
-    told = read_source(
+    changed = read_source(
         file, SourceOverrides(heads=2, image_size=48, resize=50)
     ).checkpoint.preprocess
-    assert (told.image_size, told.resize) == (48, 50)
+    assert (changed.image_size, changed.resize) == (48, 50)
 
 
 def test_the_preprocessor_goes_before_the_positions(file: Path) -> None:
     """As with DINOv2: trained at 518, used at 224."""
-    beside(file, CROPPED | {"crop_size": {"height": 16, "width": 16}})
+    write_preprocessor(file, CROPPED | {"crop_size": {"height": 16, "width": 16}})
     found = read_source(file, SourceOverrides(heads=2)).checkpoint
     assert (found.model.config.image_size, found.preprocess.image_size) == (16, 16)
 
 
 def test_squashed_images_stay_so_unless_told_to_be_cropped(file: Path) -> None:
-    beside(file, SQUASHED)
+    write_preprocessor(file, SQUASHED)
     small = read_source(file, SourceOverrides(heads=2, image_size=16)).checkpoint.preprocess
     assert (small.image_size, small.resize, small.squash) == (16, 16, True)
-    told = read_source(file, SourceOverrides(heads=2, resize=30)).checkpoint.preprocess
-    assert (told.image_size, told.resize, told.squash) == (24, 30, False)
+    changed = read_source(file, SourceOverrides(heads=2, resize=30)).checkpoint.preprocess
+    assert (changed.image_size, changed.resize, changed.squash) == (24, 30, False)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -189,7 +189,7 @@ def test_sizes_that_cannot_be(
     file: Path, known: bool, change: dict[str, int], message: str
 ) -> None:
     if known:
-        beside(file, SQUASHED)
+        write_preprocessor(file, SQUASHED)
     refused(file, replace(HALF, **change), rf"x\.pth: {message}")  # type: ignore[arg-type]
 
 

@@ -1,6 +1,4 @@
-"""Plans with the real parser and builder of TensorRT-RTX, which need no GPU, and proven by a
-stand-in that computes with ONNX Runtime.
-"""
+"""TensorRT plans: built by TensorRT-RTX, which needs no GPU, and run by a stand-in."""
 
 import json
 import sys
@@ -77,7 +75,7 @@ def builder(bundle: Bundle, trt: tensorrt_standin.TensorRt, tmp_path: Path) -> P
 
 @pytest.fixture
 def rtx(monkeypatch: pytest.MonkeyPatch) -> Library:
-    """The real TensorRT-RTX, also where the real TensorRT is installed."""
+    """TensorRT-RTX itself, even if TensorRT is installed."""
     pytest.importorskip("tensorrt_rtx_bindings")
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     return tensorrt.load_library()
@@ -134,10 +132,10 @@ def test_what_the_command_built_the_server_runs(
     argv = ["tensorrt", str(bundle.root), "--cache-dir", str(tmp_path), "--parity-images", "64"]
     argv += ["--max-batch", "4", "--opt-batch", "2"]
     assert run(Command, argv) == 0
-    told = capsys.readouterr().out
-    assert told.count("built in") == 3
-    assert "top-1 agreement 1.0000 on 64 images of generated images" in told
-    assert "1 of 12 attention blocks fused" in told
+    out = capsys.readouterr().out
+    assert out.count("built in") == 3
+    assert "top-1 agreement 1.0000 on 64 images of generated images" in out
+    assert "1 of 12 attention blocks fused" in out
     assert trt.cuda.left() == 0
     engine = TensorRtEngine(bundle, "cuda:0", tmp_path, 4)
     for tier in bundle.tiers:
@@ -170,8 +168,8 @@ def test_the_sidecar_tells_all(builder: PlanBuilder, bundle: Bundle) -> None:
     plan, new = builder.ensure(tier)
     assert new
     file = plan_cache.plans_folder(builder.cache_dir) / f"{plan.key.name}.json"
-    told = json.loads(file.read_text())
-    assert told["key"] == {
+    sidecar = json.loads(file.read_text())
+    assert sidecar["key"] == {
         "bundle": bundle.digest,
         "tier": "fast",
         "graph": file_sha256(plan_cache.find_graph(bundle, tier)),
@@ -188,10 +186,10 @@ def test_the_sidecar_tells_all(builder: PlanBuilder, bundle: Bundle) -> None:
             "workspace_mb": 4096,
         },
     }
-    assert told["driver"] == "13.1"
-    assert told["shapes"]["max"] == [4, 28, 28, 3]
-    assert told["parity"]["images"] == 8
-    assert told["sha256"] == file_sha256(file.with_suffix(".plan"))
+    assert sidecar["driver"] == "13.1"
+    assert sidecar["shapes"]["max"] == [4, 28, 28, 3]
+    assert sidecar["parity"]["images"] == 8
+    assert sidecar["sha256"] == file_sha256(file.with_suffix(".plan"))
 
 
 def test_a_plan_is_built_once_and_anew_where_its_key_changes(

@@ -35,7 +35,7 @@ def test_torch_made_to_keep_its_own_patches_answers_the_same(stored: Checkpoint)
 def test_the_margin_is_the_gap_between_the_last_kept_and_the_first_dropped(
     stored: Checkpoint,
 ) -> None:
-    """Of one stage, counted by hand; where two stages drop, the smaller one's."""
+    """For one stage it is computed by hand; for two it is the smaller gap."""
 
     def margin(*counts: int) -> Any:
         return run_torch(stored, PIXELS, counts).margin

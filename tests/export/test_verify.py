@@ -44,7 +44,7 @@ def stored(made: Any) -> Checkpoint:
 
 @pytest.fixture
 def copied(made: Any, tmp_path: Path) -> Bundle:
-    """The bundle, to be damaged: `prove` asks no hashes."""
+    """A copy of the bundle to damage: verification does not check hashes."""
     shutil.copytree(made.bundle.root, tmp_path / "copy")
     found: Bundle = replace(made.bundle, root=tmp_path / "copy")
     return found
@@ -236,7 +236,7 @@ def test_int8_graphs_are_held_to_the_class(copied: Bundle, stored: Checkpoint) -
         verify_model(bundle, stored, PIXELS, "vit")
 
 
-# What is told apart
+# Arithmetic and selection
 
 
 def forced(stored: Checkpoint, kept: Reference) -> Reference:
@@ -255,12 +255,12 @@ def expected(stored: Checkpoint) -> Reference:
 
 @pytest.fixture(scope="module")
 def others(stored: Checkpoint) -> Reference:
-    """What the same weights answer where they keep the patches that other positions choose."""
+    """Outputs of the same weights with the patches that other positions would keep."""
     other = changed(stored, lambda m: m.pos_embed[:, 1:].copy_(m.pos_embed[:, 1:].flip(1)))
     return forced(stored, run_torch(other, PIXELS, COUNTS))
 
 
-def judged(
+def compared(
     found: Output, expected: Reference, stored: Checkpoint, precision: Any = "float32"
 ) -> Compared:
     return compare_outputs(found, expected, stored, PIXELS, "mid", "static", precision)
@@ -269,11 +269,11 @@ def judged(
 def test_equal_sets_tell_arithmetic_from_selection(
     stored: Checkpoint, expected: Reference, others: Reference
 ) -> None:
-    row = judged(output(others), expected, stored)
+    row = compared(output(others), expected, stored)
     assert row.other_sets == 32
     assert row.largest > 0.01
     assert row.largest_equal < 1e-5
-    row = judged(output(expected, kept=others), expected, stored)  # it says to keep what it did not
+    row = compared(output(expected, kept=others), expected, stored)  # not kept
     assert row.largest == 0
     assert row.largest_equal > 0.01
 
@@ -285,11 +285,11 @@ def test_other_patches_are_a_fault_in_float32_alone(
     mixture.vectors[0] = others.vectors[0]
     for ours, theirs in zip(mixture.kept, others.kept, strict=True):
         ours[0] = theirs[0]
-    row = judged(mixture, expected, stored)
+    row = compared(mixture, expected, stored)
     assert row.other_sets == 1
     with pytest.raises(ParityError, match="here: a logit differs from torch"):
         check_parity(row, mixture, expected, "ptr", "here")
-    check_parity(judged(mixture, expected, stored, "float16"), mixture, expected, "ptr", "here")
+    check_parity(compared(mixture, expected, stored, "float16"), mixture, expected, "ptr", "here")
 
 
 def test_other_patches_with_the_same_answer_are_a_fault_in_float32(
@@ -297,7 +297,7 @@ def test_other_patches_with_the_same_answer_are_a_fault_in_float32(
 ) -> None:
     found = output(expected)
     found.kept[1][5, 0] = next(i for i in range(64) if i not in found.kept[1][5])
-    row = judged(found, expected, stored)
+    row = compared(found, expected, stored)
     with pytest.raises(ParityError, match="here: keeps other patches than torch after stage 1"):
         check_parity(row, found, expected, "ptr", "here")
 
@@ -312,13 +312,13 @@ def test_where_torch_was_close_only_equal_sets_are_judged(
     found.vectors[0] = others.vectors[0]
     for ours, theirs in zip(found.kept, others.kept, strict=True):
         ours[0] = theirs[0]
-    row = judged(found, close, stored)
+    row = compared(found, close, stored)
     assert (row.near_ties, row.other_sets) == (1, 1)
     assert row.largest == 0
     check_parity(row, found, close, "ptr", "here")
 
     found.vectors[0, 0] += 0.01
-    row = judged(found, close, stored)
+    row = compared(found, close, stored)
     assert row.largest == 0
     with pytest.raises(ParityError, match="here: with equal sets a logit differs from torch by"):
         check_parity(row, found, close, "ptr", "here")
@@ -332,7 +332,7 @@ def test_no_number_is_no_parity(
     found = output(expected)
     found.vectors[images] = np.nan
     with pytest.raises(ParityError, match="tier 'mid', static graph: some outputs are not finite"):
-        judged(found, expected, stored, precision)
+        compared(found, expected, stored, precision)
 
 
 def test_answers_of_another_shape(stored: Checkpoint, expected: Reference) -> None:
@@ -343,7 +343,7 @@ def test_answers_of_another_shape(stored: Checkpoint, expected: Reference) -> No
         Output(right.vectors, (right.kept[0], right.kept[1][:, :9], right.kept[2])),
     ):
         with pytest.raises(ParityError, match="tier 'mid', static graph: output shapes are"):
-            judged(wrong, expected, stored)
+            compared(wrong, expected, stored)
 
 
 # Limits by precision and rule
@@ -358,13 +358,13 @@ def row(**changes: Any) -> Compared:
     return Compared(**(fields | changes))
 
 
-def told(largest: float = 2.0, margin: float = 0.1) -> Reference:
+def expected_logits(largest: float = 2.0, margin: float = 0.1) -> Reference:
     """Torch's answers to 200 images, whose largest logit is `largest`."""
     vectors = torch.tensor([[largest, 0.0, -1.0]]).expand(200, -1)
     return Reference(vectors, [], torch.full((200,), margin))
 
 
-def judge(found: Compared, expected: Reference, rule: Any = "ptr") -> None:
+def check(found: Compared, expected: Reference, rule: Any = "ptr") -> None:
     check_parity(found, Output(expected.vectors.numpy(), ()), expected, rule, "here")
 
 
@@ -376,11 +376,11 @@ def judge(found: Compared, expected: Reference, rule: Any = "ptr") -> None:
 def test_classes_that_may_differ(precision: str, images: int, misses: int, fine: bool) -> None:
     found = row(precision=precision, images=images, agreement=1 - misses / images)
     if fine:
-        judge(found, told())
+        check(found, expected_logits())
         return
     with pytest.raises(ParityError, match=f"here: {precision} predicts another class than torch on "
                        f"{misses} of {images} images"):  # fmt: skip
-        judge(found, told())
+        check(found, expected_logits())
 
 
 @pytest.mark.parametrize(("cosine", "fine"), [(0.9901, True), (0.9899, False), (np.nan, False)])
@@ -388,10 +388,10 @@ def test_classes_that_may_differ(precision: str, images: int, misses: int, fine:
 def test_features_are_held_to_a_cosine(precision: str, cosine: float, fine: bool) -> None:
     found = row(precision=precision, agreement=None, cosine=cosine)
     if fine:
-        judge(found, told())
+        check(found, expected_logits())
         return
     with pytest.raises(ParityError, match=f"here: {precision} features have a mean cosine of"):
-        judge(found, told())
+        check(found, expected_logits())
 
 
 @pytest.mark.parametrize(
@@ -408,22 +408,22 @@ def test_half_is_held_to_its_share_of_the_largest_with_equal_sets(
 ) -> None:
     found = row(precision=precision)
     if fine:
-        judge(found, told(largest))
+        check(found, expected_logits(largest))
         return
     with pytest.raises(ParityError, match="here: with equal sets it differs from torch by"):
-        judge(found, told(largest))
+        check(found, expected_logits(largest))
 
 
 @pytest.mark.parametrize(
     ("margin", "fine"), [(0.1, True), (torch.inf, False)], ids=["dropping", "dropping nothing"]
 )
 def test_what_half_merges_into_what_is_no_fault_of_arithmetic(margin: float, fine: bool) -> None:
-    found, expected = row(), told(1.4, margin)
+    found, expected = row(), expected_logits(1.4, margin)
     if fine:
-        judge(found, expected, "merged")
+        check(found, expected, "merged")
         return
     with pytest.raises(ParityError, match="with equal sets"):
-        judge(found, expected, "merged")
+        check(found, expected, "merged")
 
 
 def test_merged_patches_of_near_ties_are_left_out_of_equal_sets(
@@ -436,8 +436,8 @@ def test_merged_patches_of_near_ties_are_left_out_of_equal_sets(
     close = replace(expected, margin=margin)
     found = output(expected)
     found.vectors[0] += 1
-    assert judged(found, close, merged).largest_equal == 0
-    assert judged(found, close, stored).largest_equal == 1
+    assert compared(found, close, merged).largest_equal == 0
+    assert compared(found, close, stored).largest_equal == 1
 
 
 def test_parity_in_words() -> None:

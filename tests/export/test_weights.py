@@ -1,4 +1,4 @@
-"""The weights as float16, and where each of them lies in the file."""
+"""Weights stored as float16, and their byte ranges in the file."""
 
 from pathlib import Path
 

@@ -1,7 +1,6 @@
-"""Image files that clients send and that they had better not, made here: name, bytes, status.
+"""Unusual, damaged and hostile image files, with the HTTP status that each must get.
 
-The server must answer each with the status said here. What a case is for is its name; a case that
-once took seconds or a gigabyte says so.
+Each case is named after its property. Cases that took seconds or a gigabyte without a limit say so.
 """
 
 import io
@@ -18,7 +17,7 @@ MB = 1_000_000
 
 
 class Odd(NamedTuple):
-    """A case: the file's bytes, when asked for, and the status of the answer."""
+    """A case: a function that makes the file's bytes, and the expected status."""
 
     make: Callable[[], bytes]
     status: int
@@ -28,7 +27,7 @@ CASES: dict[str, Odd] = {}
 
 
 def case(status: int, name: str = "", *arguments: Any) -> Callable[[Any], Any]:
-    """Add what a function makes of `arguments`; it is named after the function and `name`."""
+    """Add a case: the decorated function with `arguments`, named after the function and `name`."""
 
     def add(make: Callable[..., bytes]) -> Callable[..., bytes]:
         full = "-".join(filter(None, [make.__name__.replace("_", "-").strip("-"), name]))
@@ -62,7 +61,7 @@ def chunk(kind: bytes, data: bytes = b"") -> bytes:
 
 
 def png(*chunks: bytes, size: tuple[int, int] = (8, 8), depth: int = 8, colour: int = 2) -> bytes:
-    """A PNG of chunks after the header: those of an 8 x 8 colour image where none are given."""
+    """Return a PNG with these chunks after its header; by default those of an 8 x 8 image."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks or (PIXELS, END))
 
@@ -75,7 +74,7 @@ def tiff(
 ) -> bytes:
     """A TIFF of tags {number: (type, count, value or bytes)}; b"" is replaced by the pixels' place.
 
-    Grey, 8 x 8, uncompressed, one strip, but for what `tags` say.
+    Grey, 8 x 8, uncompressed, one strip, unless `tags` differ.
     """
     default: dict[int, tuple[int, int, int | bytes]] = {
         256: (4, 1, 8), 257: (4, 1, 8), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1),
@@ -314,7 +313,7 @@ def tiff_big_endian() -> bytes:
     return tiff({}, order=">")
 
 
-# what has no agreed reading, or is no image
+# no defined conversion to RGB, or not an image
 
 for _mode in ("I", "F"):
 
@@ -403,7 +402,7 @@ def jpeg_zero_by_zero() -> bytes:
 
 @case(200)
 def jpeg_mangled_by_text_mode() -> bytes:
-    """Nothing tells that it is damaged: a JPEG has no checksum, and its decoder goes on."""
+    """The damage is not detectable: a JPEG has no checksum, and its decoder continues."""
     return save(noise(), "JPEG").replace(b"\n", b"\r\n")
 
 

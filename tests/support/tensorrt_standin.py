@@ -114,7 +114,7 @@ class Engine:
 
 
 class Context:
-    """Returns False and logs the reason where TensorRT does."""
+    """Returns False and logs the reason in the cases in which TensorRT does."""
 
     def __init__(self, engine: Engine, strategy: Strategy) -> None:
         self.engine = engine

@@ -85,7 +85,7 @@ for name, body in bodies:
 print(memory("VmHWM") - before)
 """
     if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("memory is told by Linux's /proc")
+        pytest.skip("needs Linux's /proc")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
@@ -94,7 +94,7 @@ print(memory("VmHWM") - before)
 
 
 def answers(body: bytes) -> None:
-    """Pixels, or a RequestError that says why in one line."""
+    """Check that a body gives pixels or a RequestError with a one-line detail."""
     try:
         pixels = SMALL(body, max_pixels=300_000)
     except RequestError as error:
@@ -120,7 +120,7 @@ def test_cut_off_anywhere(name: str, share: float) -> None:
 def test_bytes_changed_anywhere(data: st.DataObject, name: str) -> None:
     body = bytearray(VALID[name])
     for _ in range(data.draw(st.integers(1, 8))):
-        # headers are where it matters: half of the changes go there
+        # half of the changes go to the header, which matters most
         end = data.draw(st.sampled_from([min(64, len(body)), len(body)]))
         body[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
     answers(bytes(body))

@@ -79,7 +79,7 @@ GREY: dict[str, Callable[[], bytes]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow says so and goes on
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow warns and continues
 @pytest.mark.parametrize("kind", COLOUR)
 def test_every_kind_of_colour_image(kind: str) -> None:
     pixels = np.asarray(decode_image(COLOUR[kind]()))

@@ -103,7 +103,7 @@ def test_an_int8_tier_runs_a_graph_of_its_own(demo: Bundle, tmp_path: Path) -> N
         OnnxRuntimeEngine(served)
     graph = onnx.load(root / "elastic.onnx", load_external_data=False)
     graph.graph.node.append(onnx.helper.make_node("Neg", [graph.graph.output[0].name], ["negated"]))
-    graph.graph.output[0].name = "negated"  # what tells the two apart here
+    graph.graph.output[0].name = "negated"  # distinguishes the two graphs here
     onnx.save(graph, root / "elastic.int8.onnx")
     engine = OnnxRuntimeEngine(served)
     for plain, quantised in ((tiers[0], tiers[1]), (tiers[2], tiers[3])):

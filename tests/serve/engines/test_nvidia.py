@@ -10,7 +10,7 @@ from pcae_serve.errors import StartError
 
 
 class Libcuda:
-    """Two GPUs, or the errors it is told to return."""
+    """A driver with two GPUs, or with given errors."""
 
     def __init__(self, init: int = 0, count: int = 2) -> None:
         self.init, self.count = init, count

@@ -208,12 +208,12 @@ def test_a_graph_that_does_not_fit_is_told_at_start(
 
 
 def test_a_session_that_would_go_on_without_the_gpu_is_refused(served: Bundle) -> None:
-    """What ONNX Runtime does where CUDA's libraries do not load: it falls to the CPU in silence."""
+    """Without CUDA's libraries, ONNX Runtime silently runs on the CPU."""
     file = str(served.file("vit", served.tiers[0].cuda_graph))
     if CUDA in ort.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python's warning comes only where the package lacks CUDA
+        warnings.simplefilter("ignore")  # a warning of the build without CUDA
         with pytest.raises(StartError, match=r"cannot use CUDA.*\(no libcublas\): pip install"):
             onnx_cuda._session(file, (CUDA, {"device_id": "0"}), "no libcublas\nnor others")
 

@@ -101,7 +101,7 @@ class SilentMonitor:
 
 
 def expected(bundle: Bundle, name: str, pixels: np.ndarray[Any, Any]) -> Output:
-    """What ONNX Runtime says of the graph that the plan was built from."""
+    """Return ONNX Runtime's output of the graph that the plan was built from."""
     tier = next(tier for tier in bundle.tiers if tier.name == name)
     vectors, *kept = tensorrt_standin.open_session(str(plan_cache.find_graph(bundle, tier))).run(
         None, {"pixels": pixels}
@@ -301,7 +301,7 @@ def test_a_tensorrt_without_its_libraries_says_so(monkeypatch: pytest.MonkeyPatc
 
 
 class TestStandIn:
-    """It refuses what the real ones would: else the tests above prove nothing."""
+    """The stand-in refuses what TensorRT and CUDA would; the tests above rely on it."""
 
     @pytest.fixture
     def made(self, trt: TensorRt, bundle: Bundle) -> Any:
