@@ -3,7 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
+
+# no time limits: on a busy machine they would measure the machine
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")
