@@ -39,6 +39,8 @@ work=${keep:-$(mktemp -d /tmp/pcae-image.XXXXXX)}
 mkdir -p "$work"
 store=(--root "$work/store" --runroot "$work/run" --storage-driver vfs)
 image=localhost/pcae-serve:$target
+no_gpu=WARNING # log level of the message that no GPU was found
+[[ $target != cpu ]] || no_gpu=INFO
 started= # process id of the running server
 
 clean() {
@@ -104,6 +106,10 @@ for name in '*/bin/gcc' '*/bin/cc' '*/torch' '*/onnx' '/opt/pip' '/opt/venv/bin/
     found=$(find "$root" -xdev -path "$root$name" -print -quit)
     [[ -z $found ]] || fail "it contains ${found#"$root"}"
 done
+label=$(jq -r '.Labels["org.opencontainers.image.version"]' <<<"$config")
+version=$(chroot --userspec="$user" "$root" /usr/bin/env -i "${variables[@]}" pcae-serve --version) ||
+    fail "the command pcae-serve does not run"
+[[ $version == "pcae-serve $label" ]] || fail "its label has version $label, but it is $version"
 total=$(megabytes "$root")
 [[ $target != cpu || $total -lt 400 ]] || fail "its size is $total MB; the limit is 400 MB"
 echo "image: $image built in $build_s s: $total MB, of which /opt/venv $(megabytes "$root/opt/venv"), /opt/pcae-serve" \
@@ -131,10 +137,10 @@ contain() {
         - "$root" "$uid" /usr/bin/env -i "${variables[@]}" "${given[@]}" "${entry[@]}" "$@"
 }
 
-# running NAME UID:GID START…: check that START answers, has the right user, writes its cache, passes
-# the image's health check, and exits with 0 on SIGTERM.
+# running NAME UID:GID START…: check that START answers, reports the missing GPU at the right level,
+# has the right user, writes its cache, passes the image's health check, and exits with 0 on SIGTERM.
 running() {
-    local name=$1 expected=$2 server begun waited status=0 port
+    local name=$1 expected=$2 server begun waited level status=0 port
     shift 2
     port=$(free_port)
     begun=$(date +%s%N)
@@ -148,6 +154,8 @@ running() {
     done
     waited=$((($(date +%s%N) - begun) / 1000000))
 
+    level=$(grep -oP '[A-Z]+(?= \S+ using the CPU: no NVIDIA driver found)' "$work/server.log") || true
+    [[ $level == "$no_gpu" ]] || fail "$name: it reports '$level', not $no_gpu, that there is no GPU"
     curl -fsS --data-binary @docs/samples/ankle-boot.png "localhost:$port/classify?top_k=1" |
         jq -e '.predictions[0].label == "Ankle boot"' >/dev/null || fail "$name: wrong answer from /classify"
     server=$started # follow the only child, down to the last one
@@ -195,4 +203,5 @@ running "buildah run" "$user" by_buildah
 status=0
 (contain "$user" PCAE_OPEN_ACCESS=true "PCAE_PORT=$(free_port)" -- --device cuda:0) >"$work/server.log" 2>&1 || status=$?
 [[ $status == 1 ]] || fail "exit code $status, not 1, for --device cuda:0 without a GPU"
+[[ $(wc -l <"$work/server.log") == 1 ]] || fail "--device cuda:0 without a GPU is not refused in one line"
 echo "image: $(tail -n 1 "$work/server.log")"

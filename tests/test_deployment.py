@@ -7,6 +7,8 @@ the features that are used (resources, labels, images, RFC 6902 patches) and fai
 
 import copy
 import re
+import shutil
+import subprocess
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +27,7 @@ from tests.support.exposition import SERVED
 
 ROOT = Path(__file__).parents[1]
 KUBERNETES, RAY = ROOT / "docker" / "kubernetes", ROOT / "docker" / "ray"
+RAY_GUIDE = ROOT / "docs" / "ray.md"
 #: The oldest supported version: `sleep` as a preStop handler is on by default since 1.30.
 OLDEST, NEWEST = "1.30", "1.37"
 #: Modules with the models of the operators' kinds.
@@ -102,7 +105,7 @@ def test_every_file_is_part_of_something() -> None:
 
 @pytest.mark.parametrize("root", ROOTS)
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
-def test_kubernetes_takes_every_object(root: str, version: str) -> None:
+def test_every_object_matches_the_schema_of_kubernetes(root: str, version: str) -> None:
     for each in applied(root):
         if each["kind"] not in CUSTOM:
             kubernetes_validate.validate(each, version, strict=True)
@@ -120,6 +123,21 @@ def test_the_operators_know_every_field(kind: str) -> None:
     wrong["spec"]["intervall"] = 1  # the check itself can fail
     understood = model.model_validate(copy.deepcopy(wrong))
     assert understood.model_dump(by_alias=True, exclude_unset=True, mode="json") != wrong
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl")
+@pytest.mark.parametrize("root", ROOTS)
+def test_kustomize_renders_the_objects_that_these_tests_read(root: str) -> None:
+    command = ["kubectl", "kustomize", str(KUBERNETES / root)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    def by_name(each: Object) -> tuple[str, str]:
+        return each["kind"], each["metadata"]["name"]
+
+    objects = sorted(yaml.safe_load_all(done.stdout), key=by_name)
+    assert objects == sorted(applied(root), key=by_name)
 
 
 # --- the pod
@@ -148,7 +166,7 @@ def test_the_environment_makes_settings(monkeypatch: pytest.MonkeyPatch) -> None
     assert {port["containerPort"] for port in container["ports"]} == {settings.port}
 
 
-def test_a_pod_is_given_the_time_that_its_drain_takes() -> None:
+def test_the_grace_period_exceeds_sleep_and_drain() -> None:
     [container] = pod()["containers"]
     sleep_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     drain_s = float(environment()["PCAE_DRAIN_S"])
@@ -158,7 +176,7 @@ def test_a_pod_is_given_the_time_that_its_drain_takes() -> None:
     assert sleep_s > probe["periodSeconds"] * probe["failureThreshold"]
 
 
-def test_probes_ask_what_the_server_answers() -> None:
+def test_probes_use_routes_of_the_server() -> None:
     [container] = pod()["containers"]
     paths = {kind: container[kind]["httpGet"]["path"] for kind in container if "Probe" in kind}
     assert paths == {
@@ -169,7 +187,7 @@ def test_probes_ask_what_the_server_answers() -> None:
 
 
 @pytest.mark.parametrize("root", ["base", "overlays/gpu", "training"])
-def test_a_pod_may_do_little(root: str) -> None:
+def test_a_pod_has_few_privileges(root: str) -> None:
     [each] = [o for o in applied(root) if containers(o)]
     spec = each["spec"]["template"]["spec"]
     [container] = spec["containers"]
@@ -185,7 +203,7 @@ def test_a_pod_may_do_little(root: str) -> None:
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in spec["volumes"]}
 
 
-def test_claims_selectors_and_ports_meet() -> None:
+def test_claims_selectors_and_ports_match() -> None:
     deployment, service = one("base", "Deployment"), one("base", "Service")
     labels = deployment["spec"]["template"]["metadata"]["labels"].items()
     for selector in (
@@ -228,7 +246,7 @@ def queries() -> dict[str, str]:
     return {trigger["name"]: trigger["metadata"]["query"] for trigger in triggers}
 
 
-def test_it_scales_on_what_the_server_counts() -> None:
+def test_the_autoscaler_reads_metrics_of_the_server() -> None:
     assert set(queries()) == {"accuracy-debt", "predicted-wait", "missed"}
     job = one("base", "Service")["metadata"]["name"]  # how the operator names a job
     for query in queries().values():
@@ -246,7 +264,7 @@ def test_it_scales_on_what_the_server_counts() -> None:
         assert query.endswith("or vector(0)")  # one number, also without requests
 
 
-def test_it_scales_on_neither_cpu_nor_latency() -> None:
+def test_the_autoscaler_reads_neither_cpu_nor_latency() -> None:
     triggers = one("monitoring", "ScaledObject")["spec"]["triggers"]
     assert {trigger["type"] for trigger in triggers} == {"prometheus"}
     assert {trigger["metricType"] for trigger in triggers} == {"Value"}
@@ -264,7 +282,7 @@ def torchrun(command: list[str]) -> tuple[Any, list[str]]:
     return given, [given.training_script, *given.training_script_args]
 
 
-def test_the_training_job_gives_flags_that_exist() -> None:
+def test_the_training_job_uses_existing_flags() -> None:
     job = one("training", "Job")
     [container] = containers(job)
     assert container["command"][0] == "torchrun"
@@ -287,14 +305,14 @@ def test_the_training_job_gives_flags_that_exist() -> None:
 # --- Ray
 
 
-def test_the_ray_file_says_what_the_application_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ray_file_agrees_with_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = load(RAY / "serve.yaml")
     [application] = plan["applications"]
     for name, value in application["runtime_env"]["env_vars"].items():
         assert name.removeprefix("PCAE_").lower() in Settings.model_fields
         monkeypatch.setenv(name, value)
     settings = Settings()
-    assert settings.host == plan["http_options"]["host"]  # so that keys are asked for
+    assert settings.host == plan["http_options"]["host"]  # so that keys are required
     assert settings.api_keys_file is not None
     [deployment] = application["deployments"]
     assert deployment["max_ongoing_requests"] > settings.queue_limit
@@ -307,7 +325,14 @@ def test_the_ray_file_says_what_the_application_says(monkeypatch: pytest.MonkeyP
     assert f'name="{deployment["name"]}"' in source
 
 
+@pytest.mark.parametrize("file", [RAY_GUIDE, RAY / "serve.yaml"], ids=lambda file: file.name)
+def test_the_callback_of_the_proxy_exists(file: Path) -> None:
+    [path] = re.findall(r"\bRAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=(\S+)", file.read_text())
+    module, _, name = path.partition(":")
+    assert callable(getattr(import_module(module), name))
+
+
 @pytest.mark.slow
-def test_ray_takes_its_file() -> None:
+def test_ray_accepts_its_file() -> None:
     schema = pytest.importorskip("ray.serve.schema", reason="pip install '.[ray]'")
     schema.ServeDeploySchema.model_validate(load(RAY / "serve.yaml"))

@@ -1,7 +1,7 @@
-"""A real Ray on this machine: its proxy, its controller, and replicas of the server.
+"""A local Ray cluster with its proxy, its controller and replicas of the server.
 
-One cluster for all tests, which follow each other: one replica, then two under load, one of them
-killed, and one again. The engine is simulated and sleeps, so that two cores carry all of it.
+The tests share the cluster and depend on their order: one replica, two under load, one of them
+killed, one again. The simulated engine sleeps, so two cores suffice.
 """
 
 import asyncio
@@ -32,14 +32,14 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("ray", reason="pip install '.[ray]'")
 
 ROOT = Path(__file__).parents[3]
-#: With these the simulated engine takes 0.1, 0.2 and 0.4 s for an image: a few requests a second
-#: are much then, and cost a busy machine little.
+#: With these the simulated engine takes 0.1, 0.2 and 0.4 s per image, so that a few requests per
+#: second are a load, which costs a busy machine little.
 MACS = {"fast": 3.5e12, "balanced": 7e12, "full": 14e12}
 
 
 @dataclass
 class Fleet:
-    """A Ray with the application on it."""
+    """A local Ray that runs the application."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -50,7 +50,7 @@ class Fleet:
         return httpx2.post(url, content=image_bytes(250), timeout=30, **more)
 
     def replicas(self) -> list[int]:
-        """Processes of replicas that take requests, of this Ray only."""
+        """Return the process ids of the replicas of this Ray that receive requests."""
         found = []
         for pid in _descendants(self.process.pid):
             title = Path(f"/proc/{pid}/cmdline")
@@ -58,7 +58,7 @@ class Fleet:
                 if title.read_text().startswith("ray::ServeReplica:"):
                     found.append(pid)
             except OSError:
-                pass  # it ended meanwhile
+                pass  # it has exited
         return found
 
     def until(self, condition: Callable[[], bool], limit_s: float) -> None:
@@ -128,7 +128,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     }
     file, log = folder / "serve.json", folder / "ray.log"  # JSON is YAML
     file.write_text(json.dumps(config))
-    short = tempfile.mkdtemp(prefix="ray-")  # its sockets' names may have 107 characters
+    short = tempfile.mkdtemp(prefix="ray-")  # the path of a socket has at most 107 characters
     environment = os.environ | {
         "RAY_ADDRESS": "local",
         "RAY_TMPDIR": short,
@@ -170,7 +170,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             shutil.rmtree(short, ignore_errors=True)
 
 
-def test_an_image_is_classified_by_a_replica(fleet: Fleet) -> None:
+def test_a_replica_classifies_an_image(fleet: Fleet) -> None:
     answer = fleet.ask()
     assert answer.status_code == 200
     assert answer.json()["predictions"][0]["label"] == "bright"
@@ -179,23 +179,23 @@ def test_an_image_is_classified_by_a_replica(fleet: Fleet) -> None:
 
 
 def test_the_time_before_the_replica_counts_against_the_budget(fleet: Fleet) -> None:
-    """The proxy stamps, whatever a client says; an hour ago would leave nothing of any budget."""
+    """The proxy overwrites a stamp from the client; one of an hour ago would expire any budget."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     forged = {"X-Pcae-Arrival": f"{boot} {time.monotonic() - 3600}"}
     assert fleet.ask(headers=forged).status_code == 200
-    # what lies between proxy and replica is in no stage of the server's, and in the total
-    told = fleet.ask().json()["timings_ms"]
-    assert told["total"] > told["decode"] + told["compute"] + told["queue"]
+    # the time between proxy and replica is in the total, but in no stage of the server
+    timings = fleet.ask().json()["timings_ms"]
+    assert timings["total"] > timings["decode"] + timings["compute"] + timings["queue"]
 
 
-def test_a_budget_that_no_tier_meets_says_what_is_needed(fleet: Fleet) -> None:
+def test_a_budget_below_every_tier_is_refused_with_the_needed_budget(fleet: Fleet) -> None:
     refused = fleet.ask("budget_ms=3")
     assert refused.status_code == 422
     assert refused.headers["content-type"] == "application/problem+json"
     assert refused.json()["needed_ms"] > 3
 
 
-def test_too_much_is_refused_at_once_and_says_when_to_come_back(fleet: Fleet) -> None:
+def test_overload_is_refused_with_retry_after(fleet: Fleet) -> None:
     answers = asyncio.run(_load(fleet, rate=200, seconds=0.3, query="tier=full&budget_ms=3000"))
     refused = [answer for answer in answers if answer.status == 503]
     assert refused
@@ -205,30 +205,30 @@ def test_too_much_is_refused_at_once_and_says_when_to_come_back(fleet: Fleet) ->
         assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_a_client_that_leaves_is_told_to_the_replica(fleet: Fleet) -> None:
-    def left() -> float:
+def test_the_replica_cancels_requests_of_clients_that_left(fleet: Fleet) -> None:
+    def cancelled() -> float:
         [count] = re.findall(
             r'pcae_requests_total\{outcome="cancelled"\} (\S+)',
             httpx2.get(f"{fleet.url}/metrics").text,
         )
         return float(count)
 
-    before, image = left(), image_bytes(250)
+    before, image = cancelled(), image_bytes(250)
     head = "POST /classify?tier=full&budget_ms=9000 HTTP/1.1\r\nHost: x\r\n"
     head += f"Content-Length: {len(image)}"
     clients = [
         socket.create_connection(("127.0.0.1", int(fleet.url.rsplit(":", 1)[1]))) for _ in range(10)
     ]
-    for client in clients:  # so many take 4 s
+    for client in clients:  # ten requests take 4 s
         client.sendall(f"{head}\r\n\r\n".encode() + image)
     time.sleep(0.2)
     for client in clients:
         client.close()
-    fleet.until(lambda: left() > before, 10)
+    fleet.until(lambda: cancelled() > before, 10)
 
 
-def test_load_brings_a_second_replica_and_no_request_is_lost(fleet: Fleet) -> None:
-    """6 a second: one replica answers them all, on lesser tiers; its latency tells nothing."""
+def test_load_adds_a_replica_and_loses_no_request(fleet: Fleet) -> None:
+    """One replica answers 6 requests per second within their budgets, on cheaper tiers."""
     assert len(fleet.replicas()) == 1
 
     async def scaled() -> tuple[list[Answered], float | None]:
@@ -241,16 +241,16 @@ def test_load_brings_a_second_replica_and_no_request_is_lost(fleet: Fleet) -> No
         return await load, seen_s
 
     answers, seen_s = asyncio.run(scaled())
-    _tell("1 -> 2 replicas under load", answers, seen_s=seen_s)
+    _report("1 -> 2 replicas under load", answers, seen_s=seen_s)
     assert seen_s is not None, fleet.log.read_text()[-3000:]
-    assert {answer.status for answer in answers} <= {200, 503, 504}  # each has its answer
+    assert {answer.status for answer in answers} <= {200, 503, 504}  # every request has a response
     share = sum(answer.status == 200 for answer in answers) / len(answers)
     assert share > 0.97
     tiers = Counter(answer.tier for answer in answers[: len(answers) // 4])
-    assert tiers["full"] < sum(tiers.values()) / 2, tiers  # what it went by
+    assert tiers["full"] < sum(tiers.values()) / 2, tiers  # the reason for the second replica
 
 
-def test_a_replica_that_is_killed_costs_what_it_had_in_hand(fleet: Fleet) -> None:
+def test_a_killed_replica_loses_only_its_own_requests(fleet: Fleet) -> None:
     fleet.until(lambda: len(fleet.replicas()) == 2, 30)
 
     async def killed() -> list[Answered]:
@@ -261,16 +261,16 @@ def test_a_replica_that_is_killed_costs_what_it_had_in_hand(fleet: Fleet) -> Non
 
     answers = asyncio.run(killed())
     lost = [answer for answer in answers if answer.status not in (200, 503, 504)]
-    _tell("a replica killed under load", answers, lost=len(lost))
+    _report("a replica killed under load", answers, lost=len(lost))
     assert {answer.status for answer in lost} <= {500, 503}
-    assert len(lost) <= 25  # what comes within a budget
+    assert len(lost) <= 25  # the arrivals within one budget
     assert all(answer.due_s <= 9 for answer in lost)  # killed at 5
     late = [answer for answer in answers if answer.due_s > 10]
     assert {answer.status for answer in late} <= {200, 503, 504}
     fleet.until(lambda: len(fleet.replicas()) == 2, 40)
 
 
-def test_a_replica_that_is_not_needed_goes_without_a_request_lost(fleet: Fleet) -> None:
+def test_scaling_down_loses_no_request(fleet: Fleet) -> None:
     async def calmed() -> tuple[list[Answered], int]:
         answers = list[Answered]()
         for _ in range(16):
@@ -280,14 +280,14 @@ def test_a_replica_that_is_not_needed_goes_without_a_request_lost(fleet: Fleet) 
         return answers, count
 
     answers, count = asyncio.run(calmed())
-    _tell("2 -> 1 replicas", answers)
+    _report("2 -> 1 replicas", answers)
     assert count == 1
     assert {answer.status for answer in answers} == {200}
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What became of one request; status 0: nothing came back."""
+    """The outcome of one request; status 0: no response."""
 
     due_s: float
     took_s: float
@@ -299,7 +299,7 @@ class Answered:
 async def _load(
     fleet: Fleet, rate: float, seconds: float, query: str = "budget_ms=5000"
 ) -> list[Answered]:
-    """Open loop: requests leave when they are due, whatever became of those before."""
+    """Send requests at a fixed rate, without waiting for earlier responses (open loop)."""
     image, begin_s = image_bytes(250), time.monotonic()
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=50)
 
@@ -318,8 +318,8 @@ async def _load(
         return await asyncio.gather(*(one(client, due_s) for due_s in due))
 
 
-def _tell(what: str, answers: list[Answered], **more: object) -> None:
-    """For the record: `pytest -s` shows it."""
+def _report(what: str, answers: list[Answered], **more: object) -> None:
+    """Print the figures of a run, which `pytest -s` shows."""
     took = sorted(answer.took_s for answer in answers if answer.status == 200)
     parts = {
         "n": len(answers),
