@@ -58,7 +58,7 @@ class Classify(BaseModel):
     api_key_file: Path | None = Field(
         None,
         description="keys file in the server's format (one key a line; empty lines and lines that"
-        " begin with # are ignored); its first key is used, up to a space if there is one;"
+        " begin with # are ignored); its first key is used;"
         f" default: the key in the variable {KEY_VARIABLE}",
     )
 
@@ -94,12 +94,12 @@ class Classify(BaseModel):
         if self.api_key_file is None:
             return os.environ.get(KEY_VARIABLE) or None
         try:
-            lines = keys_file.read_lines(self.api_key_file)
-        except (OSError, UnicodeError) as error:
+            lines = keys_file.read_keys(self.api_key_file)
+        except (OSError, ValueError) as error:
             raise PcaeError(f"--api-key-file {self.api_key_file}: {_words(error)}") from None
         if not lines:
             raise PcaeError(f"--api-key-file {self.api_key_file}: the file contains no key")
-        return lines[0][1].split()[0]
+        return lines[0].key
 
     async def _classify(self, client: "AsyncClient", stdin: bytes) -> bool:
         """Print the result of every file. Return whether all were answered."""
