@@ -381,7 +381,7 @@ def test_what_an_autoscaler_goes_by() -> None:
     metrics.record_answer(
         "fast", **times, in_time=True, degraded=True, accuracy=0.8, best_accuracy=0.9
     )
-    tally = metrics.totals()
-    assert (tally.in_time, tally.missed) == (1, len(MISSED))
-    assert tally.accuracy_debt == pytest.approx(0.1)
+    totals = metrics.totals()
+    assert (totals.in_time, totals.missed) == (1, len(MISSED))
+    assert totals.accuracy_debt == pytest.approx(0.1)
     assert "pcae_accuracy_range 0.1" in metrics.exposition()[0].decode()
