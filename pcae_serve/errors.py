@@ -10,6 +10,8 @@
         ├── Forbidden           403  the API key is unknown or not an admin key
         ├── TaskNotSupported    404  classes from a bundle without a head, features from one with
         ├── UnknownModel        404  no such model or version
+        ├── UnknownRoute        404  no such route
+        ├── MethodNotAllowed    405  the route has other methods
         ├── UploadTimeout       408  the body did not arrive in time
         ├── ReloadInProgress    409  another reload is running
         ├── TooLarge            413  too many bytes, pixels or images
@@ -116,6 +118,14 @@ class TaskNotSupported(RequestError):
 
 class UnknownModel(RequestError):
     code, status, title = "unknown-model", 404, "Unknown model"
+
+
+class UnknownRoute(RequestError):
+    code, status, title = "unknown-route", 404, "Unknown route"
+
+
+class MethodNotAllowed(RequestError):
+    code, status, title = "method-not-allowed", 405, "Method not allowed"
 
 
 class UploadTimeout(RequestError):

@@ -1,17 +1,15 @@
 """/v2: the Open Inference Protocol over REST. Each image is scheduled like POST /classify."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from pcae_serve.api import proxy_delay, server_timing
+from pcae_serve.api import problems, proxy_delay, server_timing
 from pcae_serve.api.auth import require_key
 from pcae_serve.api.body import limited, unless_disconnected
 from pcae_serve.api.image_requests import body_limit
@@ -58,22 +56,7 @@ from pcae_serve.version import __version__
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
-class _Route(APIRoute):
-    """A route that reports errors in the protocol's form."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_or_report(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RequestError as error:
-                return JSONResponse({"error": error.detail}, error.status, error.headers)
-
-        return handle_or_report
-
-
-router = APIRouter(prefix="/v2", route_class=_Route, tags=["Open Inference Protocol"])
+router = APIRouter(prefix=problems.PROTOCOL, tags=["Open Inference Protocol"])
 
 
 # --- OpenAPI
