@@ -22,6 +22,7 @@
         ├── InternalError       500  an unexpected error
         ├── EngineFailed        500  the model did not run
         ├── Overloaded          503  no allowed tier meets the budget under the current load
+        ├── Dropped             503  the policy dropped the request from the queue
         ├── Starting            503  latencies are still being measured
         ├── Draining            503  the server is shutting down
         ├── OutOfService        503  the tiers or devices that could answer have failed
@@ -166,6 +167,10 @@ class EngineFailed(RequestError):
 
 class Overloaded(RequestError):
     code, status, title = "overloaded", 503, "Server overloaded"
+
+
+class Dropped(RequestError):
+    code, status, title = "dropped", 503, "Request dropped"
 
 
 class Starting(RequestError):

@@ -106,7 +106,8 @@ class Classify(BaseModel):
         slots, all_answered = asyncio.Semaphore(MAX_IN_FLIGHT), True
         async with client:
             tasks = [
-                asyncio.create_task(self._one(client, slots, name, stdin)) for name in self.files
+                asyncio.create_task(self._classify_one(client, slots, name, stdin))
+                for name in self.files
             ]
             try:
                 for name, task in zip(self.files, tasks, strict=True):
@@ -122,7 +123,7 @@ class Classify(BaseModel):
                 await asyncio.gather(*tasks, return_exceptions=True)
         return all_answered
 
-    async def _one(
+    async def _classify_one(
         self, client: "AsyncClient", slots: asyncio.Semaphore, name: str, stdin: bytes
     ) -> "tuple[Classification, float] | Exception":
         """Return the answer and the milliseconds it took, or the error."""

@@ -12,6 +12,7 @@ CONTRACT = {
     "budget-too-small": (422, "Budget too small"),
     "deadline-exceeded": (504, "Deadline exceeded"),
     "draining": (503, "Server is shutting down"),
+    "dropped": (503, "Request dropped"),
     "engine-failed": (500, "Inference failed"),
     "forbidden": (403, "Forbidden"),
     "internal-error": (500, "Internal error"),

@@ -209,7 +209,7 @@ def test_a_request_that_the_policy_lets_go_gets_503_and_a_time_to_come_back(
     refused, answered = sorted(responses, key=lambda response: -response.status_code)
     document = problem(refused, 503)
     assert "'hard'" in document["detail"]
-    assert document["type"] == "urn:pcae-serve:overloaded"
+    assert document["type"] == "urn:pcae-serve:dropped"
     assert refused.headers["retry-after"] == "1"
     assert answered.status_code == 200
     assert "under the present load, policy 'hard' chose it" in answered.json()["reason"]
