@@ -336,9 +336,9 @@ def test_every_end_of_a_request_is_counted_once(
         await ask(10_000)
         await ask(0.001)
         await ask(10_000, b"no image")
-        await ask(60, upload_s=9)  # it uploads too long
+        await ask(200, upload_s=9)  # it uploads too long
         engine.seconds = 0.5
-        await ask(200)  # nobody could know
+        await ask(400)  # nobody could know
         engine.fails = True
         await ask(10_000)
         engine.fails = False
