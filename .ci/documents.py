@@ -4,7 +4,6 @@
 .ci/documents.py --check     exit 1 if one is out of date
 """
 
-import re
 import sys
 import tomllib
 from pathlib import Path
@@ -38,7 +37,7 @@ def layers() -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     contracts = project["tool"]["importlinter"]["contracts"]
     [contract] = [each for each in contracts if each.get("containers") == ["pcae_serve"]]
-    return "\n".join(["```", *(re.sub("[()]", "", line) for line in contract["layers"]), "```\n"])
+    return "\n".join(["```", *contract["layers"], "```\n"])
 
 
 def settings() -> str:

@@ -11,7 +11,7 @@ import os
 import re
 import select
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TextIO
 
@@ -21,6 +21,7 @@ from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, Settings
 
 from pcae_serve.errors import PcaeError, one_line
 from pcae_serve.flags import Parser, did_you_mean
+from pcae_serve.version import __version__, install_command
 
 
 def config(program: str) -> SettingsConfigDict:
@@ -55,6 +56,27 @@ def run(
             raise  # another pipe, such as one to a worker process
         code = 1
     return code if _flush() else code or 1
+
+
+def run_with_extra(
+    load: Callable[[], type[BaseSettings]], program: str, extra: str, argv: Sequence[str]
+) -> int:
+    """Import a command by `load` and `run` it; if a package is missing, print what to install.
+
+    extra: that has all packages of the program. --version works without them.
+    """
+    if list(argv) == ["--version"]:
+        print(f"{program} {__version__}")
+        return 0
+    try:
+        command = load()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or package.startswith("pcae_"):
+            raise
+        print(f"{program}: {package} is not installed: {install_command(extra)}", file=sys.stderr)
+        return 1
+    return run(command, argv)
 
 
 def _run(

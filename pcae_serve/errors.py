@@ -10,6 +10,8 @@
         ├── Forbidden           403  the API key is unknown or not an admin key
         ├── TaskNotSupported    404  classes from a bundle without a head, features from one with
         ├── UnknownModel        404  no such model or version
+        ├── UnknownRoute        404  no such route
+        ├── MethodNotAllowed    405  the route has other methods
         ├── UploadTimeout       408  the body did not arrive in time
         ├── ReloadInProgress    409  another reload is running
         ├── TooLarge            413  too many bytes, pixels or images
@@ -20,6 +22,7 @@
         ├── InternalError       500  an unexpected error
         ├── EngineFailed        500  the model did not run
         ├── Overloaded          503  no allowed tier meets the budget under the current load
+        ├── Dropped             503  the policy dropped the request from the queue
         ├── Starting            503  latencies are still being measured
         ├── Draining            503  the server is shutting down
         ├── OutOfService        503  the tiers or devices that could answer have failed
@@ -118,6 +121,14 @@ class UnknownModel(RequestError):
     code, status, title = "unknown-model", 404, "Unknown model"
 
 
+class UnknownRoute(RequestError):
+    code, status, title = "unknown-route", 404, "Unknown route"
+
+
+class MethodNotAllowed(RequestError):
+    code, status, title = "method-not-allowed", 405, "Method not allowed"
+
+
 class UploadTimeout(RequestError):
     code, status, title = "upload-timeout", 408, "Upload timed out"
 
@@ -156,6 +167,10 @@ class EngineFailed(RequestError):
 
 class Overloaded(RequestError):
     code, status, title = "overloaded", 503, "Server overloaded"
+
+
+class Dropped(RequestError):
+    code, status, title = "dropped", 503, "Request dropped"
 
 
 class Starting(RequestError):

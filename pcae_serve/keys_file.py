@@ -1,16 +1,46 @@
 """The format of files with API keys, shared by the server and the client.
 
-# comment
-3f9a…            one key a line; empty lines and lines that begin with # are ignored
+    # a comment
+    3f9a…
+    81c2… name=ingest weight=2 rate=50
+
+One key a line, up to the first space; options in any order may follow it. Empty lines and lines
+that begin with # are ignored.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
+
+OPTIONS = ("name", "weight", "rate")
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """Return the lines that hold a key, stripped, with their numbers from 1.
+class KeyLine(NamedTuple):
+    """A line that holds a key."""
 
-    Raise OSError, or UnicodeError if the file is not UTF-8.
+    number: int  # from 1
+    key: str
+    options: Mapping[str, str]
+
+
+def read_keys(path: Path) -> list[KeyLine]:
+    """Return the lines of a file that hold a key.
+
+    Raise OSError, or ValueError if the file is not UTF-8 or a line has another form. No message
+    contains a key.
     """
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    return [(n, line) for n, line in enumerate(lines, 1) if line and not line.startswith("#")]
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        words = line.split()
+        if words and not words[0].startswith("#"):
+            found.append(KeyLine(number, words[0], _options(number, words[1:])))
+    return found
+
+
+def _options(number: int, words: list[str]) -> Mapping[str, str]:
+    pairs = [word.partition("=") for word in words]
+    options = {name: value for name, _, value in pairs}
+    if len(options) < len(pairs) or not options.keys() <= set(OPTIONS) or not all(options.values()):
+        allowed = ", ".join(f"{name}=…" for name in OPTIONS)
+        raise ValueError(f"line {number}: only {allowed} may follow a key, each once")
+    return options

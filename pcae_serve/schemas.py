@@ -153,7 +153,7 @@ class Problem(BaseModel):
         }
     )
 
-    type: str = Field(description="urn:pcae-serve: and the error's code, or about:blank")
+    type: str = Field(description="urn:pcae-serve: and the error's code")
     title: str = Field(description="short summary, the same for all errors of this type")
     status: int
     detail: str = Field(description="the fault and what to do, in one line")

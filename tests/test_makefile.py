@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.support.server_process import free_port, ready
+from tests.support.server_process import ready
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ("sh", "make", "which", "awk", "rm", "touch", "mkdir", "cat", "chmod")
@@ -190,18 +190,19 @@ def test_a_real_install_serves_without_torch(tmp_path: Path) -> None:
         assert f"{name}=={installed[name]}" in pins
     assert not installed.keys() & {"torch", "onnx", "onnxscript", "pytest"}
 
-    port = free_port()
-    process = subprocess.Popen(
-        ["make", "serve", f"ARGS=--port {port} --cache-dir '{tmp_path}'"],
-        cwd=folder,
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
-        stdout=subprocess.DEVNULL,  # no pipe: the server would hold it open when make is killed
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,  # make and the server end together
-    )
+    log = tmp_path / "server.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            ["make", "serve", f"ARGS=--port 0 --cache-dir '{tmp_path}'"],
+            cwd=folder,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+            stdout=subprocess.DEVNULL,
+            stderr=stream,  # no pipe: the server would hold it open when make is killed
+            text=True,
+            start_new_session=True,  # make and the server end together
+        )
     try:
-        with ready(process, f"http://127.0.0.1:{port}") as url:
+        with ready(process, log) as url:
             sample = (folder / "docs" / "samples" / "ankle-boot.png").read_bytes()
             answer = httpx2.post(f"{url}/classify?tier=fast", content=sample).json()
             assert answer["predictions"][0]["label"] == "Ankle boot"

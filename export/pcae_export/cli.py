@@ -3,22 +3,20 @@
 import sys
 from collections.abc import Sequence
 
-from pcae_serve.command import run
-from pcae_serve.version import install_command
+from pydantic_settings import BaseSettings
+
+from pcae_serve.command import run_with_extra
 
 
 def start(argv: Sequence[str]) -> int:
-    """Run the command line and return the exit code."""
-    try:
-        from pcae_export.commands import Export
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package.startswith("pcae_"):
-            raise
-        command = install_command("export")
-        print(f"pcae-export: {package} is not installed: {command}", file=sys.stderr)
-        return 1
-    return run(Export, argv)
+    """Run the command that `argv` names and return the exit code."""
+    return run_with_extra(_load, "pcae-export", "export", argv)
+
+
+def _load() -> type[BaseSettings]:
+    from pcae_export.commands import Export
+
+    return Export
 
 
 def main() -> None:

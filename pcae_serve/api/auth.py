@@ -46,16 +46,16 @@ class Keys:
         if path is None:
             return cls()
         try:
-            lines = keys_file.read_lines(path)
+            lines = keys_file.read_keys(path)
             mode = path.stat().st_mode
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError) as error:
             raise StartError(f"cannot read the API keys in {path}: {one_line(error)}") from None
-        if short := [number for number, key in lines if len(key) < MIN_CHARACTERS]:
+        if short := [line.number for line in lines if len(line.key) < MIN_CHARACTERS]:
             raise StartError(
                 f"{path}, line {short[0]}: a key needs at least {MIN_CHARACTERS} characters;"
                 " generate one with `openssl rand -hex 32`"
             )
-        if non_ascii := [number for number, key in lines if not key.isascii()]:
+        if non_ascii := [line.number for line in lines if not line.key.isascii()]:
             raise StartError(
                 f"{path}, line {non_ascii[0]}: a key must be ASCII to fit in an HTTP header"
             )
@@ -63,7 +63,9 @@ class Keys:
             raise StartError(f"{path} contains no API key: write one key a line")
         if mode & stat.S_IROTH:
             log.warning("every user of this machine can read %s: run chmod o-r", path)
-        return cls(frozenset(key for _, key in lines))
+        if any(line.options.keys() - {"name"} for line in lines):
+            log.warning("%s: weight and rate are accepted, but have no effect yet", path)
+        return cls(frozenset(line.key for line in lines))
 
 
 # The dependencies are coroutines: FastAPI runs a plain function in a thread, which costs 0.1 ms.

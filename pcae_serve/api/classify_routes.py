@@ -20,6 +20,7 @@ from pcae_serve.api.image_requests import (
 )
 from pcae_serve.api.state import service_of
 from pcae_serve.errors import RequestError
+from pcae_serve.observability.logs import join_counts
 from pcae_serve.runtime.requests import InferenceResult
 from pcae_serve.runtime.service import RequestGroup
 
@@ -30,20 +31,20 @@ router = APIRouter(tags=["Images"], responses=problems.documented(problems.IMAGE
 async def classify(
     request: Request,
     response: Response,
-    ask: Requested,
+    inference: Requested,
     top_k: TopK = 5,
     explain: Explain = False,
 ) -> schemas.Classification:
     """Classify one image. The body is the image file, or a form with the file field `image`."""
-    answer = await answer_image(request, response, ask, "logits")
-    return results.classification(answer, ask, top_k, explain)
+    answer = await answer_image(request, response, inference, "logits")
+    return results.classification(answer, inference, top_k, explain)
 
 
 @router.post("/classify/batch", openapi_extra=SEVERAL_IMAGES)
 async def classify_batch(
     request: Request,
     response: Response,
-    ask: Requested,
+    inference: Requested,
     top_k: TopK = 5,
     explain: Explain = False,
 ) -> schemas.Batch:
@@ -53,26 +54,28 @@ async def classify_batch(
     or its problem, in the order of the fields.
     """
     service = service_of(request)
-    logits = replace(ask, answers="logits")
-    service.bundle.allowed_tiers(ask.tier, ask.min_tier)  # refuse before anything is uploaded
+    logits = replace(inference, answers="logits")
+    service.bundle.allowed_tiers(
+        inference.tier, inference.min_tier
+    )  # refuse before anything is uploaded
 
     answers: list[InferenceResult] = []
 
-    async def one(group: RequestGroup, image: bytes) -> schemas.BatchItem:
+    async def classify_one(group: RequestGroup, image: bytes) -> schemas.BatchItem:
         try:
             with group.admit(logits) as admitted:
                 answer = await admitted.run(image)
         except RequestError as error:
             return schemas.BatchItem(status=error.status, problem=problems.document(error))
         answers.append(answer)
-        answered = results.classification(answer, ask, top_k, explain)
+        answered = results.classification(answer, inference, top_k, explain)
         return schemas.BatchItem(status=200, answer=answered)
 
-    limit, most = body_limit(service.settings), service.settings.max_images
+    limit, max_images = body_limit(service.settings), service.settings.max_images
     with service.admit_group() as group:
-        images = await group.receive(read_images(request, limit, most))
-        running = asyncio.gather(*(one(group, image) for image in images))
+        images = await group.receive(read_images(request, limit, max_images))
+        running = asyncio.gather(*(classify_one(group, image) for image in images))
         items = await unless_disconnected(request, running)
     server_timing.record_timing(request, response, answers)
-    request.state.images = server_timing.tally([item.status for item in items])
+    request.state.images = join_counts([item.status for item in items])
     return schemas.Batch(results=items)

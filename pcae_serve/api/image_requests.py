@@ -81,13 +81,12 @@ Requested = Annotated[InferenceRequest, Depends(requested)]
 async def answer_image(
     request: Request,
     response: Response,
-    ask: InferenceRequest,
+    inference: InferenceRequest,
     answers: Literal["logits", "features"],
 ) -> InferenceResult:
     """Read the image in the body, run it, and record its timing in `response`."""
     service = service_of(request)
-    ask = replace(ask, answers=answers)
-    with service.admit(ask) as admitted:
+    with service.admit(replace(inference, answers=answers)) as admitted:
         image = await admitted.receive(read_image(request, body_limit(service.settings)))
         answer = await unless_disconnected(request, admitted.run(image))
     server_timing.record_timing(request, response, [answer])

@@ -1,17 +1,15 @@
 """/v2: the Open Inference Protocol over REST. Each image is scheduled like POST /classify."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from pcae_serve.api import proxy_delay, server_timing
+from pcae_serve.api import problems, proxy_delay, server_timing
 from pcae_serve.api.auth import require_key
 from pcae_serve.api.body import limited, unless_disconnected
 from pcae_serve.api.image_requests import body_limit
@@ -58,22 +56,7 @@ from pcae_serve.version import __version__
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
-class _Route(APIRoute):
-    """A route that reports errors in the protocol's form."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_or_report(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RequestError as error:
-                return JSONResponse({"error": error.detail}, error.status, error.headers)
-
-        return handle_or_report
-
-
-router = APIRouter(prefix="/v2", route_class=_Route, tags=["Open Inference Protocol"])
+router = APIRouter(prefix=problems.PROTOCOL, tags=["Open Inference Protocol"])
 
 
 # --- OpenAPI
@@ -239,16 +222,16 @@ async def infer(request: Request) -> Response:
     with service.admit_group() as group:
         body = await group.receive(_body(request, limit))
         max_images = service.settings.max_images
-        asked, files = _parse(body, request.headers.get(HEADER_LENGTH), max_images)
-        require_outputs(asked, service.bundle)
-        parameters = asked.parameters or RequestParameters()
+        infer_request, files = _parse(body, request.headers.get(HEADER_LENGTH), max_images)
+        require_outputs(infer_request, service.bundle)
+        parameters = infer_request.parameters or RequestParameters()
         service.bundle.allowed_tiers(parameters.tier, parameters.min_tier)
         budget_ms = parameters.budget_ms or service.settings.budget_ms
-        ask = InferenceRequest(
+        inference = InferenceRequest(
             arrival_s, budget_ms, parameters.tier, parameters.min_tier, service.bundle.answers
         )
-        answers = await unless_disconnected(request, _answers(group, ask, files))
-    response = _response(asked, ask, answers)
+        answers = await unless_disconnected(request, _answers(group, inference, files))
+    response = _response(infer_request, inference, answers)
     server_timing.record_timing(request, response, answers)
     return response
 
@@ -294,18 +277,18 @@ def _parse(
         return InferRequest(inputs=[tensor]), [lambda: body]
     if length > len(body):
         raise MalformedRequest(f"{HEADER_LENGTH} is {length}, but the body has {len(body)} bytes")
-    asked = parse_request(body[:length])
-    return asked, image_files(asked, memoryview(body)[length:], max_images)
+    infer_request = parse_request(body[:length])
+    return infer_request, image_files(infer_request, memoryview(body)[length:], max_images)
 
 
 async def _answers(
-    group: RequestGroup, ask: InferenceRequest, files: Sequence[File]
+    group: RequestGroup, inference: InferenceRequest, files: Sequence[File]
 ) -> list[InferenceResult]:
     """Return the results of all images. The first refusal cancels the others and is raised."""
 
     async def answer(index: int, file: File) -> InferenceResult:
         try:
-            with group.admit(ask) as admitted:
+            with group.admit(inference) as admitted:
                 image = await admitted.receive(asyncio.to_thread(file))
                 return await admitted.run(image)
         except RequestError as error:
@@ -322,16 +305,18 @@ async def _answers(
 
 
 def _response(
-    asked: InferRequest, ask: InferenceRequest, answers: list[InferenceResult]
+    infer_request: InferRequest, inference: InferenceRequest, answers: list[InferenceResult]
 ) -> Response:
     """Return the answer with the requested outputs, as JSON or as JSON and binary data."""
     bundle = answers[0].bundle
     if any(answer.bundle is not bundle for answer in answers):
         raise OutOfService("the bundle was reloaded between the images: retry", retry_after_s=1)
     vectors = np.stack([answer.vector for answer in answers])  # [N, width]
-    binary_default = (asked.parameters or RequestParameters()).binary_data_output
+    binary_default = (infer_request.parameters or RequestParameters()).binary_data_output
     outputs, blobs = list[dict[str, Any]](), list[bytes]()
-    for wanted in asked.outputs or [RequestOutput(name=name) for name in offered_outputs(bundle)]:
+    for wanted in infer_request.outputs or [
+        RequestOutput(name=name) for name in offered_outputs(bundle)
+    ]:
         parameters = wanted.parameters or OutputParameters()
         tensor = output_tensor(wanted.name, parameters.classification, vectors, bundle.labels)
         output: dict[str, Any] = {
@@ -349,12 +334,12 @@ def _response(
     document = {
         "model_name": bundle.manifest.name,
         "model_version": VERSION,
-        **({} if asked.id is None else {"id": asked.id}),
+        **({} if infer_request.id is None else {"id": infer_request.id}),
         "parameters": {
             "tier": ",".join(answer.tier.name for answer in answers),
             "reason": "; ".join(answer.reason for answer in answers),
             "met_budget": ",".join(str(answer.met_budget).lower() for answer in answers),
-            "budget_ms": ask.budget_ms,
+            "budget_ms": inference.budget_ms,
         },
         "outputs": outputs,
     }

@@ -1,4 +1,7 @@
-"""Errors as HTTP answers: RFC 9457 problem documents, whatever raised the error."""
+"""Errors as HTTP answers, whatever raised them: RFC 9457 problem documents.
+
+Routes of the Open Inference Protocol answer in its own form, {"error": "…"}.
+"""
 
 from typing import Any
 
@@ -7,11 +10,21 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
 from pcae_serve import schemas
-from pcae_serve.errors import InternalError, InvalidParameter, RequestError, shown
+from pcae_serve.errors import (
+    InternalError,
+    InvalidParameter,
+    MethodNotAllowed,
+    RequestError,
+    UnknownRoute,
+    shown,
+)
 
 MEDIA_TYPE = "application/problem+json"
+#: What the paths of the Open Inference Protocol begin with.
+PROTOCOL = "/v2"
 #: Status in the access log of a request whose client disconnected; it is never sent.
 CLIENT_CLOSED_REQUEST = 499
 
@@ -49,15 +62,22 @@ def document(error: RequestError) -> schemas.Problem:
     )
 
 
-def refusal(error: RequestError) -> Response:
-    """Return the HTTP answer for an error."""
-    response = _problem(error.type, error.status, error.title, error.detail, **error.members)
-    response.headers.update(error.headers)
-    return response
+def refusal(error: RequestError, scope: Scope) -> Response:
+    """Return the HTTP answer for an error, in the form that the request's path has."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    if path == PROTOCOL or path.startswith(f"{PROTOCOL}/"):
+        return JSONResponse({"error": error.detail}, error.status, error.headers)
+    content = {
+        "type": error.type,
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
+    }
+    return JSONResponse(content | error.members, error.status, error.headers, MEDIA_TYPE)
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answer every exception that a route raises with a problem document."""
+    """Answer every exception that a route or the framework raises."""
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -65,28 +85,33 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
-def _problem(type_: str, status: int, title: str, detail: str, **members: Any) -> JSONResponse:
-    content = {"type": type_, "title": title, "status": status, "detail": detail} | members
-    return JSONResponse(content, status, media_type=MEDIA_TYPE)
-
-
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return refusal(error)
+    return refusal(error, request.scope)
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name, message = str(first["loc"][-1]), str(first["msg"])
     value = shown(first.get("input"))
-    return refusal(InvalidParameter(f"{name} {value}: {message[:1].lower()}{message[1:]}"))
+    invalid = InvalidParameter(f"{name} {value}: {message[:1].lower()}{message[1:]}")
+    return refusal(invalid, request.scope)
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Answer an error of the framework's router, which raises 404 and 405."""
     assert isinstance(error, HTTPException)
-    detail = f"{error.detail}: see /docs"
-    response = _problem("about:blank", error.status_code, error.detail, detail)
+    path, method = shown(request.scope["path"]), shown(request.method)
+    ours: RequestError
+    match error.status_code:
+        case 404:
+            ours = UnknownRoute(f"there is no route {path}: see /docs")
+        case 405:
+            ours = MethodNotAllowed(f"{path} does not accept {method}: see the header Allow")
+        case _:
+            raise error
+    response = refusal(ours, request.scope)
     response.headers.update(error.headers or {})
     return response
 
@@ -95,5 +120,6 @@ async def _disconnected(_: Request, __: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def _unexpected(_: Request, __: Exception) -> Response:
-    return refusal(InternalError("an unexpected error occurred: see the server's log"))
+async def _unexpected(request: Request, _: Exception) -> Response:
+    error = InternalError("an unexpected error occurred: see the server's log")
+    return refusal(error, request.scope)

@@ -105,7 +105,7 @@ class _RefuseCancelled:
         except asyncio.CancelledError:
             if started or scope["type"] != "http":
                 raise
-            await refusal(Draining())(scope, receive, send)
+            await refusal(Draining(), scope)(scope, receive, send)
 
 
 class Server(uvicorn.Server):

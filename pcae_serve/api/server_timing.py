@@ -1,11 +1,11 @@
 """Timing of answers outside their bodies: Server-Timing header, access-log fields, the trace."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 from fastapi import Request, Response
 
 from pcae_serve.observability import tracing
+from pcae_serve.observability.logs import join_counts
 from pcae_serve.runtime.requests import InferenceResult
 from pcae_serve.schemas import Timings
 
@@ -30,16 +30,8 @@ def record_timing(request: Request, response: Response, answers: Sequence[Infere
     if not answers:
         return
     slowest = max(answers, key=lambda answer: answer.total_s)
-    request.state.tier = tally([answer.tier.name for answer in answers])
+    request.state.tier = join_counts([answer.tier.name for answer in answers])
     tracing.annotate(tier=request.state.tier, queue_ms=round(1e3 * slowest.queue_s, 2))
     response.headers[HEADER] = ", ".join(
         f"{name};dur={ms}" for name, ms in timings(slowest).model_dump().items()
     )
-
-
-def tally(words: Sequence[object]) -> str:
-    """Return one word unchanged, and several as counts in alphabetical order: fast:3,full:1."""
-    if len(words) == 1:
-        return str(words[0])
-    counts = Counter(map(str, words))
-    return ",".join(f"{word}:{counts[word]}" for word in sorted(counts))

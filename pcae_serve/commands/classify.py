@@ -58,7 +58,7 @@ class Classify(BaseModel):
     api_key_file: Path | None = Field(
         None,
         description="keys file in the server's format (one key a line; empty lines and lines that"
-        " begin with # are ignored); its first key is used, up to a space if there is one;"
+        " begin with # are ignored); its first key is used;"
         f" default: the key in the variable {KEY_VARIABLE}",
     )
 
@@ -94,19 +94,20 @@ class Classify(BaseModel):
         if self.api_key_file is None:
             return os.environ.get(KEY_VARIABLE) or None
         try:
-            lines = keys_file.read_lines(self.api_key_file)
-        except (OSError, UnicodeError) as error:
+            lines = keys_file.read_keys(self.api_key_file)
+        except (OSError, ValueError) as error:
             raise PcaeError(f"--api-key-file {self.api_key_file}: {_words(error)}") from None
         if not lines:
             raise PcaeError(f"--api-key-file {self.api_key_file}: the file contains no key")
-        return lines[0][1].split()[0]
+        return lines[0].key
 
     async def _classify(self, client: "AsyncClient", stdin: bytes) -> bool:
         """Print the result of every file. Return whether all were answered."""
         slots, all_answered = asyncio.Semaphore(MAX_IN_FLIGHT), True
         async with client:
             tasks = [
-                asyncio.create_task(self._one(client, slots, name, stdin)) for name in self.files
+                asyncio.create_task(self._classify_one(client, slots, name, stdin))
+                for name in self.files
             ]
             try:
                 for name, task in zip(self.files, tasks, strict=True):
@@ -122,7 +123,7 @@ class Classify(BaseModel):
                 await asyncio.gather(*tasks, return_exceptions=True)
         return all_answered
 
-    async def _one(
+    async def _classify_one(
         self, client: "AsyncClient", slots: asyncio.Semaphore, name: str, stdin: bytes
     ) -> "tuple[Classification, float] | Exception":
         """Return the answer and the milliseconds it took, or the error."""

@@ -13,9 +13,9 @@ MOUNT, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 def count_usable() -> int:
     """Return the number of usable CPUs, at least one."""
-    cores = len(os.sched_getaffinity(0))
+    cpus = len(os.sched_getaffinity(0))
     limit = read_quota()
-    return cores if limit is None else max(1, min(cores, ceil(limit)))
+    return cpus if limit is None else max(1, min(cpus, ceil(limit)))
 
 
 def read_quota(mount: Path = MOUNT, membership: Path = MEMBERSHIP) -> float | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode, urlsplit
 from urllib.request import urlopen
@@ -27,7 +27,17 @@ from urllib.request import urlopen
 import numpy as np
 from numpy.typing import NDArray
 
-from pcae_serve.errors import PcaeError, StartError, one_line
+from pcae_serve.errors import (
+    TYPE_PREFIX,
+    BudgetTooSmall,
+    DeadlineExceeded,
+    Dropped,
+    Overloaded,
+    PcaeError,
+    StartError,
+    UploadTimeout,
+    one_line,
+)
 from pcae_serve.loadtest import progress, report, workload
 from pcae_serve.loadtest.load_generator import Responses, send
 from pcae_serve.loadtest.payloads import Payloads
@@ -48,9 +58,16 @@ PAUSE_S = 0.5
 #: Time between two questions whether the server is ready.
 POLL_S = 0.5
 
-#: The end of a request by its response's status; any other status is a failure. A request that the
-#: policy dropped also gets 503, and counts as rejected.
-ENDS = {422: End.REJECTED, 503: End.REJECTED, 504: End.EXPIRED}
+#: The end of a request by the type of its problem document; any other response is a failure.
+ENDS = {
+    TYPE_PREFIX + error.code: end
+    for end, errors in {
+        End.REJECTED: (BudgetTooSmall, Overloaded),
+        End.DROPPED: (Dropped,),
+        End.EXPIRED: (DeadlineExceeded, UploadTimeout),
+    }.items()
+    for error in errors
+}
 #: Prefix of the connection faults among the client's figures.
 _FAULT = "fault: "
 
@@ -181,7 +198,7 @@ def _await_ready(base: str, ready_s: float) -> None:
         except HTTPError as error:
             if error.code != 503:
                 raise
-            why = problem_detail(error.read()) or "starting"
+            why = read_problem(error.read(), "detail") or "starting"
         if time.monotonic() >= deadline_s:
             raise StartError(f"{base} is not ready: {why}")
         if not waiting:
@@ -225,7 +242,8 @@ class Run:
         times_s, budgets_s = self.load.times_s, self.load.budgets_s
         responses = self.responses
         ended_s = np.where(np.isnan(responses.ended_s), times_s, responses.ended_s)
-        end = np.array([ENDS.get(int(status), End.FAILED) for status in responses.status], np.int8)
+        types = [read_problem(body, "type") for body in responses.bodies]
+        end = np.array([ENDS.get(each, End.FAILED) for each in types], np.int8)
         answered = np.array([answer is not None for answer in self.answers])
         late = responses.ended_s > times_s + budgets_s
         end[answered] = np.where(late[answered], End.LATE, End.IN_TIME)
@@ -250,7 +268,7 @@ def check_server(server: LiveServer, payloads: Payloads) -> None:
     request = server.request(60.0, payloads.bodies[0])
     responses = send(server.host, server.port, [request], [0.0], 1, 60.0)
     if responses.status[0] != 200:
-        why = problem_detail(responses.bodies[0]) or ", ".join(+responses.faults)
+        why = read_problem(responses.bodies[0], "detail") or ", ".join(+responses.faults)
         status = responses.status[0] or ""
         raise StartError(f"the test request was not answered: {status} {why}".rstrip())
 
@@ -324,10 +342,10 @@ def parse_answer(body: bytes, status: int) -> Answer | None:
     return Answer(fields["tier"], fields["met_budget"], index)
 
 
-def problem_detail(body: bytes) -> str:
-    """Return the detail of a problem document, or "" if the body is not one."""
+def read_problem(body: bytes, member: Literal["type", "detail"]) -> str:
+    """Return a member of a problem document, or "" if the body is not one."""
     try:
-        return str(json.loads(body)["detail"])
+        return str(json.loads(body)[member])
     except (ValueError, KeyError, TypeError):
         return ""
 

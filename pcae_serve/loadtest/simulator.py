@@ -180,8 +180,8 @@ def simulate(
                         outcome.end_s[id_] = now_s
                     case SetTimer(at_s=at_s):
                         wake_s = max(at_s, now_s)
-                    case BatchAccounted() as spent:
-                        outcome.busy_s += spent.seconds
-                        outcome.late_s += spent.seconds * spent.late / spent.batch
+                    case BatchAccounted() as batch:
+                        outcome.busy_s += batch.seconds
+                        outcome.late_s += batch.seconds * batch.late / batch.batch
     outcome.span_s = float(outcome.end_s.max() - times_s[0]) if n else 0.0
     return outcome

@@ -119,8 +119,8 @@ class RequestId:
             log_once(status)  # None: cancelled before a response
 
 
-def tally(words: Sequence[object]) -> str:
-    """Return a single word as it is; of several, how often each occurs: fast:3,full:1."""
+def join_counts(words: Sequence[object]) -> str:
+    """Return one word unchanged, and several as counts in alphabetical order: fast:3,full:1."""
     if len(words) == 1:
         return str(words[0])
     counts = Counter(map(str, words))
@@ -138,7 +138,7 @@ def _log_access(scope: Scope, status: int | None, seconds: float, ended: Sequenc
     state = scope["state"]
     words = {name: state[name] for name in STATE_FIELDS if state.get(name) is not None}
     if ended:
-        words["outcome"] = tally(ended)
+        words["outcome"] = join_counts(ended)
     fields = {
         "method": scope["method"],
         "path": path,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from pcae_serve import atomic
 from pcae_serve.bundle.manifest import Tier
@@ -26,6 +26,7 @@ from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import cpus, nvidia
 from pcae_serve.engines.base import Engine
 from pcae_serve.errors import StartError
+from pcae_serve.frozen_model import FrozenModel
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.settings import MAX_BATCH
 from pcae_serve.version import __version__
@@ -49,10 +50,8 @@ MAX_OFF = 1.5
 Rounds = Mapping[int, NDArray[np.float64]]
 
 
-class Point(BaseModel):
+class Point(FrozenModel):
     """Seconds of one (tier, batch). A quantile is None if there are too few runs for it."""
-
-    model_config = ConfigDict(frozen=True)
 
     batch: int
     runs: int
@@ -61,10 +60,8 @@ class Point(BaseModel):
     p99_s: float | None  # of at least 100 runs
 
 
-class Origin(BaseModel):
+class Origin(FrozenModel):
     """Where and when a profile was measured, for people. The key says what it is valid for."""
-
-    model_config = ConfigDict(frozen=True)
 
     date: datetime
     processor: str
@@ -75,10 +72,8 @@ class Origin(BaseModel):
     versions: dict[str, str]
 
 
-class Profile(BaseModel):
+class Profile(FrozenModel):
     """Measured latencies, and the machine that they were measured on."""
-
-    model_config = ConfigDict(frozen=True)
 
     key: dict[str, str]
     origin: Origin

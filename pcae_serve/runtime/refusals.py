@@ -7,6 +7,7 @@ from pcae_serve.errors import (
     BudgetTooSmall,
     DeadlineExceeded,
     Draining,
+    Dropped,
     EngineFailed,
     OutOfMemory,
     OutOfService,
@@ -81,7 +82,7 @@ def expired_in_queue(budget_ms: float) -> Refusal:
 
 
 def dropped(policy: str) -> Refusal:
-    error = Overloaded(
+    error = Dropped(
         f"request dropped from the queue by policy {policy!r} to meet other deadlines; retry later"
         " or raise the budget",
         retry_after_s=SHORT_RETRY_S,

@@ -119,13 +119,9 @@ def test_the_address_is_logged_and_a_free_port_can_be_selected(
     bundle_dir: Path, tmp_path: Path
 ) -> None:
     flags = ("--bundle", str(bundle_dir), "--backend", "simulated", "--profile-s", "0.1")
-    command = (*COMMAND, "--port", "0", "--cache-dir", str(tmp_path), *flags)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        line = next(line for line in process.stderr if "http://127.0.0.1:" in line)
-        url = line.split("listening on ")[1].split(",")[0]
+    with server(*flags, cache=tmp_path) as (url, _):
+        assert int(url.removeprefix("http://127.0.0.1:")) > 0
         assert httpx2.get(f"{url}/livez", timeout=60).json() == {"status": "alive"}
-        process.kill()
 
 
 def test_a_client_that_leaves_puts_no_traceback_in_the_log(

@@ -23,6 +23,7 @@ from pcae_serve.commands import serve
 from pcae_serve.engines.base import Engine, Output, Pixels, run_directly
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import StartError
+from pcae_serve.observability import logs
 from pcae_serve.runtime import service, tier_health, worker
 from pcae_serve.runtime.service import Service
 
@@ -84,6 +85,7 @@ def make(served: Bundle, device: int, through: Callable[[Engine], Engine] = run_
 
 class Serve(serve.Serve):
     def cli_cmd(self) -> None:
+        logs.configure(self.log_format, self.log_level)
         with serve.listen(self.host, self.port) as listener:
             served = load_bundle(self.bundle or demo_path())
             faulty = Service(self, served, [make(served, 0)], make)

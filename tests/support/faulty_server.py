@@ -14,7 +14,7 @@ import httpx2
 
 from tests.support.bundles import write_bundle
 from tests.support.images import image_bytes
-from tests.support.server_process import free_port, ready
+from tests.support.server_process import ANY_PORT, ready
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,12 +61,12 @@ class Running:
 def serving(
     tmp_path: Path, *flags: str, limits: dict[int, int] | None = None, **environment: str
 ) -> Iterator[Running]:
-    port, log = free_port(), tmp_path / "server.log"
+    log = tmp_path / "server.log"
     folder = tmp_path / "served"
     if not folder.exists():
         write_bundle(folder)
     command = [sys.executable, "-m", "tests.support.faulty", "--bundle", str(folder)]
-    command += ["--port", str(port), "--cache-dir", str(tmp_path / "cache"), "--profile-s", "0.2"]
+    command += [*ANY_PORT, "--cache-dir", str(tmp_path / "cache"), "--profile-s", "0.2"]
 
     def limited() -> None:
         for which, most in (limits or {}).items():
@@ -82,7 +82,7 @@ def serving(
             preexec_fn=limited,
         )
         with (
-            ready(process, f"http://127.0.0.1:{port}") as url,
+            ready(process, None if limits else log) as url,
             contextlib.closing(Running(url, process, log)) as running,
         ):
             yield running

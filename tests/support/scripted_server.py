@@ -6,7 +6,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from pcae_serve.errors import RequestError
+
 FULL_MS = 20.0
+#: Statuses of problem documents by code.
+STATUSES = {error.code: error.status for error in RequestError.__subclasses__()}
 
 
 def tier(name: str, top1: float, ms: float, **changes: Any) -> dict[str, Any]:
@@ -30,7 +34,7 @@ class ScriptedServer:
     close S     the same, and closes the connection
     gather N    200 once N + 1 requests have arrived; the very first one at once
     hang-up S   closes the connection without a response after S seconds
-    STATUS S    a problem document after S seconds
+    CODE S      a problem document with this code after S seconds
     """
 
     def __init__(self) -> None:
@@ -107,8 +111,9 @@ class ScriptedServer:
                 return False
             case "hang-up":
                 return False
-            case status:
-                writer.write(_response(int(status), {"detail": "as the test asked"}))
+            case code:
+                problem = {"type": f"urn:pcae-serve:{code}", "detail": "as the test asked"}
+                writer.write(_response(STATUSES[code], problem))
         return True
 
     def _get(self, path: str) -> tuple[int, Any]:

@@ -3,24 +3,20 @@
 import sys
 from collections.abc import Sequence
 
-from pcae_serve.command import run
-from pcae_serve.version import __version__
+from pydantic_settings import BaseSettings
+
+from pcae_serve.command import run_with_extra
 
 
 def start(argv: Sequence[str]) -> int:
     """Run the command that `argv` names and return the exit code."""
-    if list(argv) == ["--version"]:
-        print(f"pcae-train {__version__}")
-        return 0
-    try:
-        from pcae_training.commands import Train
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("pcae_"):
-            raise
-        message = f"{error.name} is not installed: pip install '.[train]'"
-        print(f"pcae-train: {message}", file=sys.stderr)
-        return 1
-    return run(Train, argv)
+    return run_with_extra(_load, "pcae-train", "train", argv)
+
+
+def _load() -> type[BaseSettings]:
+    from pcae_training.commands import Train
+
+    return Train
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from pcae_serve.scheduling.policies.greedy import Greedy
 from tests.support.apps import MakeSettings, busy, outcomes, problem, quick, serving, wait_until
 from tests.support.gate import Gate
 from tests.support.images import image_bytes
+from tests.support.inference_requests import error
 
 
 @pytest.mark.parametrize(
@@ -99,9 +100,27 @@ def test_a_callers_text_is_repeated_escaped_and_short(client: TestClient) -> Non
     assert len(reported["detail"]) < 300
 
 
-def test_unknown_routes_and_methods_are_problems(client: TestClient) -> None:
-    problem(client.get("/nowhere"), 404)
-    assert problem(client.get("/classify"), 405)["title"]
+def test_errors_of_the_framework_have_codes(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = problem(client.get("/nowhere%1b[31m"), 404)
+    assert unknown["type"] == "urn:pcae-serve:unknown-route"
+    assert "'/nowhere\\x1b[31m'" in unknown["detail"]
+    wrong = client.get("/classify")
+    assert problem(wrong, 405)["type"] == "urn:pcae-serve:method-not-allowed"
+    assert wrong.headers["allow"] == "POST"
+    monkeypatch.setattr(Service, "require_ready", lambda _: 1 / 0)
+    assert problem(client.get("/readyz"), 500)["type"] == "urn:pcae-serve:internal-error"
+
+
+def test_under_v2_errors_of_the_framework_have_the_protocols_form(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "no route '/v2/nowhere'" in error(client.get("/v2/nowhere"), 404)
+    assert "does not accept 'DELETE'" in error(client.delete("/v2"), 405)
+    monkeypatch.setattr(Service, "require_ready", lambda _: 1 / 0)
+    assert "unexpected error" in error(client.get("/v2/health/ready"), 500)
+    problem(client.get("/v2x"), 404)
 
 
 def test_an_engine_error_fails_only_its_batch(
@@ -190,7 +209,7 @@ def test_a_request_that_the_policy_lets_go_gets_503_and_a_time_to_come_back(
     refused, answered = sorted(responses, key=lambda response: -response.status_code)
     document = problem(refused, 503)
     assert "'hard'" in document["detail"]
-    assert document["type"] == "urn:pcae-serve:overloaded"
+    assert document["type"] == "urn:pcae-serve:dropped"
     assert refused.headers["retry-after"] == "1"
     assert answered.status_code == 200
     assert "under the present load, policy 'hard' chose it" in answered.json()["reason"]

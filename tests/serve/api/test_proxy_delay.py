@@ -15,6 +15,7 @@ from pcae_serve.api.auth import Keys
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.runtime.service import Service
+from tests.support.apps import wait_until
 from tests.support.images import image_bytes
 
 BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -81,10 +82,7 @@ def test_the_delay_counts_against_the_budget_wherever_it_is_given(
     app = proxy_delay.SubtractDelay(create_app(service, failures.append, Keys()))
     stamp = {proxy_delay.HEADER.decode(): f"{BOOT} {time.monotonic() - 1}"}
     with TestClient(app) as client:
-        for _ in range(200):
-            if client.get("/readyz").status_code == 200:
-                break
-            time.sleep(0.02)
+        wait_until(lambda: service.ready)
         for headers, status in ((stamp, {422, 503, 504}), ({}, {200})):
             path, more = "/classify", dict[str, str]()
             if place == "query":

@@ -8,7 +8,6 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pcae_serve.api.app import create_app
-from pcae_serve.api.server_timing import tally
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.observability.logs import RequestId
@@ -55,8 +54,3 @@ def test_every_route_records_timing_alike(
         times, logged = timed(f"/classify/batch{query}", files=batch(b"no image"))
         assert times is None
         assert logged == {"images": "415"}
-
-
-def test_a_tally_does_not_depend_on_the_order() -> None:
-    assert tally(["full", "fast", "fast"]) == tally(["fast", "fast", "full"]) == "fast:2,full:1"
-    assert tally(["fast"]) == "fast"

@@ -60,16 +60,21 @@ def test_a_real_server(bundle_dir: Path, tmp_path: Path) -> None:
 def test_every_end_is_counted(
     scripted: ScriptedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fates = ("answer 0.001", "answer 0.3", "503 0.03", "422 0", "504 0.001", "500 0", "hang-up 0")
+    fates = (
+        "answer 0.001", "answer 0.3", "overloaded 0.03", "dropped 0.03", "draining 0.03",
+        "budget-too-small 0", "deadline-exceeded 0.001", "upload-timeout 0.001", "engine-failed 0",
+        "hang-up 0",
+    )  # fmt: skip
     folder = scripts(tmp_path / "images", *fates)
     given = ("--rate", "200", "--requests", "140", "--mix", "8", "--images", str(folder))
     row, rows = replayed(scripted.url, tmp_path, *given)
     by_status = {status: [r["end"] for r in rows if r["status"] == status] for status in (
-        "200", "503", "422", "504", "500", "0"
+        "200", "503", "422", "504", "408", "500", "0"
     )}  # fmt: skip
     assert set(by_status["200"]) == {"in_time", "late"}
-    assert set(by_status["503"]) == set(by_status["422"]) == {"rejected"}
-    assert set(by_status["504"]) == {"expired"}
+    assert set(by_status["503"]) == {"rejected", "dropped", "failed"}
+    assert set(by_status["422"]) == {"rejected"}
+    assert set(by_status["504"]) == set(by_status["408"]) == {"expired"}
     assert set(by_status["500"]) == set(by_status["0"]) == {"failed"}
     figures = row["figures"]
     shares = ("attainment", "late", "rejected", "dropped", "expired", "failed")
@@ -177,7 +182,7 @@ def test_an_error_is_one_line(
     code: int,
     words: str,
 ) -> None:
-    scripts(tmp_path / "bad", "415 0")
+    scripts(tmp_path / "bad", "unsupported-type 0")
     monkeypatch.chdir(tmp_path)
     assert start(["replay", scripted.url, "--trace", "poisson", *flags]) == code
     [line] = capsys.readouterr().err.strip().splitlines()

@@ -5,6 +5,7 @@ killed, one again. The simulated engine sleeps, so two cores suffice.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -26,7 +27,6 @@ import pytest
 
 from tests.support.bundles import manifest, write_bundle
 from tests.support.images import image_bytes
-from tests.support.server_process import free_port
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("ray", reason="pip install '.[ray]'")
@@ -85,6 +85,15 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
+def fixed_port() -> int:
+    """A free port below those that the system selects: Ray cannot report which one it took."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("ray")
@@ -92,7 +101,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     for tier in tiers:
         tier["macs"] = MACS[tier["name"]]
     served = write_bundle(folder / "bundle", tiers=tiers)
-    port = free_port()
+    port = fixed_port()
     config = {
         "http_options": {"host": "127.0.0.1", "port": port},
         "applications": [

@@ -5,7 +5,7 @@ import pytest
 from pcae_serve.errors import StartError
 from pcae_serve.loadtest.load_generator import send
 from tests.support.scripted_server import ScriptedServer
-from tests.support.server_process import free_port
+from tests.support.stand_in import reserved_port
 
 
 def test_times_count_from_when_the_first_request_was_due() -> None:
@@ -19,5 +19,5 @@ def test_times_count_from_when_the_first_request_was_due() -> None:
 
 
 def test_no_server_is_an_error_before_anything_is_sent() -> None:
-    with pytest.raises(StartError, match="cannot connect to"):
-        send("127.0.0.1", free_port(), [b"x"], [0.0], 1, 1.0)
+    with reserved_port() as (_, port), pytest.raises(StartError, match="cannot connect to"):
+        send("127.0.0.1", port, [b"x"], [0.0], 1, 1.0)

@@ -16,7 +16,7 @@ from pcae_serve.runtime import worker as workers
 from pcae_serve.runtime.threads import Device
 from pcae_serve.runtime.worker import NotFinite, Worker
 
-WATCHDOG_S = 0.1
+WATCHDOG_S = 0.3
 
 
 class Fake:
@@ -93,7 +93,7 @@ def test_a_call_that_hangs_is_told_to_end(own: bool, monkeypatch: pytest.MonkeyP
         tells = other if own else engine
         worker.run(tells.told.wait, told.ended, told.hung, other.terminate if own else None)
         await told.back.wait()
-        assert told.order == ["hung: the call did not return within 0.1 s", "ended"]
+        assert told.order == ["hung: the call did not return within 0.3 s", "ended"]
         assert (engine.told.is_set(), other.told.is_set()) == (not own, own)
         await asyncio.sleep(1.2 * workers.TERMINATE_S)
         assert worker.works
