@@ -59,6 +59,11 @@ class Keys:
             raise StartError(
                 f"{path}, line {non_ascii[0]}: a key must be ASCII to fit in an HTTP header"
             )
+        if spaced := [number for number, key in lines if len(key.split()) > 1]:
+            raise StartError(
+                f"{path}, line {spaced[0]}: a key must not contain spaces; put remarks on lines"
+                " of their own that begin with #"
+            )
         if not lines:
             raise StartError(f"{path} contains no API key: write one key a line")
         if mode & stat.S_IROTH:
