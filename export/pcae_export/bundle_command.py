@@ -23,6 +23,7 @@ from pcae_serve.bundle.reader import Bundle
 from pcae_serve.bundle.tokens import Rule, parse_keep_ratio
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_serve.errors import PcaeError
+from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
 
@@ -47,7 +48,7 @@ class WriteBundle(BaseModel):
         "bundle": ("name", "model_id", "card_note", "force"),
     }  # fmt: skip
 
-    paths: CliPositionalArg[list[Path]] = Field(
+    paths: Annotated[CliPositionalArg[list[Path]], Metavar("SOURCE OUT")] = Field(
         min_length=1, max_length=2, description="SOURCE (a checkpoint) and OUT (the new bundle)"
     )
     tier: list[str] = Field(

@@ -4,11 +4,14 @@ import sys
 from collections.abc import Sequence
 
 from pcae_serve.command import run
-from pcae_serve.version import install_command
+from pcae_serve.version import __version__, install_command
 
 
 def start(argv: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
+    if list(argv) == ["--version"]:  # without torch
+        print(f"pcae-export {__version__}")
+        return 0
     try:
         from pcae_export.commands import Export
     except ModuleNotFoundError as error:

@@ -1,6 +1,7 @@
 """The commands of pcae-export, as one settings model."""
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, Field
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand
@@ -13,6 +14,7 @@ from pcae_export.verify import LEGEND, MIN_IMAGES, verify_model
 from pcae_serve.bundle.reader import load_bundle
 from pcae_serve.command import config
 from pcae_serve.engines.base import Pixels
+from pcae_serve.flags import Metavar
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import load
@@ -21,7 +23,9 @@ from pcae_training.data import load
 class Verify(BaseModel):
     """Compare every graph of a bundle with torch, from the bundle's own files."""
 
-    bundle: CliPositionalArg[Path] = Field(description="bundle folder")
+    bundle: Annotated[CliPositionalArg[Path], Metavar("BUNDLE")] = Field(
+        description="bundle folder"
+    )
     data: str | None = Field(None, description=f"images: {IMAGES_HELP} (default: generated images)")
     split: str = Field("test", description="split of --data")
     images: int = Field(64, ge=MIN_IMAGES, description="number of images")

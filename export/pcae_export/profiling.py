@@ -23,6 +23,7 @@ from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.base import Engine
 from pcae_serve.engines.loader import load_configured_engine
 from pcae_serve.errors import PcaeError
+from pcae_serve.flags import Metavar
 from pcae_serve.runtime import latency_profile
 from pcae_serve.runtime.latency_profile import Origin, Rounds
 from pcae_serve.settings import Settings
@@ -84,7 +85,9 @@ class Profile(BaseModel):
     PCAE_* variables, PCAE_CONFIG, its defaults.
     """
 
-    bundle: CliPositionalArg[Path] = Field(description="bundle folder")
+    bundle: Annotated[CliPositionalArg[Path], Metavar("BUNDLE")] = Field(
+        description="bundle folder"
+    )
     device: str | None = Field(None, description="auto, cpu or cuda:N (default: the server's)")
     backend: str | None = Field(None, description="the server's --backend (default: its setting)")
     threads: int | None = Field(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -36,6 +36,7 @@ from pcae_serve.engines.cuda_runtime import CudaError, Gpu, find_gpu
 from pcae_serve.engines.plan_cache import Key, Plan, PlanParity, Recipe
 from pcae_serve.engines.tensorrt import Library, Runner, load_library, to_output
 from pcae_serve.errors import PcaeError, StartError
+from pcae_serve.flags import Metavar
 from pcae_serve.settings import MAX_BATCH, Settings
 from pcae_training.data import load
 
@@ -62,7 +63,9 @@ class Built:
 class TensorRt(BaseModel):
     """Build a bundle's TensorRT plans on this GPU, verify them and cache them for the server."""
 
-    bundle: CliPositionalArg[Path] = Field(description="bundle folder")
+    bundle: Annotated[CliPositionalArg[Path], Metavar("BUNDLE")] = Field(
+        description="bundle folder"
+    )
     device: str = Field("cuda:0", description="GPU to build on, and for")
     cache_dir: Path | None = Field(
         None, description="cache folder to write to (default: the server's)"

@@ -22,6 +22,7 @@ from pcae_export.tier_flags import TierFlag, parse_tiers
 from pcae_serve.bundle.reader import file_sha256, load_bundle
 from pcae_serve.command import run
 from pcae_serve.errors import PcaeError
+from pcae_serve.version import __version__
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from tests.support.exporting import bundled, fails
@@ -342,16 +343,18 @@ class Hidden:
             raise ModuleNotFoundError("No module named 'torch'", name=name)
 sys.meta_path.insert(0, Hidden())
 from pcae_export.cli import start
-sys.exit(start(["verify", "bundle"]))
+sys.exit(start(sys.argv[1:]))
 """
 
 
 def test_without_torch_one_line_says_what_to_install() -> None:
     """In a process of its own: an imported torch cannot be removed."""
     argv = [sys.executable, "-c", WITHOUT_TORCH]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = subprocess.run([*argv, "verify", "bundle"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "pcae-export: torch is not installed: pip install '.[export]'\n"
+    done = subprocess.run([*argv, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"pcae-export {__version__}\n")
 
 
 # verify

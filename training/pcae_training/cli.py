@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from pcae_serve.command import run
-from pcae_serve.version import __version__
+from pcae_serve.version import __version__, install_command
 
 
 def start(argv: Sequence[str]) -> int:
@@ -17,7 +17,7 @@ def start(argv: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("pcae_"):
             raise
-        message = f"{error.name} is not installed: pip install '.[train]'"
+        message = f"{error.name} is not installed: {install_command('train')}"
         print(f"pcae-train: {message}", file=sys.stderr)
         return 1
     return run(Train, argv)
