@@ -98,7 +98,14 @@ def _run(
             return 2
         message = one_line(error).removeprefix("error parsing CLI: ")
         wrong = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        message += did_you_mean(wrong[1], parser.options, "--") if wrong else ""
+        if wrong:
+            message += did_you_mean(wrong[1], parser.options, "--")
+        elif word := re.match(r"unrecognized arguments: (\w\S*)", message):
+            message += did_you_mean(word[1], parser.commands)
+        if choice := re.match(r"argument (\{.*\}): invalid choice: '([^']*)'", message):
+            names = choice[1].strip("{}").split(",")
+            message = f"unknown command {choice[2]!r}{did_you_mean(choice[2], names)}"
+            message += "" if "?" in message else f"; use one of {', '.join(names)}"
         print(f"{program}: {message}", file=sys.stderr)
         return 2
     except PcaeError as error:

@@ -12,7 +12,7 @@ import difflib
 import inspect
 import shutil
 import textwrap
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +50,11 @@ class _Flag:
     groups: tuple[str, ...]  # all titles of its model, in their order
 
     @property
+    def off(self) -> bool:
+        """Whether this is a switch that is off by default."""
+        return self.field.get_default(call_default_factory=True) is False
+
+    @property
     def explicit(self) -> str | None:
         """The value's name, if the model gives one."""
         return next((each.text for each in self.field.metadata if isinstance(each, Metavar)), None)
@@ -74,10 +79,19 @@ class _Flag:
         if default is True:
             shown = "on"
         elif isinstance(default, list | tuple):
-            shown = " ".join(map(str, default))
+            words = any(isinstance(each, str) for each in default)  # long ones need line breaks
+            shown = (" " if words else ",").join(map(str, default))
         else:
             shown = "" if default is None or default is False else str(default)
         return f"{text} (default: {shown})".strip() if shown else text
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter):
+    def _format_action_invocation(self, action: Action) -> str:
+        """Show a switch that is off by default as --json, without its --no-json."""
+        if getattr(action, "is_off", False):
+            return action.option_strings[0]
+        return super()._format_action_invocation(action)
 
 
 class Parser:
@@ -98,7 +112,7 @@ class Parser:
             add_argument_method=self._add_argument,
             add_parser_method=self._add_parser,
             add_subparsers_method=self._add_subparsers,
-            formatter_class=partial(RawDescriptionHelpFormatter, max_help_position=30),
+            formatter_class=partial(_HelpFormatter, max_help_position=30),
         )
         for dest, flag in self._flags.items():
             if _UNKNOWN_ARGS in flag.field.metadata:
@@ -107,8 +121,11 @@ class Parser:
             parser.usage = " ".join(["%(prog)s", *words])
             parser.description = _wrapped(parser.description or "")
         self.has_commands = len(self._commands) > len(commands)
+        self.commands = tuple(self._commands)
         if self._commands:
             root = self.source.root_parser
+            if not self.has_commands:  # one of `commands` is the default
+                root.usage = "%(prog)s [COMMAND] [options]"
             root.description = f"{root.description}\n\n{_listed(self._commands)}"
 
     def _add_argument(self, parser: Any, *names: str, **options: Any) -> Any:
@@ -129,6 +146,7 @@ class Parser:
                 parser = self._groups[parser, flag.group]
         self.options += names
         added = parser.add_argument(*names, **options)
+        added.is_off = flag is not None and flag.off
         if options.get("action") == "help":  # of the whole program
             parser.add_argument(
                 "--version",
@@ -157,7 +175,10 @@ class Parser:
             if parser.prog == program:
                 words.append(f"{flag.metavar('')}...")
                 text = f"{flag.metavar('')}  {flag.field.description}"
-                parser.add_argument_group("arguments", text)
+                group = parser.add_argument_group("positional arguments", text)
+                # in the place of argparse's own section of that name, which is empty
+                parser._action_groups.remove(group)
+                parser._action_groups.insert(0, group)
 
 
 def _flags(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, _Flag]]:

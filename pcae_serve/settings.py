@@ -37,7 +37,11 @@ _POLICIES = ", ".join(f"{name}:TIER" if name in WITH_TIER else name for name in 
 
 
 class Settings(BaseSettings):
-    """Serve a bundle over HTTP. Without --bundle, serve the demo bundle inside the package."""
+    """Serve a bundle over HTTP. Without --bundle, serve the demo bundle inside the package.
+
+    Every option can also be set by a variable (PCAE_BUDGET_MS for --budget-ms) and by a key of the
+    TOML file that PCAE_CONFIG names (budget_ms).
+    """
 
     model_config = config("pcae-serve") | {"env_prefix": "PCAE_", "extra": "forbid"}
 
@@ -206,7 +210,8 @@ class Settings(BaseSettings):
             file_settings = TomlConfigSettingsSource(settings_cls, path)
             Path(path).stat()  # a missing file is skipped in silence otherwise
         except (OSError, ValueError) as error:
-            raise SettingsError(f"{CONFIG_FILE}: {path} cannot be read: {error}") from None
+            why = getattr(error, "strerror", None) or error
+            raise SettingsError(f"{CONFIG_FILE}: {path} cannot be read: {why}") from None
         known = settings_cls.model_fields
         for key in file_settings.toml_data:
             if key not in known:

@@ -27,7 +27,7 @@ KEY_VARIABLE = "PCAE_API_KEY"
 
 
 class Classify(BaseModel):
-    """Classify images on a running server: pcae-serve classify FILE… (- is standard input).
+    """Classify image files on a running server.
 
     Print one line for each image, in the given order. The exit code is 1 if any image failed.
     """

@@ -55,7 +55,7 @@ class Replay(WorkloadFlags):
         60.0,
         ge=0,
         allow_inf_nan=False,
-        description="maximum time to wait until the server is ready",
+        description="maximum time to wait for the server to listen and to be ready",
     )
     rows: Path | None = Field(None, description="write every request to this CSV file")
     json_: Path | None = Field(None, alias="json", description="write all figures to this file")

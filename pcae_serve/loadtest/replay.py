@@ -98,7 +98,13 @@ class LiveServer:
             if not all(tier["latency_ms"] for tier in info["tiers"]):
                 raise StartError(f"{base} has not measured its latencies yet: wait for /readyz")
         except (URLError, OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, HTTPError) and error.code in (401, 403):
+                raise StartError(
+                    f"{base} requires an API key, which replay does not send: start it without"
+                    " --api-keys-file"
+                ) from None
             why = getattr(error, "reason", None) or one_line(error)
+            why = getattr(why, "strerror", None) or why
             raise StartError(f"no pcae-serve answers at {base}: {why}") from None
         return cls(parts.hostname, parts.port or 80, parts.path.rstrip("/"), info)
 
@@ -188,10 +194,14 @@ class LiveServer:
 
 
 def _await_ready(base: str, ready_s: float) -> None:
-    """Poll /readyz until it answers 200. Raise StartError if it does not within `ready_s`."""
+    """Poll /readyz until it answers 200. Raise StartError if it does not within `ready_s`.
+
+    A refused connection is waited for too: a server that was just started does not listen yet.
+    """
     deadline_s = time.monotonic() + ready_s
     waiting = False
     while True:
+        late = time.monotonic() >= deadline_s
         try:
             with urlopen(f"{base}/readyz", timeout=30):
                 return
@@ -199,8 +209,12 @@ def _await_ready(base: str, ready_s: float) -> None:
             if error.code != 503:
                 raise
             why = read_problem(error.read(), "detail") or "starting"
-        if time.monotonic() >= deadline_s:
-            raise StartError(f"{base} is not ready: {why}")
+            if late:
+                raise StartError(f"{base} is not ready: {why}") from None
+        except URLError as error:
+            if late or not isinstance(error.reason, ConnectionRefusedError):
+                raise
+            why = "connection refused"
         if not waiting:
             progress.report(f"{base} is not ready yet ({why}): waiting up to {ready_s:g} s")
             waiting = True

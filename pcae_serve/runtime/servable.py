@@ -217,7 +217,7 @@ class Servable:
         self._batches[dispatch.device] = batch
         for admitted in requests:  # now, with the forecast that the tier was chosen by
             if admitted.request.tier != "auto":
-                admitted.reason = "named in the request"
+                admitted.reason = "the request names this tier"
             else:
                 admitted.reason = explain_tier(
                     admitted.scheduled, dispatch.tier, len(requests), forecast, now_s, self.policy

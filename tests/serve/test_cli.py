@@ -239,7 +239,7 @@ def test_the_first_word_chooses_the_command(capsys: pytest.CaptureFixture[str]) 
         return captured.err if code else captured.out
 
     server = shown("--help")
-    assert server.startswith("usage: pcae-serve [options]")
+    assert server.startswith("usage: pcae-serve [COMMAND] [options]")
     assert all(re.search(rf"^  {name} +\w", server, re.MULTILINE) for name in ("serve", *COMMANDS))
     assert re.search(r"^network and access:\n  --host HOST", server, re.MULTILINE)
     assert "--bundle DIR" in server
@@ -266,7 +266,7 @@ def test_the_servers_variables_do_not_reach_the_commands(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PCAE_PORT", "none")
-    assert start(["replay", "http://127.0.0.1:9", "--rate", "5"]) == 1
+    assert start(["replay", "http://127.0.0.1:9", "--rate", "5", "--ready-s", "0"]) == 1
     assert "no pcae-serve answers" in capsys.readouterr().err
 
 

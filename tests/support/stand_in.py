@@ -16,7 +16,7 @@ ANSWER: dict[str, Any] = {
     "tier": "fast",
     "keep_ratio": 0.6,
     "tokens": [9, 5, 3],
-    "reason": "named in the request",
+    "reason": "the request names this tier",
     "budget_ms": 1,
     "met_budget": True,
     "timings_ms": {"decode": 1, "queue": 1, "compute": 1, "total": 3},

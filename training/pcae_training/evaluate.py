@@ -19,6 +19,7 @@ from torch import Tensor
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import Geometry, parse_keep_ratio
 from pcae_serve.errors import PcaeError
+from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
 from pcae_training.import_weights import load_checkpoint
@@ -119,7 +120,7 @@ class EvaluateSettings(BaseModel):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
-    checkpoint: CliPositionalArg[Path] = Field(
+    checkpoint: Annotated[CliPositionalArg[Path], Metavar("CHECKPOINT")] = Field(
         description="run or checkpoint of pcae-train, or a Hugging Face or timm folder"
     )
     data: str = Field(description="class folders, parquet files or a name on the Hugging Face hub")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pcae_serve.bundle.preprocess import MAX_PIXELS, Preprocess
 from pcae_serve.errors import PcaeError, RequestError
+from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import load, to_pixels
 from pcae_training.diversity import measure_layers
@@ -68,7 +69,7 @@ def _rows(value: object) -> object:
 class VisualizeSettings(BaseModel):
     """Draw which patches a checkpoint keeps of images, or the diversity of its tokens."""
 
-    checkpoint: CliPositionalArg[Path] = Field(
+    checkpoint: Annotated[CliPositionalArg[Path], Metavar("CHECKPOINT")] = Field(
         description="run or checkpoint of pcae-train, or a Hugging Face or timm folder"
     )
     image: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)] = Field(

@@ -171,7 +171,7 @@ def test_parameters(client: TestClient, instant: TestClient) -> None:
     answer = client.post(INFER, json=files(image_bytes(), parameters={"tier": "fast"})).json()
     assert answer["parameters"] == {
         "tier": "fast",
-        "reason": "named in the request",
+        "reason": "the request names this tier",
         "met_budget": "true",
         "budget_ms": 20_000,
     }

@@ -1,10 +1,14 @@
 """pcae-serve replay, as a person calls it, against real sockets."""
 
 import csv
+import io
 import json
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
 
 import pytest
 
@@ -191,7 +195,7 @@ def test_an_error_is_one_line(
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "https://example.org", "ftp:"])
 def test_no_server(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert start(["replay", url, "--trace", "poisson", "--rate", "5"]) == 1
+    assert start(["replay", url, "--trace", "poisson", "--rate", "5", "--ready-s", "0"]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
     assert url[:5] in line
 
@@ -204,6 +208,39 @@ def test_a_server_that_is_still_measuring_is_waited_for(
     replayed(scripted.url, tmp_path, "--rate", "100", "--requests", "5", "--images", str(folder))
     [line] = [line for line in capsys.readouterr().err.splitlines() if "ready" in line]
     assert line == f"{scripted.url} is not ready yet (measuring latencies): waiting up to 60 s"
+
+
+def test_a_server_that_does_not_listen_yet_is_waited_for(
+    scripted: ScriptedServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refusals = iter([ConnectionRefusedError(111, "Connection refused")])
+
+    def refuse_once(url: str, **options: Any) -> Any:
+        for error in refusals:
+            raise URLError(error)
+        return urlopen(url, **options)
+
+    monkeypatch.setattr(replay, "urlopen", refuse_once)
+    folder = scripts(tmp_path / "images", "answer 0")
+    replayed(scripted.url, tmp_path, "--rate", "100", "--requests", "5", "--images", str(folder))
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "ready" in line]
+    assert line == f"{scripted.url} is not ready yet (connection refused): waiting up to 60 s"
+
+
+def test_a_server_that_requires_keys(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbid(url: str, **_: Any) -> Any:
+        if url.endswith("/readyz"):
+            return io.BytesIO()
+        raise HTTPError(url, 401, "Unauthorized", Message(), None)
+
+    monkeypatch.setattr(replay, "urlopen", forbid)
+    assert start(["replay", "http://127.0.0.1:9", "--rate", "5"]) == 1
+    assert "requires an API key" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seconds", ["0", "0.05"])
