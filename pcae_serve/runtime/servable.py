@@ -65,7 +65,7 @@ class _Batch:
     start_s: float
     predicted_s: float
     padding: int = 0  # rows computed beyond the requests
-    hung: bool = False  # answered as failed, while the call goes on
+    hung: bool = False  # answered as failed, while the call still runs
 
 
 class Servable:
@@ -217,7 +217,7 @@ class Servable:
         self._batches[dispatch.device] = batch
         for admitted in requests:  # now, with the forecast that the tier was chosen by
             if admitted.request.tier != "auto":
-                admitted.reason = "asked for"
+                admitted.reason = "requested by name"
             else:
                 admitted.reason = explain_tier(
                     admitted.scheduled, dispatch.tier, len(requests), forecast, now_s, self.policy
@@ -355,7 +355,7 @@ class Servable:
             self._refuse_all(refusals.device_lost())
 
     def stop(self) -> None:
-        """Answer every admitted request that the server is stopping; handle no more events."""
+        """Refuse every admitted request because the server is stopping; handle no more events."""
         self._refuse_all(refusals.stopped())
         self._stopped = True
         self._driver.stop()

@@ -18,7 +18,7 @@ def test_a_bundle_without_a_head_answers_with_features(headless: TestClient) -> 
         "keep_ratio": 0.6,
         "tokens": [9, 5, 3],
         "budget_ms": 8000,
-        "reason": "asked for",
+        "reason": "requested by name",
     }
     assert answer["kept"] is None
     assert set(answer["timings_ms"]) == {"decode", "queue", "compute", "total"}

@@ -171,7 +171,7 @@ def test_parameters(client: TestClient, instant: TestClient) -> None:
     answer = client.post(INFER, json=files(image_bytes(), parameters={"tier": "fast"})).json()
     assert answer["parameters"] == {
         "tier": "fast",
-        "reason": "asked for",
+        "reason": "requested by name",
         "met_budget": "true",
         "budget_ms": 20_000,
     }
