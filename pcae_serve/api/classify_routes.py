@@ -30,48 +30,49 @@ router = APIRouter(tags=["Images"], responses=problems.documented(problems.IMAGE
 async def classify(
     request: Request,
     response: Response,
-    ask: Requested,
+    inference_request: Requested,
     top_k: TopK = 5,
     explain: Explain = False,
 ) -> schemas.Classification:
     """Classify one image. The body is the image file, or a form with the file field `image`."""
-    answer = await answer_image(request, response, ask, "logits")
-    return results.classification(answer, ask, top_k, explain)
+    answer = await answer_image(request, response, inference_request, "logits")
+    return results.classification(answer, inference_request, top_k, explain)
 
 
 @router.post("/classify/batch", openapi_extra=SEVERAL_IMAGES)
 async def classify_batch(
     request: Request,
     response: Response,
-    ask: Requested,
+    inference_request: Requested,
     top_k: TopK = 5,
     explain: Explain = False,
 ) -> schemas.Batch:
     """Classify several images, sent as file fields `image` of a form; each is scheduled separately.
 
-    The status is 200 if the body could be read. Each image has a status of its own, with its answer
-    or its problem, in the order of the fields.
+    The status is 200 if the body could be read. Each result has a status of its own and either an
+    answer or a problem; results are in the order of the fields.
     """
     service = service_of(request)
-    logits = replace(ask, answers="logits")
-    service.bundle.allowed_tiers(ask.tier, ask.min_tier)  # refuse before anything is uploaded
+    logits = replace(inference_request, answers="logits")
+    # refuse an unknown tier before anything is uploaded
+    service.bundle.allowed_tiers(inference_request.tier, inference_request.min_tier)
 
     answers: list[InferenceResult] = []
 
-    async def one(group: RequestGroup, image: bytes) -> schemas.BatchItem:
+    async def classify_one(group: RequestGroup, image: bytes) -> schemas.BatchItem:
         try:
             with group.admit(logits) as admitted:
                 answer = await admitted.run(image)
         except RequestError as error:
             return schemas.BatchItem(status=error.status, problem=problems.document(error))
         answers.append(answer)
-        answered = results.classification(answer, ask, top_k, explain)
+        answered = results.classification(answer, inference_request, top_k, explain)
         return schemas.BatchItem(status=200, answer=answered)
 
-    limit, most = body_limit(service.settings), service.settings.max_images
+    limit, max_images = body_limit(service.settings), service.settings.max_images
     with service.admit_group() as group:
-        images = await group.receive(read_images(request, limit, most))
-        running = asyncio.gather(*(one(group, image) for image in images))
+        images = await group.receive(read_images(request, limit, max_images))
+        running = asyncio.gather(*(classify_one(group, image) for image in images))
         items = await unless_disconnected(request, running)
     server_timing.record_timing(request, response, answers)
     request.state.images = server_timing.tally([item.status for item in items])

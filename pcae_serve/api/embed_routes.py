@@ -11,11 +11,11 @@ router = APIRouter(tags=["Images"], responses=problems.documented(problems.IMAGE
 
 @router.post("/embed", openapi_extra=ONE_IMAGE)
 async def embed(
-    request: Request, response: Response, ask: Requested, explain: Explain = False
+    request: Request, response: Response, inference_request: Requested, explain: Explain = False
 ) -> schemas.Embedding:
     """Return the features of one image, from a bundle without a head. The body is as for /classify.
 
     The features are not scaled to length 1.
     """
-    answer = await answer_image(request, response, ask, "features")
-    return results.embedding(answer, ask, explain)
+    answer = await answer_image(request, response, inference_request, "features")
+    return results.embedding(answer, inference_request, explain)

@@ -98,7 +98,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
-    """Return a JSON schema without references, which OpenAPI resolves against another document."""
+    """Return a JSON schema without references, which OpenAPI would resolve in its own document."""
     if isinstance(schema, list):
         return [_inlined(part, definitions) for part in schema]
     if not isinstance(schema, dict):
@@ -147,12 +147,12 @@ _BODY = {
 }
 _ANSWER: dict[str, Any] = {
     "model": InferResponse,
-    "description": "The answers of all images. If an output is binary, its data follow the JSON,"
+    "description": "The outputs for all images. If an output is binary, its data follow the JSON,"
     f" and the header {HEADER_LENGTH} has the length of the JSON.",
     "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     "headers": {
         HEADER_LENGTH: {
-            "description": "bytes of the JSON, if binary data follow it",
+            "description": "length of the JSON in bytes, if binary data follow it",
             "schema": {"type": "integer"},
         }
     },
@@ -220,18 +220,18 @@ async def model_metadata(request: Request) -> ModelMetadata:
 
 
 async def model_ready(request: Request) -> ModelReady:
-    """Report whether requests are accepted, as /v2/health/ready does: there is one model."""
+    """Report whether requests are accepted, as /v2/health/ready does; there is only one model."""
     service = service_of(request)
     service.require_ready()
     return ModelReady(name=service.bundle.manifest.name, ready=True)
 
 
 async def infer(request: Request) -> Response:
-    """Answer one image or several, each on a tier of its own. If one is refused, the request is."""
+    """Answer one or several images, each on its own tier. One refusal refuses the whole request."""
     arrival_s = proxy_delay.arrival_s(request.scope.get("state", {}))
     if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
         raise UnsupportedType(
-            f"content encoding {shown(encoding)} is not supported: send the body uncompressed"
+            f"content encoding {shown(encoding)} is not supported; send the body uncompressed"
         )
     service = service_of(request)
     limit = body_limit(service.settings)
@@ -239,16 +239,16 @@ async def infer(request: Request) -> Response:
     with service.admit_group() as group:
         body = await group.receive(_body(request, limit))
         max_images = service.settings.max_images
-        asked, files = _parse(body, request.headers.get(HEADER_LENGTH), max_images)
-        require_outputs(asked, service.bundle)
-        parameters = asked.parameters or RequestParameters()
+        parsed, files = _parse(body, request.headers.get(HEADER_LENGTH), max_images)
+        require_outputs(parsed, service.bundle)
+        parameters = parsed.parameters or RequestParameters()
         service.bundle.allowed_tiers(parameters.tier, parameters.min_tier)
         budget_ms = parameters.budget_ms or service.settings.budget_ms
-        ask = InferenceRequest(
+        inference_request = InferenceRequest(
             arrival_s, budget_ms, parameters.tier, parameters.min_tier, service.bundle.answers
         )
-        answers = await unless_disconnected(request, _answers(group, ask, files))
-    response = _response(asked, ask, answers)
+        answers = await unless_disconnected(request, _answers(group, inference_request, files))
+    response = _response(parsed, inference_request, answers)
     server_timing.record_timing(request, response, answers)
     return response
 
@@ -294,18 +294,18 @@ def _parse(
         return InferRequest(inputs=[tensor]), [lambda: body]
     if length > len(body):
         raise MalformedRequest(f"{HEADER_LENGTH} is {length}, but the body has {len(body)} bytes")
-    asked = parse_request(body[:length])
-    return asked, image_files(asked, memoryview(body)[length:], max_images)
+    parsed = parse_request(body[:length])
+    return parsed, image_files(parsed, memoryview(body)[length:], max_images)
 
 
 async def _answers(
-    group: RequestGroup, ask: InferenceRequest, files: Sequence[File]
+    group: RequestGroup, inference_request: InferenceRequest, files: Sequence[File]
 ) -> list[InferenceResult]:
     """Return the results of all images. The first refusal cancels the others and is raised."""
 
     async def answer(index: int, file: File) -> InferenceResult:
         try:
-            with group.admit(ask) as admitted:
+            with group.admit(inference_request) as admitted:
                 image = await admitted.receive(asyncio.to_thread(file))
                 return await admitted.run(image)
         except RequestError as error:
@@ -322,16 +322,16 @@ async def _answers(
 
 
 def _response(
-    asked: InferRequest, ask: InferenceRequest, answers: list[InferenceResult]
+    parsed: InferRequest, inference_request: InferenceRequest, answers: list[InferenceResult]
 ) -> Response:
     """Return the answer with the requested outputs, as JSON or as JSON and binary data."""
     bundle = answers[0].bundle
     if any(answer.bundle is not bundle for answer in answers):
-        raise OutOfService("the bundle was reloaded between the images: retry", retry_after_s=1)
+        raise OutOfService("the bundle was reloaded between the images; retry", retry_after_s=1)
     vectors = np.stack([answer.vector for answer in answers])  # [N, width]
-    binary_default = (asked.parameters or RequestParameters()).binary_data_output
+    binary_default = (parsed.parameters or RequestParameters()).binary_data_output
     outputs, blobs = list[dict[str, Any]](), list[bytes]()
-    for wanted in asked.outputs or [RequestOutput(name=name) for name in offered_outputs(bundle)]:
+    for wanted in parsed.outputs or [RequestOutput(name=name) for name in offered_outputs(bundle)]:
         parameters = wanted.parameters or OutputParameters()
         tensor = output_tensor(wanted.name, parameters.classification, vectors, bundle.labels)
         output: dict[str, Any] = {
@@ -349,12 +349,12 @@ def _response(
     document = {
         "model_name": bundle.manifest.name,
         "model_version": VERSION,
-        **({} if asked.id is None else {"id": asked.id}),
+        **({} if parsed.id is None else {"id": parsed.id}),
         "parameters": {
             "tier": ",".join(answer.tier.name for answer in answers),
             "reason": "; ".join(answer.reason for answer in answers),
             "met_budget": ",".join(str(answer.met_budget).lower() for answer in answers),
-            "budget_ms": ask.budget_ms,
+            "budget_ms": inference_request.budget_ms,
         },
         "outputs": outputs,
     }

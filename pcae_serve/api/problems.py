@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: RFC 9457 problem documents, whatever raised the error."""
+"""Convert exceptions to HTTP answers: RFC 9457 problem documents."""
 
 from typing import Any
 
@@ -85,7 +85,7 @@ async def _invalid(_: Request, error: Exception) -> Response:
 
 async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    detail = f"{error.detail}: see /docs"
+    detail = f"{error.detail[:1].lower()}{error.detail[1:]}; see /docs"
     response = _problem("about:blank", error.status_code, error.detail, detail)
     response.headers.update(error.headers or {})
     return response
@@ -96,4 +96,4 @@ async def _disconnected(_: Request, __: Exception) -> Response:
 
 
 async def _unexpected(_: Request, __: Exception) -> Response:
-    return refusal(InternalError("an unexpected error occurred: see the server's log"))
+    return refusal(InternalError("an unexpected error occurred; see the server's log"))

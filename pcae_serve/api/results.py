@@ -10,17 +10,21 @@ from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 
 
 def classification(
-    answer: InferenceResult, ask: InferenceRequest, top_k: int, explain: bool
+    answer: InferenceResult, inference_request: InferenceRequest, top_k: int, explain: bool
 ) -> schemas.Classification:
     """Return the `top_k` most probable classes of an image; `answer` holds its logits."""
     return schemas.Classification(
-        predictions=_predictions(answer, top_k), **_common(answer, ask, explain)
+        predictions=_predictions(answer, top_k), **_common(answer, inference_request, explain)
     )
 
 
-def embedding(answer: InferenceResult, ask: InferenceRequest, explain: bool) -> schemas.Embedding:
+def embedding(
+    answer: InferenceResult, inference_request: InferenceRequest, explain: bool
+) -> schemas.Embedding:
     """Return the features of an image."""
-    return schemas.Embedding(features=answer.vector.tolist(), **_common(answer, ask, explain))
+    return schemas.Embedding(
+        features=answer.vector.tolist(), **_common(answer, inference_request, explain)
+    )
 
 
 def _predictions(answer: InferenceResult, top_k: int) -> list[schemas.Prediction]:
@@ -37,14 +41,16 @@ def _predictions(answer: InferenceResult, top_k: int) -> list[schemas.Prediction
     ]
 
 
-def _common(answer: InferenceResult, ask: InferenceRequest, explain: bool) -> dict[str, Any]:
+def _common(
+    answer: InferenceResult, inference_request: InferenceRequest, explain: bool
+) -> dict[str, Any]:
     """Return the fields of schemas.Result."""
     return {
         "tier": answer.tier.name,
         "keep_ratio": answer.tier.keep_ratio,
         "tokens": list(answer.tier.token_counts),
         "reason": answer.reason,
-        "budget_ms": ask.budget_ms,
+        "budget_ms": inference_request.budget_ms,
         "met_budget": answer.met_budget,
         "timings_ms": server_timing.timings(answer),
         "kept": [np.sort(stage).tolist() for stage in answer.kept] if explain else None,
