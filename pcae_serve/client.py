@@ -6,7 +6,8 @@
     >>> answer.predictions[0].label, answer.tier
     ('Bag', 'full')
 
-A call decides without I/O what comes next, an answer, an error or a wait before another request:
+`_Call` decides without I/O what follows each response: an answer, an error, or a wait before
+another request:
 
     image -> request with the remaining budget -> answer | error | wait
                ^------------------------------------------------'
@@ -72,7 +73,7 @@ GRACE_S = 0.25
 IMAGE_TIMEOUT_S, INFO_TIMEOUT_S = 60.0, 10.0
 #: A shorter remaining budget is not worth another request.
 MIN_LEFT_S = 1e-3
-#: Wait before a retry, at least; doubled after each failed connection, up to the second.
+#: Shortest and longest wait before a retry; doubled after each failed connection.
 MIN_WAIT_S, MAX_WAIT_S = 0.02, 0.5
 #: Idle connections are closed after this time. The server closes them after 5 s (uvicorn's
 #: default), and a request sent at that moment would be lost.
@@ -85,7 +86,7 @@ _P = ParamSpec("_P")
 
 
 class ClientError(PcaeError):
-    """There is no answer; the message is one line that says why."""
+    """The call has no answer; the message gives the reason in one line."""
 
 
 class NotReachable(ClientError):
@@ -178,8 +179,8 @@ class _Call(Generic[_M]):
     ) -> None:
         """Start the clock.
 
-        answer: the model of a successful body. timeout_s: without a budget. parameters: of the
-        query; None is left out.
+        answer: the model of a successful body. timeout_s: applies without a budget. parameters: of
+        the query; those that are None are omitted.
         """
         if budget_ms is not None and not (isfinite(budget_ms) and budget_ms > 0):
             raise ValueError(f"budget_ms must be a number above 0, not {budget_ms!r}")
@@ -257,7 +258,7 @@ class _Call(Generic[_M]):
         raise refused
 
     def _fits(self, wait_s: float, needed_s: float = 0.0) -> bool:
-        """Whether there is a budget, and enough of it is left after waiting."""
+        """Return whether there is a budget, and enough of it is left after waiting."""
         if self._budget_ms is None:
             return False
         return self._end_s - self._clock() - wait_s >= max(needed_s, MIN_LEFT_S)
@@ -299,7 +300,8 @@ class _Base:
         tier: name of a tier, or "auto": the most accurate tier that meets the budget.
         budget_ms: milliseconds from this call until the answer is needed, over all requests. If
             None, the server's default budget applies and nothing is sent twice.
-        min_tier: with "auto", refuse the request rather than use a cheaper tier.
+        min_tier: cheapest tier that "auto" may use; if it cannot meet the budget, the request is
+            refused.
         explain: also return the indices of the patches kept after each stage.
 
         Raise BudgetExceeded, Refused or NotReachable, which are ClientErrors; OSError if the file
@@ -428,7 +430,7 @@ class Client(_Base):
     tiers = _blocking(_Base._tiers)
 
     def ready(self) -> bool:
-        """Whether the server accepts requests; `tiers` raises an error that says why not."""
+        """Return whether the server accepts requests; if not, `tiers` raises the reason."""
         try:
             return self._run(self._health()).status == "ready"
         except ClientError:
@@ -459,7 +461,7 @@ class Client(_Base):
 
 
 class AsyncClient(_Base):
-    """The same for asyncio: calls are awaited, and any number may run at the same time.
+    """A client for asyncio with the same methods; any number of calls may run at the same time.
 
     >>> async with AsyncClient("http://localhost:8000") as client:
     ...     answers = await asyncio.gather(*(client.classify(image) for image in images))
@@ -476,7 +478,7 @@ class AsyncClient(_Base):
         clock: Clock = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """As `Client`."""
+        """Take the same arguments as `Client`."""
         self._http = httpx2.AsyncClient(**_settings(url, api_key), transport=transport)
         self._clock, self._sleep = clock, sleep
 
@@ -485,7 +487,7 @@ class AsyncClient(_Base):
     tiers = _awaitable(_Base._tiers)
 
     async def ready(self) -> bool:
-        """Whether the server accepts requests; `tiers` raises an error that says why not."""
+        """Return whether the server accepts requests; if not, `tiers` raises the reason."""
         try:
             return (await self._run(self._health())).status == "ready"
         except ClientError:
@@ -554,7 +556,7 @@ def _settings(url: str, api_key: str | None) -> dict[str, Any]:
     return {
         "base_url": address,
         "headers": headers,
-        # unbounded: a request that waits for a connection would send a budget that is outdated
+        # unbounded: a request that waits for a connection would send an outdated budget
         "limits": httpx2.Limits(
             max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_S
         ),
@@ -571,7 +573,7 @@ def _problem(response: httpx2.Response) -> Mapping[str, Any]:
 
 
 def _retry_after_s(refused: Refused, headers: httpx2.Headers) -> float | None:
-    """Return seconds until a retry is useful: of the document, else of the header (coarser)."""
+    """Return seconds until a retry is useful: from the document, else from the coarser header."""
     header = headers.get("Retry-After", "")
     for seconds in (refused.retry_after_s, _number(header)):
         if seconds is not None:
@@ -582,7 +584,7 @@ def _retry_after_s(refused: Refused, headers: httpx2.Headers) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number of 0 or more, also out of a text; None for anything else."""
+    """Parse a number of 0 or more; return None for anything else."""
     with contextlib.suppress(TypeError, ValueError):
         if (number := float(value)) >= 0:
             return number

@@ -172,11 +172,11 @@ def _flush() -> bool:
     What is still buffered then goes to the null device: otherwise the interpreter would try again
     at exit and print the error.
     """
-    whole = True
+    complete = True
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            whole = False
-    return whole
+            complete = False
+    return complete

@@ -1,10 +1,10 @@
-"""The limit of open file descriptors, of which every connection takes one."""
+"""Raise the limit of open file descriptors; every connection takes one."""
 
 import contextlib
 import resource
 import sys
 
-#: Descriptors that one process ever needs; a soft limit is usually 1,024.
+#: Upper bound of the soft limit, which is usually 1,024.
 MAX_DESCRIPTORS = 65_536
 
 

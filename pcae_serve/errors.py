@@ -8,7 +8,7 @@
         ├── UnreadableImage     400  the image is empty, truncated or damaged
         ├── MissingKey          401  the request has no API key
         ├── Forbidden           403  the API key is unknown or not an admin key
-        ├── TaskNotSupported    404  classes from a bundle without a head, features from one with
+        ├── TaskNotSupported    404  the bundle has no head for classes, or one instead of features
         ├── UnknownModel        404  no such model or version
         ├── UnknownRoute        404  no such route
         ├── MethodNotAllowed    405  the route has other methods
@@ -29,15 +29,16 @@
         ├── OutOfMemory         503  no memory to decode the image
         └── DeadlineExceeded    504  the budget passed before the request was answered
 
-A message is one line that states the fault and what to do. docs/errors.md documents every code.
+A message is one line: the fault in lower case without a full stop, then "; " and what to do, or
+": " and the command to run. docs/errors.md documents every code.
 """
 
 from math import ceil
 from typing import ClassVar
 
-#: What a problem's `type` begins with; the code follows.
+#: Prefix of a problem's `type`; the code follows.
 TYPE_PREFIX = "urn:pcae-serve:"
-#: Characters of a caller's text that an answer or a log repeats.
+#: Maximum characters of a caller's text that an answer or a log repeats.
 MAX_SHOWN = 80
 
 
@@ -182,7 +183,7 @@ class Draining(RequestError):
 
     def __init__(
         self,
-        detail: str = "the server is shutting down: send the request to another one",
+        detail: str = "the server is shutting down; send the request to another one",
         **members: float | str,
     ) -> None:
         super().__init__(detail, **members)

@@ -17,12 +17,12 @@ class Prediction(BaseModel):
 
 
 class Timings(BaseModel):
-    """Where the time of an answer went, in milliseconds."""
+    """The time that an answer spent in each stage, in milliseconds."""
 
     decode: float = Field(description="decoding the image, including the wait for a decoder")
     queue: float = Field(description="waiting in the queue for a device")
     compute: float = Field(description="running the batch that the image was part of")
-    total: float = Field(description="from the request's headers to the answer")
+    total: float = Field(description="from the arrival of the request's headers to the answer")
 
 
 class Result(BaseModel):

@@ -29,7 +29,7 @@ MAX_BATCH = 32  # images per batch
 
 #: The variable that names the config file.
 CONFIG_FILE = "PCAE_CONFIG"
-#: Variables that are no settings of the server: the client's key, and what other programs read.
+#: PCAE_* variables that are not settings of the server: the client's key, and other programs'.
 OTHER_VARIABLES = (CONFIG_FILE, "PCAE_API_KEY")
 OTHER_PREFIXES = ("PCAE_SERVE_", "PCAE_TRAIN_", "PCAE_EXPORT_")
 
@@ -113,17 +113,17 @@ class Settings(BaseSettings):
     queue_limit: int = Field(
         256,
         ge=1,
-        description="maximum number of waiting requests; more get 503 with Retry-After",
+        description="maximum number of waiting requests; further ones get 503 with Retry-After",
     )
 
     max_body_mb: float = Field(
         20, gt=0, description="maximum size of a request body; larger ones get 413"
     )
     max_images: int = Field(
-        64, ge=1, description="maximum number of images per request; more get 413"
+        64, ge=1, description="maximum number of images per request; a larger request gets 413"
     )
     max_pixels: int = Field(
-        MAX_PIXELS, ge=1, description="maximum number of pixels per image; more get 413"
+        MAX_PIXELS, ge=1, description="maximum number of pixels per image; a larger one gets 413"
     )
     upload_s: float = Field(
         30, gt=0, description="maximum time to receive a request body; then 408"
@@ -180,7 +180,7 @@ class Settings(BaseSettings):
     def _access_controlled(self) -> Self:
         if self.api_keys_file is None and not self.open_access and not _is_loopback(self.host):
             raise ValueError(
-                f"--host {self.host} accepts requests from other machines: set --api-keys-file, or"
+                f"--host {self.host} accepts requests from other machines; set --api-keys-file, or"
                 " --open-access to allow requests without a key"
             )
         return self

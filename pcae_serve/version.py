@@ -1,4 +1,4 @@
-"""The version, and how to install what a feature needs."""
+"""The version, and the command that installs an optional feature."""
 
 __version__ = "0.1.0"
 

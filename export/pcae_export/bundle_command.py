@@ -42,7 +42,7 @@ class WriteBundle(BaseModel):
         "images to verify and measure on": (
             "eval_data", "eval_split", "agreement", "limit", "parity_images", "choice_images",
         ),
-        "what SOURCE does not contain": (
+        "overrides of SOURCE": (
             "labels", "heads", "image_size", "resize", "normalise", "features",
         ),
         "bundle": ("name", "model_id", "card_note", "force"),
@@ -121,9 +121,9 @@ class WriteBundle(BaseModel):
         tiers = parse_tiers(self.tier)
         if self.source is None and not all(tier.checkpoint for tier in tiers.values()):
             missing = next(name for name, tier in tiers.items() if not tier.checkpoint)
-            raise ValueError(f"tier {missing!r} has no checkpoint: give SOURCE before OUT")
+            raise ValueError(f"tier {missing!r} has no checkpoint; give SOURCE before OUT")
         if self.reduction == "auto" and self.eval_data is None:
-            raise ValueError("--reduction auto needs images to compare rules on: give --eval-data")
+            raise ValueError("--reduction auto needs images to compare rules on; give --eval-data")
         return self
 
     @property
@@ -223,10 +223,10 @@ class WriteBundle(BaseModel):
                 continue
             ratios = list(dict.fromkeys(spec.keep_ratio for spec in part.tiers.values()))
             pixels = decode(images, order[: self.choice_images])
-            found = choose_reduction(part.checkpoint, pixels, ratios)
-            parts[model_id] = _with_rule(part, found.rule)
+            choice = choose_reduction(part.checkpoint, pixels, ratios)
+            parts[model_id] = _with_rule(part, choice.rule)
             title = f"Reductions compared on these weights ({model_id}):"
-            tables.append("\n\n".join([title, "\n".join(found.lines())]))
+            tables.append("\n\n".join([title, "\n".join(choice.lines())]))
         return tables
 
     def _images(self, checkpoint: Checkpoint) -> LabelledImages | None:
@@ -238,13 +238,13 @@ class WriteBundle(BaseModel):
         if labelled and images.classes != checkpoint.labels:
             raise PcaeError(
                 f"{images.name} has {len(images.classes)} labels ({_first(images.classes)}), but"
-                f" the checkpoint has {len(checkpoint.labels)} ({_first(checkpoint.labels)}):"
+                f" the checkpoint has {len(checkpoint.labels)} ({_first(checkpoint.labels)});"
                 " provide images with its labels, or measure without labels (--agreement)"
             )
         if len(images) < self.parity_images:
             raise PcaeError(
                 f"{images.name} has only {len(images)} images of the {self.parity_images} to"
-                " verify on: provide more, or lower --parity-images"
+                " verify on; provide more, or lower --parity-images"
             )
         return images
 

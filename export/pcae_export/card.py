@@ -75,15 +75,15 @@ def _reduction(config: ViTConfig) -> str:
     if not config.reduction_points:
         return "It keeps all patches."
     points = ", ".join(map(str, config.reduction_points))
-    goes = "drops" if config.reduction != "merged" else "merges into others"
-    which = {
+    verb = "drops" if config.reduction != "merged" else "merges into others"
+    patches = {
         "random": "a fixed random choice of patches",
         "attention": "the patches that receive the least attention",
         "ptr-normalised": "the patches most similar to the mean of the normalised patches",
     }.get(config.reduction, "the patches most similar to the mean patch")
     name = "" if config.reduction == "ptr" else f"; rule `{config.reduction}`"
     return (
-        f"After blocks {points} it {goes} {which} (progressive token reduction, the PCAE"
+        f"After blocks {points} it {verb} {patches} (progressive token reduction, the PCAE"
         f" paper{name})."
     )
 
@@ -99,12 +99,12 @@ def _tiers(tiers: Sequence[Tier], checkpoints: Mapping[str, Checkpoint]) -> Iter
     yield "|" + " --- |" * len(header)
     for tier in tiers:
         geometry = checkpoints[tier.model].model.config.geometry
-        worth = format_quality(tier)
+        quality = format_quality(tier)
         cells = [tier.name] + [tier.model] * several
         cells += [f"{tier.keep_ratio:g}", ", ".join(map(str, tier.token_counts)) or "all"]
         cells += [str(geometry.tokens_per_block(tier.token_counts)[-1])] + [tier.precision] * int8
         cells += [f"{tier.macs / 1e9:.3f}", f"{largest / tier.macs:.2f}"]
-        cells += [f"{worth}, dominated" if tier.dominated else worth]
+        cells += [f"{quality}, dominated" if tier.dominated else quality]
         yield "| " + " | ".join(cells) + " |"
     explained = _explained(tiers)
     if explained:

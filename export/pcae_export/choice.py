@@ -96,14 +96,17 @@ def choose_reduction(
     cosines: dict[Rule, NDArray[np.float32]] = {}
     agreement: dict[Rule, NDArray[np.float64]] = {}
     with Progress("comparing reductions", runs * len(pixels), "images") as progress:
-        whole = _answers(model, batches, full, progress)
+        full_outputs = _answers(model, batches, full, progress)
         for rule in candidates:
-            tried = _with(model, rule)
-            found = [_answers(tried, batches, counts, progress) for counts in budgets.values()]
-            near = [torch.cosine_similarity(_level(f, model), _level(whole, model)) for f in found]
+            candidate = _with(model, rule)
+            found = [_answers(candidate, batches, counts, progress) for counts in budgets.values()]
+            near = [
+                torch.cosine_similarity(_level(f, model), _level(full_outputs, model))
+                for f in found
+            ]
             cosines[rule] = torch.stack(near).numpy()
             if model.config.classes:
-                same = [(f.argmax(1) == whole.argmax(1)).double().mean() for f in found]
+                same = [(f.argmax(1) == full_outputs.argmax(1)).double().mean() for f in found]
                 agreement[rule] = torch.stack(same).numpy()
     return Choice(cosines, agreement, tuple(budgets))
 

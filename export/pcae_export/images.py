@@ -25,17 +25,17 @@ def generate(count: int, size: int) -> Pixels:
     two patches are equal. They show whether graphs compute the same, not how accurate they are.
     """
     draw = np.random.Generator(np.random.PCG64(0))
-    whole = np.zeros((count, size, size, 3), np.float32)
+    noise = np.zeros((count, size, size, 3), np.float32)
     side = 2
     while side < 2 * size:
         grid = draw.random((count, side, side, 3), dtype=np.float32) - 0.5
-        for image, cells in zip(whole, grid, strict=True):
+        for image, cells in zip(noise, grid, strict=True):
             for channel in range(3):
                 coarse = Image.fromarray(cells[..., channel])
                 smooth = coarse.resize((size, size), Image.Resampling.BICUBIC)
                 image[..., channel] += np.asarray(smooth)
         side *= 2
-    return (255 / (1 + np.exp(-2 * whole))).astype(np.uint8)
+    return (255 / (1 + np.exp(-2 * noise))).astype(np.uint8)
 
 
 def shuffle_rows(count: int) -> list[int]:

@@ -24,18 +24,17 @@ def save(
     elastic: ir.Model, weights: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]
 ) -> None:
     """Write the int8 form of an unbound float32 elastic graph. weights: by name."""
-    whole = elastic.clone()
-    for value in [value for value in whole.graph.inputs if value.name in weights]:
+    filled = elastic.clone()
+    for value in [value for value in filled.graph.inputs if value.name in weights]:
         assert value.name is not None
-        whole.graph.inputs.remove(value)
+        filled.graph.inputs.remove(value)
         value.const_value = ir.tensor(weights[value.name].float().numpy(), name=value.name)
-        whole.graph.register_initializer(value)
-    whole = optimizer.optimize(  # folds transposed weights into constants: only those are quantised
-        whole, input_size_limit=_ALL_BYTES, output_size_limit=_ALL_BYTES
-    )
+        filled.graph.register_initializer(value)
+    # folds transposed weights into constants: only those are quantised
+    filled = optimizer.optimize(filled, input_size_limit=_ALL_BYTES, output_size_limit=_ALL_BYTES)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".int8.") as scratch:
         float32 = Path(scratch) / "float32.onnx"
-        ir.save(whole, float32, external_data="float32.weights")
+        ir.save(filled, float32, external_data="float32.weights")
         level = logging.getLogger().level
         try:
             logging.getLogger().setLevel(

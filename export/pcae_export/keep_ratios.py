@@ -31,11 +31,11 @@ from pcae_training.checkpoint import from_config
 SPACING = Decimal("0.02")
 #: With fewer rounds or points, a step cannot be distinguished from noise.
 MIN_ROUNDS, MIN_POINTS = 7, 8
-#: A step exceeds the trend by more than this many standard errors of a point,
+#: A step must exceed the trend by more than this number of standard errors of a point.
 STEP_ERRORS = 6.0
-#: by more than this share of the latency (a smaller gain is not worth moving a tier for),
+#: It must also exceed it by this share of the latency; a smaller gain is not worth moving a tier.
 STEP_SHARE = 0.02
-#: and by more than this share of the trend's own increase at that point.
+#: It must also exceed it by this share of the trend's own increase at that point.
 STEP_TREND = 0.5
 
 Floats = NDArray[np.float64]

@@ -31,13 +31,15 @@ def measure_quality(
 
     labelled: whether to compare with the images' labels, which must be the bundle's.
     """
-    whole = {} if labelled else {model: _whole(bundle, model) for model in bundle.manifest.models}
+    full_tiers = (
+        {} if labelled else {model: _full_tier(bundle, model) for model in bundle.manifest.models}
+    )
     total = {tier.name: 0.0 for tier in bundle.tiers}
     with Progress("measuring quality", len(rows), "images") as progress:
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
             pixels, labels = decode(images, batch), images.labels[batch].numpy()
-            best = {model: engine.run(tier, pixels).vectors for model, tier in whole.items()}
+            best = {model: engine.run(tier, pixels).vectors for model, tier in full_tiers.items()}
             for tier in bundle.tiers:
                 answers = engine.run(tier, pixels).vectors
                 if labelled:
@@ -58,7 +60,7 @@ def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.f
     return found
 
 
-def _whole(bundle: Bundle, model: str) -> Tier:
+def _full_tier(bundle: Bundle, model: str) -> Tier:
     """Return a float32 tier of the model at k = 1.0, even if the bundle has none."""
     known = bundle.manifest.models[model]
     counts = (known.patches,) * len(known.reduction_points)

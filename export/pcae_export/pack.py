@@ -74,7 +74,7 @@ class PackError(PcaeError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured on a draft; empty for bundles that only serve to measure speed."""
+    """Measurements of a draft; empty for bundles that are only used to measure speed."""
 
     quality: Mapping[str, Quality] = field(default_factory=dict)  # by tier
     parity: Mapping[str, Parity] = field(default_factory=dict)  # by model
@@ -132,7 +132,7 @@ def check_output(out: Path, force: bool) -> None:
     if not os.path.lexists(out):
         return
     if not force:
-        raise PackError(f"{out} exists: choose another folder, or replace it with --force")
+        raise PackError(f"{out} exists; choose another folder, or replace it with --force")
     if out.is_symlink() or not (out / MANIFEST).is_file():
         raise PackError(f"{out} exists and is not a bundle: --force replaces only bundles")
 
@@ -155,7 +155,7 @@ def plan_tiers(parts: Mapping[str, Part]) -> list[Tier]:
             if not counts and parse_keep_ratio(wanted.keep_ratio) < 1:
                 raise PackError(
                     f"tier {name!r}: model {model_id!r} has {config.depth} blocks and no reduction"
-                    " points at which to drop patches: give --reduction-points"
+                    " points at which to drop patches; give --reduction-points"
                 )
             planned.append(
                 Tier(

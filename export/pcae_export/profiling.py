@@ -81,8 +81,8 @@ def read_batches(value: object) -> tuple[int, ...]:
 class Profile(BaseModel):
     """Time every tier on this machine, store the latency profile, and suggest keep ratios.
 
-    The server reads the profile at start. Flags left out take the server's own settings: its
-    PCAE_* variables, PCAE_CONFIG, its defaults.
+    The server reads the profile at start. Omitted flags default to the server's settings:
+    PCAE_* variables, PCAE_CONFIG, built-in defaults.
     """
 
     bundle: CliPositionalArg[Annotated[Path, Metavar("BUNDLE")]] = Field(
@@ -273,7 +273,7 @@ def format_notes(rows: Sequence[Row], batches: Sequence[int], seconds: float) ->
     yield "of MACs: speed over the ratio of multiply-adds; 1.00 if time falls as much as arithmetic"
     missing = [str(batch) for batch in batches if batch not in {row.batch for row in rows}]
     if missing:
-        yield f"batch {', '.join(missing)}: no round completed in time: raise --seconds"
+        yield f"batch {', '.join(missing)}: no round completed in time; raise --seconds"
     runs = [row.runs for row in rows]
     if any(row.p99_ms is None for row in rows):
         enough_s = seconds * 101 / (1 + min(runs))
@@ -286,8 +286,8 @@ def format_notes(rows: Sequence[Row], batches: Sequence[int], seconds: float) ->
         )
     if any(row.of_macs > SUSPECT for row in rows):
         yield (
-            f"!: above {SUSPECT} of the MAC ratio, so something other than arithmetic was saved:"
-            " noise, or data that exceeds a cache at full size"
+            f"!: above {SUSPECT} of the MAC ratio, more than arithmetic explains: noise, or"
+            " data that exceeds a cache at full size"
         )
 
 
@@ -326,7 +326,7 @@ def format_suggestion(
         step = "  just below a step" if tier.below_step else ""
         yield f"  {tier.flag:<{width}}  {1e3 * tier.seconds:8.2f} ms{step}"
     if len(found.tiers) < count:
-        yield f"  {len(found.tiers)} of {count}: others take the same time on this machine"
+        yield f"  {len(found.tiers)} of {count}: other ratios take the same time on this machine"
 
 
 def _keep(profile: latency_profile.Profile, cache_dir: Path) -> Path:
@@ -334,7 +334,7 @@ def _keep(profile: latency_profile.Profile, cache_dir: Path) -> Path:
         return latency_profile.write(profile, cache_dir)
     except OSError as error:
         raise PcaeError(
-            f"cannot write the profile to {cache_dir} ({error.strerror}):"
+            f"cannot write the profile to {cache_dir} ({error.strerror});"
             " choose another --cache-dir"
         ) from None
 

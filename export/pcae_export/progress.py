@@ -56,7 +56,7 @@ class Progress:
         self._done, self._total = 0.0, total
 
     def describe(self, text: str) -> None:
-        """Show a text behind the bar."""
+        """Show a text next to the bar."""
         self._bar.set_postfix_str(text)
 
     def _log(self) -> None:

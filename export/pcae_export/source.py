@@ -1,7 +1,7 @@
 """Read a checkpoint of any supported project for export: weights, sizes, labels, preprocessing.
 
-Overrides replace what the file contains. What neither contains is an error, except class names,
-which are numbered.
+Overrides replace what the file contains. A value that neither contains is an error,
+except class names: classes are then numbered.
 """
 
 import json
@@ -93,7 +93,7 @@ def _preprocess(path: Path, found: LoadedCheckpoint, overrides: SourceOverrides)
     known = found.preprocess
     if known is None and overrides.normalise is None:
         raise SourceError(
-            f"{path} does not contain mean and std of its images: give --normalise"
+            f"{path} does not contain mean and std of its images; give --normalise"
             f" {' or --normalise '.join(NORMALISE)}"
         )
     size = overrides.image_size or (known.image_size if known else found.config.image_size)

@@ -136,7 +136,7 @@ class TensorRt(BaseModel):
         data = load(self.eval_data, self.eval_split, bundle.preprocess)
         if len(data) < self.parity_images:
             raise PlanError(
-                f"{data.name} has only {len(data)} images of the {self.parity_images} to verify on:"
+                f"{data.name} has only {len(data)} images of the {self.parity_images} to verify on;"
                 " provide more, or lower --parity-images"
             )
         rows = np.random.default_rng(0).permutation(len(data))[: self.parity_images]
@@ -172,7 +172,7 @@ class PlanBuilder:
         except OSError as error:
             raise PcaeError(
                 f"cannot write the plan of tier {tier.name!r} to {folder}"
-                f" ({error.strerror or error}): choose another --cache-dir"
+                f" ({error.strerror or error}); choose another --cache-dir"
             ) from None
 
     def _cached(self, key: Key) -> Plan | None:
@@ -184,7 +184,7 @@ class PlanBuilder:
             data = plan_cache.read_plan(self.cache_dir, plan)
             Runner(self.library, self.gpu, {key.tier: data}, (1,)).close()
         except StartError as error:
-            tqdm.write(f"{error}: rebuilding it")
+            tqdm.write(f"{error}; rebuilding it")
             return None
         return plan
 
@@ -314,16 +314,16 @@ def compare_outputs(
         near = float(cosine(found.vectors, expected.vectors).mean())
         parity_measure, value, least = "mean cosine", near, COSINE
     shared = [
-        len(np.intersect1d(ours, theirs)) / len(theirs)
+        len(np.intersect1d(kept, reference)) / len(reference)
         for stages in zip(found.kept, expected.kept, strict=True)
-        for ours, theirs in zip(*stages, strict=True)
+        for kept, reference in zip(*stages, strict=True)
     ]
     difference = float(np.abs(found.vectors - expected.vectors).max())
     if not value >= least:  # negated, so that NaN fails
         raise PlanError(
             f"tier {tier.name!r}: the plan's {parity_measure} with ONNX Runtime is {value:.4f} on"
             f" {distinct} images of {data_set}, below {least} (largest difference"
-            f" {difference:.3g}): the plan is discarded"
+            f" {difference:.3g}); the plan is discarded"
         )
     return PlanParity(
         images=distinct,

@@ -1,6 +1,6 @@
 """Parity: compare every graph of a bundle with torch on the same weights and images.
 
-Where two patches at a cut differ by less than rounding (a near tie), either may be kept, and both
+If two patches at a cut differ by less than rounding (a near tie), either may be kept, and both
 outputs are right. So each graph is compared twice:
 
     as served            the graph and torch each choose their patches
@@ -12,7 +12,7 @@ Limits:
                     patches
     half, int8      the same class as torch on AGREEMENT of the images, as far as the given number
                     of images can show it; features: a mean cosine of at least COSINE
-    half            also HALF_TOLERANCE with equal sets; under `merged` only where nothing is
+    half            also HALF_TOLERANCE with equal sets; under `merged` only if nothing is
                     dropped, because the patch that a dropped one is merged into is a choice that
                     cannot be made equal
 """
@@ -42,8 +42,8 @@ TOLERANCE = 1e-3  # difference of a logit; of a feature, relative to the largest
 HALF_TOLERANCE = 0.02  # relative to the largest logit or feature
 AGREEMENT = 0.995  # share of images with torch's class, for half and int8 graphs
 CONFIDENCE = 0.99  # probability that a graph with exactly AGREEMENT passes
-COSINE = 0.99  # mean cosine of features to torch's, for half and int8 graphs. 0.999 and less occurs
-# if half precision keeps or merges other patches, at keep ratios that cost far more than that
+COSINE = 0.99  # mean cosine of features to torch's, for half and int8 graphs. Values up to
+# 0.999 occur if half precision keeps or merges other patches; the keep ratio itself costs far more
 MARGIN = 1e-5  # similarity gap of a near tie; float32 rounding is about 1e-6
 MIN_IMAGES = 16
 MAX_NEAR_TIES = 0.5  # share of the images at a tier, above which parity would prove too little
@@ -174,7 +174,7 @@ def _check_margins(expected: Reference, tier: str) -> None:
     if near > MAX_NEAR_TIES * images:
         raise ParityError(
             f"tier {tier!r}: {near} of {images} images are near ties, which show nothing about"
-            " parity: use other images"
+            " parity; use other images"
         )
 
 
@@ -211,8 +211,8 @@ def compare_outputs(
         raise ParityError(f"tier {tier!r}, {graph} graph: some outputs are not finite")
     clear = (expected.margin > MARGIN).numpy()
     other = np.zeros(len(vectors), dtype=bool)
-    for ours, theirs in zip(found.kept, expected.kept, strict=True):
-        other |= (np.sort(ours) != theirs.sort(dim=1).values.numpy()).any(axis=1)
+    for kept, reference in zip(found.kept, expected.kept, strict=True):
+        other |= (np.sort(kept) != reference.sort(dim=1).values.numpy()).any(axis=1)
     difference = np.abs(found.vectors - vectors)  # [N, classes or D]
     equal = difference.max(axis=1)
     if other.any():
@@ -273,8 +273,8 @@ def check_parity(row: Compared, found: Output, expected: Reference, rule: Rule, 
             f"{where}: {what} differs from torch by {row.largest:.3g}, more than {limit:g}"
         )
     clear = (expected.margin > MARGIN).numpy()
-    for stage, (ours, theirs) in enumerate(zip(found.kept, expected.kept, strict=True)):
-        if not np.array_equal(np.sort(ours)[clear], theirs.sort(dim=1).values.numpy()[clear]):
+    for stage, (kept, reference) in enumerate(zip(found.kept, expected.kept, strict=True)):
+        if not np.array_equal(np.sort(kept)[clear], reference.sort(dim=1).values.numpy()[clear]):
             raise ParityError(f"{where}: keeps other patches than torch after stage {stage}")
     if not row.largest_equal <= limit:
         raise ParityError(

@@ -15,7 +15,7 @@ router = APIRouter(prefix="/admin", tags=["Server"], dependencies=[Depends(requi
     responses=problems.documented(
         {
             401: "the request has no API key",
-            403: "the key is not an admin key, or the server has none",
+            403: "the key is not an admin key, or admin routes are disabled",
             409: "another reload is running",
             422: "the new bundle cannot be served; the old one stays",
             503: "the server is starting or shutting down",
@@ -23,7 +23,7 @@ router = APIRouter(prefix="/admin", tags=["Server"], dependencies=[Depends(requi
     ),
 )
 async def reload(request: Request) -> schemas.Reload:
-    """Serve what the bundle folder contains now. No request is dropped. SIGHUP does the same."""
+    """Reload the bundle folder without dropping a request. SIGHUP does the same."""
     done = await service_of(request).reload()
     return schemas.Reload(
         bundle=done.bundle.manifest.name,

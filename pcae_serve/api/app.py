@@ -40,8 +40,8 @@ def create_app(
     """Return the application around a service; its lifespan starts and stops the service.
 
     on_failure: called if the service cannot start; by then the application already answers.
-    keys: every request but health checks needs one of them; empty or None: no key is needed.
-    admin_keys: needed for /admin, which is disabled without any.
+    keys: accepted on every route except /admin; health checks need none. Empty or None: these
+    routes need no key. admin_keys: accepted on all routes; if there are none, /admin is disabled.
     """
     app = _Api(
         title="pcae-serve",

@@ -18,7 +18,7 @@ from pcae_serve.errors import Forbidden, MissingKey, StartError, one_line
 
 log = logging.getLogger(__name__)
 
-#: A shorter key can be guessed.
+#: Minimum length of a key; a shorter one can be guessed.
 MIN_CHARACTERS = 16
 
 
@@ -60,7 +60,7 @@ class Keys:
                 f"{path}, line {non_ascii[0]}: a key must be ASCII to fit in an HTTP header"
             )
         if not lines:
-            raise StartError(f"{path} contains no API key: write one key a line")
+            raise StartError(f"{path} contains no API key; write one key a line")
         if mode & stat.S_IROTH:
             log.warning("every user of this machine can read %s: run chmod o-r", path)
         if any(line.options.keys() - {"name"} for line in lines):
@@ -97,7 +97,7 @@ async def require_admin_key(request: Request, key: GivenKey) -> None:
     """Require an admin key."""
     admin_keys: Keys = request.app.state.admin_keys
     if not admin_keys:
-        raise Forbidden("admin routes are disabled: start the server with --admin-keys-file")
+        raise Forbidden("admin routes are disabled; start the server with --admin-keys-file")
     if key is None:
         raise MissingKey("send an admin key in the header X-API-Key or as a bearer token")
     if key not in admin_keys:

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 async def limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """Yield the body's chunks. Raises TooLarge above `limit` bytes, announced or received."""
-    too_large = TooLarge(f"the body is over the limit of {limit:,} bytes: send a smaller image")
+    too_large = TooLarge(f"the body is over the limit of {limit:,} bytes; send a smaller image")
     announced = request.headers.get("content-length", "0")
     if announced.isascii() and announced.isdecimal() and int(announced[:20]) > limit:
         raise too_large
@@ -46,4 +46,4 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
         disconnected.cancel()
         if not answer.done():  # the client left, or the server cancels this request
             answer.cancel()
-            await asyncio.wait({answer})  # nothing of it runs on after us
+            await asyncio.wait({answer})  # it has ended before this returns

@@ -50,8 +50,8 @@ async def classify_batch(
 ) -> schemas.Batch:
     """Classify several images, sent as file fields `image` of a form; each is scheduled separately.
 
-    The status is 200 if the body could be read. Each image has a status of its own, with its answer
-    or its problem, in the order of the fields.
+    The status is 200 if the body could be read. Each result has a status of its own and either an
+    answer or a problem; results are in the order of the fields.
     """
     service = service_of(request)
     logits = replace(inference, answers="logits")

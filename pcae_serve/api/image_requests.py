@@ -1,4 +1,4 @@
-"""Requests that send images: the parameters they share, how their bodies are read, one answer."""
+"""Image requests: query parameters, reading of bodies, and the answer to one image."""
 
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ _FILE = {"type": "string", "format": "binary"}
 
 
 def _multipart(image: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a form whose field `image` is as given."""
+    """Return the schema of a form whose field `image` has the schema `image`."""
     return {"schema": {"type": "object", "required": ["image"], "properties": {"image": image}}}
 
 
@@ -41,7 +41,7 @@ _BUDGET = {"gt": 0, "le": 3_600_000, "allow_inf_nan": False}
 BudgetQuery = Annotated[
     float | None,
     Query(
-        description="milliseconds from the request's headers until the answer is due;"
+        description="milliseconds from the arrival of the headers until the answer is due;"
         " default: the server's budget_ms (see /tiers)",
         **_BUDGET,
     ),
@@ -54,7 +54,11 @@ TierName = Annotated[
     str, Query(description="name of a tier, or auto: the most accurate one that meets the budget")
 ]
 MinTier = Annotated[
-    str | None, Query(description="with auto, refuse the request rather than use a cheaper tier")
+    str | None,
+    Query(
+        description="cheapest tier that auto may use; if it cannot meet the budget, the request"
+        " is refused"
+    ),
 ]
 TopK = Annotated[int, Query(ge=1, description="number of classes to return, most probable first")]
 Explain = Annotated[
@@ -121,7 +125,7 @@ async def read_images(request: Request, limit: int, max_images: int) -> list[byt
         form = await parser.parse()
     except (MultiPartException, KeyError) as error:
         if "Too many files" in str(error):
-            raise TooLarge(f"the body has more than {max_images} files: send fewer") from None
+            raise TooLarge(f"the body has more than {max_images} files; send fewer") from None
         raise UnreadableImage(f"the multipart body cannot be parsed: {one_line(error)}") from None
     try:
         fields = [field for field in form.getlist("image") if isinstance(field, UploadFile)]

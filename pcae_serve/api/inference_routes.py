@@ -81,7 +81,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
-    """Return a JSON schema without references, which OpenAPI resolves against another document."""
+    """Return a JSON schema without references, which OpenAPI would resolve in its own document."""
     if isinstance(schema, list):
         return [_inlined(part, definitions) for part in schema]
     if not isinstance(schema, dict):
@@ -130,12 +130,12 @@ _BODY = {
 }
 _ANSWER: dict[str, Any] = {
     "model": InferResponse,
-    "description": "The answers of all images. If an output is binary, its data follow the JSON,"
+    "description": "The outputs for all images. If an output is binary, its data follow the JSON,"
     f" and the header {HEADER_LENGTH} has the length of the JSON.",
     "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     "headers": {
         HEADER_LENGTH: {
-            "description": "bytes of the JSON, if binary data follow it",
+            "description": "length of the JSON in bytes, if binary data follow it",
             "schema": {"type": "integer"},
         }
     },
@@ -203,18 +203,18 @@ async def model_metadata(request: Request) -> ModelMetadata:
 
 
 async def model_ready(request: Request) -> ModelReady:
-    """Report whether requests are accepted, as /v2/health/ready does: there is one model."""
+    """Report whether requests are accepted, as /v2/health/ready does; there is only one model."""
     service = service_of(request)
     service.require_ready()
     return ModelReady(name=service.bundle.manifest.name, ready=True)
 
 
 async def infer(request: Request) -> Response:
-    """Answer one image or several, each on a tier of its own. If one is refused, the request is."""
+    """Answer one or several images, each on its own tier. One refusal refuses the whole request."""
     arrival_s = proxy_delay.arrival_s(request.scope.get("state", {}))
     if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
         raise UnsupportedType(
-            f"content encoding {shown(encoding)} is not supported: send the body uncompressed"
+            f"content encoding {shown(encoding)} is not supported; send the body uncompressed"
         )
     service = service_of(request)
     limit = body_limit(service.settings)
@@ -310,7 +310,7 @@ def _response(
     """Return the answer with the requested outputs, as JSON or as JSON and binary data."""
     bundle = answers[0].bundle
     if any(answer.bundle is not bundle for answer in answers):
-        raise OutOfService("the bundle was reloaded between the images: retry", retry_after_s=1)
+        raise OutOfService("the bundle was reloaded between the images; retry", retry_after_s=1)
     vectors = np.stack([answer.vector for answer in answers])  # [N, width]
     binary_default = (infer_request.parameters or RequestParameters()).binary_data_output
     outputs, blobs = list[dict[str, Any]](), list[bytes]()

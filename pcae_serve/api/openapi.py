@@ -1,4 +1,4 @@
-"""Response headers for the OpenAPI document, which FastAPI leaves out."""
+"""Add response headers to the OpenAPI document; FastAPI omits them."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from pcae_serve.api import server_timing
 
 REQUEST_ID = {
     "X-Request-ID": {
-        "description": "the request's own X-Request-ID if it is valid, else a new one; the log"
-        " carries it",
+        "description": "the request's X-Request-ID if it is valid, else a new one; also in the"
+        " server's log",
         "required": True,
         "schema": {"type": "string"},
     }

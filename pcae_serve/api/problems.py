@@ -1,4 +1,4 @@
-"""Errors as HTTP answers, whatever raised them: RFC 9457 problem documents.
+"""Convert exceptions to HTTP answers: RFC 9457 problem documents.
 
 Routes of the Open Inference Protocol answer in its own form, {"error": "…"}.
 """
@@ -106,9 +106,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     ours: RequestError
     match error.status_code:
         case 404:
-            ours = UnknownRoute(f"there is no route {path}: see /docs")
+            ours = UnknownRoute(f"there is no route {path}; see /docs")
         case 405:
-            ours = MethodNotAllowed(f"{path} does not accept {method}: see the header Allow")
+            ours = MethodNotAllowed(f"{path} does not accept {method}; see the header Allow")
         case _:
             raise error
     response = refusal(ours, request.scope)
@@ -121,5 +121,5 @@ async def _disconnected(_: Request, __: Exception) -> Response:
 
 
 async def _unexpected(request: Request, _: Exception) -> Response:
-    error = InternalError("an unexpected error occurred: see the server's log")
+    error = InternalError("an unexpected error occurred; see the server's log")
     return refusal(error, request.scope)

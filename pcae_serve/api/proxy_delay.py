@@ -75,5 +75,5 @@ def arrival_s(state: Mapping[str, Any]) -> float:
 
 
 def stamping() -> list[Middleware]:
-    """Return the middleware list for a proxy that takes Starlette's, as Ray Serve's does."""
+    """Return StampArrival as a list of Starlette middleware, as Ray Serve's proxy takes it."""
     return [Middleware(StampArrival)]

@@ -26,7 +26,7 @@ from pcae_serve.errors import Draining, RequestError
 from pcae_serve.observability.logs import RequestId
 from pcae_serve.runtime.service import Service
 
-#: Time for the head of a request to arrive, from the connection or from the last answer.
+#: Time limit for a request's head to arrive, from the connection or the previous answer.
 HEAD_S = 15.0
 #: Time that a body may still arrive after its request was answered, before the connection closes.
 LINGER_S = 2.0
@@ -66,7 +66,7 @@ class Connection(H11Protocol):
         self._head_timer.cancel()
         if self.cycle is not before or self.transport.is_closing():
             return  # the next request has begun, or there will be none
-        # keep accepting an unread body for a while: its sender may not see the answer before
+        # keep accepting an unread body for a while: its sender may read the answer only afterwards
         unread = self.conn.their_state is h11.SEND_BODY
         self._head_timer = self.loop.call_later(LINGER_S if unread else HEAD_S, self._close)
 
@@ -124,7 +124,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._service = service
-        self._drained_at_s: float | None = None  # at the latest; None: not draining
+        self._drained_at_s: float | None = None  # deadline of the drain; None: not draining
         self._reload: asyncio.Task[None] | None = None
         self._reload_wanted = False
 

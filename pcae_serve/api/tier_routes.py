@@ -1,4 +1,4 @@
-"""GET /tiers: what the server offers."""
+"""GET /tiers: the bundle, the device and the tiers."""
 
 import asyncio
 

@@ -21,16 +21,16 @@ MAGIC = {
     "TIFF": re.compile(rb"II\*\0|MM\0\*"),
 }
 
-#: Pixels per side. A row costs memory besides its pixels: 50,000,000 rows of one pixel take 1 GB.
+#: Maximum pixels per side. Each row adds memory of its own: 50,000,000 rows of one pixel take 1 GB.
 MAX_SIDE = 100_000
 
-#: Scans of a JPEG. A scan of 100 bytes can cover the whole image; programs write 10 to 18 scans.
+#: Maximum scans of a JPEG. A scan of 100 bytes can cover the whole image; programs write 10 to 18.
 MAX_SCANS = 32
 
-#: Segments of a JPEG whose scans must be counted.
+#: Maximum segments of a JPEG whose scans must be counted.
 MAX_SEGMENTS = 10_000
 
-#: Strips or tiles of a TIFF: Pillow creates an object for each.
+#: Maximum strips or tiles of a TIFF: Pillow creates an object for each.
 MAX_PARTS = 65_536
 
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # without the restarts inside a scan
@@ -67,7 +67,7 @@ def check_header(body: bytes, max_pixels: int) -> str:
     kind = next((name for name, magic in MAGIC.items() if magic.match(body)), None)
     if kind is None:
         raise UnsupportedType(
-            f"unknown image type: the body starts like none of {', '.join(MAGIC)}"
+            f"unknown image type: the first bytes match none of {', '.join(MAGIC)}"
         )
     try:
         if kind == "JPEG":
@@ -85,18 +85,18 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
     """Raise TooLarge if an image has too many pixels to decode."""
     if width * height > max_pixels:
         raise TooLarge(
-            f"the image has {width} x {height} pixels, over the limit of {max_pixels:,}:"
+            f"the image has {width} x {height} pixels, over the limit of {max_pixels:,};"
             " scale it down"
         )
     if max(width, height) > MAX_SIDE:
         raise TooLarge(
-            f"the image has {width} x {height} pixels, over the limit of {MAX_SIDE:,} per side:"
+            f"the image has {width} x {height} pixels, over the limit of {MAX_SIDE:,} per side;"
             " split it"
         )
 
 
 def _check_jpeg(body: bytes) -> None:
-    """Count scans as libjpeg finds them, as other data may contain the same bytes."""
+    """Limit scans, counted as libjpeg finds them: other data may contain the same bytes."""
     if body.count(bytes([0xFF, _SOS])) <= MAX_SCANS:
         return
     at = scans = 0
@@ -110,7 +110,7 @@ def _check_jpeg(body: bytes) -> None:
         if marker not in (_TEM, _SOI):  # all other segments start with their length
             at += int.from_bytes(body[at : at + 2])
     raise UnreadableImage(
-        f"the JPEG has more than {MAX_SCANS} scans or {MAX_SEGMENTS:,} segments: save it again"
+        f"the JPEG has more than {MAX_SCANS} scans or {MAX_SEGMENTS:,} segments; save it again"
     )
 
 
@@ -123,7 +123,7 @@ def _check_png(body: bytes) -> None:
         length, kind = struct.unpack_from(">I4s", body, at)
         profiles += kind == b"iCCP"
         if profiles > 1:
-            raise UnreadableImage("the PNG has more than one colour profile: save it again")
+            raise UnreadableImage("the PNG has more than one colour profile; save it again")
         at += 12 + length
 
 
@@ -137,7 +137,7 @@ def _check_tiff(body: bytes, max_pixels: int) -> None:
         tag, kind, count = struct.unpack_from(order + "HHI", body, start)
         if tag in (_STRIP_OFFSETS, _TILE_OFFSETS) and count > MAX_PARTS:
             raise UnreadableImage(
-                f"the TIFF has {count} strips or tiles, over the limit of {MAX_PARTS:,}:"
+                f"the TIFF has {count} strips or tiles, over the limit of {MAX_PARTS:,};"
                 " save it with larger ones"
             )
         if tag in sides:
@@ -149,6 +149,6 @@ def _check_tiff(body: bytes, max_pixels: int) -> None:
     width, length = sides.values()
     if width * length > max_pixels:
         raise TooLarge(
-            f"the TIFF has tiles of {width} x {length} pixels, over the limit of {max_pixels:,}:"
+            f"the TIFF has tiles of {width} x {length} pixels, over the limit of {max_pixels:,};"
             " save it with smaller ones"
         )

@@ -119,7 +119,9 @@ class Manifest(FrozenModel):
         if len(answers) > 1:
             raise ValueError("all models of a bundle must compute logits, or features of one width")
         if bool(self.labels) != (answers.pop()[0] == "logits"):
-            raise ValueError("models that compute logits need labels, models of features have none")
+            raise ValueError(
+                "models that compute logits need labels; models that compute features have none"
+            )
         for tier in self.tiers:
             model = self.models.get(tier.model)
             if model is None:

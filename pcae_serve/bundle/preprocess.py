@@ -142,7 +142,7 @@ class Preprocess:
         }
 
     def same_pixels(self, other: "Preprocess") -> bool:
-        """Return whether both produce the same pixels. mean and std apply inside the graph."""
+        """Return whether both produce the same pixels, which do not depend on mean and std."""
         return replace(self, mean=other.mean, std=other.std) == other
 
     def __call__(self, body: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -158,8 +158,8 @@ class Preprocess:
     def crop(self, image: "Image.Image | Picture") -> NDArray[np.uint8]:
         """Resize an RGB image's shorter side to `resize` and crop the centre: uint8 [H, W, 3].
 
-        Only the centre is resized, as a long strip would exceed any memory. The crop is computed
-        from the file's own size, so it does not depend on the scale of decoding.
+        Only the centre is resized, because a long strip, resized whole, could fill the memory. The
+        crop is computed from the file's own size, so it does not depend on the scale of decoding.
         """
         picture = Picture.whole(image) if isinstance(image, Image.Image) else image
         image, size, (left, top, right, bottom) = picture
@@ -197,14 +197,14 @@ def read_picture(body: bytes, max_pixels: int = MAX_PIXELS, short: int | None = 
     `max_pixels`; up to it, a GIF's header may allocate one byte per pixel.
     """
     if not body:
-        raise UnreadableImage("the request body is empty: send the image file's bytes")
+        raise UnreadableImage("the request body is empty; send the image file's bytes")
     kind = image_limits.check_header(body, max_pixels)
     try:
         image = Image.open(image_limits.BoundedReader(body), formats=[kind])
     except UnidentifiedImageError:
         raise UnreadableImage("the image's header is truncated or damaged") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # -W error raises both
-        raise TooLarge(f"the image has more than {max_pixels:,} pixels: scale it down") from None
+        raise TooLarge(f"the image has more than {max_pixels:,} pixels; scale it down") from None
     except MemoryError:  # the image may be valid
         raise
     except Exception as error:  # Pillow's parsers raise many types on hostile headers
@@ -225,12 +225,14 @@ def _check_samples(image: Image.Image) -> None:
     """Raise UnsupportedType if an image's conversion to 8-bit RGB is not defined."""
     if image.mode not in _MODES and not image.mode.startswith("I;16"):
         raise UnsupportedType(
-            f"the {image.format} image's samples (Pillow mode {image.mode}) have no defined range:"
+            f"the {image.format} image's samples (Pillow mode {image.mode}) have no defined range;"
             " save it with 8 or 16 unsigned bits per sample"
         )
     if image.format == "BMP" and image.info.get("compression") in (1, 2):
         # Pillow decodes these byte by byte in Python: 100 bytes can take seconds
-        raise UnsupportedType("run-length encoded BMP: save it uncompressed, or as PNG")
+        raise UnsupportedType(
+            "run-length encoded BMP is not supported; save it uncompressed, or as PNG"
+        )
 
 
 def _picture(image: Image.Image, short: int | None) -> Picture:

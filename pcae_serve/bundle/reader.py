@@ -42,7 +42,7 @@ class Bundle:
             if name not in known[parameter]:
                 choice = ", ".join(filter(None, known[parameter]))
                 raise InvalidParameter(
-                    f"{parameter} {shown(name)} is unknown: choose one of {choice}"
+                    f"{parameter} {shown(name)} is unknown; choose one of {choice}"
                 )
         lowest = 0 if min_tier is None else names.index(min_tier)
         if tier != "auto":
@@ -80,7 +80,7 @@ class Bundle:
         """Return how image bytes become pixels, the same for all models.
 
         Graphs normalise inside, so mean and std may differ. Raises BundleError if anything else
-        does.
+        differs.
         """
         found = {model: self._preprocess(model) for model in self.manifest.models}
         first = found[self.tiers[0].model]
@@ -115,7 +115,7 @@ def load_bundle(root: Path) -> Bundle:
         version = document.get("schema_version") if isinstance(document, dict) else None
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise BundleError(
-                f"{path} has schema version {version}, but this server supports {SCHEMA_VERSION}:"
+                f"{path} has schema version {version}, but this server supports {SCHEMA_VERSION};"
                 " update pcae-serve or export the bundle again"
             )
         manifest = Manifest.model_validate(document)
@@ -153,10 +153,10 @@ def _check_hash(root: Path, name: str, expected: str) -> None:
         found = file_sha256(path)
     except OSError as error:
         raise BundleError(
-            f"cannot read {path} ({error.strerror}): export the bundle again"
+            f"cannot read {path} ({error.strerror}); export the bundle again"
         ) from None
     if found != expected:
         raise BundleError(
-            f"{path} was changed after export (its SHA-256 differs from the manifest's): copy or"
+            f"{path} was changed after export (its SHA-256 differs from the manifest's); copy or"
             " export the bundle again"
         )

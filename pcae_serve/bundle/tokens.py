@@ -68,8 +68,9 @@ class Geometry:
         return patches_kept(self.patches, keep_ratio, len(self.reduction_points))
 
     def tokens_per_block(self, counts: Sequence[int]) -> tuple[int, ...]:
-        """Return each block's sequence length: prefix, kept patches, a mean per stage that dropped.
+        """Return each block's sequence length.
 
+        It counts prefix tokens, kept patches, and one mean for each stage that dropped patches.
         Raises ValueError unless `counts` has an entry per stage, decreasing from `patches`.
         """
         self.check(counts)

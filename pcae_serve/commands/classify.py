@@ -49,11 +49,13 @@ class Classify(BaseModel):
         " server's own budget, without repeats",
     )
     min_tier: str | None = Field(
-        None, description="with --tier auto, refuse an image rather than use a cheaper tier"
+        None,
+        description="cheapest tier that auto may use; if it cannot meet the budget, the image is"
+        " refused",
     )
     top_k: int = Field(1, ge=1, description="number of classes to print for each image")
     json_: bool = Field(
-        False, alias="json", description="print JSON lines with the server's whole answers"
+        False, alias="json", description="print JSON lines with the server's complete answers"
     )
     api_key_file: Path | None = Field(
         None,
@@ -157,5 +159,5 @@ def _shown(name: str) -> str:
 
 def _words(error: Exception) -> str:
     if isinstance(error, IsADirectoryError):
-        return "is a folder: name the images in it"
+        return "is a folder; name the images in it"
     return getattr(error, "strerror", None) or str(error)

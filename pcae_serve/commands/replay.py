@@ -18,7 +18,8 @@ from pcae_serve.settings import MAX_BATCH
 class Replay(WorkloadFlags):
     """Send a request trace to a running server and report how every request ended.
 
-    Requests are sent at their scheduled times, whatever earlier ones do (open loop). Exit code 1
+    Requests are sent at their scheduled times, regardless of earlier responses (open loop). Exit
+    code is 1
     if the load generator lagged its schedule too far for the results to be valid.
     """
 
@@ -33,7 +34,7 @@ class Replay(WorkloadFlags):
         None, gt=0, allow_inf_nan=False, description="requests per second that load 1 stands for;"
         " default: computed from the latencies that the server reports",
     )  # fmt: skip
-    requests: Count = Field(2000, description="requests per run; all of them count")
+    requests: Count = Field(2000, description="requests per run; none is discarded as warm-up")
     seeds: Count = Field(1, description="runs per trace and rate, with seeds from 0")
     images: Path | None = Field(
         None,
@@ -42,8 +43,8 @@ class Replay(WorkloadFlags):
     )
     labels: str | None = Field(
         None,
-        description="count right answers; labels come from a .csv file with the columns file,label,"
-        " from `folders` (their names), or from `column` (of the parquet file)",
+        description="count correct answers by labels in a .csv file with the columns file,label,"
+        " in `folders` (the names of the images' folders) or in `column` (of the parquet file)",
     )
     pin: int | None = Field(
         None,

@@ -43,7 +43,7 @@ class Simulate(WorkloadFlags):
     rate: list[float] | None = Field(
         None, description="arrival rates in requests per second, instead of --load"
     )
-    requests: Count = Field(4000, description="requests per run; all of them count")
+    requests: Count = Field(4000, description="requests per run; none is discarded as warm-up")
     seeds: Count = Field(3, description="runs per policy, trace and rate, with seeds from 0")
     profile: str = Field(
         "gpu",

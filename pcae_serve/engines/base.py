@@ -1,7 +1,7 @@
 """The interface of an engine: run one batch of images on one device.
 
 tensorrt      NVIDIA GPU, plans built on it      cuda        NVIDIA GPU, ONNX Runtime
-onnxruntime   CPU                                simulated   no graph at all
+onnxruntime   CPU                                simulated   no graph, dummy outputs
 """
 
 from collections.abc import Sequence

@@ -39,15 +39,13 @@ def find_gpu(device: str) -> Gpu:
         raise StartError(f"TensorRT needs an NVIDIA GPU such as cuda:0, not {device!r}")
     names, n = nvidia.list_gpus(), int(number)
     if n >= len(names):
-        raise StartError(
-            f"there is no {device}: this machine has {len(names)} ({', '.join(names)}), from cuda:0"
-        )
+        raise StartError(f"there is no {device}: the GPUs from cuda:0 are {', '.join(names)}")
     cuda = Cuda(n)
     attribute = cuda.runtime.cudaDeviceAttr
     try:
         major, minor = (
-            cuda.call("cudaDeviceGetAttribute", which, n)
-            for which in (
+            cuda.call("cudaDeviceGetAttribute", each, n)
+            for each in (
                 attribute.cudaDevAttrComputeCapabilityMajor,
                 attribute.cudaDevAttrComputeCapabilityMinor,
             )

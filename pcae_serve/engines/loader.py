@@ -28,11 +28,11 @@ def load_engine(
     """Load an engine and try every tier on it.
 
     With backend "auto", load the fastest backend that works; each one that does not is logged. A
-    backend or device that is named is never replaced by another.
+    backend or device other than "auto" is never replaced.
 
     backend: auto, tensorrt, cuda, onnxruntime or simulated. device: auto, cpu or cuda:N. threads:
     per batch on a CPU; 0 for one per CPU. max_batch: largest batch that a GPU is set up for.
-    cache_dir: where TensorRT's plans are. wrap: applied to the engine for the trial batches, for
+    cache_dir: folder of TensorRT's plans. wrap: applied to the engine for the trial batches, for
     example to keep them from delaying other requests. Raises StartError with a one-line reason.
     """
     if backend == "simulated":
@@ -40,9 +40,9 @@ def load_engine(
 
         return SimulatedEngine(bundle, "cpu" if device == "auto" else device)
     if backend == "onnxruntime" and device not in ("auto", "cpu"):
-        raise StartError(f"backend onnxruntime runs on the CPU: use --backend cuda for {device}")
+        raise StartError(f"backend onnxruntime runs on the CPU; use --backend cuda for {device}")
     if backend in GPU_BACKENDS and device == "cpu":
-        raise StartError(f"backend {backend} runs on a GPU: use --device cuda:0 or omit --device")
+        raise StartError(f"backend {backend} runs on a GPU; use --device cuda:0 or omit --device")
     if backend == "onnxruntime" or device == "cpu":
         return _on_cpu(bundle, threads, wrap)
 
@@ -98,12 +98,12 @@ def check_engine(engine: Engine, bundle: Bundle, batches: Sequence[int] = (1,)) 
             if width != bundle.width:
                 raise StartError(
                     f"tier {tier.name!r} computes {width} {bundle.answers}, but the manifest has"
-                    f" {bundle.width}: export the bundle again"
+                    f" {bundle.width}; export the bundle again"
                 )
             if counts != tier.token_counts:
                 raise StartError(
                     f"tier {tier.name!r} keeps {counts} patches, but the manifest has"
-                    f" {tier.token_counts}: export the bundle again"
+                    f" {tier.token_counts}; export the bundle again"
                 )
 
 
@@ -116,9 +116,9 @@ def _on_gpu(
     wrap: Callable[[Engine], Engine],
 ) -> Engine:
     """Load the first of these backends that works. Raises StartError with the reason of each."""
-    found = nvidia.list_gpus()
-    if int(gpu.removeprefix("cuda:")) >= len(found):
-        raise StartError(f"there is no {gpu}: this machine has {len(found)} ({', '.join(found)})")
+    gpus = nvidia.list_gpus()
+    if int(gpu.removeprefix("cuda:")) >= len(gpus):
+        raise StartError(f"there is no {gpu}: the GPUs from cuda:0 are {', '.join(gpus)}")
     failures: list[str] = []
     for name in names:
         try:

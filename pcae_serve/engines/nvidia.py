@@ -29,7 +29,7 @@ def list_gpus() -> list[str]:
     if error == NO_DEVICE or not (error or count.value):
         raise NoGpu("the NVIDIA driver finds no GPU (CUDA_VISIBLE_DEVICES may hide it)")
     if error:
-        raise StartError(f"the NVIDIA driver fails with CUDA error {error}: see nvidia-smi")
+        raise StartError(f"the NVIDIA driver fails with CUDA error {error}; see nvidia-smi")
     return [_name(cuda, index) for index in range(count.value)]
 
 

@@ -145,7 +145,7 @@ def _graph(bundle: Bundle, tier: Tier) -> str:
     """Return the path of a tier's graph. Raises StartError if the bundle lacks it."""
     if f"models/{tier.model}/{tier.cuda_graph}" not in bundle.manifest.files:
         raise StartError(
-            f"{bundle.root} has no {tier.cuda_graph}, which the cuda backend needs: export the"
+            f"{bundle.root} has no {tier.cuda_graph}, which the cuda backend needs; export the"
             " bundle again, or use --device cpu"
         )
     return str(bundle.file(tier.model, tier.cuda_graph))
@@ -172,7 +172,7 @@ def _session(
     for output in session.get_outputs():
         if not all(isinstance(size, int) for size in output.shape[1:]):
             raise StartError(
-                f"{graph} must be static, but {output.name} has shape {output.shape}: export the"
+                f"{graph} must be static, but {output.name} has shape {output.shape}; export the"
                 " bundle again"
             )
     return session

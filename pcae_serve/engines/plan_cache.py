@@ -96,7 +96,7 @@ def find_graph(bundle: Bundle, tier: Tier) -> Path:
     path = bundle.file(tier.model, tier.tensorrt_graph)
     if f"models/{tier.model}/{tier.tensorrt_graph}" not in bundle.manifest.files:
         raise BundleError(
-            f"{bundle.root} has no {tier.tensorrt_graph}, which the tensorrt backend needs: export"
+            f"{bundle.root} has no {tier.tensorrt_graph}, which the tensorrt backend needs; export"
             " the bundle again"
         )
     return path
@@ -142,18 +142,18 @@ def find_plan(
     ]
     if not fitting:
         raise StartError(
-            f"no TensorRT plan of tier {tier.name!r} for {target} in {plans_folder(cache_dir)}:"
+            f"no TensorRT plan of tier {tier.name!r} for {target} in {plans_folder(cache_dir)};"
             f" run '{BUILD_COMMAND} {bundle.root}'"
         )
-    taking = [plan for plan in fitting if plan.key.recipe.max_batch >= max_batch]
-    if not taking:
-        most = max(plan.key.recipe.max_batch for plan in fitting)
+    large_enough = [plan for plan in fitting if plan.key.recipe.max_batch >= max_batch]
+    if not large_enough:
+        largest = max(plan.key.recipe.max_batch for plan in fitting)
         raise StartError(
-            f"the TensorRT plan of tier {tier.name!r} takes batches of at most {most} images, not"
-            f" {max_batch}: serve with --max-batch {most}, or run '{BUILD_COMMAND} {bundle.root}"
-            f" --max-batch {max_batch}'"
+            f"the TensorRT plan of tier {tier.name!r} takes batches of at most {largest} images,"
+            f" not {max_batch}; serve with --max-batch {largest}, or run '{BUILD_COMMAND}"
+            f" {bundle.root} --max-batch {max_batch}'"
         )
-    return max(taking, key=lambda plan: plan.built)
+    return max(large_enough, key=lambda plan: plan.built)
 
 
 def read_plan(cache_dir: Path, plan: Plan) -> bytes:
@@ -163,10 +163,10 @@ def read_plan(cache_dir: Path, plan: Plan) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise StartError(
-            f"cannot read {path} ({error.strerror}): run '{BUILD_COMMAND}' again"
+            f"cannot read {path} ({error.strerror}); run '{BUILD_COMMAND}' again"
         ) from None
     if digest(data) != plan.sha256:
-        raise StartError(f"{path} is damaged (its SHA-256 is wrong): run '{BUILD_COMMAND}' again")
+        raise StartError(f"{path} is damaged (its SHA-256 is wrong); run '{BUILD_COMMAND}' again")
     return data
 
 
@@ -192,5 +192,5 @@ def _sidecar(path: Path) -> Plan | None:
     except FileNotFoundError:
         return None
     except (OSError, ValidationError):
-        log.warning("cannot read %s: ignoring its plan", path)
+        log.warning("cannot read %s; ignoring its plan", path)
         return None

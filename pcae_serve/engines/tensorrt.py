@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 #: Packages with TensorRT's interface; the first one installed is used. The wheels of tensorrt_rtx
 #: contain only tensorrt_rtx_bindings.
 PACKAGES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
-OLDEST = (10, 16)  # of tensorrt; written for this version and 11
+OLDEST = (10, 16)  # oldest supported tensorrt; written for this version and 11
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,14 @@ class TensorRtEngine:
         Raises StartError if library, driver, GPU or a plan is missing, or a plan does not fit.
         """
         gpu = find_gpu(device)  # before TensorRT
-        found = load_library()
-        target, data = found.target(gpu), {}
+        library = load_library()
+        target, data = library.target(gpu), {}
         for tier in bundle.tiers:
             plan = plan_cache.find_plan(cache_dir, bundle, tier, target, max_batch)
             data[tier.name] = plan_cache.read_plan(cache_dir, plan)
         self._bundle = bundle
-        self._runner = Runner(found, gpu, data, plan_cache.batch_buckets(max_batch))
-        self.version = f"{found.name} {found.version}"
+        self._runner = Runner(library, gpu, data, plan_cache.batch_buckets(max_batch))
+        self.version = f"{library.name} {library.version}"
         self.device = f"{device} ({gpu.name})"
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:

@@ -1,1 +1,1 @@
-"""Other people's serving platforms."""
+"""Adapters for other serving platforms."""

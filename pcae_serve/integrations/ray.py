@@ -29,8 +29,8 @@ from pcae_serve.runtime.build import build_service
 from pcae_serve.runtime.service import Service, State
 from pcae_serve.settings import Settings
 
-#: Requests per replica. Larger than `queue_limit` (256), so that the app rejects the excess and
-#: says when to retry.
+#: Requests per replica. Larger than `queue_limit` (256), so that the app rejects the excess,
+#: with Retry-After.
 MAX_ONGOING = 512
 #: Requests that wait at each proxy once all replicas are full; Ray rejects further ones.
 MAX_QUEUED = 64
@@ -38,11 +38,11 @@ MAX_QUEUED = 64
 SHUTDOWN_S = 60.0
 
 #: Scale up if the mean accuracy lost to cheaper tiers exceeds this share of the range between the
-#: best tier and the worst,
+#: best tier and the worst.
 DEBT_SHARE = 0.25
-#: or if this share of the requests misses its deadline because of load,
+#: Scale up if a larger share of the requests misses its deadline because of load.
 MISSED_SHARE = 0.02
-#: or if the predicted wait exceeds this share of the default budget.
+#: Scale up if the predicted wait exceeds this share of the default budget.
 WAIT_SHARE = 0.5
 #: Scale down only if every signal is below this share of its limit.
 CALM = 0.25
@@ -82,7 +82,7 @@ class Replica:
 
 
 class Signals:
-    """A replica's autoscaling signals; each asks for one more replica at 1 and above."""
+    """A replica's autoscaling signals; a signal of 1 or more asks for one more replica."""
 
     def __init__(self, service: Service) -> None:
         self._service, self._last = service, Totals(0, 0, 0)

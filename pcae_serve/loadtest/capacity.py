@@ -1,7 +1,8 @@
-"""Load 1: the highest rate at which a clairvoyant schedule answers enough requests in time.
+"""Compute load 1: the highest rate at which a clairvoyant schedule answers enough requests in time.
 
-One device, the fastest tier alone, all arrivals known: at least `target` of the requests by their
-deadlines. The schedule comes from a beam search, so the rate is a lower bound.
+The schedule uses one device and its fastest tier, knows all arrivals in advance, and must answer at
+least the share `target` of the requests by their deadlines. It comes from a beam search, so the
+rate is a lower bound.
 
 The trace is a Poisson process of a fixed number of requests in the time that the rate implies; at
 another rate it is the same trace, scaled. No request may be answered later than the shortest budget
@@ -31,7 +32,7 @@ def capacity(
 ) -> float:
     """Return requests per second, to a relative `precision`; 0.0 if no rate reaches the target.
 
-    `budgets_s` are drawn with `shares` (of any sum); `seconds` [tiers, batches] of batches of 1..B.
+    budgets_s: drawn in proportion to `shares`. seconds [tiers, B]: of batches of 1 to B requests.
     """
     fastest_s = fastest_tier(seconds, max_batch)
     trace = draw_trace(budgets_s, shares, requests, seed)

@@ -9,8 +9,8 @@ Four exchange arguments, each of which leaves a schedule no worse, limit the bat
     members   a batch takes the earliest deadlines among the requests that have arrived and can
               still be met
     start     a batch starts when the device becomes free, or when its last member arrives
-    waiting   no member has been there for as long as it would have taken alone
-    size      no batch is run that two smaller ones would finish as soon
+    waiting   no member has waited for as long as it would have taken alone
+    size      no batch takes as long as two smaller ones with the same requests
 
 The search is a labelling algorithm in order of time. A label is a partial schedule: when the device
 becomes free, which requests are open, the value so far. Label x dominates label y if x is free no
@@ -70,10 +70,10 @@ class Estimate(Protocol):
     """The value that labels may still add: an upper bound, or an estimate."""
 
     def __call__(self, free_s: Floats, open: Bools) -> Floats:
-        """Return [N], for devices free at `free_s` [N] with `open` [N, n] requests."""
+        """Return values [N] for devices free at `free_s` [N], with requests `open` [N, n]."""
 
     def after_batches(self, labels: "Labels", row: Ints, start_s: Floats, arrived: Bools) -> Floats:
-        """Return [R, A]: total value at most, if each batch follows a label's row at a start.
+        """Return bounds [R, A] of the total value if a batch follows label `row` at `start_s`.
 
         -inf if fewer requests have `arrived` [R, n] than the batch takes.
         """
@@ -219,7 +219,7 @@ def undominated(problem: Problem, labels: Labels) -> Ints:
 def extend(
     problem: Problem, estimate: Estimate, labels: Labels, first: int, value: float
 ) -> Labels:
-    """Return every label plus each batch that may come next, if it can exceed `value`.
+    """Return all extensions of the labels by one batch whose total value can exceed `value`.
 
     `first` is the node number of the first label.
     """
@@ -287,7 +287,7 @@ def most_answered(problem: Problem, width: int) -> float:
     estimate = _BeamEstimate(problem)
     fastest_s, longest_s = problem.fastest_s, float(problem.seconds.max())
     arrivals_s = np.sort(problem.arrival_s)
-    most = 0.0
+    best_value = 0.0
     waiting: dict[int, list[Labels]] = {0: [Labels.root(problem, estimate)]}
     while waiting:
         slot = min(waiting)
@@ -310,7 +310,7 @@ def most_answered(problem: Problem, width: int) -> float:
         children = extend(part, estimate, labels, 0, -np.inf)
         if not len(children):
             continue
-        most = max(most, float(children.value.max()))
+        best_value = max(best_value, float(children.value.max()))
         slots = np.maximum((children.free_s / fastest_s).astype(np.int64), slot + 1)
         for later in np.unique(slots):
             picked = np.nonzero(slots == later)[0]
@@ -324,4 +324,4 @@ def most_answered(problem: Problem, width: int) -> float:
             kept = kept.take(np.nonzero(open.any(axis=1))[0])
             if len(kept):
                 waiting.setdefault(int(later), []).append(kept)
-    return most
+    return best_value

@@ -1,9 +1,9 @@
-"""Open-loop load generator: each request is sent at its scheduled time, whatever earlier ones do.
+"""Open-loop load generator: requests are sent at their scheduled times, not after responses.
 
     due times and bytes of all requests -> HTTP/1.1 on connections opened in advance -> Responses
 
 One asyncio loop on one core. Requests are built before the run and responses are parsed after it;
-in between it only sends, receives and takes times.
+in between it only sends, receives and records times.
 """
 
 import asyncio
@@ -23,16 +23,16 @@ from pcae_serve.descriptors import raise_descriptor_limit
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.loadtest import progress
 
-#: asyncio's timers are up to a millisecond late: for the rest of the time the loop spins, and
-#: receives responses meanwhile.
+#: asyncio's timers are up to a millisecond late, so for this time before a request is due the loop
+#: spins; it receives responses meanwhile.
 SPIN_S = 1.5e-3
-#: Requests sent in one iteration of the loop if many are due; then responses are received.
+#: Maximum requests sent in one iteration of the loop, before responses are received.
 BURST = 8
 #: Connections opened at the same time, and idle ones kept in reserve during the run.
 OPENING, RESERVE = 32, 4
 #: Descriptors left for other files of this process.
 OTHER_FILES = 64
-#: From the first connection to the first request.
+#: Time from the opening of the connections to the first request.
 LEAD_S = 0.1
 
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
@@ -198,8 +198,8 @@ class _Sender:
     def lost(self, connection: "_Connection", i: int | None, unread: bool) -> None:
         """Handle a closed connection.
 
-        i: its outstanding request. unread: the server had closed a kept connection before it read
-        the request; such a request is sent once more, as HTTP clients do, and its time goes on.
+        i: its outstanding request. unread: the server closed a kept connection before it read
+        the request; such a request is sent once more, as HTTP clients do, and its time continues.
         """
         self._all.discard(connection)
         if i is None:

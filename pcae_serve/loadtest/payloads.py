@@ -17,7 +17,7 @@ from pcae_serve.errors import StartError, one_line
 
 #: Suffixes of the images in a folder.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-#: Values of --labels besides a file name.
+#: Values of --labels other than a file name.
 FOLDERS, COLUMN = "folders", "column"
 
 
@@ -88,7 +88,7 @@ def _read_files(path: Path, labels: str | None) -> tuple[list[bytes], list[str] 
 def _read_parquet(path: Path, labels: str | None) -> tuple[list[bytes], list[str] | None]:
     """Read a parquet file in the Hugging Face layout: `image` structs with `bytes`, and `label`."""
     if labels not in (None, COLUMN):
-        raise StartError(f"{path} is a parquet file: its labels need --labels {COLUMN}")
+        raise StartError(f"{path} is a parquet file; its labels need --labels {COLUMN}")
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:

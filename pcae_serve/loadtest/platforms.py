@@ -119,7 +119,7 @@ def of_profile(profile: latency_profile.Profile, bundle: Bundle, name: str) -> P
     if list(profile.points) != names:
         raise StartError(
             f"{name} has the tiers {', '.join(profile.points)}, but the bundle {bundle.root} has"
-            f" {', '.join(names)}: set --bundle to the bundle that was profiled"
+            f" {', '.join(names)}; set --bundle to the bundle that was profiled"
         )
     tiers = []
     for tier, points in zip(bundle.tiers, profile.seconds(), strict=True):
@@ -145,7 +145,7 @@ def _read_machine(bundle: Bundle) -> Platform:
     profile = latency_profile.read(bundle, engine, settings.cache_dir)
     if profile is None:
         raise StartError(
-            f"no latency profile of {bundle.root} is cached on this machine: start the server once,"
+            f"no latency profile of {bundle.root} is cached on this machine; start the server once,"
             " run pcae-export profile, or use --profile gpu"
         )
     return of_profile(profile, bundle, "the cached profile")

@@ -19,7 +19,7 @@ def report(line: str) -> None:
 
 
 def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Yield the items and show how many of `total` are done, and the time that is left."""
+    """Yield the items and show how many of `total` are done, and the time left."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -46,7 +46,7 @@ def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 @contextmanager
 def status(what: str) -> Iterator[None]:
-    """Show what is being waited for: a spinner on a terminal, otherwise lines."""
+    """Show that `what` is in progress: a spinner on a terminal, otherwise lines."""
     from rich.console import Console
 
     console = Console(stderr=True)

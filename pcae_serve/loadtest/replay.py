@@ -1,4 +1,4 @@
-"""Replays: a workload sent to a live server over HTTP, open loop, and what came back.
+"""Replay a workload against a live server over HTTP, open loop, and collect the responses.
 
     workload -> requests at their times (`load_generator`) -> responses -> rows of the report
 
@@ -49,13 +49,13 @@ from pcae_serve.scheduling.tiers import TierTable
 
 #: A run whose requests were sent later than this at p99 measures the load generator.
 MAX_LAG_S = 2e-3
-#: Connections beyond the number of requests that the budgets let overlap.
+#: Connections in addition to the largest number of requests that overlap within their budgets.
 SPARE_CONNECTIONS = 16
 #: Time to wait for responses after the last budget has passed.
 GRACE_S = 10.0
 #: Idle time of the server before a run.
 PAUSE_S = 0.5
-#: Time between two questions whether the server is ready.
+#: Interval between polls of /readyz.
 POLL_S = 0.5
 
 #: The end of a request by the type of its problem document; any other response is a failure.
@@ -96,7 +96,7 @@ class LiveServer:
             with urlopen(f"{base}/tiers", timeout=30) as response:
                 info = json.load(response)
             if not all(tier["latency_ms"] for tier in info["tiers"]):
-                raise StartError(f"{base} has not measured its latencies yet: wait for /readyz")
+                raise StartError(f"{base} has not measured its latencies yet; wait for /readyz")
         except (URLError, OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, HTTPError) and error.code in (401, 403):
                 raise StartError(
@@ -140,7 +140,7 @@ class LiveServer:
 
     @property
     def platform(self) -> Platform:
-        """Its tiers as a platform for simulation; p99 equals the median, which is all it states."""
+        """The tiers as a simulated platform; p99 is set to the median, as /tiers reports no p99."""
         tiers = [
             TimedTier(
                 name=tier["name"],
@@ -155,11 +155,11 @@ class LiveServer:
         return Platform(source=self.description, tiers=tuple(tiers))
 
     def compute_seconds(self) -> dict[str, float]:
-        """Read from /metrics: `busy` seconds of its devices, and wasted ones by reason."""
+        """Return the devices' `busy` seconds and the wasted ones by reason; {} without /metrics."""
         try:
             with urlopen(f"{self.base}/metrics", timeout=30) as response:
                 text = response.read().decode()
-        except OSError:  # not served
+        except OSError:  # /metrics is not served
             return {}
         busy_s = [float(value) for _, value in _series(text, "pcae_compute_seconds_total")]
         wasted = _series(text, "pcae_wasted_compute_seconds_total")
@@ -216,7 +216,7 @@ def _await_ready(base: str, ready_s: float) -> None:
                 raise
             why = "connection refused"
         if not waiting:
-            progress.report(f"{base} is not ready yet ({why}): waiting up to {ready_s:g} s")
+            progress.report(f"{base} is not ready yet ({why}); waiting up to {ready_s:g} s")
             waiting = True
         time.sleep(min(POLL_S, max(0.0, deadline_s - time.monotonic())))
 
@@ -376,10 +376,10 @@ def client_figures(runs: Sequence[Run]) -> dict[str, float]:
         "met_by_server": sum(a is not None and a.met_budget for a in answers) / len(answers),
     }
     for status in sorted({int(s) for s in statuses} - {0, 200}):
-        its_ms = took_ms[statuses == status]
-        figures[f"{status}_count"] = len(its_ms)
-        figures[f"{status}_p50_ms"] = float(np.percentile(its_ms, 50))
-        figures[f"{status}_p99_ms"] = float(np.percentile(its_ms, 99))
+        status_ms = took_ms[statuses == status]
+        figures[f"{status}_count"] = len(status_ms)
+        figures[f"{status}_p50_ms"] = float(np.percentile(status_ms, 50))
+        figures[f"{status}_p99_ms"] = float(np.percentile(status_ms, 99))
     for why, count in sum((run.responses.faults for run in runs), Counter[str]()).items():
         figures[f"{_FAULT}{why}"] = count  # above 0: `sum` of counters omits the others
     figures["void"] = bool(figures["lag_p99_ms"] > 1e3 * MAX_LAG_S)

@@ -40,7 +40,7 @@ FORMULAS = {
     " / (best tier's - cheapest tier's), over the answers in time",
     "effective accuracy": "attainment x mean accuracy of the tiers used",
 }
-WITH_LABELS = {"effective accuracy": "right answers in time / offered"}
+WITH_LABELS = {"effective accuracy": "correct answers in time / offered"}
 LEGEND = (
     "goodput: answers in time per second; response: time from arrival to answer, late ones"
     " included; wasted: share of the devices' busy time.",
@@ -90,7 +90,7 @@ def figures(
     """Return the figures of one run.
 
     tiers: the allowed ones, cheapest first. right: [n], whether the answer equals the label; with
-    it, effective accuracy counts right answers.
+    it, effective accuracy counts correct answers.
     """
     offered = len(outcome.end)
     if not offered:

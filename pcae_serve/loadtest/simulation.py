@@ -1,4 +1,4 @@
-"""Simulations: every policy on every trace, rate and seed, with the server's own scheduler.
+"""Simulate every policy on every trace, rate and seed, with the server's own scheduler.
 
     platform, cells -> one simulation each, in parallel processes -> rows of the report
 
@@ -144,13 +144,13 @@ def find_capacity(platform: Platform, mix: str, max_batch: int) -> float:
         found = capacity.capacity(budgets_s, shares, table)
     if found <= 0:
         raise StartError(
-            f"{mix} budgets cannot be met at any rate: use larger budgets, or set --rate"
+            f"{mix} budgets cannot be met at any rate; use larger budgets, or set --rate"
         )
     return found
 
 
 def resolve_policies(given: Sequence[str], tier_table: TierTable) -> list[str]:
-    """Return policies by name, each once; `all` is every policy. Raise StartError if one is not."""
+    """Return the policies' names, each once; `all` is every policy. Raise StartError if unknown."""
     every = [*registry.OURS, *registry.PUBLISHED]
     every += [f"{name}:{registry.FIRST}" for name in registry.WITH_TIER]
     specs = [spec for word in given for spec in (every if word == "all" else [word])]

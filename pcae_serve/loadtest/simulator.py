@@ -61,7 +61,7 @@ class Outcome:
 
 
 def draw(points: list[dict[int, Seconds]], max_batch: int, seed: int) -> Draw:
-    """Return random service times: log-normal above the median, half as wide below.
+    """Return a function that draws service times: log-normal, half as wide below the median.
 
     points: for each tier, quantiles by batch size, interpolated linearly. The 99th percentile of
     the draws is the profile's p99.
@@ -129,21 +129,21 @@ def simulate(
             break
         events: list[Event]
         if agenda_s == now_s:  # at equal times, ends precede arrivals
-            _, _, which, took_s = heappop(agenda)
-            if (more_s := delay_s.pop(which, 0.0)) > 0:
+            _, _, device_or_id, took_s = heappop(agenda)
+            if (more_s := delay_s.pop(device_or_id, 0.0)) > 0:
                 order += 1
-                heappush(agenda, (now_s + more_s, order, which, took_s + more_s))
+                heappush(agenda, (now_s + more_s, order, device_or_id, took_s + more_s))
                 continue
-            if which < 0:
-                events = [Decoded(now_s, ~which)]
+            if device_or_id < 0:
+                events = [Decoded(now_s, ~device_or_id)]
             else:
-                dispatch = running.pop(which)
+                dispatch = running.pop(device_or_id)
                 for id_ in dispatch.ids:
                     late = now_s > arrivals[id_] + budgets[id_]
                     outcome.end[id_] = End.LATE if late else End.IN_TIME
                     outcome.tier[id_] = dispatch.tier
                     outcome.end_s[id_] = now_s
-                events = [Done(now_s, which, took_s)]
+                events = [Done(now_s, device_or_id, took_s)]
         elif wake_s == now_s:
             wake_s = float("inf")
             events = [Timer(now_s)]

@@ -32,7 +32,7 @@ MIXES: dict[str, tuple[tuple[float, float], ...]] = {
     "loose": ((8, 0.5), (50, 0.5)),
 }
 
-#: A longer gap in the recorded trace is a silence, and is cut out.
+#: A longer gap in the recorded trace is a silence; it is replaced by the median gap.
 SILENCE_S = 10.0
 #: The ramp's first and last rate, in multiples of the mean.
 RAMP = (0.2, 1.8)
@@ -170,7 +170,7 @@ def arrivals(trace: str, rate: float, count: int, seed: int) -> Seconds:
         )
     if trace not in TRACES:
         names = ", ".join(TRACES)
-        raise StartError(f"unknown trace {trace!r}: use {names} or the path of a .csv file")
+        raise StartError(f"unknown trace {trace!r}; use {names} or the path of a .csv file")
     if trace.startswith("gamma-"):
         return _scale_to_rate(
             _times_from_gaps(random.standard_gamma(1 / float(trace[6:]), gaps)), rate
@@ -208,13 +208,13 @@ def parse_mix(mix: str) -> tuple[tuple[float, float], ...]:
             parts = [(float(times), float(share) if colon else 1) for times, colon, share in split]
         except ValueError:
             raise StartError(
-                f"unknown mix {mix!r}: use {', '.join(MIXES)} or multiples of the full tier's"
+                f"unknown mix {mix!r}; use {', '.join(MIXES)} or multiples of the full tier's"
                 " latency with shares, such as 3:0.3,8:0.5,50:0.2"
             ) from None
     if not all(0 < number < inf for part in parts for number in part):
         raise StartError(f"mix {mix!r}: each multiple and each share must be a number above 0")
-    whole = sum(share for _, share in parts)
-    return tuple((float(times), share / whole) for times, share in parts)
+    total = sum(share for _, share in parts)
+    return tuple((float(times), share / total) for times, share in parts)
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,11 @@ def statistics(times_s: Seconds, window_s: float = 1.0) -> Statistics:
     if not gaps.sum() > 0:
         raise StartError("a trace needs requests at two different times to have a rate")
     counts = np.bincount(((times_s - times_s[0]) / window_s).astype(np.int64))
-    whole = counts[:-1] if len(counts) > 1 else counts  # the last window is incomplete
+    full = counts[:-1] if len(counts) > 1 else counts  # the last window is incomplete
     return Statistics(
         rate=float(1 / gaps.mean()),
         gap_cv2=float(gaps.var() / gaps.mean() ** 2),
-        dispersion=float(whole.var() / whole.mean()),
+        dispersion=float(full.var() / full.mean()),
         peak=float(counts.max() / window_s),
     )
 

@@ -1,6 +1,6 @@
 """Logging to stderr: one record per line, as text or JSON, with the request id; the access log.
 
-Parts of a record come from clients. So control characters are escaped, and every field has a
+Parts of a record come from clients, so control characters are escaped and every field has a
 maximum length: a client cannot forge a record, control a terminal or fill a disk. Headers and query
 strings are never logged.
 """

@@ -69,7 +69,7 @@ RATIO_BUCKETS = (.5, .7, .8, .9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)  # fmt: skip
 class _Registry(CollectorRegistry):
     """A registry without the `_created` series, which double the output.
 
-    The library's own switch applies to the whole process, which may not be ours alone.
+    The library's own switch applies to the whole process, which may have other metrics.
     """
 
     def collect(self) -> Iterator[Metric]:
@@ -91,7 +91,7 @@ class _Families:
         )
         self.answers = Counter(
             "pcae_answers",
-            "Answers, late ones included; degraded: tier=auto, by less than the best allowed tier.",
+            "Answers, late ones included; degraded: tier=auto used a tier below the best.",
             ["tier", "degraded"],
             registry=registry,
         )
@@ -171,7 +171,7 @@ class Metrics:
         )
         self._debt = Counter(
             "pcae_accuracy_debt",
-            "Accuracy of the best allowed tier minus that of the tier used, over answers in time.",
+            "Accuracy of the best allowed tier minus the tier used, summed over answers in time.",
             registry=registry,
         )
         self._range = Gauge(

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 
 class Outcome(StrEnum):
-    """What became of a request with valid parameters. Attainment is in_time over all."""
+    """How a request with valid parameters ended. Attainment is the share of in_time."""
 
     IN_TIME = "in_time"
     LATE = "late"  # answered after its deadline

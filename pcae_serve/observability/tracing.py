@@ -1,4 +1,4 @@
-"""Traces: FastAPI's own OpenTelemetry spans, exported as the OTEL_* variables say.
+"""Traces: FastAPI's own OpenTelemetry spans, exported as the OTEL_* variables configure.
 
 Uses FastAPI's telemetry setting (since 0.143). Without such a variable nothing is traced and the
 SDK is not loaded. Metrics and logs are not exported: Prometheus and stderr have them.
@@ -34,26 +34,32 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT
 def config() -> "TelemetryConfig | None":
     """Return the argument for FastAPI(telemetry=…), or None if nothing is to be exported.
 
-    Log a warning if traces are asked for but cannot be exported. Also set variables to DEFAULTS
-    that are not set: the SDK reads them when the server starts.
+    Log a warning if traces are asked for but cannot be exported. Also set those variables
+    of DEFAULTS that are unset: the SDK reads them when the server starts.
     """
-    asked = sorted(name for name, value in os.environ.items() if name.startswith("OTEL_") and value)
+    otel_names = sorted(
+        name for name, value in os.environ.items() if name.startswith("OTEL_") and value
+    )
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    if not asked or disabled or os.environ.get("OTEL_TRACES_EXPORTER", "").lower() == "none":
+    if not otel_names or disabled or os.environ.get("OTEL_TRACES_EXPORTER", "").lower() == "none":
         return None
     if not all(map(_installed, _NEEDED)):
-        log.warning("%s is set, but no traces are sent: %s", asked[0], install_command("otel"))
+        log.warning("%s is set, but no traces are sent: %s", otel_names[0], install_command("otel"))
         return None
     # a provider that exists already, as with opentelemetry-instrument, has its own exporter
-    ours = trace is not None and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
-    if ours and not any(map(os.environ.get, _ENDPOINTS)):
-        log.warning("%s is set, but no traces are sent; set %s as well", asked[0], _ENDPOINTS[1])
+    own_provider = trace is not None and isinstance(
+        trace.get_tracer_provider(), trace.ProxyTracerProvider
+    )
+    if own_provider and not any(map(os.environ.get, _ENDPOINTS)):
+        log.warning(
+            "%s is set, but no traces are sent; set %s as well", otel_names[0], _ENDPOINTS[1]
+        )
         return None
     for name, value in DEFAULTS.items():
         if not os.environ.get(name):
             os.environ[name] = value
     return {
-        "auto_configure": ours,
+        "auto_configure": own_provider,
         "metrics": False,
         "logs": False,
         "operation_spans": False,  # dependencies and serialisation: nothing here waits in them

@@ -24,14 +24,16 @@ class _Input(BaseModel):
 class RequestParameters(_Input):
     budget_ms: Annotated[float | None, Field(gt=0, le=3_600_000, allow_inf_nan=False)] = Field(
         None,
-        description="milliseconds from the request's headers until each image's answer is due;"
+        description="milliseconds from the arrival of the headers until each image's answer is due;"
         " default: the server's budget_ms",
     )
     tier: Text = Field(
         "auto", description="name of a tier, or auto: the most accurate one that meets the budget"
     )
     min_tier: Text | None = Field(
-        None, description="with auto, refuse the request rather than use a cheaper tier"
+        None,
+        description="cheapest tier that auto may use; if it cannot meet the budget, the request"
+        " is refused",
     )
     binary_data_output: bool = Field(
         False, description="return outputs as binary data unless an output sets binary_data"
@@ -54,7 +56,7 @@ class RequestInput(_Input):
     parameters: InputParameters | None = None
     data: list[Any] | None = Field(
         None,
-        description="BYTES as base64 strings, UINT8 as numbers, flat or nested; leave out if"
+        description="BYTES as base64 strings, UINT8 as numbers, flat or nested; omit if"
         " binary_data_size is given",
     )
 
@@ -63,7 +65,7 @@ class OutputParameters(_Input):
     binary_data: bool | None = Field(None, description="return this output as binary data")
     classification: Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="of logits: return this number of best classes as 'logit:index:label' (BYTES)",
+        description="for logits: number of best classes to return, as 'logit:index:label' (BYTES)",
     )
 
 
@@ -89,7 +91,7 @@ class ResponseOutput(BaseModel):
         None, description="binary_data_size, if the output is binary"
     )
     data: list[float] | list[str] | None = Field(
-        None, description="in row-major order; left out if the output is binary"
+        None, description="in row-major order; omitted if the output is binary"
     )
 
 
@@ -144,7 +146,7 @@ class ModelMetadata(BaseModel):
     outputs: list[TensorMetadata]
     parameters: dict[str, str | int | float] = Field(
         description="tiers (cheapest first, joined by commas), budget_ms (default budget),"
-        " max_images (most images in one request)"
+        " max_images (maximum number of images in one request)"
     )
 
 

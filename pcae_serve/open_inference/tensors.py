@@ -1,7 +1,7 @@
-"""Tensors of the Open Inference Protocol: image files out of inputs, outputs out of vectors.
+"""Convert tensors of the Open Inference Protocol: inputs to image files, vectors to outputs.
 
 JSON ----------------> InferRequest --+
-binary data (bytes) ------------------+--> image files, one a function: decoding takes files
+binary data (bytes) ------------------+--> image files, as functions that return their bytes
 vectors [N, width] --> OutputTensor (JSON values or binary data)
 """
 
@@ -25,8 +25,9 @@ from pcae_serve.bundle.reader import Bundle
 from pcae_serve.errors import MalformedRequest, TooLarge, shown
 from pcae_serve.open_inference.schema import INPUT, InferRequest, RequestInput
 
-#: Commas and opening brackets in the JSON. Parsing blocks all other requests, and this number takes
-#: about 10 ms. A nested image of 256 x 256 pixels has as many; binary data are not parsed.
+#: Maximum commas and opening brackets in the JSON. Parsing blocks all other requests, and this
+#: number takes about 10 ms; it allows a nested image of 256 x 256 pixels. Binary data are not
+#: parsed.
 MAX_JSON_PARTS = 265_000
 
 #: Returns the bytes of an image file; runs in a thread.
@@ -37,7 +38,7 @@ def parse_request(text: bytes) -> InferRequest:
     """Parse and validate the JSON of a request. Raise TooLarge or MalformedRequest."""
     if sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_PARTS:
         raise TooLarge(
-            f"the JSON has more than {MAX_JSON_PARTS:,} commas and brackets: send pixels as"
+            f"the JSON has more than {MAX_JSON_PARTS:,} commas and brackets; send pixels as"
             " binary data"
         )
     try:
@@ -77,7 +78,7 @@ def _require_count(count: int, max_images: int) -> None:
     if count == 0:
         raise MalformedRequest("inputs.0.shape: the tensor has no images")
     if count > max_images:
-        raise TooLarge(f"{count} images in one request: the limit is {max_images}, send fewer")
+        raise TooLarge(f"{count} images in one request, over the limit of {max_images}; send fewer")
 
 
 def _files(tensor: RequestInput, binary: memoryview, max_images: int) -> list[File]:
@@ -177,13 +178,13 @@ def require_outputs(request: InferRequest, bundle: Bundle) -> None:
     for output in request.outputs or ():
         if output.name not in offered:
             raise MalformedRequest(
-                f"unknown output {shown(output.name)}: choose from {', '.join(offered)}"
+                f"unknown output {shown(output.name)}; choose from {', '.join(offered)}"
             )
         if output.name in names:
             raise MalformedRequest(f"output {shown(output.name)} is requested twice")
         if output.parameters and output.parameters.classification and output.name != "logits":
             raise MalformedRequest(
-                f"output {shown(output.name)} does not support classification: request logits"
+                f"output {shown(output.name)} does not support classification; request logits"
             )
         names.add(output.name)
 
@@ -209,8 +210,8 @@ def output_tensor(
 ) -> OutputTensor:
     """Return one output for all images.
 
-    vectors: [N, width] logits or features. classes: of logits, this number of best classes as
-    'logit:index:label' instead of the logits themselves.
+    vectors: [N, width] logits or features. classes: return this number of best
+    classes as 'logit:index:label' instead of the logits.
     """
     if name == "label":
         best_labels = [labels[i] for i in vectors.argmax(axis=1)]

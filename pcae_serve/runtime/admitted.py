@@ -46,10 +46,10 @@ class AdmittedRequest:
         """
         self.request, self.scheduled = request, scheduled
         self.result: asyncio.Future[InferenceResult] = asyncio.get_running_loop().create_future()
-        self.outcome = Outcome.CANCELLED  # unless anything else happens to it
+        self.outcome = Outcome.CANCELLED  # until it has ended otherwise
         self.pixels: NDArray[np.uint8] | None = None  # [H, W, 3], once decoded
         self.decode_s = self.queued_s = 0.0
-        self.reason = ""  # why its tier, once dispatched
+        self.reason = ""  # why its tier was chosen; set at dispatch
         self._settings, self._bundle, self._decoders = settings, bundle, decoders
         self._enqueue = enqueue
         self._timeout: asyncio.Timeout | None = None  # of the upload or decoder, while it runs
@@ -140,12 +140,12 @@ class AdmittedRequest:
     async def _bounded(
         self, awaitable: Awaitable[T], until_s: float, timeout: Callable[[], Refusal]
     ) -> T:
-        """Await until a time of the loop's clock. If that fails, set the outcome and raise."""
+        """Await until `until_s` on the loop's clock. On failure, set the outcome and raise."""
         try:
             async with asyncio.timeout_at(until_s) as self._timeout:
                 return await awaitable
         except TimeoutError:
-            self.raise_if_refused()  # the reason that the wait was ended
+            self.raise_if_refused()  # if that is why the wait was ended
             error, self.outcome = timeout()
             raise error from None
         except MemoryError:

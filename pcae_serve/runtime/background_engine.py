@@ -15,7 +15,7 @@ IMAGE_S = 0.05
 
 
 class BackgroundEngine:
-    """Runs batches as background tasks. Blocks the calling thread: not for the event loop's."""
+    """Runs batches as background tasks. Blocks the calling thread, so the loop must not call it."""
 
     def __init__(self, engine: Engine, servable: Servable, loop: asyncio.AbstractEventLoop) -> None:
         self._engine, self._servable, self._loop = engine, servable, loop

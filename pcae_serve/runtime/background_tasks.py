@@ -86,7 +86,7 @@ class BackgroundTasks:
 
 
 def _copy(call: asyncio.Future[Any], result: asyncio.Future[Any]) -> None:
-    """Set `result` to what `call` came to, unless it is set already."""
+    """Set `result` to the result, error or cancellation of `call`, unless it is set already."""
     if call.cancelled():
         result.cancel()
     elif not result.done():

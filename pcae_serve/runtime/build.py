@@ -17,9 +17,9 @@ def build_service(settings: Settings) -> Service:
     bundle = load_bundle(settings.bundle or demo_path())
 
     def make_engine(
-        bundle: Bundle, device: int, through: Callable[[Engine], Engine] = run_directly
+        bundle: Bundle, device: int, wrap: Callable[[Engine], Engine] = run_directly
     ) -> Engine:
-        return load_configured_engine(settings, bundle, settings.devices[device], through)
+        return load_configured_engine(settings, bundle, settings.devices[device], wrap)
 
     engines = [make_engine(bundle, i) for i in range(len(settings.devices))]
     return Service(settings, bundle, engines, make_engine)

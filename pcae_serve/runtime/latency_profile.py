@@ -43,7 +43,7 @@ SPREADS = (1.05, 2.0)
 #: log(p99 / p50) over log(p95 / p50) of a log-normal: 2.326 / 1.645 standard deviations.
 P99_FROM_P95 = 1.414
 
-#: A cached profile is measured again if a check is off from it by more than this factor.
+#: A cached profile is measured again if a check differs from it by more than this factor.
 MAX_OFF = 1.5
 
 #: Seconds of one batch, [rounds, tiers], by batch size.
@@ -61,7 +61,7 @@ class Point(FrozenModel):
 
 
 class Origin(FrozenModel):
-    """Where and when a profile was measured, for people. The key says what it is valid for."""
+    """Where and when a profile was measured, for display; its key defines what it is valid for."""
 
     date: datetime
     processor: str
@@ -187,7 +187,7 @@ def load(
         if 1 / MAX_OFF <= off <= MAX_OFF:
             return cached
         log.warning(
-            "the latency profile of %s no longer holds (batches take %.2f times as long)",
+            "the latency profile of %s is out of date (batches take %.2f times as long)",
             f"{cached.origin.date:%Y-%m-%d %H:%M}",
             off,
         )
@@ -230,7 +230,7 @@ def slowdown(profile: Profile, bundle: Bundle, engine: Engine, clock: Callable[[
 
 
 def read(bundle: Bundle, engine: Engine, cache_dir: Path) -> Profile | None:
-    """Return the cached profile, or None if it is missing, damaged or of something else."""
+    """Return the cached profile, or None if it is missing, damaged or has another key."""
     wanted = key(bundle, engine)
     try:
         profile = Profile.model_validate_json(path(wanted, cache_dir).read_bytes())
@@ -254,7 +254,7 @@ def path(key: Mapping[str, str], cache_dir: Path) -> Path:
 
 
 def key(bundle: Bundle, engine: Engine) -> dict[str, str]:
-    """Return what a profile is valid for."""
+    """Return the properties of bundle, engine and machine that a profile is valid for."""
     return {
         "bundle": bundle.digest,
         "engine": f"{engine.name} {engine.version}",

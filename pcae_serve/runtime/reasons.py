@@ -17,13 +17,13 @@ def explain_tier(
     if len(tiers) == 1:
         return "the only tier allowed"
     if forecast.p99(tier, batch) > left_s:
-        which = "the fastest allowed tier" if tier == tiers[0] else "a tier"
-        return f"{which} that may be late with {left}, as policy {policy!r} chose"
+        kind = "the fastest allowed tier" if tier == tiers[0] else "a tier"
+        return f"{kind} that may be late with {left}, chosen by policy {policy!r}"
     if tier == tiers[-1]:
         return f"the most accurate tier fits {left}"
     better = tiers[tiers.index(tier) + 1]
     if forecast.p99(better, batch) <= left_s:
-        return f"under the present load, policy {policy!r} chose it within {left}"
+        return f"chosen by policy {policy!r} under the current load, within {left}"
     if tier == tiers[0]:
         return f"only the fastest allowed tier fits {left}"
     return f"the most accurate tier that fits {left}"

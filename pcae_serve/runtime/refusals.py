@@ -20,8 +20,8 @@ from pcae_serve.errors import (
 from pcae_serve.observability.outcomes import Outcome
 from pcae_serve.scheduling.events import Reject
 
-#: Retry-After, in seconds, if the policy dropped a request or memory ran out: by then the requests
-#: served instead are done, and HTTP counts whole seconds.
+#: Retry-After, in seconds, if the policy dropped a request or memory ran out: enough for the
+#: requests served instead, and the shortest time that HTTP can express.
 SHORT_RETRY_S = 1.0
 
 
@@ -91,9 +91,10 @@ def dropped(policy: str) -> Refusal:
 
 
 def tiers_disabled(names: Iterable[str], retry_after_s: float) -> Refusal:
-    tiers = ", ".join(map(repr, names))
+    quoted = [repr(name) for name in names]
+    failing = f"tier {quoted[0]} is" if len(quoted) == 1 else f"tiers {', '.join(quoted)} are"
     error = OutOfService(
-        f"tier {tiers} is failing and out of rotation; allow another tier or retry later",
+        f"{failing} failing and out of rotation; allow another tier or retry later",
         retry_after_s=retry_after_s,
     )
     return Refusal(error, Outcome.FAILED)
@@ -145,7 +146,7 @@ def stopping() -> Refusal:
 
 
 def stopped() -> Refusal:
-    """Return the refusal of an admitted request that the server did not finish before it stops."""
+    """Return the refusal of an admitted request that was unanswered when the server stopped."""
     return Refusal(Draining(), Outcome.DRAINING)
 
 

@@ -18,7 +18,7 @@ class InferenceRequest:
     budget_ms: float
     tier: str = "auto"
     min_tier: str | None = None
-    answers: Literal["logits", "features"] | None = None  # None: whatever the bundle returns
+    answers: Literal["logits", "features"] | None = None  # None: what the bundle returns
 
     @property
     def deadline_s(self) -> float:

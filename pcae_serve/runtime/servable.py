@@ -65,7 +65,7 @@ class _Batch:
     start_s: float
     predicted_s: float
     padding: int = 0  # rows computed beyond the requests
-    hung: bool = False  # answered as failed, while the call goes on
+    hung: bool = False  # answered as failed, while the call still runs
 
 
 class Servable:
@@ -355,7 +355,7 @@ class Servable:
             self._refuse_all(refusals.device_lost())
 
     def stop(self) -> None:
-        """Answer every admitted request that the server is stopping; handle no more events."""
+        """Refuse every admitted request because the server is stopping; handle no more events."""
         self._refuse_all(refusals.stopped())
         self._stopped = True
         self._driver.stop()

@@ -3,9 +3,9 @@
     STARTING   latencies are measured; nothing is admitted
     SERVING    requests go to the current servable; a reload replaces it
     DRAINING   nothing new is admitted; what was admitted is answered
-    STOPPED    whatever was unanswered has been refused
+    STOPPED    unanswered requests have been refused
 
-Several devices share one scheduler and one queue; they are taken to be equally fast.
+Several devices share one scheduler and one queue; they are assumed to be equally fast.
 """
 
 import asyncio
@@ -69,7 +69,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class _Unmeasured:
-    """What is served as long as latencies are unknown: a bundle and engines, and no requests."""
+    """The bundle and engines while latencies are unknown and no request is admitted."""
 
     bundle: Bundle
     engines: Sequence[Engine]
@@ -226,7 +226,7 @@ class Service:
                 raise Draining
             new = self._servable(bundle, engines, profile)
         except PcaeError as error:
-            if self._stopping:  # perhaps the cause: its batches find no device any more
+            if self._stopping:  # the stop may have caused it: background tasks are cancelled
                 raise Draining("the server is stopping; the bundle was not reloaded") from None
             self.metrics.record_reload(Reload.FAILED)
             log.error("reload failed, the old bundle stays in service: %s", error)
@@ -241,7 +241,9 @@ class Service:
         seconds = time.monotonic() - begin_s
         log.info("reloaded in %.1f s: %s", seconds, self._summary())
         if self._recorder is not None:
-            log.warning("the event log %s ends: it holds one bundle", self.settings.event_log)
+            log.warning(
+                "the event log %s ends; it can record only one bundle", self.settings.event_log
+            )
             self._recorder = None
         loop.call_soon(self._retire, old)
         return Reloaded(new.bundle, seconds)
@@ -399,12 +401,12 @@ class Service:
             create(settings.policy, tier_table(new.tiers))
             for i in range(len(self._devices)):
                 # if nothing works any more, there are no requests to give way to
-                through = (
+                wrap = (
                     partial(BackgroundEngine, servable=old, loop=loop)
                     if old.works
                     else run_directly
                 )
-                engines.append(self._make_engine(new, i, through))
+                engines.append(self._make_engine(new, i, wrap))
             limit_s = min(settings.profile_s, RELOAD_PROFILE_S)
             if old.works:
                 background = BackgroundEngine(engines[0], old, loop)

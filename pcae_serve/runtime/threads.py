@@ -58,12 +58,12 @@ class Device(Threads):
         self.lost = False  # a call hangs and is not expected to return
 
     async def shutdown(self, limit_s: float) -> bool:
-        """As for any threads, but do not wait for a lost device."""
+        """Do as `Threads.shutdown`, but do not wait for a lost device."""
         return await super().shutdown(0.0 if self.lost else limit_s)
 
 
 def _lower_priority() -> None:
-    """Run this thread at a lower priority than the event loop. Only Linux does so per thread."""
+    """Run this thread at a lower priority than the event loop. Only Linux sets it per thread."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
         with contextlib.suppress(OSError):  # some sandboxes forbid it

@@ -1,6 +1,6 @@
 """A worker: one engine on one device, with a watchdog and recovery.
 
-    run               a call on the device; a call that exceeds the watchdog limit hangs
+    run               a call on the device; one that exceeds the watchdog limit is taken to hang
     hang              the engine is terminated; the device is lost if the call still does not return
     recreate_engine   a new engine in place of one that failed, retried until it succeeds
 
@@ -137,7 +137,7 @@ class Worker:
                 async with asyncio.timeout(MAKE_S) as timeout:
                     made = await self._device.submit(self._make)
             except BundleError as error:  # its files have changed: only the old engine is left
-                log.error("using the engine that failed again: %s", error)
+                log.error("keeping the engine that failed: %s", error)
                 break
             except Exception as error:  # perhaps too little memory at present
                 if timeout.expired():

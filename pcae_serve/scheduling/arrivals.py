@@ -60,7 +60,7 @@ class Arrivals:
             self._classes = self._due = None
 
     def rate(self, now_s: float) -> float:
-        """Return requests per second over the last RATE_OVER, including the time since the last."""
+        """Return requests per second over the last RATE_OVER requests, up to `now_s`."""
         count = min(RATE_OVER, len(self._times_s))
         if count < RATE_LEAST:
             return 0.0
@@ -87,7 +87,7 @@ class Arrivals:
         return _interpolate(self._mean, j, part), _interpolate(self._variance, j, part)
 
     def count_due(self, within_s: float) -> tuple[float, float]:
-        """Return mean and standard deviation of future arrivals with a deadline `within_s`."""
+        """Return mean and standard deviation of the future arrivals due within `within_s`."""
         if self._due is None:
             if not self.classes:
                 return 0.0, 0.0
@@ -122,7 +122,7 @@ class Arrivals:
 
 
 class _DueTable:
-    """Future arrivals by the horizon that their deadline lies within, interpolated linearly."""
+    """Table of the future arrivals that are due within a horizon, interpolated linearly."""
 
     def __init__(self, arrivals: Arrivals) -> None:
         classes = arrivals.classes

@@ -55,7 +55,7 @@ class BackgroundTasks:
         return task
 
     def reserved_s(self, now_s: float) -> float:
-        """Return the device time that admission must reserve: that of a task whose turn it is."""
+        """Return the seconds that admission must reserve: those of the first task if it is due."""
         return self._tasks[0].seconds if self._is_due(now_s, GUARANTEED_SHARE) else 0.0
 
     def may_delay_queue(self, now_s: float, latest_start_s: float) -> bool:
@@ -94,7 +94,7 @@ class BackgroundTasks:
 
 
 def expected_late(seconds: float, now_s: float, forecast: Forecast, arrivals: Arrivals) -> float:
-    """Return how many requests should arrive within `seconds` and not survive waiting that long."""
+    """Return the expected arrivals within `seconds` that would be late after waiting that long."""
     after_s = seconds + forecast.p99(0, 1)
     tight = sum(each.share for each in arrivals.classes if each.budget_s < after_s)
     return tight * seconds * arrivals.rate(now_s)

@@ -108,7 +108,7 @@ class Recorder:
             self._abandon()
 
     def _abandon(self) -> None:
-        """Close the file. That tries again to write the buffer, and closes even if it fails."""
+        """Close the file. This retries to write the buffer, and closes even if that fails."""
         try:
             self._file.close()
         except OSError:

@@ -3,7 +3,7 @@
     Latency    learns one factor for the machine, one per tier, and the spread (p99 / median)
     Forecast   a snapshot: predicted median and p99 seconds of a batch
 
-There is no clock in here: times are arguments.
+It has no clock: times are arguments.
 """
 
 from bisect import bisect_right
@@ -117,17 +117,17 @@ class Forecast:
         """Return the batch size beyond which the cost per image hardly falls."""
         return self._useful[tier]
 
-    def batch_for_rate(self, tier: int, rate: float, most: int) -> int:
-        """Return the smallest batch with a throughput of `rate` images per second, else `most`."""
-        median, most = self._median[tier], min(most, len(self._median[tier]) - 1)
+    def batch_for_rate(self, tier: int, rate: float, limit: int) -> int:
+        """Return the smallest batch with a throughput of `rate` images per second, else `limit`."""
+        median, limit = self._median[tier], min(limit, len(self._median[tier]) - 1)
         rate *= self._factors[tier]
-        return next((batch for batch in range(1, most) if batch >= rate * median[batch]), most)
+        return next((batch for batch in range(1, limit) if batch >= rate * median[batch]), limit)
 
-    def largest_batch(self, tier: int, within_s: float, most: int) -> int:
-        """Return the largest batch up to `most` whose p99 is at most `within_s`; 0 if none."""
+    def largest_batch(self, tier: int, within_s: float, limit: int) -> int:
+        """Return the largest batch up to `limit` whose p99 is at most `within_s`; 0 if none."""
         median, seconds = self._median[tier], within_s / (self._factors[tier] * self._tail[tier])
         # the median never falls from one batch to the next
-        return bisect_right(median, seconds, 1, max(1, min(most + 1, len(median)))) - 1
+        return bisect_right(median, seconds, 1, max(1, min(limit + 1, len(median)))) - 1
 
 
 def _table(points: Mapping[int, float], max_batch: int) -> list[float]:

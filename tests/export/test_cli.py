@@ -225,7 +225,7 @@ def test_wrong_flags(
 
 def test_a_tier_without_a_checkpoint(tmp_path: Path, capsys: Capture) -> None:
     line = fails(capsys, 2, "bundle", tmp_path / "out", "--tier", "a=x@1.0", "--tier", "b=0.5")
-    assert "tier 'b' has no checkpoint: give SOURCE before OUT" in line
+    assert "tier 'b' has no checkpoint; give SOURCE before OUT" in line
 
 
 def test_tiers_as_they_are_written() -> None:
@@ -266,7 +266,7 @@ def test_what_cannot_be_done(made: Any, tmp_path: Path, write_images: Any, capsy
     assert "3 labels (bag, coat, sock), but the checkpoint has 3 (bag, coat, shoe)" in line
     assert "measure without labels (--agreement)" in line
     few = write_images(tmp_path / "few", ["bag", "coat", "shoe"], each=6)
-    assert "has only 18 images of the 64 to verify on: provide more, or lower --parity-images" in (
+    assert "has only 18 images of the 64 to verify on; provide more, or lower --parity-images" in (
         fails(capsys, 1, *argv, few)
     )
 
@@ -282,11 +282,11 @@ def test_what_stands_at_out_is_kept(
     (tmp_path / "precious" / "photo.png").write_text("")
     argv = ("bundle", made.checkpoint, tmp_path / "precious", *["--force"] * force)
     line = fails(capsys, 1, *argv)
-    message = "is not a bundle: --force replaces" if force else "exists: choose another folder"
+    message = "is not a bundle: --force replaces" if force else "exists; choose another folder"
     assert message in line
     assert [path.name for path in tmp_path.rglob("*")] == ["precious", "photo.png"]
     line = fails(capsys, 1, "bundle", made.checkpoint, made.bundle.root)
-    assert "exists: choose another folder, or replace it with --force" in line
+    assert "exists; choose another folder, or replace it with --force" in line
     assert load_bundle(made.bundle.root).digest == made.bundle.digest
 
 

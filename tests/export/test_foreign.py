@@ -300,9 +300,9 @@ HUGE = vit().state_dict() | {"head.bias": torch.full((5,), 1e6)}
         (HUGE, GIVEN, "head.bias has values beyond the range of float16 (largest 1e+06)"),
         (vit().state_dict(), (*GIVEN, "--image-size", 30), "patch size 4 does not divide 30"),
         (vit().state_dict(), (*GIVEN, "--resize", 20), "cannot crop 24 pixels out of 20"),
-        (vit().state_dict(), GIVEN[2:], "number of heads from width 16: give --heads"),
+        (vit().state_dict(), GIVEN[2:], "number of heads from width 16; give --heads"),
         (vit().state_dict(), (*GIVEN[2:], "--heads", 3), "3 heads do not divide width 16"),
-        (vit().state_dict(), GIVEN[:2], "does not contain mean and std of its images: give --"),
+        (vit().state_dict(), GIVEN[:2], "does not contain mean and std of its images; give --"),
         (
             vit().state_dict(), (*GIVEN, "--tier", "low=0.5"),
             "model 'vit' has 2 blocks and no reduction points at which to drop patches",
@@ -333,7 +333,7 @@ def test_what_cannot_be_a_bundle_is_one_line_and_leaves_nothing(
 def test_code_in_a_pickle_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = saved({"model": vit().state_dict(), "epoch": Malicious(tmp_path / "ran")}, tmp_path)
     line = fails(capsys, 1, "bundle", file, tmp_path / "out", *FULL, *GIVEN)
-    assert "x.pth: contains objects other than tensors, or is damaged: save its state dict" in line
+    assert "x.pth: contains objects other than tensors, or is damaged; save its state dict" in line
     assert list(tmp_path.iterdir()) == [file]
 
 

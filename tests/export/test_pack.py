@@ -168,7 +168,7 @@ def test_a_flipped_byte_in_the_weights_is_refused(made: Any, tmp_path: Path) -> 
 def test_failure_leaves_nothing_and_keeps_the_old(made: Any, tmp_path: Path, tiny: Tiny) -> None:
     out, parts = tmp_path / "out", one(tiny(**QUICK), full=1.0)
     shutil.copytree(made.bundle.root, out)
-    with pytest.raises(pack.PackError, match="exists: choose another folder"):
+    with pytest.raises(pack.PackError, match="exists; choose another folder"):
         pack.write_bundle(parts, out)
     with pytest.raises(PcaeError, match=REFUSAL):
         pack.write_bundle(parts, out, evaluate=refuse, force=True)

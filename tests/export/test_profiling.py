@@ -187,7 +187,7 @@ def test_a_suggestion_names_its_reason(changes: dict[str, Any], swept: bool, fir
     assert first in lines[0]
     assert lines[1] == "  --tier k30=0.3     10.00 ms  just below a step"
     assert lines[2] == "  --tier full=1      30.00 ms"
-    assert lines[3] == "  2 of 3: others take the same time on this machine"
+    assert lines[3] == "  2 of 3: other ratios take the same time on this machine"
 
 
 def test_a_static_engine_is_not_swept(demo: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

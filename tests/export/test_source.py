@@ -130,7 +130,7 @@ def test_normalisation_that_nobody_tells_is_asked_for(file: Path) -> None:
     refused(
         file,
         SourceOverrides(heads=2),
-        r"x\.pth does not contain mean and std of its images: give --normalise"
+        r"x\.pth does not contain mean and std of its images; give --normalise"
         r" imagenet or --normalise half$",
     )  # fmt: skip
 

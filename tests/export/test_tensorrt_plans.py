@@ -299,7 +299,7 @@ def test_a_cache_that_cannot_be_written_is_told(
 
         monkeypatch.setattr(atomic, "write_file", full)
         reason = "No space left on device"
-    with pytest.raises(PcaeError, match=rf"cannot write the plan .* \({reason}\): choose another"):
+    with pytest.raises(PcaeError, match=rf"cannot write the plan .* \({reason}\); choose another"):
         builder.ensure(bundle.tiers[0])
 
 

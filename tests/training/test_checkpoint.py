@@ -124,7 +124,7 @@ def test_killed_between_the_renames_the_last_good_one_is_found(
 def test_what_is_no_checkpoint_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     for place in (tmp_path, tmp_path / "thesis.txt"):
-        with pytest.raises(CheckpointError, match="is not a checkpoint: it is not replaced"):
+        with pytest.raises(CheckpointError, match="is not a checkpoint, so it is not replaced"):
             save(fresh(), place)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()

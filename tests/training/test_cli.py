@@ -54,9 +54,9 @@ def test_the_installed_command(class_folders: Any, tmp_path: Path) -> None:
         (["--data", "/nowhere/at/all"], 1, "cannot read split 'train' of data set '/nowhere"),
         (["--holdout", "24"], 1, "cannot hold out 24 of the 24 images of images/train"),
         (["--resume"], 1, "checkpoint not found: "),
-        (["--keep", "0.5"], 2, "--keep trains for one keep ratio, --budgets for several: omit one"),
+        (["--keep", "0.5"], 2, "--keep trains for one keep ratio, --budgets for several; omit one"),
         (["--batch-size", "100"], 1, "14 images are fewer than one step of --batch-size 100"),
-        (["--init", "/nowhere.pth"], 2, "--init determines the model's sizes: omit"),
+        (["--init", "/nowhere.pth"], 2, "--init determines the model's sizes; omit"),
         (["--out", "/dev/null/x"], 1, "cannot write to /dev/null/x"),
     ],
 )
@@ -85,7 +85,7 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "pcae-train: --data: Field required\n"
     assert run(Train, ["finetune", "--data", "x"]) == 2
     assert capsys.readouterr().err == (
-        "pcae-train: --out: Field required (only --dry-run needs none)\n"
+        "pcae-train: --out: Field required (except with --dry-run)\n"
     )
 
 

@@ -68,7 +68,7 @@ def test_unlabelled_needs_an_image_alone() -> None:
 def test_what_cannot_be_chosen() -> None:
     assert fails({"label": PETS}) == "x has no image column: its columns are label (ClassLabel)"
     assert fails({"a": Image(), "b": Image(), "label": PETS}) == (
-        "x has 2 image columns, a, b: choose one with --image-column"
+        "x has 2 image columns, a, b; choose one with --image-column"
     )
     assert fails({"a": Image(), "label": PETS}, image_column="b") == (
         "x has no image column 'b': its columns are a (Image), label (ClassLabel)"
@@ -79,7 +79,7 @@ def test_what_cannot_be_chosen() -> None:
     )
     assert fails({"a": Image(), "width": INT}).startswith("x has no label column")
     assert fails({"a": Image(), "fine": PETS, "coarse": PETS}) == (
-        "x has 2 label columns, fine, coarse: choose one with --label-column"
+        "x has 2 label columns, fine, coarse; choose one with --label-column"
     )
     for asked in ("nothing", "name", "json.name", "json.label.deeper", "json"):
         assert fails(
@@ -94,7 +94,7 @@ def test_classes_that_teach_nothing() -> None:
     one = {"a": Image(), "label": ClassLabel(names=["cat"])}
     assert fails(one) == "x has only one class, 'cat': at least two are needed"
     assert fails({"a": Image(), "cls": INT}, classes=["u", "v", "u"]) == (
-        "x has two classes named 'u': give each a unique name"
+        "x has two classes named 'u'; give each a unique name"
     )
 
 

@@ -117,7 +117,7 @@ def test_numbers_with_names() -> None:
 
 
 def test_numbers_that_are_no_labels() -> None:
-    with pytest.raises(DataError, match="x has labels up to 900000000 in 3 rows: name the classes"):
+    with pytest.raises(DataError, match="x has labels up to 900000000 in 3 rows; name the classes"):
         LabelledImages(numbered([0, 900_000_000, 1]), PREPROCESS, "x")
 
 

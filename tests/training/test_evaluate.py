@@ -237,7 +237,7 @@ def test_budgets_are_those_of_the_training(
     [
         (("dark", "bright"), "class 0 of images/test is 'bright', but 'dark' in the checkpoint"),
         (("bright", "dim", "dark"), "images/test has 2 classes, the checkpoint 3"),
-        ((), "no classes: fine-tune it"),
+        ((), "no classes; fine-tune it"),
     ],
 )
 def test_other_labels_are_refused(settings: Any, labels: tuple[str, ...], message: str) -> None:

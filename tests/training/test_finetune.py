@@ -239,7 +239,7 @@ def test_a_place_that_holds_something_else_is_refused_before_training(
 ) -> None:
     (tmp_path / "out" / "checkpoint").mkdir(parents=True)
     (tmp_path / "out" / "checkpoint" / "thesis.txt").write_text("")
-    with pytest.raises(PcaeError, match="is not a checkpoint: it is not replaced"):
+    with pytest.raises(PcaeError, match="is not a checkpoint, so it is not replaced"):
         finetune(settings())
 
 
@@ -304,7 +304,7 @@ def test_budgets_are_read_in_many_forms(written: Any) -> None:
         ({"depth": 4}, "--depth 4 is too small: the last reduction point"),
         ({"keep": 0.5, "budgets": (0.5,)}, "omit one"),
         ({"stream": True, "epoch_size": 9}, "--eval-data"),
-        ({"ramp_start": 0.5, "ramp_length": 0.6}, "add up to more than the run"),
+        ({"ramp_start": 0.5, "ramp_length": 0.6}, "together exceed the run"),
         ({"init": Path("z"), "width": 64, "depth": 12}, "omit --depth, --width"),
         ({"device": "tpu"}, "should match pattern"),
         ({"lr": 0}, "greater than 0"),

@@ -248,7 +248,7 @@ def test_labels_that_are_none(labels: list[int | None], message: str) -> None:
 
 def test_what_cannot_be_a_stream(shards: Any, tmp_path: Path) -> None:
     pattern = shards(4)
-    with pytest.raises(DataError, match="has numbers as labels: name the classes with --classes"):
+    with pytest.raises(DataError, match="has numbers as labels; name the classes with --classes"):
         open_shards(pattern, classes=None)
     with pytest.raises(DataError, match="an epoch must have at least one image, not 0"):
         open_shards(pattern, epoch_size=0)

@@ -345,7 +345,7 @@ def test_a_loss_that_is_no_number(tune: Any, monkeypatch: pytest.MonkeyPatch) ->
         return loss / 0 if rng.step == 4 else loss
 
     monkeypatch.setattr(Finetuning, "forward", poisoned)
-    with pytest.raises(PcaeError, match=r"not finite in step 5 \(epoch 2\): try a smaller --lr"):
+    with pytest.raises(PcaeError, match=r"not finite in step 5 \(epoch 2\); try a smaller --lr"):
         finetune(run)
     saved = checkpoints.load(run.out)
     assert saved.training["step"] == 3

@@ -268,4 +268,4 @@ def test_flags_name_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     expected = "runs/x a b.png [1].png it's.png d (0, 1, 2, 7) (1.0, 0.5) True\n"
     assert capsys.readouterr().out == expected
     assert run(Command, ["visualize", "runs/x", "--out", "o"]) == 2
-    assert "nothing to draw: give --image or --data" in capsys.readouterr().err
+    assert "nothing to draw; give --image or --data" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def test_a_gpu_has_a_number(
             assert world.device == torch.device("cuda", given)
         assert chosen == [world.device]  # set_device raises on a device without a number
         with (
-            pytest.raises(PcaeError, match="there is no cuda:7: this machine has 2"),
+            pytest.raises(PcaeError, match="there is no cuda:7: number of GPUs: 2"),
             join("cuda:7"),
         ):
             pass

@@ -1,1 +1,1 @@
-"""Images to checkpoint: the model, its fine-tuning and its evaluation (needs torch)."""
+"""Train vision transformers: model, pretraining, fine-tuning and evaluation (needs torch)."""

@@ -52,7 +52,7 @@ class Augmentation:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, rng: SampleRng) -> Tensor:
-        """Return [B, 3, size, size] in [0, 1] of float images [B, 3, S, S] in [0, 1].
+        """Return augmented float images [B, 3, size, size] of images [B, 3, S, S], all in [0, 1].
 
         Without random crops the centre is taken; raise ValueError if S is below `size`. Erasing is
         separate, see `erase_rectangles`.
@@ -164,7 +164,7 @@ class Mixing:
 
 
 def _mix(values: Tensor, weight: Tensor) -> Tensor:
-    """Mix neighbours in values [B, ...]; weight [p, ...] is the share of each that is its own."""
+    """Mix neighbours in values [B, ...]; weight [p, ...] is the share that each keeps of itself."""
     pairs = len(weight)
     two = values[: 2 * pairs].reshape(pairs, 2, *values.shape[1:])
     mixed = torch.lerp(two.flip(1), two, weight[:, None]).flatten(0, 1)

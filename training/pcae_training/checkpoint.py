@@ -134,7 +134,7 @@ def check_replaceable(folder: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from None
     if not replaceable:
-        raise CheckpointError(f"{folder} exists and is not a checkpoint: it is not replaced")
+        raise CheckpointError(f"{folder} exists and is not a checkpoint, so it is not replaced")
 
 
 def load(folder: Path) -> Checkpoint:

@@ -59,21 +59,21 @@ def choose_columns(features: datasets.Features | None, name: str, **choice: Any)
 
     Raise DataError if there is no suitable column, or several and `choice` names none.
     """
-    asked: ColumnChoice = {
+    chosen: ColumnChoice = {
         "labelled": True,
         "image_column": None,
         "label_column": None,
         "classes": None,
     }
-    asked.update(cast(ColumnChoice, choice))
+    chosen.update(cast(ColumnChoice, choice))
     features = features or {}
-    image = _image(features, name, asked["image_column"])
-    if not asked["labelled"]:
+    image = _image(features, name, chosen["image_column"])
+    if not chosen["labelled"]:
         return Columns(image)
-    label = _label(features, name, asked["label_column"])
+    label = _label(features, name, chosen["label_column"])
     kind = _kind(features, label)
     own = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else ()
-    named = tuple(asked["classes"] or own)
+    named = tuple(chosen["classes"] or own)
     if own and named != own:  # another order would give images the wrong labels
         raise DataError(f"{name} has the classes {_few(own)}, but --classes gives {_few(named)}")
     if named:
@@ -87,7 +87,7 @@ def check_classes(classes: Sequence[str], name: str) -> None:
         raise DataError(f"{name} has only one class, {classes[0]!r}: at least two are needed")
     if len(set(classes)) < len(classes):
         twice = next(label for label in classes if list(classes).count(label) > 1)
-        raise DataError(f"{name} has two classes named {twice!r}: give each a unique name")
+        raise DataError(f"{name} has two classes named {twice!r}; give each a unique name")
 
 
 def check_value(value: int, classes: Sequence[str], place: str) -> None:
@@ -101,15 +101,15 @@ def check_value(value: int, classes: Sequence[str], place: str) -> None:
         )
 
 
-def _image(features: Mapping[str, Any], name: str, asked: str | None) -> str:
+def _image(features: Mapping[str, Any], name: str, chosen: str | None) -> str:
     found = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
-    if asked is not None:
-        if asked not in found:
-            raise DataError(f"{name} has no image column {asked!r}: {_list(features)}")
-        return asked
+    if chosen is not None:
+        if chosen not in found:
+            raise DataError(f"{name} has no image column {chosen!r}: {_list(features)}")
+        return chosen
     if len(found) > 1:
         raise DataError(
-            f"{name} has {len(found)} image columns, {', '.join(found)}:"
+            f"{name} has {len(found)} image columns, {', '.join(found)};"
             " choose one with --image-column"
         )
     if not found:
@@ -117,12 +117,12 @@ def _image(features: Mapping[str, Any], name: str, asked: str | None) -> str:
     return found[0]
 
 
-def _label(features: Mapping[str, Any], name: str, asked: str | None) -> tuple[str, ...]:
-    if asked is not None:
-        path = _path(features, asked)
+def _label(features: Mapping[str, Any], name: str, chosen: str | None) -> tuple[str, ...]:
+    if chosen is not None:
+        path = _path(features, chosen)
         if not _holds_labels(_kind(features, path)):
             raise DataError(
-                f"{name} has no column {asked!r} of class labels or integers: {_list(features)}"
+                f"{name} has no column {chosen!r} of class labels or integers: {_list(features)}"
             )
         return path
     paths: list[tuple[str, ...]]
@@ -132,7 +132,7 @@ def _label(features: Mapping[str, Any], name: str, asked: str | None) -> tuple[s
         paths = [path for path in known if _holds_labels(_kind(features, path))]
     if len(paths) > 1:
         raise DataError(
-            f"{name} has {len(paths)} label columns, {', '.join('.'.join(p) for p in paths)}:"
+            f"{name} has {len(paths)} label columns, {', '.join('.'.join(p) for p in paths)};"
             " choose one with --label-column"
         )
     if not paths:

@@ -35,7 +35,7 @@ from pcae_training.skipped import MAX_UNREADABLE, PATIENCE, Skipped, none_readab
 from pcae_training.source import DataError as DataError
 from pcae_training.source import open_source, title
 
-#: Decoded data sets of up to so many bytes are kept in memory.
+#: Decoded data sets up to this size are kept in memory.
 MEMORY_LIMIT_BYTES = 2 * 1024**3
 
 #: The share of a GPU's free memory that decoded images may take; the rest is for the model.
@@ -380,7 +380,7 @@ def _labels(rows: datasets.Dataset, columns: Columns, name: str) -> tuple[Tensor
         return labels, list(columns.classes)
     if largest >= len(rows):  # not class labels; a name for each could fill the memory
         raise DataError(
-            f"{name} has labels up to {largest} in {len(rows)} rows: name the classes with"
+            f"{name} has labels up to {largest} in {len(rows)} rows; name the classes with"
             " --classes, or choose another --label-column"
         )
     classes = [str(value) for value in range(largest + 1)]

@@ -14,10 +14,10 @@ from pcae_training.sample_rng import SampleRng
 #: Steps timed after the first one, which loads kernels and allocates memory.
 TIMED_STEPS = 3
 
-#: No further step is timed after so many seconds.
+#: No further step is timed after this time.
 TIME_LIMIT_S = 10.0
 
-#: On a CPU the time is proportional to the number of images from here on.
+#: On a CPU, time is proportional to the number of images from this number on.
 CPU_IMAGES = 16
 
 
@@ -79,6 +79,6 @@ def describe_time(
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the device has done its work, to take the time."""
+    """Wait until the device has finished its work, so that it can be timed."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

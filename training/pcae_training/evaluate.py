@@ -267,13 +267,13 @@ def describe_precision(model: VisionTransformer, precision: torch.dtype) -> str:
     )
 
 
-def choose_ratios(checkpoint: Checkpoint, asked: tuple[float, ...] | None) -> tuple[float, ...]:
-    """Return the keep ratios asked for, else those trained for, else the paper's; largest first.
+def choose_ratios(checkpoint: Checkpoint, requested: tuple[float, ...] | None) -> tuple[float, ...]:
+    """Return the requested keep ratios, else those trained for, else the paper's; largest first.
 
     Raise PcaeError if one of them leaves no patch.
     """
     trained = checkpoint.training.get("settings", {})
-    ratios = asked
+    ratios = requested
     if ratios is None and trained.get("keep") is not None:
         ratios = (trained["keep"],)
     ratios = ratios or tuple(sorted(trained.get("budgets") or PAPER_RATIOS, reverse=True))
@@ -291,16 +291,16 @@ def check_labels(checkpoint: Checkpoint, images: LabelledImages) -> None:
     if not wanted and checkpoint.model.config.classes:
         raise PcaeError("the checkpoint does not name its classes (id2label in its config.json)")
     if not wanted:
-        raise PcaeError("the checkpoint has no classes: fine-tune it before evaluating it")
+        raise PcaeError("the checkpoint has no classes; fine-tune it before evaluating it")
     if len(found) != len(wanted):
         raise PcaeError(
-            f"{images.name} has {len(found)} classes, the checkpoint {len(wanted)}: use data with"
+            f"{images.name} has {len(found)} classes, the checkpoint {len(wanted)}; use data with"
             " the classes it was trained on"
         )
     for i, (label, other) in enumerate(zip(found, wanted, strict=True)):
         if label != other:
             raise PcaeError(
-                f"class {i} of {images.name} is {label!r}, but {other!r} in the checkpoint: use"
+                f"class {i} of {images.name} is {label!r}, but {other!r} in the checkpoint; use"
                 " data with the classes it was trained on, in the same order"
             )
 

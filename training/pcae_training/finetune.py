@@ -67,7 +67,8 @@ class FinetuneSettings(RunSettings):
         " timm folder, a .pth or .safetensors file",
     )
     pooling: Literal["mean", "cls"] | None = Field(
-        None, description="input of the head: mean of the patches or CLS; mean, or as --init"
+        None,
+        description="input of the head: mean of the patches or CLS; default: mean, or as --init",
     )
     eval_data: str | None = Field(
         None, description="evaluate on these images instead of images held out of --data"
@@ -86,9 +87,12 @@ class FinetuneSettings(RunSettings):
     )
     sampling: Literal["sandwich", "one"] = Field(
         "sandwich",
-        description="budgets per step: the largest, the smallest and some between, or a random one",
+        description="budgets per step; sandwich: the largest, the smallest and some between; one: a"
+        " random one",
     )
-    between: int = Field(1, ge=0, description="sandwich: random budgets between the ends")
+    between: int = Field(
+        1, ge=0, description="for sandwich: number of random budgets between the ends"
+    )
     distil: float = Field(
         0.5,
         ge=0,
@@ -109,7 +113,8 @@ class FinetuneSettings(RunSettings):
         None,
         gt=0,
         le=1,
-        description="rate of a layer over that of the layer above; 0.65 with --init, else 1",
+        description="learning rate of a layer over that of the layer above; default: 0.65 with"
+        " --init, else 1",
     )
     drop_path: float = Field(
         0.1, ge=0, lt=1, description="stochastic depth: drop rate of the last block; 0 = off"
@@ -130,9 +135,9 @@ class FinetuneSettings(RunSettings):
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if self.ramp_start + self.ramp_length > 1:
-            raise ValueError("--ramp-start and --ramp-length add up to more than the run")
+            raise ValueError("--ramp-start and --ramp-length together exceed the run (1.0)")
         if self.keep is not None and "budgets" in self.model_fields_set:
-            raise ValueError("--keep trains for one keep ratio, --budgets for several: omit one")
+            raise ValueError("--keep trains for one keep ratio, --budgets for several; omit one")
         if self.init is None:
             if self.depth <= max(REDUCTION_POINTS):
                 last = max(REDUCTION_POINTS)
@@ -145,9 +150,9 @@ class FinetuneSettings(RunSettings):
                 config.geometry.counts(budget)
         elif fixed := self.model_fields_set & {"width", "depth"}:
             flags = ", ".join(f"--{name}" for name in sorted(fixed))
-            raise ValueError(f"--init determines the model's sizes: omit {flags}")
+            raise ValueError(f"--init determines the model's sizes; omit {flags}")
         if self.stream and self.eval_data is None:
-            raise ValueError("--stream cannot hold images out: give --eval-data")
+            raise ValueError("--stream cannot hold images out; give --eval-data")
         return self
 
     @property
@@ -247,7 +252,7 @@ class Finetuning(nn.Module):
         return 3 * (costs[0] + costs[-1] + between)
 
     def after_step(self) -> None:
-        """Do nothing: nothing follows the weights."""
+        """Do nothing: there is no moving average to update."""
 
     def after_epoch(self, world: World) -> Mapping[str, Mapping[str, float]]:
         """Return held-out top-1 at the largest and the smallest budget."""
@@ -326,10 +331,10 @@ def prepare(
         )
         images: TrainingData = training_data(settings, source, classes=holdout.classes)
     else:
-        whole = load_labelled(settings, source)
-        split = hold_out(whole, settings.holdout, settings.seed)
-        images = whole.subset(split.train)
-        same = whole if source == preprocess else load_labelled(settings, preprocess)
+        labelled = load_labelled(settings, source)
+        split = hold_out(labelled, settings.holdout, settings.seed)
+        images = labelled.subset(split.train)
+        same = labelled if source == preprocess else load_labelled(settings, preprocess)
         holdout = same.subset(split.holdout)
     model = _build_model(settings, found, images.classes, report)
     training = {} if found is None else found.training
@@ -382,7 +387,9 @@ def _build_model(
     except ValueError as error:
         raise PcaeError(f"{settings.init}: {error}") from None
     if not config.reduction_points and settings.ratios[-1] < 1:
-        raise PcaeError(f"{settings.init} has {config.depth} blocks: dropping patches needs 11")
+        raise PcaeError(
+            f"{settings.init} has {config.depth} blocks; dropping patches needs at least 11"
+        )
     model = VisionTransformer(config)
     fitted = initialise(model, found)
     if isinstance(model.head, nn.Linear) and "head.weight" in fitted.missing:
@@ -396,6 +403,6 @@ def _build_model(
     return model
 
 
-def _shorten(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _shorten(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -194,7 +194,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A plain ViT with optional progressive token reduction (DESIGN section 2)."""
+    """A plain ViT with optional progressive token reduction."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

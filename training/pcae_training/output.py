@@ -9,11 +9,11 @@ from pcae_serve.errors import PcaeError
 
 def check_writable(file: Path) -> None:
     """Raise PcaeError if it is known already that `write_whole` cannot write `file`."""
-    there = next(parent for parent in file.absolute().parents if parent.exists())
+    ancestor = next(parent for parent in file.absolute().parents if parent.exists())
     if file.is_dir():
         raise PcaeError(f"cannot write {file}: it is a folder")
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise PcaeError(f"cannot write {file}: {there} is not a writable folder")
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise PcaeError(f"cannot write {file}: {ancestor} is not a writable folder")
 
 
 def write_whole(file: Path, content: bytes) -> None:

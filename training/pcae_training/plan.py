@@ -29,7 +29,7 @@ class Plan:
         if self.images < self.settings.batch_size:
             raise PcaeError(
                 f"{self.images} images are fewer than one step of --batch-size"
-                f" {self.settings.batch_size}: choose a smaller one"
+                f" {self.settings.batch_size}; lower it"
             )
 
     def check_pairs(self) -> None:
@@ -38,7 +38,8 @@ class Plan:
         if parts > 1 and self.settings.batch_size // parts % 2:
             raise PcaeError(
                 f"--batch-size {self.settings.batch_size} gives {parts} micro-batches of an odd"
-                " number of images, but --mixup and --cutmix mix pairs: choose an even one"
+                " number of images, but --mixup and --cutmix mix pairs; use a multiple of"
+                f" {2 * parts}"
             )
 
     @property

@@ -78,7 +78,10 @@ class PretrainSettings(RunSettings):
         (0, 4, 8), description="blocks after which the teacher drops tokens, counted from 0"
     )
     teacher_keep: float = Field(
-        0.5, gt=0, le=1, description="share of the tokens that the teacher keeps at each of them"
+        0.5,
+        gt=0,
+        le=1,
+        description="share of the tokens that the teacher keeps at each block of --reduce-after",
     )
     reduction: Rule = Field("ptr", description="rule that ranks the teacher's tokens")
     drop_targets: Literal["none", "loss", "decoder"] = Field(

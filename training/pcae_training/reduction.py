@@ -64,11 +64,11 @@ def redundancy(patches: Tensor, normalised: bool = False, sizes: Tensor | None =
     weights of the patches in the mean.
     """
     patches = patches.float()  # near ties depend on precision, so ranks are never computed in half
-    whole = F.normalize(patches, dim=-1) if normalised else patches
+    values = F.normalize(patches, dim=-1) if normalised else patches
     if sizes is None:
-        mean = whole.mean(dim=1, keepdim=True)
+        mean = values.mean(dim=1, keepdim=True)
     else:
-        mean = (whole * (sizes / sizes.sum(dim=1, keepdim=True))[..., None]).sum(1, keepdim=True)
+        mean = (values * (sizes / sizes.sum(dim=1, keepdim=True))[..., None]).sum(1, keepdim=True)
     return F.cosine_similarity(patches, mean, dim=-1)
 
 
@@ -80,7 +80,7 @@ def reduce_tokens(
     scores: Tensor | None = None,
     means: int = 1,
 ) -> Tokens:
-    """Keep the `keep` patches of lowest score, and treat the `dropped` others as `rule` does.
+    """Keep the `keep` patches of lowest score, and apply `rule` to the `dropped` others.
 
     scores: [B, n]; None for the rule's redundancy. dropped: n - keep. means: tokens that the mean
     is appended as, 1 or 0. The elastic export passes a tensor and a traced size for the last two.
@@ -117,8 +117,8 @@ def _merge(patches: Tensor, index: Tensor, sizes: Tensor | None) -> tuple[Tensor
     Sums are a one-hot product [B, m, n] @ [B, n, D], because TensorRT has no scatter-add.
     """
     batch, n, width = patches.shape
-    whole = patches.float()
-    unit = F.normalize(whole, dim=-1)
+    values = patches.float()
+    unit = F.normalize(values, dim=-1)
     kept = unit.gather(1, index.unsqueeze(-1).expand(-1, -1, width))
     here = torch.arange(n, device=patches.device)[None, :, None] == index[:, None]  # [B, n, m]
     alike = unit @ kept.transpose(1, 2) + 3 * here  # a kept patch goes to itself
@@ -126,7 +126,7 @@ def _merge(patches: Tensor, index: Tensor, sizes: Tensor | None) -> tuple[Tensor
     into = (nearest == torch.arange(index.shape[1], device=patches.device)).float()  # [B, n, m]
     size = torch.ones(batch, n, 1, device=patches.device) if sizes is None else sizes[..., None]
     sizes = into.transpose(1, 2) @ size  # [B, m, 1]
-    merged = (into.transpose(1, 2) @ (whole * size)) / sizes
+    merged = (into.transpose(1, 2) @ (values * size)) / sizes
     return merged.to(patches.dtype), sizes[..., 0]
 
 

@@ -79,12 +79,15 @@ class RunSettings(BaseModel):
     )
 
     image_size: int | None = Field(
-        None, ge=1, description="side of the model's square input, in pixels; 224, or as --init"
+        None,
+        ge=1,
+        description="side of the model's square input, in pixels; default: 224, or as --init",
     )
     patch_size: int | None = Field(
         None,
         ge=1,
-        description="side of a patch, in pixels; 16, or as --init, whose kernel is resized",
+        description="side of a patch, in pixels; default: 16, or as --init; another size resizes"
+        " the kernel of --init",
     )
     width: int = Field(192, ge=4, description="token width: DeiT-Ti 192, ViT-S 384, ViT-B 768")
     depth: int = Field(12, ge=1, description="number of blocks")
@@ -116,12 +119,17 @@ class RunSettings(BaseModel):
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the run")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the run spent on warm-up")
     weight_decay: float = Field(
-        0.05, ge=0, description="of matrices; biases, norms and single tokens have none"
+        0.05,
+        ge=0,
+        description="weight decay of matrices; biases, norms and single tokens have none",
     )
     clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 = unlimited")
 
     seed: int = Field(
-        0, ge=0, lt=2**63, description="of weights, order, crops, masks, budgets and hold-out"
+        0,
+        ge=0,
+        lt=2**63,
+        description="random seed of weights, order, crops, masks, budgets and hold-out",
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
     precision: Literal["fp32", "bf16"] = Field(
@@ -152,7 +160,7 @@ class RunSettings(BaseModel):
     @model_validator(mode="after")
     def _check_flags(self) -> Self:
         if self.out is None and not self.dry_run:
-            raise ValueError("--out: Field required (only --dry-run needs none)")
+            raise ValueError("--out: Field required (except with --dry-run)")
         if self.stream and self.epoch_size is None:
             raise ValueError("--stream needs --epoch-size: a stream has no length of its own")
         if self.epoch_size is not None and not self.stream:
@@ -168,7 +176,7 @@ class RunSettings(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """The folder of the run, which only a dry run has not."""
+        """The folder of the run; only a dry run may lack one."""
         assert self.out is not None
         return self.out
 

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping
 
 from pcae_training.source import DataError
 
-#: So many unreadable images are allowed whatever their share, so that one of 50 ends no run.
+#: Number of unreadable images that is always allowed, so that 1 of 50 does not end a run.
 FLOOR = 10
 
 #: Unreadable images in a row after which reading fails.
@@ -47,6 +47,6 @@ class Skipped:
 
 
 def none_readable(name: str, reasons: Mapping[Hashable, str]) -> DataError:
-    """Return the error of images in a row that are all unreadable, so that none can replace one."""
+    """Return the error for images in a row that are all unreadable and cannot be replaced."""
     first, count = next(iter(reasons.values())), len(reasons)
     return DataError(f"{name}: {count:,} images in a row cannot be read; the first one: {first}")

@@ -65,7 +65,7 @@ class ImageStream:
         if epoch_size < 1:
             raise DataError(f"{name}: an epoch must have at least one image, not {epoch_size}")
         if columns.label and not columns.classes:
-            raise DataError(f"{name} has numbers as labels: name the classes with --classes")
+            raise DataError(f"{name} has numbers as labels; name the classes with --classes")
         self.name, self.preprocess = name, preprocess
         self.classes = list(columns.classes)
         self._columns, self._epoch_size, self._buffer_size = columns, epoch_size, buffer_size

@@ -61,7 +61,7 @@ class Objective(Protocol):
         ...
 
     def after_step(self) -> None:
-        """Update what follows the weights, after each optimiser step."""
+        """Update what is derived from the weights, such as an average, after an optimiser step."""
         ...
 
     def checkpoint(self) -> Checkpoint:
@@ -260,8 +260,8 @@ class Trainer:
         self._loss.zero_()
         if bad := [int(step) for _, step, _, _ in readings if step]:
             raise PcaeError(
-                f"the loss is not finite in step {min(bad)} (epoch {epoch}): try a smaller --lr;"
-                f" {self.settings.folder} keeps the last good checkpoint, if there was one"
+                f"the loss is not finite in step {min(bad)} (epoch {epoch}); try a smaller --lr"
+                f" (the last good checkpoint, if any, stays in {self.settings.folder})"
             )
         steps = round(readings[0][2]) // self.settings.accumulate
         total = sum(loss for loss, *_ in readings) / len(readings) / self.settings.accumulate
@@ -287,8 +287,8 @@ class Trainer:
         """
         if bad := [n for n, p in self.objective.named_parameters() if not p.isfinite().all()]:
             raise PcaeError(
-                f"{bad[0]} is not finite after step {self.step}: try a smaller --lr;"
-                f" {self.settings.folder} keeps the last good checkpoint, if there was one"
+                f"{bad[0]} is not finite after step {self.step}; try a smaller --lr"
+                f" (the last good checkpoint, if any, stays in {self.settings.folder})"
             )
         if not self.world.main:
             return
@@ -342,7 +342,7 @@ class Trainer:
                     }
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise PcaeError(f"cannot resume {out}: it is of another model: {reason}") from None
+            raise PcaeError(f"cannot resume {out}: its model differs: {reason}") from None
         self.step, self.history = int(training["step"]), list(training["history"])
         self._epoch_loss, self._epoch_steps, self._epoch_s = training["current_epoch"]
 

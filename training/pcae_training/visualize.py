@@ -92,7 +92,7 @@ class VisualizeSettings(BaseModel):
     @model_validator(mode="after")
     def _has_images(self) -> Self:
         if not self.image and self.data is None:
-            raise ValueError("nothing to draw: give --image or --data")
+            raise ValueError("nothing to draw; give --image or --data")
         return self
 
     @property
@@ -203,7 +203,7 @@ def draw_sheet(rows: Sequence[Sequence[Panel]]) -> bytes:
     width, height = len(rows[0]) * cell + GAP, len(rows) * line + GAP
     if width * height > MAX_PIXELS:
         raise PcaeError(
-            f"{len(rows)} rows of panels do not fit into one file: give a folder, or fewer images"
+            f"{len(rows)} rows of panels do not fit into one file; give a folder, or fewer images"
         )
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     for i, row in enumerate(rows):
@@ -310,7 +310,7 @@ def _files(settings: VisualizeSettings, pictures: Sequence[Picture]) -> list[Pat
     read = {path.resolve() for path in settings.image}
     for target in files:
         if target.resolve() in read:
-            raise PcaeError(f"--out would overwrite the image {target}: choose another")
+            raise PcaeError(f"--out would overwrite the image {target}; choose another --out")
         check_writable(target)
     return files
 

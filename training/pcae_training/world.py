@@ -47,17 +47,17 @@ class World:
 def join(device: str) -> Iterator[World]:
     """Join the process group that torchrun's environment describes, and leave it at the end.
 
-    device: cpu, cuda (each process its own) or cuda:N. Raise PcaeError if there is none.
+    device: cpu, cuda (each process its own) or cuda:N. Raise PcaeError if it does not exist.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if device != "cpu" and not torch.cuda.is_available():
-        raise PcaeError(f"there is no {device} on this machine: use --device cpu")
+        raise PcaeError(f"there is no {device} on this machine; use --device cpu")
     if device == "cuda":  # torch wants a number
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     place = torch.device(device)
     if place.type == "cuda":
         if place.index >= torch.cuda.device_count():
-            raise PcaeError(f"there is no {device}: this machine has {torch.cuda.device_count()}")
+            raise PcaeError(f"there is no {device}: number of GPUs: {torch.cuda.device_count()}")
         torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("high")  # TF32 outside of autocast
     if size == 1:

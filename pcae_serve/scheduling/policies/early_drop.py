@@ -22,9 +22,9 @@ class EarlyDrop:
             return inner
         now_s, forecast, tier = view.now_s, view.forecast, inner.tier
         waiting = view.queue.allowing(tier)
-        most = min(view.max_batch, forecast.useful_batch(tier))
+        max_size = min(view.max_batch, forecast.useful_batch(tier))
         for first, head in enumerate(waiting):
-            size = min(len(waiting) - first, most)  # smaller, and faster, with fewer left
+            size = min(len(waiting) - first, max_size)  # smaller, and faster, with fewer left
             if now_s + forecast.p99(tier, size) <= head.deadline_s:
                 batch = tuple(waiting[first : first + size])
                 return Run(tier, batch, dropped=tuple(waiting[:first]))

@@ -46,5 +46,5 @@ def batch_in_time(view: SchedulerView, tier: int, limit: int) -> int:
     """Return the largest batch up to `limit` that meets the most urgent deadline; at least 1."""
     queue, forecast = view.queue, view.forecast
     slack_s = queue.by_deadline[0].deadline_s - view.now_s
-    most = min(limit, view.max_batch, len(queue.allowing(tier)))
-    return max(1, forecast.largest_batch(tier, slack_s, most))
+    max_size = min(limit, view.max_batch, len(queue.allowing(tier)))
+    return max(1, forecast.largest_batch(tier, slack_s, max_size))

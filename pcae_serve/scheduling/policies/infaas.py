@@ -42,9 +42,9 @@ class Infaas:
         load = view.arrivals.rate(view.now_s) / view.devices
         for other in reversed(head.tiers[: head.tiers.index(tier) + 1]):
             for limit in (forecast.useful_batch(other), view.max_batch):
-                most = min(limit, view.max_batch)
+                max_size = min(limit, view.max_batch)
                 # a larger batch would exceed the budget
-                batch = forecast.largest_batch(other, head.budget_s, most)
+                batch = forecast.largest_batch(other, head.budget_s, max_size)
                 if batch and load * forecast.p50(other, batch) <= MAX_UTILISATION * batch:
                     return other, limit
         return head.tiers[0], view.max_batch

@@ -45,11 +45,11 @@ class ModelSwitching:
 
     def _best(self, view: SchedulerView, load: float) -> int:
         """Return the tier of best effective accuracy at a load; the fastest if none sustains it."""
-        best, most = 0, (0.0, 0.0)
+        best, best_score = 0, (0.0, 0.0)
         for tier, accuracy in enumerate(self._accuracy):
             effective = accuracy * _share_in_time(view, tier, load)
-            if effective > 0 and (effective, accuracy) > most:
-                best, most = tier, (effective, accuracy)
+            if effective > 0 and (effective, accuracy) > best_score:
+                best, best_score = tier, (effective, accuracy)
         return best
 
 

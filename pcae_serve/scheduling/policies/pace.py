@@ -196,17 +196,17 @@ class Pace:
         waiting = view.queue.allowing(tier)
         # a request that arrives while a batch of size `twice` runs has time for another one like
         # it: up to this size a larger batch causes no misses, so it may be larger than useful
-        most = max(outlook.useful, outlook.twice)
+        max_size = max(outlook.useful, outlook.twice)
         # required throughput, requests per second
         pace = max((h.waiting + h.mean) / h.within_s for h in outlook.horizons)
-        size = forecast.batch_for_rate(tier, pace, most)
+        size = forecast.batch_for_rate(tier, pace, max_size)
         target = min(len(waiting), size)
         skipped = due(waiting, now_s + forecast.p99(tier, target) - ROUNDING_S)
-        passing = self._batch_from(outlook, tier, min(skipped, len(waiting) - 1), most)
+        passing = self._batch_from(outlook, tier, min(skipped, len(waiting) - 1), max_size)
         if not passing.first:
             return passing
         image_s = forecast.p50(tier, size) / size
-        urgent = self._batch_from(outlook, tier, 0, most)
+        urgent = self._batch_from(outlook, tier, 0, max_size)
         lost = [
             batch.first
             + outlook.overrun_s(forecast.p50(tier, batch.size), batch.end, image_s) / image_s
@@ -214,12 +214,12 @@ class Pace:
         ]
         return urgent if lost[0] <= lost[1] else passing
 
-    def _batch_from(self, outlook: _Outlook, tier: int, first: int, most: int) -> _Batch:
-        """Return the largest batch up to `most` that is in time for the request at `first`."""
+    def _batch_from(self, outlook: _Outlook, tier: int, first: int, max_size: int) -> _Batch:
+        """Return the largest batch up to `max_size` that is in time for the request at `first`."""
         view = outlook.view
         waiting, forecast = view.queue.allowing(tier), view.forecast
         left_s = waiting[first].deadline_s - view.now_s
-        size = max(1, forecast.largest_batch(tier, left_s, min(most, len(waiting) - first)))
+        size = max(1, forecast.largest_batch(tier, left_s, min(max_size, len(waiting) - first)))
         return _Batch(tier, first, size, forecast.p99(tier, size))
 
     def _better_batch(self, outlook: _Outlook, place: int) -> _Batch | None:
@@ -228,8 +228,8 @@ class Pace:
         None if the first of them would be late, or if some horizon could not be kept afterwards.
         """
         view, tier = outlook.view, outlook.tiers[place]
-        most = min(view.max_batch, view.forecast.useful_batch(tier))
-        batch = self._batch_from(outlook, tier, 0, most)
+        max_size = min(view.max_batch, view.forecast.useful_batch(tier))
+        batch = self._batch_from(outlook, tier, 0, max_size)
         head = view.queue.allowing(tier)[0]
         if view.now_s + batch.busy_s > head.deadline_s:
             return None
@@ -238,9 +238,9 @@ class Pace:
     def _keeps_horizons(self, outlook: _Outlook, batch: _Batch, rest: int) -> bool:
         """Return whether every horizon can be kept if all later batches run on tier `rest`."""
         forecast = outlook.view.forecast
-        most = min(outlook.view.max_batch, forecast.useful_batch(rest))
+        max_size = min(outlook.view.max_batch, forecast.useful_batch(rest))
         # in steady traffic, a request with the smallest budget waits for one batch and its own
-        size = max(1, forecast.largest_batch(rest, outlook.tightest_s / 2, most))
+        size = max(1, forecast.largest_batch(rest, outlook.tightest_s / 2, max_size))
         image_s = forecast.p50(rest, size) / size
         last_s, single_s = forecast.p99(rest, size), forecast.p99(rest, 1)
         worst_s = outlook.worst_s(

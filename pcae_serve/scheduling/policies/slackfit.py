@@ -17,7 +17,7 @@ CHANGE = 0.05
 
 
 class SlackFit:
-    """Takes the bucket just below the slack, and its batch or as many requests as there are."""
+    """Takes the highest bucket below the slack, and up to its batch size of queued requests."""
 
     name = "slackfit"
 
@@ -48,14 +48,14 @@ class _Buckets:
     def __init__(self, forecast: Forecast, tiers: tuple[int, ...], max_batch: int) -> None:
         self._tiers, self._max_batch = tiers, max_batch
         self._single_s = [forecast.p99(tier, 1) for tier in tiers]
-        most = {tier: min(max_batch, forecast.useful_batch(tier)) for tier in tiers}
+        max_sizes = {tier: min(max_batch, forecast.useful_batch(tier)) for tier in tiers}
         self._low_s = forecast.p99(tiers[0], 1)
-        high_s = forecast.p99(tiers[-1], most[tiers[-1]])
+        high_s = forecast.p99(tiers[-1], max_sizes[tiers[-1]])
         self._width_s = max((high_s - self._low_s) / (BUCKETS - 1), 1e-9)
         self._best: list[tuple[int, int]] = [(tiers[0], 1)] * BUCKETS
         best: dict[int, tuple[int, int]] = {}  # bucket -> (batch, tier)
         for tier in tiers:
-            for batch in range(1, most[tier] + 1):
+            for batch in range(1, max_sizes[tier] + 1):
                 above_s = forecast.p99(tier, batch) - self._low_s
                 bucket = max(0, ceil(above_s / self._width_s - 1e-9))
                 best[bucket] = max(best.get(bucket, (0, 0)), (batch, tier))

@@ -40,7 +40,10 @@ def test_a_file_holds_one_key_a_line(tmp_path: Path) -> None:
         ("# none\n", "contains no API key"),
         (f"{ALICE}\nshort-secret\n", "line 2: a key needs at least 16 characters"),
         (f"# ours\n{ALICE}\nshort-secret-ungültig\n", "line 3: a key must be ASCII"),
-        (f"{ALICE}\n{BOB} short-secret\n", "line 2: only name=…, weight=…, rate=… may follow a key"),
+        (
+            f"{ALICE}\n{BOB} short-secret\n",
+            "line 2: only name=…, weight=…, rate=… may follow a key",
+        ),
     ],
 )
 def test_an_unusable_keys_file_is_reported_without_its_keys(

@@ -212,4 +212,4 @@ def test_a_request_that_the_policy_lets_go_gets_503_and_a_time_to_come_back(
     assert document["type"] == "urn:pcae-serve:dropped"
     assert refused.headers["retry-after"] == "1"
     assert answered.status_code == 200
-    assert "under the present load, policy 'hard' chose it" in answered.json()["reason"]
+    assert "chosen by policy 'hard' under the current load" in answered.json()["reason"]

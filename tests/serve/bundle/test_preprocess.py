@@ -126,7 +126,7 @@ def test_samples_of_more_than_eight_bits_keep_the_high_ones() -> None:
 
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_samples_without_a_range_are_refused(mode: str) -> None:
-    with pytest.raises(UnsupportedType, match=f"{mode}\\) have no defined range: save it with 8"):
+    with pytest.raises(UnsupportedType, match=f"{mode}\\) have no defined range; save it with 8"):
         decode_image(body(photo().convert("L").convert(mode), "TIFF"))
 
 

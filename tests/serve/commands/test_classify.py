@@ -104,8 +104,8 @@ def test_a_file_that_fails_does_not_stop_the_others(
     assert [line.split("  ")[0] for line in output.out.splitlines()] == ["a.png", "d.png"]
     assert output.err.splitlines() == [
         "pcae-serve: nowhere.png: No such file or directory",
-        "pcae-serve: empty.png: the request body is empty: send the image file's bytes",
-        "pcae-serve: folder: is a folder: name the images in it",
+        "pcae-serve: empty.png: the request body is empty; send the image file's bytes",
+        "pcae-serve: folder: is a folder; name the images in it",
     ]
 
 

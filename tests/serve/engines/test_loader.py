@@ -243,11 +243,11 @@ def test_a_machine_without_a_gpu_serves_on_its_cpu_and_one_that_should_have_it_w
         ("tensorrt", "auto", "no plans"),
         ("cuda", "cuda:1", "no libraries"),
         ("auto", "cuda:1", "tensorrt: no plans; cuda: no libraries"),
-        ("auto", "cuda:2", r"there is no cuda:2: this machine has 2 \(NVIDIA A, NVIDIA B\)"),
+        ("auto", "cuda:2", r"there is no cuda:2: the GPUs from cuda:0 are NVIDIA A, NVIDIA B"),
         ("cuda", "cuda:2", "there is no cuda:2"),
-        ("cuda", "cpu", "backend cuda runs on a GPU: use --device cuda:0"),
+        ("cuda", "cpu", "backend cuda runs on a GPU; use --device cuda:0"),
         ("tensorrt", "cpu", "backend tensorrt runs on a GPU"),
-        ("onnxruntime", "cuda:0", "runs on the CPU: use --backend cuda for cuda:0"),
+        ("onnxruntime", "cuda:0", "runs on the CPU; use --backend cuda for cuda:0"),
     ],
 )
 def test_what_was_named_is_never_left_for_something_else(

@@ -121,7 +121,7 @@ def test_the_newest_plan_that_takes_the_batch_is_found(bundle: Bundle, tmp_path:
     later = written(tmp_path, key(max_batch=64, optimization_level=5), minutes=1)
     written(tmp_path, key(max_batch=16), minutes=2)
     assert plan_cache.find_plan(tmp_path, bundle, bundle.tiers[0], TARGET, 32) == later
-    with pytest.raises(StartError, match="takes batches of at most 64 images, not 128: serve with"):
+    with pytest.raises(StartError, match="takes batches of at most 64 images, not 128; serve with"):
         plan_cache.find_plan(tmp_path, bundle, bundle.tiers[0], TARGET, 128)
 
 
@@ -131,7 +131,7 @@ def test_a_damaged_plan_is_told_and_a_damaged_sidecar_is_none(
     key = plan_cache.make_key(bundle, bundle.tiers[0], TARGET, Recipe())
     plan = written(tmp_path, key)
     (plan_cache.plans_folder(tmp_path) / f"{key.name}.plan").write_bytes(DATA[:-1])
-    with pytest.raises(StartError, match=r"is damaged .*: run 'pcae-export tensorrt'"):
+    with pytest.raises(StartError, match=r"is damaged .*; run 'pcae-export tensorrt'"):
         plan_cache.read_plan(tmp_path, plan)
     (plan_cache.plans_folder(tmp_path) / f"{key.name}.plan").unlink()
     with pytest.raises(StartError, match="cannot read"):

@@ -143,7 +143,7 @@ def test_json_holds_every_seed(tmp_path: Path) -> None:
     rows = [row("greedy", 1.0, run, run, client={"lag_p99_ms": 0.5})]
     report.write_json(tmp_path / "r.json", rows, {"command": "test"}, labels=True)
     content = json.loads((tmp_path / "r.json").read_text())
-    assert content["formulas"]["effective accuracy"] == "right answers in time / offered"
+    assert content["formulas"]["effective accuracy"] == "correct answers in time / offered"
     [one] = content["rows"]
     assert one["figures"]["attainment"] == {"mean": 0.4, "low": 0.4, "high": 0.4}
     assert list(one["figures"])[:3] == ["attainment", "accuracy_recovered", "effective_accuracy"]

@@ -177,8 +177,8 @@ def test_a_profile_that_no_longer_holds_is_replaced(
     old = latency_profile.load(small_bundle, before, tmp_path, limit_s=0.1, clock=clock)
     new = latency_profile.load(small_bundle, after, tmp_path, limit_s=0.1, clock=clock)
     assert (new != old) == anew
-    warnings = [record.getMessage().partition(" no longer ")[2] for record in caplog.records]
-    assert warnings == anew * [f"holds (batches take {times:.2f} times as long)"]
+    warnings = [record.getMessage().partition(" is out of ")[2] for record in caplog.records]
+    assert warnings == anew * [f"date (batches take {times:.2f} times as long)"]
     if anew:
         assert new.points["fast"][0].p50_s == pytest.approx(times * 0.002)
     assert latency_profile.read(small_bundle, after, tmp_path) == new

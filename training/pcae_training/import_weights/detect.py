@@ -83,5 +83,5 @@ def detect_naming(names: Iterable[str]) -> Naming:
         raise ValueError("not a vision transformer: it has no patch_embed.proj.weight")
     if len(kernels) > 1:
         found = ", ".join(match[0] for match in kernels)
-        raise ValueError(f"contains more than one encoder ({found}): save one of them separately")
+        raise ValueError(f"contains more than one encoder ({found}); save one of them separately")
     return Naming(kernels[0]["prefix"], kernels[0]["hugging_face"] is not None)

@@ -23,7 +23,7 @@ class LoadedCheckpoint:
     ignored: list[str] = field(default_factory=list)  # decoder, pooler: names as in the file
     antialias: bool = False  # whether its model family antialiases when the position grid shrinks
     training: dict[str, Any] = field(default_factory=dict)  # how it was trained, if recorded
-    reduction_known: bool = False  # `config.reduction` was recorded, it is not a default
+    reduction_known: bool = False  # `config.reduction` was recorded, rather than a default
 
     def drop_head(self) -> "LoadedCheckpoint":
         """Return a copy without the classification head and labels."""
@@ -37,7 +37,7 @@ class LoadedCheckpoint:
         """
         if self.preprocess is None:
             raise CheckpointError(
-                f"{path} does not specify how images are preprocessed: place a"
+                f"{path} does not specify how images are preprocessed; place a"
                 " preprocessor_config.json next to the weights"
             )
         with torch.device("meta"):  # nothing is initialised: every tensor comes from the weights

@@ -74,11 +74,11 @@ def rename_weights(tensors: Mapping[str, Tensor]) -> Renamed:
     original: dict[str, str] = {}  # our name to the file's
     ignored = []
     for name, tensor in tensors.items():
-        ours = _rename(name, naming)
-        if ours is None:
+        new_name = _rename(name, naming)
+        if new_name is None:
             ignored.append(name)
         else:
-            weights[ours], original[ours] = tensor.float(), name
+            weights[new_name], original[new_name] = tensor.float(), name
     ignored += [original[head] for head in _remove_unfit_head(weights)]
     antialias = "reg_token" in weights  # DINOv2 with registers does, the other families do not
     weights = _fuse_qkv(weights)
@@ -96,7 +96,7 @@ def _rename(name: str, naming: Naming) -> str | None:
     inner = name.removeprefix(naming.prefix)
     for pattern, feature in _UNSUPPORTED:
         if re.search(pattern, inner):
-            raise ValueError(f"{feature} are not supported: it has {name}")
+            raise ValueError(f"not supported: {feature} (tensor {name})")
     for pattern, replacement in _RENAMES_HUGGING_FACE if naming.hugging_face else _RENAMES_TIMM:
         inner = re.sub(pattern, replacement, inner)
     return None if _IGNORED.match(inner) else inner
@@ -121,8 +121,8 @@ def _fuse_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = [query.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         shapes = {weights[part].shape if part in weights else None for part in parts}
         if shapes == {weights[query].shape}:
-            whole = query.replace(".attn.q.", ".attn.qkv.")
-            fused[whole] = torch.cat([fused.pop(part) for part in parts])
+            fused_name = query.replace(".attn.q.", ".attn.qkv.")
+            fused[fused_name] = torch.cat([fused.pop(part) for part in parts])
     return fused
 
 
@@ -138,8 +138,8 @@ def _pad_prefix_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _fold_unread_distillation_token(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Turn a distillation token that no head reads into a register, its position added to it.
 
-    Hugging Face's DeiTForImageClassification, which classifies the CLS token alone, so keeps its
-    predictions.
+    This keeps the predictions of Hugging Face's DeiTForImageClassification, which classifies the
+    CLS token alone.
     """
     if "dist_token" not in weights or "head.weight" not in weights or "head_dist.weight" in weights:
         return weights

@@ -24,7 +24,7 @@ def require_tensor(weights: Mapping[str, Tensor], name: str, dimensions: int) ->
 
 
 def infer_config(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float) -> ViTConfig:
-    """Return the sizes that the shapes of `weights` imply; heads and norm_eps leave no trace.
+    """Return the sizes that the shapes of `weights` imply; they do not imply heads and norm_eps.
 
     heads: None for the published models' number at that width. Raise ValueError if a tensor is
     missing or its shape does not fit a ViT.
@@ -61,7 +61,7 @@ def _published_heads(width: int) -> int:
     if width in HEADS_BY_WIDTH:
         return HEADS_BY_WIDTH[width]
     if rest:
-        raise ValueError(f"cannot derive the number of heads from width {width}: give --heads")
+        raise ValueError(f"cannot derive the number of heads from width {width}; give --heads")
     return heads
 
 

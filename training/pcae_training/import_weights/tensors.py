@@ -11,7 +11,7 @@ from pcae_serve.errors import one_line
 from pcae_training.checkpoint import CheckpointError, read_tensors
 
 #: Keys under which training programs keep the state dict, outermost first; of DINO's two networks
-#: the teacher is the one that is published.
+#: the teacher is used, which is the published one.
 WRAPPERS = ("model", "state_dict", "teacher")
 
 
@@ -31,7 +31,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
     except pickle.UnpicklingError:
         raise ValueError(
-            "contains objects other than tensors, or is damaged: save its state dict"
+            "contains objects other than tensors, or is damaged; save its state dict"
         ) from None
     except Exception as error:  # torch raises many kinds on damaged files
         raise ValueError(f"truncated, or not a PyTorch file: {one_line(error)}") from None
