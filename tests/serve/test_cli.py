@@ -83,7 +83,7 @@ def test_several_devices_and_an_event_log(bundle_dir: Path, tmp_path: Path) -> N
         assert (tiers["device"], tiers["policy"]) == ("cuda:0, cuda:1", "nexus:fastest")
         answer = httpx2.post(f"{url}/classify", content=image_bytes()).json()
         assert answer["tier"] == "fast"
-        assert "policy 'nexus:fast' chose it" in answer["reason"]
+        assert "chosen by policy 'nexus:fast'" in answer["reason"]
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
     replayed = replay(log)
