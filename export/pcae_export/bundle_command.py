@@ -280,6 +280,8 @@ def _print_tiers(bundle: Bundle) -> None:
         )
     if any(tier.quality is not None for tier in bundle.tiers):
         print(f"quality: {card.PRECISION}")
+    else:
+        print("quality: not measured; images for it are given as --eval-data")
 
 
 def _megabytes(folder: Path) -> float:

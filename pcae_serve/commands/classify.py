@@ -60,8 +60,8 @@ class Classify(BaseModel):
     api_key_file: Path | None = Field(
         None,
         description="keys file in the server's format (one key a line; empty lines and lines that"
-        " begin with # are ignored); its first key is used;"
-        f" default: the key in the variable {KEY_VARIABLE}",
+        " begin with # are ignored); its first key is used; default: the key"
+        f" in the variable {KEY_VARIABLE}",
     )
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """pcae-serve [serve]: start the server from command-line settings."""
 
+import errno
 import gc
 import logging
 import os
@@ -49,10 +50,10 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)  # two processes can bind, but only one can listen
     except OSError as error:
         listener.close()
-        raise StartError(
-            f"cannot listen on {host}:{port}: {error.strerror}; stop the process that uses it or"
-            " choose another --port"
-        ) from None
+        taken = error.errno == errno.EADDRINUSE
+        what_to_do = "stop the process that uses it or choose another --port"
+        hint = f"; {what_to_do}" if taken else ""
+        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}{hint}") from None
     return listener
 
 

@@ -150,6 +150,14 @@ def test_a_taken_port(bundle_dir: Path) -> None:
     [line] = done.stderr.splitlines()
     assert line.startswith("pcae-serve: ")
     assert port in line
+    assert line.endswith("choose another --port")
+
+
+def test_an_address_of_another_machine(failed: Failed) -> None:
+    code, line = failed("--host", "203.0.113.9", "--port", "0", "--open-access")
+    assert code == 1
+    assert "cannot listen on 203.0.113.9:0: " in line
+    assert "--port" not in line
 
 
 def test_a_missing_bundle(tmp_path: Path, failed: Failed) -> None:

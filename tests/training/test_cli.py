@@ -37,6 +37,7 @@ def test_the_installed_command(class_folders: Any, tmp_path: Path) -> None:
     assert "keep 0.5  " in done.stdout
     assert done.stdout.splitlines()[-1] == (
         f"export it with: pcae-export bundle {tmp_path / 'out'} {tmp_path / 'out'}-bundle"
+        f" --eval-data {flags[1]}"
     )
     assert checkpoints.load(tmp_path / "out").training["settings"]["budgets"] == [1.0, 0.5]
 

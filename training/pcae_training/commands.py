@@ -55,7 +55,12 @@ class Finetune(FinetuneSettings):
                 "evaluate it on test images with",
                 *("pcae-train", "evaluate", str(out), "--data", self.eval_data or self.data),
             )
-            _print_next("export it with", "pcae-export", "bundle", str(out), f"{out}-bundle")
+            _print_next(
+                "export it with",
+                *("pcae-export", "bundle", str(out), f"{out}-bundle"),
+                *("--eval-data", self.eval_data or self.data),
+                *(("--eval-split", self.eval_split) if self.eval_data else ()),
+            )
 
 
 class Evaluate(EvaluateSettings):

@@ -56,6 +56,8 @@ def open_source(
         return datasets.load_dataset(builder, data_files={split: source}, split=split, **options)
     except READ_ERRORS as error:
         reason = one_line(error)
+        if builder is None and not Path(source).exists():
+            reason = f"there is no such folder, and as a name on the hub: {reason}"
         raise DataError(f"cannot read split {split!r} of data set {source!r}: {reason}") from None
 
 

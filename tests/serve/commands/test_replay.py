@@ -227,7 +227,7 @@ def test_a_server_that_does_not_listen_yet_is_waited_for(
     folder = scripts(tmp_path / "images", "answer 0")
     replayed(scripted.url, tmp_path, "--rate", "100", "--requests", "5", "--images", str(folder))
     [line] = [line for line in capsys.readouterr().err.splitlines() if "ready" in line]
-    assert line == f"{scripted.url} is not ready yet (connection refused): waiting up to 60 s"
+    assert line == f"{scripted.url} is not ready yet (connection refused); waiting up to 60 s"
 
 
 def test_a_server_that_requires_keys(
