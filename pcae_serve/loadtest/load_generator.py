@@ -82,6 +82,7 @@ class _Sender:
         self._idle: list[_Connection] = []  # last used on top; the server may close older ones
         self._all: set[_Connection] = set()
         self._unsent: deque[int] = deque()  # due, but no connection is idle
+        self._unsent_again: deque[int] = deque()  # lost once, waiting for an unused connection
         self._resent: set[int] = set()
         self._opening: set[asyncio.Task[None]] = set()
 
@@ -139,17 +140,31 @@ class _Sender:
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
-                connection.send(i, self._requests[i])
-                self.responses.sent_s[i] = self.now_s()
+                self._send_on(connection, i)
                 break
         else:
             self._unsent.append(i)
         if len(self._idle) < RESERVE:
             self._open_more()
 
+    def _send_again(self, i: int) -> None:
+        """Send a request on a connection that carried none yet, which no server is closing."""
+        for connection in self._idle:
+            if connection.usable and not connection.used:
+                self._idle.remove(connection)
+                self._send_on(connection, i)
+                return
+        self._unsent_again.append(i)
+        self._open_more()
+
+    def _send_on(self, connection: "_Connection", i: int) -> None:
+        connection.send(i, self._requests[i])
+        self.responses.sent_s[i] = self.now_s()
+
     def _open_more(self) -> None:
+        waiting = len(self._unsent) + len(self._unsent_again)
         room = self._max_connections - len(self._all) - len(self._opening)
-        for _ in range(min(room, RESERVE + len(self._unsent) - len(self._opening))):
+        for _ in range(min(room, RESERVE + waiting - len(self._opening))):
             task = self._loop.create_task(self._try_connect())
             self._opening.add(task)
             task.add_done_callback(self._opening.discard)
@@ -174,12 +189,16 @@ class _Sender:
             await self._connect()
         except OSError as error:
             self.responses.faults["cannot connect"] += 1
-            if not self._all and self._unsent:  # no other connection can take it
-                self.ended(self._unsent.popleft(), 0, b"", one_line(error))
+            pending = self._unsent or self._unsent_again
+            if not self._all and pending:  # no other connection can take it
+                self.ended(pending.popleft(), 0, b"", one_line(error))
 
     def free(self, connection: "_Connection") -> None:
         """Make a connection available for the next request."""
         self._all.add(connection)
+        if self._unsent_again and not connection.used:
+            self._send_on(connection, self._unsent_again.popleft())
+            return
         self._idle.append(connection)
         if self._unsent:
             self._send(self._unsent.popleft())
@@ -206,7 +225,7 @@ class _Sender:
             return
         if unread and i not in self._resent and not self._done.is_set():
             self._resent.add(i)
-            self._send(i)
+            self._send_again(i)
         else:
             self.ended(i, 0, b"", "connection lost")
 
@@ -229,7 +248,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self, sender: _Sender) -> None:
         self._sender = sender
         self._request: int | None = None  # the outstanding one
-        self._used = False
+        self.used = False
         self._buffer = bytearray()
         self._total = 0  # bytes of the response; 0: not known yet
         self._status, self._head = 0, 0
@@ -271,7 +290,7 @@ class _Connection(asyncio.Protocol):
             self._status, self._head = int(head[9:12]), end + len(_HEAD_END)
             self._total = self._head + int(length[1])
         if len(buffer) >= self._total:
-            i, self._request, self._used = self._request, None, True
+            i, self._request, self.used = self._request, None, True
             body = bytes(buffer[self._head : self._total])
             buffer.clear()
             self._total = 0
@@ -280,7 +299,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         i, self._request = self._request, None
-        self._sender.lost(self, i, self._used and not self._buffer)
+        self._sender.lost(self, i, self.used and not self._buffer)
 
 
 @contextmanager
