@@ -6,21 +6,23 @@ batches of a useful size. The overload factor corrects the bound with what happe
 requests, so that overload is refused at once and not after a long wait.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from heapq import merge
+from itertools import islice
 from math import ceil
 from typing import Literal
 
+from pcae_serve.scheduling.feasibility import ROUNDING_S
 from pcae_serve.scheduling.latency import Forecast
-from pcae_serve.scheduling.request_queue import Queue, Request, due
+from pcae_serve.scheduling.request_queue import Queue, Request, due, urgency
 
 #: Factors applied to the overload factor for each accepted request that missed its deadline, and
 #: for each answer in time. They balance at about one miss in thirty.
 RISE, FALL = 1.02, 0.9994
 #: Upper bound of the overload factor; the lower bound is 1.
 MAX_FACTOR = 3.0
-#: Number of later deadlines checked per queue; of more, an evenly spaced sample is checked.
-MAX_CHECKS = 16
 
 
 class OverloadFactor:
@@ -28,6 +30,11 @@ class OverloadFactor:
 
     def __init__(self) -> None:
         self.times = 1.0
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether accepted requests have missed their deadline lately."""
+        return self.times > 1.0
 
     def missed(self, requests: int) -> None:
         """Raise the factor: this many accepted requests missed their deadline."""
@@ -53,24 +60,25 @@ class DeviceCapacity:
     free_in_s: float  # until the first device has finished its batch
     overload_factor: float = 1.0  # real work over its lower bound
 
-    def seconds(self, queues: Iterable[Queue], by_s: float, extra_tier: int | None = None) -> float:
-        """Return the seconds until all requests due by `by_s` are done, each on its cheapest tier.
-
-        extra_tier: the tier of one further request, if any.
-        """
-        counts: dict[int, int] = {} if extra_tier is None else {extra_tier: 1}
+    def drain_s(self, queues: Iterable[Queue]) -> float:
+        """Return the seconds until all requests are done, each on its cheapest tier."""
+        counts = Counter[int]()
         for queue in queues:
             for tier, requests in queue.by_cheapest.items():
-                counts[tier] = counts.get(tier, 0) + due(requests, by_s)
-        # devices share the requests, but each batch still takes its full time
-        shares = {tier: ceil(count / self.devices) for tier, count in counts.items()}
-        work_s = sum(self._batches_s(tier, n) for tier, n in shares.items())
-        return self.free_in_s + work_s * self.overload_factor
+                counts[tier] += len(requests)
+        return self.done_s(self.batches_s(tier, n) for tier, n in counts.items()) - self.now_s
 
-    def _batches_s(self, tier: int, count: int) -> float:
-        """Return the seconds of `count` images on one tier, in batches of a useful size."""
+    def done_s(self, work_s: Iterable[float]) -> float:
+        """Return when work of that many seconds per device is done."""
+        return self.now_s + self.free_in_s + sum(work_s) * self.overload_factor
+
+    def batches_s(self, tier: int, count: int) -> float:
+        """Return the seconds per device of `count` images on one tier, in useful batches.
+
+        Devices share the requests, but each batch still takes its full time.
+        """
         size = min(self.max_batch, self.forecast.useful_batch(tier))
-        full, rest = divmod(count, size)
+        full, rest = divmod(ceil(count / self.devices), size)
         work_s = full * self.forecast.p50(tier, size)
         return work_s + self.forecast.p50(tier, rest) if rest else work_s
 
@@ -89,19 +97,31 @@ def check_admission(
     idle = capacity.free_in_s <= 0 and not any(queues)
     if idle:  # if it is too late already, load is not the reason
         return None
-    for deadline_s in _deadlines(request, queues):
-        done_s = capacity.now_s + capacity.seconds(queues, deadline_s, cheapest) + margin_s
-        if done_s > deadline_s:
-            return "load"
-    return None
+    return None if _fits(request, capacity, queues, margin_s) else "load"
 
 
-def _deadlines(request: Request, queues: tuple[Queue, ...]) -> Iterable[float]:
-    """Yield the request's own deadline and a sample of those that it would push back."""
-    yield request.deadline_s
+def _fits(
+    request: Request, capacity: DeviceCapacity, queues: tuple[Queue, ...], margin_s: float
+) -> bool:
+    """Return whether the work due by each deadline, from the request's own on, fits before it."""
+    counts = Counter({request.tiers[0]: 1})  # by tier, due by the deadline in question
+    total = Counter(counts)
     for queue in queues:
-        requests = queue.by_deadline
-        behind = len(requests) - (ahead := due(requests, request.deadline_s))
-        step = max(1, behind // MAX_CHECKS)
-        for i in range(ahead, len(requests), step):
-            yield requests[i].deadline_s
+        for tier, requests in queue.by_cheapest.items():
+            counts[tier] += due(requests, request.deadline_s)
+            total[tier] += len(requests)
+    work_s = {tier: capacity.batches_s(tier, count) for tier, count in counts.items()}
+    margin_s += ROUNDING_S
+    if capacity.done_s(work_s.values()) + margin_s > request.deadline_s:
+        return False
+    total_s = {tier: capacity.batches_s(tier, count) for tier, count in total.items()}
+    last_s = capacity.done_s(total_s.values()) + margin_s
+    behind = (islice(q.by_deadline, due(q.by_deadline, request.deadline_s), None) for q in queues)
+    for other in merge(*behind, key=urgency):
+        if last_s <= other.deadline_s:
+            return True  # all work is done by this deadline, and the others are later
+        counts[(tier := other.tiers[0])] += 1
+        work_s[tier] = capacity.batches_s(tier, counts[tier])
+        if capacity.done_s(work_s.values()) + margin_s > other.deadline_s:
+            return False
+    return True

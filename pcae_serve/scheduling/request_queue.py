@@ -25,7 +25,7 @@ class Request:
 
 
 #: Sort key of every list: earliest deadline first, then oldest request first.
-_urgency = attrgetter("deadline_s", "id")
+urgency = attrgetter("deadline_s", "id")
 _deadline = attrgetter("deadline_s")
 
 
@@ -66,17 +66,22 @@ class Queue:
         """Requests by the cheapest tier that they allow, each list by deadline. A view."""
         return self._cheapest
 
+    @property
+    def cheapest_tiers(self) -> set[int]:
+        """Return the cheapest allowed tiers of the requests in the queue."""
+        return {tier for tier, requests in self._cheapest.items() if requests}
+
     def add(self, request: Request) -> None:
         self._by_id[request.id] = request
         for requests in self._lists(request):
-            requests.insert(bisect_left(requests, _urgency(request), key=_urgency), request)
+            requests.insert(bisect_left(requests, urgency(request), key=urgency), request)
 
     def remove(self, id_: int) -> Request | None:
         """Remove and return a request, or None if it is not in the queue."""
         request = self._by_id.pop(id_, None)
         if request is not None:
             for requests in self._lists(request):
-                del requests[bisect_left(requests, _urgency(request), key=_urgency)]
+                del requests[bisect_left(requests, urgency(request), key=urgency)]
         return request
 
     def _lists(self, request: Request) -> Iterator[list[Request]]:

@@ -31,6 +31,7 @@ from pcae_serve.scheduling.events import (
     TierDisabled,
     Timer,
 )
+from pcae_serve.scheduling.feasibility import Backlog, group_by_cheapest, keep_feasible
 from pcae_serve.scheduling.latency import Forecast, Latency
 from pcae_serve.scheduling.policies.base import Policy, Run, SchedulerView, Wait
 from pcae_serve.scheduling.request_queue import Queue, Request
@@ -129,7 +130,7 @@ class Scheduler:
     def drain_s(self, now_s: float) -> float:
         """Return the seconds until all accepted work should be done, each on its cheapest tier."""
         capacity = self._capacity(now_s, self._latency.forecast(now_s))
-        return capacity.seconds((self._queue, self._decoding), inf)
+        return capacity.drain_s((self._queue, self._decoding))
 
     def _refusal(self, request: Request, now_s: float, forecast: Forecast) -> Reject | None:
         """Return why a new request cannot be served, or None if it is accepted."""
@@ -138,11 +139,50 @@ class Scheduler:
         waiting = self._queue, self._decoding
         why: Literal["budget", "load", "full"] | None
         why = check_admission(request, needed_s, capacity, waiting)
+        if why is None and not self._stays_feasible(request, now_s, forecast):
+            why = "load"
         if why != "budget" and self.waiting >= self._queue_limit:
             why = "full"
         if why is None:
             return None
-        return Reject(request.id, why, needed_s, capacity.seconds(waiting, inf))
+        return Reject(request.id, why, needed_s, capacity.drain_s(waiting))
+
+    def _stays_feasible(self, request: Request, now_s: float, forecast: Forecast) -> bool:
+        """Return whether the backlog with a new request misses no more deadlines than without it.
+
+        Not checked under overload, nor on one device if all waiting requests have the same cheapest
+        tier and batching pays on it: there a policy forms larger batches than the reference
+        schedule does, so the reference would refuse requests that can be served.
+        """
+        if self._overload_factor.overloaded:
+            return True
+        tiers = {tier for queue in (self._queue, self._decoding) for tier in queue.cheapest_tiers}
+        cheapest = request.tiers[0]
+        one_tier = tiers <= {cheapest} and len(self._working) == 1
+        if one_tier and forecast.useful_batch(cheapest) > 1:
+            return True
+        if not tiers and None in self._running:  # an idle device takes it at once
+            return True
+        backlog = self._backlog(now_s, forecast)
+        misses = backlog.adding(request).misses()
+        return not misses or misses <= backlog.misses()
+
+    def _backlog(self, now_s: float, forecast: Forecast) -> Backlog:
+        """Return all waiting requests, and when each working device is expected to be free."""
+        free_s = [self._free_s(device, now_s) for device in self._working]
+        free_s[free_s.index(min(free_s))] += self._background.reserved_s(now_s)
+        waiting = group_by_cheapest((self._queue, self._decoding))
+        return Backlog(tuple(free_s), waiting, forecast, self._max_batch)
+
+    def _free_s(self, device: int, now_s: float) -> float:
+        running = self._running[device]
+        return now_s if running is None else max(now_s, running.expected_end_s)
+
+    @property
+    def _working(self) -> list[int]:
+        """The devices that are not lost; all of them if none is left."""
+        devices = range(len(self._running))
+        return [device for device in devices if device not in self._lost] or list(devices)
 
     def _capacity(self, now_s: float, forecast: Forecast) -> DeviceCapacity:
         free_in_s = [
@@ -235,6 +275,20 @@ class Scheduler:
             head = view.queue.by_deadline[0]
             return Run(head.tiers[0], (head,))
 
+    def _keep_feasible(
+        self, choice: Run | Wait, device: int, now_s: float, forecast: Forecast
+    ) -> Run | Wait:
+        """Return the policy's choice, or another one if it costs more requests their deadline."""
+        return keep_feasible(
+            choice,
+            self._backlog(now_s, forecast),
+            self._queue,
+            now_s=now_s,
+            device=self._working.index(device),
+            latest_start_s=min(self._latest_starts(forecast)),
+            overloaded=self._overload_factor.overloaded,
+        )
+
     def _dispatch(self, now_s: float, forecast: Forecast) -> list[Action]:
         """Give work to every free device: a due task, a batch, or a task if nothing is queued."""
         actions, wake_s = list[Action](), list[float]()
@@ -254,7 +308,7 @@ class Scheduler:
                 self._max_batch,
                 len(self._running) - len(self._lost),
             )
-            choice = self._choose(view)
+            choice = self._keep_feasible(self._choose(view), device, now_s, forecast)
             if isinstance(choice, Wait):
                 wake_s.append(choice.until_s)
                 break  # the devices are equal, so the policy would wait on the others as well

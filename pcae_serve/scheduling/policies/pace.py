@@ -252,7 +252,13 @@ class Pace:
         self, outlook: _Outlook, batch: _Batch, floor_misses: list[float], floor_blocked: float
     ) -> bool:
         """Return whether the accuracy gained outweighs the deadlines that may be missed."""
-        gain = batch.size * (self._accuracy[batch.tier] / self._accuracy[outlook.floor] - 1)
+        # compared with each request's own cheapest tier: one that is pinned to this tier gains
+        # nothing
+        taken = outlook.view.queue.allowing(batch.tier)[batch.first : batch.end]
+        cheapest = [max(outlook.floor, request.tiers[0]) for request in taken]
+        gain = sum(self._accuracy[batch.tier] / self._accuracy[tier] - 1 for tier in cheapest)
+        if gain <= 0:
+            return False
         misses = outlook.expected_misses(batch.busy_s, batch.size)
         more = max(its - floors for its, floors in zip(misses, floor_misses, strict=True))
         if WORST_CASE_PRICE * more > gain:

@@ -1,6 +1,5 @@
 """Admission alone. 0.1, 0.2 and 0.4 s for one image on the three tiers, a tenth more for others."""
 
-from math import inf
 from typing import Literal
 
 import pytest
@@ -92,7 +91,7 @@ def test_work_is_counted_in_batches_and_told_as_the_time_to_come_back() -> None:
 
     def drain_s(most: int, devices: int = 1) -> float:
         machine = DeviceCapacity(0.0, LATENCY.forecast(0.0), most, devices, 0.0)
-        return machine.seconds((full, Queue()), inf)
+        return machine.drain_s((full, Queue()))
 
     assert drain_s(most=1) == pytest.approx(50 * 0.1)
     assert drain_s(most=32) < 1.0

@@ -163,18 +163,30 @@ def test_what_can_no_longer_be_met_expires_by_timer_and_never_runs() -> None:
     assert not dispatched(machine.handle(Done(5.0, 0, None)))
 
 
-def test_whom_the_policy_lets_go_is_told_that_it_was_the_load() -> None:
-    class Hard(Greedy):
-        def choose(self, view: SchedulerView) -> Run:
-            head, *others = view.queue.by_deadline
-            return Run(0, tuple(others), dropped=(head,)) if others else super().choose(view)
+class DropHead(Greedy):
+    """Drops the most urgent request and runs all others."""
 
-    machine = Scheduler(Hard(), linear(*LINES))
-    for id_ in (1, 2, 3):
-        arrive(machine, id_, 0.0, 9.0 + id_)
-    actions = machine.handle(Done(0.4, 0, 0.4))
-    assert actions[1:] == [Remove(2, "dropped"), Dispatch(0, 0, (3,))]
-    assert machine.waiting == 0
+    def choose(self, view: SchedulerView) -> Run:
+        head, *others = view.queue.by_deadline
+        return Run(0, tuple(others), dropped=(head,)) if others else super().choose(view)
+
+
+def drop_head(deadline_s: float) -> list[Action]:
+    """Return the actions once a batch ends late, with two requests waiting."""
+    machine = Scheduler(DropHead(), linear(*LINES))
+    arrive(machine, 1, 0.0, 9.0)
+    arrive(machine, 2, 0.0, deadline_s)
+    arrive(machine, 3, 0.0, deadline_s + 0.01)
+    return machine.handle(Done(0.415, 0, 0.415))[1:]  # expected at 0.4
+
+
+def test_a_request_that_the_policy_drops_is_removed() -> None:
+    # 0.415 s + 0.11 s for both is too late for the first, and after it the second is late
+    assert drop_head(0.52)[:2] == [Remove(2, "dropped"), Dispatch(0, 0, (3,))]
+
+
+def test_a_policy_cannot_drop_a_request_that_has_time_left() -> None:
+    assert drop_head(0.53)[0] == Dispatch(0, 0, (2, 3))
 
 
 def test_a_client_may_leave_at_any_point_of_its_requests_life() -> None:
