@@ -21,8 +21,8 @@ from pcae_serve.api.image_requests import (
 from pcae_serve.api.state import service_of
 from pcae_serve.errors import RequestError
 from pcae_serve.observability.logs import join_counts
+from pcae_serve.runtime.request_group import RequestGroup
 from pcae_serve.runtime.requests import InferenceResult
-from pcae_serve.runtime.service import RequestGroup
 
 router = APIRouter(tags=["Images"], responses=problems.documented(problems.IMAGE_PROBLEMS))
 

@@ -48,8 +48,8 @@ from pcae_serve.open_inference.tensors import (
     parse_request,
     require_outputs,
 )
+from pcae_serve.runtime.request_group import RequestGroup
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
-from pcae_serve.runtime.service import RequestGroup
 from pcae_serve.version import __version__
 
 #: Header with the length of the JSON, if binary data follow it.

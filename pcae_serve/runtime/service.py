@@ -11,31 +11,29 @@ Several devices share one scheduler and one queue; they are assumed to be equall
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import TypeVar
 
-from pcae_serve.bundle.reader import Bundle, load_bundle
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import cpus
-from pcae_serve.engines.base import BACKEND_NOTES, Engine, run_directly
+from pcae_serve.engines.base import BACKEND_NOTES, Engine
 from pcae_serve.errors import (
     Draining,
     OutOfService,
     PcaeError,
     ReloadFailed,
     ReloadInProgress,
-    RequestError,
-    one_line,
 )
 from pcae_serve.observability.metrics import Metrics, Reload
-from pcae_serve.observability.outcomes import Outcome
 from pcae_serve.runtime import latency_profile, refusals, tier_health
 from pcae_serve.runtime.admitted import AdmittedRequest
-from pcae_serve.runtime.background_engine import BackgroundEngine
 from pcae_serve.runtime.refusals import Refusal
+from pcae_serve.runtime.replacement import load_replacement
+from pcae_serve.runtime.request_group import RequestGroup
 from pcae_serve.runtime.requests import InferenceRequest
 from pcae_serve.runtime.servable import EngineFactory, Servable
 from pcae_serve.runtime.threads import Device, Threads
@@ -54,8 +52,6 @@ T = TypeVar("T")
 DECODE_S = 1.0
 #: Seconds that the current batch has to finish when the service stops, before it is terminated.
 BATCH_S = 5.0
-#: Seconds of compute to measure a new bundle with, during a reload.
-RELOAD_PROFILE_S = 2.0
 #: Interval, in seconds, at which a replaced servable is checked for requests left to answer.
 RETIRE_CHECK_S = 0.05
 
@@ -159,7 +155,7 @@ class Service:
         return self._current.admit(request, self._decoders)
 
     @contextmanager
-    def admit_group(self) -> Iterator["RequestGroup"]:
+    def admit_group(self) -> Iterator[RequestGroup]:
         """Admit a request for several images, from its headers on.
 
         Raises Draining, OutOfService, or Overloaded if the queue limit is reached.
@@ -169,7 +165,9 @@ class Service:
             self._refuse(refusals.queue_full(self.settings.queue_limit, retry_after_s=1))
         self._groups += 1
         try:
-            yield RequestGroup(self)
+            yield RequestGroup(
+                self.settings.upload_s, self.metrics, partial(self.admit, draining=True)
+            )
         finally:
             self._groups -= 1
 
@@ -218,7 +216,7 @@ class Service:
         self._reloading, begin_s = True, time.monotonic()
         loop = asyncio.get_running_loop()
         try:
-            load = partial(self._load_in_background, old, loop)
+            load = partial(load_replacement, old, self._make_engine, loop)
             bundle, engines, profile = await self._loader.submit(load)
             if self._stopping:
                 for engine in engines:
@@ -386,43 +384,6 @@ class Service:
         for servable in self._servables:
             servable.device_lost(device)
 
-    def _load_in_background(
-        self, old: Servable, loop: asyncio.AbstractEventLoop
-    ) -> tuple[Bundle, list[Engine], latency_profile.Profile]:
-        """Return bundle, engines and latencies from the folder of the old bundle.
-
-        Runs on a thread of its own; every batch runs as a background task. Raises PcaeError.
-        """
-        if self._make_engine is None:
-            raise ReloadFailed("this server cannot create engines")
-        settings, engines = self.settings, list[Engine]()
-        try:
-            new = load_bundle(old.bundle.root)
-            create(settings.policy, tier_table(new.tiers))
-            for i in range(len(self._devices)):
-                # if nothing works any more, there are no requests to give way to
-                wrap = (
-                    partial(BackgroundEngine, servable=old, loop=loop)
-                    if old.works
-                    else run_directly
-                )
-                engines.append(self._make_engine(new, i, wrap))
-            limit_s = min(settings.profile_s, RELOAD_PROFILE_S)
-            if old.works:
-                background = BackgroundEngine(engines[0], old, loop)
-                profile = latency_profile.load(
-                    new, background, settings.cache_dir, limit_s, clock=background.clock
-                )
-            else:
-                profile = latency_profile.load(new, engines[0], settings.cache_dir, limit_s)
-        except BaseException as error:
-            for engine in engines:
-                engine.close()
-            if isinstance(error, PcaeError):
-                raise
-            raise ReloadFailed(f"the new bundle does not run: {one_line(error)}") from error
-        return new, engines, profile
-
     def _retire(self, old: Servable) -> None:
         """Close a replaced servable once it has answered all that it admitted."""
         if old.idle:
@@ -458,32 +419,6 @@ class Service:
                 for i, tier in enumerate(bundle.tiers)
             ),
         )
-
-
-class RequestGroup:
-    """A request for several images, each of which is admitted on its own."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    async def receive(self, upload: Awaitable[T]) -> T:
-        """Await the body of the whole request. Raises UploadTimeout, or what `upload` raises."""
-        metrics, upload_s = self._service.metrics, self._service.settings.upload_s
-        try:
-            async with asyncio.timeout(upload_s):
-                return await upload
-        except TimeoutError:
-            hint = "send it faster or send fewer images"
-            error, outcome = refusals.upload_timeout(upload_s, hint)
-            metrics.record_request(outcome)
-            raise error from None
-        except RequestError:
-            metrics.record_request(Outcome.UNREADABLE)
-            raise
-
-    def admit(self, request: InferenceRequest) -> AbstractContextManager[AdmittedRequest]:
-        """Admit one image of the group, during a drain as well. Raises a RequestError."""
-        return self._service.admit(request, draining=True)
 
 
 def _warn_if_devices_differ(engines: Sequence[Engine]) -> None:

@@ -12,6 +12,7 @@ from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.runtime.servable import Servable
 from pcae_serve.runtime.service import Service
+from pcae_serve.scheduling import scheduler
 from pcae_serve.scheduling.policies import registry
 from pcae_serve.scheduling.policies.base import Run, SchedulerView
 from pcae_serve.scheduling.policies.greedy import Greedy
@@ -188,6 +189,8 @@ def decoded(service: Service) -> int:
 def test_a_request_that_the_policy_lets_go_gets_503_and_a_time_to_come_back(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # the scheduler would not let it drop a request that has time left
+    monkeypatch.setattr(scheduler, "keep_feasible", lambda choice, *_, **__: choice)
     monkeypatch.setitem(registry.PUBLISHED, "greedy", lambda tier_table: Hard())
     responses: list[Any] = []
 
