@@ -206,7 +206,7 @@ def test_tiers_without_labels_are_held_against_k_1(timm: Path, data: Path, tmp_p
     assert full.agreement.data_set.endswith("/test")
     card = (bundle.root / "README.md").read_text()
     assert "same class as at keep ratio 1" in card
-    assert "Reductions compared" not in card  # it was told
+    assert "Reductions compared" not in card  # --reduction names it
 
 
 def test_features_are_held_against_k_1_by_their_cosine(

@@ -122,8 +122,8 @@ def test_admin_routes_accept_only_admin_keys(guarded: TestClient) -> None:
     problem(guarded.post("/admin/reload"), 401)
     problem(guarded.post("/admin/reload", headers={"X-API-Key": ALICE}), 403)
     # this service was given nothing that makes engines
-    told = guarded.post("/admin/reload", headers={"X-API-Key": ROOT})
-    assert "the old bundle stays in service" in problem(told, 422)["detail"]
+    response = guarded.post("/admin/reload", headers={"X-API-Key": ROOT})
+    assert "the old bundle stays in service" in problem(response, 422)["detail"]
 
 
 def test_admin_routes_are_disabled_without_admin_keys(

@@ -410,9 +410,9 @@ def test_the_budget_counts_from_the_headers(
         await service.stop()
         return sent
 
-    start, told = asyncio.run(scenario())
+    start, sent = asyncio.run(scenario())
     assert start["status"] == 504
-    assert "200 ms passed before the image was received" in json.loads(told["body"])["error"]
+    assert "200 ms passed before the image was received" in json.loads(sent["body"])["error"]
 
 
 async def post(

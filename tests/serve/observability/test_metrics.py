@@ -51,7 +51,7 @@ def read(metrics: Metrics, name: str) -> dict[str, float]:
 
 def answered(metrics: Metrics, tier: str, **changes: Any) -> None:
     """An answer in time by the best tier allowed, but for what `changes` say."""
-    told = {
+    values = {
         "decode_s": 0.004,
         "queue_s": 0.001,
         "compute_s": 0.03,
@@ -61,7 +61,7 @@ def answered(metrics: Metrics, tier: str, **changes: Any) -> None:
         "accuracy": 0.8,
         "best_accuracy": 0.8,
     }
-    metrics.record_answer(tier, **(told | changes))
+    metrics.record_answer(tier, **(values | changes))
 
 
 def test_every_series_is_there_from_the_start() -> None:
