@@ -8,6 +8,7 @@ import io
 import re
 import struct
 
+from pcae_serve.bundle import unsupported_types
 from pcae_serve.errors import TooLarge, UnreadableImage, UnsupportedType
 
 #: Magic bytes of each supported type, by Pillow's name for it. A file that matches but cannot be
@@ -66,9 +67,7 @@ def check_header(body: bytes, max_pixels: int) -> str:
     """
     kind = next((name for name, magic in MAGIC.items() if magic.match(body)), None)
     if kind is None:
-        raise UnsupportedType(
-            f"unknown image type: the first bytes match none of {', '.join(MAGIC)}"
-        )
+        raise UnsupportedType(unsupported_types.describe(body, ", ".join(MAGIC)))
     try:
         if kind == "JPEG":
             _check_jpeg(body)
