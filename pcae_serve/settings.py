@@ -5,7 +5,7 @@ Flags override the environment, the environment the config file, the file these 
 
 import os
 from collections.abc import Mapping
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -48,7 +48,15 @@ class Settings(BaseSettings):
     #: Sections of --help and of docs/configuration.md.
     flag_groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "bundle and device": ("bundle", "device", "backend", "threads", "decode_threads"),
-        "network and access": ("host", "port", "api_keys_file", "admin_keys_file", "open_access"),
+        "network and access": (
+            "host",
+            "port",
+            "api_keys_file",
+            "admin_keys_file",
+            "open_access",
+            "root_path",
+            "trusted_proxies",
+        ),
         "scheduling": ("policy", "budget_ms", "max_batch", "queue_limit"),
         "request limits": ("max_body_mb", "max_images", "max_pixels", "upload_s"),
         "failure and shutdown": ("watchdog_s", "drain_s"),
@@ -96,6 +104,18 @@ class Settings(BaseSettings):
     )
     open_access: bool = Field(
         False, description="allow unauthenticated access on a non-loopback address"
+    )
+
+    root_path: Annotated[str | None, Metavar("PATH")] = Field(
+        None,
+        pattern=r"^(/[A-Za-z0-9._~-]+)*/?$",
+        description="prefix under which a proxy serves this server, such as /vision; /docs and"
+        " /openapi.json refer to it",
+    )
+    trusted_proxies: Annotated[str, Metavar("ADDRESSES")] = Field(
+        "127.0.0.1,::1",
+        description="comma-separated addresses and networks of proxies; X-Forwarded-For,"
+        " X-Forwarded-Proto and X-Forwarded-Prefix are used if one of them sends them; * for all",
     )
 
     policy: Annotated[str, Metavar("NAME")] = Field(
@@ -175,6 +195,19 @@ class Settings(BaseSettings):
         if twice:
             raise ValueError(f"cuda:{twice[0]} is named twice")
         return device
+
+    @field_validator("root_path")
+    @classmethod
+    def _without_trailing_slash(cls, root_path: str | None) -> str | None:
+        return root_path and root_path.rstrip("/")
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _addresses(cls, trusted_proxies: str) -> str:
+        if trusted_proxies != "*":
+            for address in trusted_proxies.split(","):
+                ip_network(address.strip(), strict=False)  # raises a ValueError that names it
+        return trusted_proxies
 
     @model_validator(mode="after")
     def _access_controlled(self) -> Self:

@@ -19,6 +19,7 @@ from pcae_serve.api import (
     tier_routes,
 )
 from pcae_serve.api.auth import Keys, require_key
+from pcae_serve.api.request_line import NormaliseRequestLine
 from pcae_serve.observability import tracing
 from pcae_serve.runtime.service import Service
 from pcae_serve.version import __version__
@@ -52,6 +53,7 @@ def create_app(
         telemetry=tracing.config(),
         redirect_slashes=False,
     )
+    app.add_middleware(NormaliseRequestLine)
     app.state.service = service
     app.state.keys, app.state.admin_keys = keys or Keys(), admin_keys or Keys()
     problems.add_handlers(app)

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from pcae_serve.api.forwarded import ForwardedHeaders
 from pcae_serve.api.problems import refusal
 from pcae_serve.descriptors import raise_descriptor_limit
 from pcae_serve.errors import Draining, RequestError
@@ -112,10 +113,13 @@ class Server(uvicorn.Server):
     """uvicorn's server, extended to drain before it closes and to reload on SIGHUP."""
 
     def __init__(self, app: FastAPI, service: Service) -> None:
+        settings = service.settings
+        logged = RequestId(_RefuseCancelled(app), access_log=settings.access_log)
         config = uvicorn.Config(
-            RequestId(_RefuseCancelled(app), access_log=service.settings.access_log),
+            ForwardedHeaders(logged, settings.trusted_proxies, settings.root_path or ""),
             http=Connection,
             log_config=None,
+            proxy_headers=False,  # ForwardedHeaders applies them
             access_log=False,  # RequestId logs access, with the request's ID and tier
             ws="none",
             loop="asyncio",  # its transports have max_size; uvloop is not faster here

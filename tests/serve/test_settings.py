@@ -49,11 +49,20 @@ def test_a_config_file_that_cannot_be_read_is_named(
         {"device": "cpu,cuda:0"},
         {"device": "cuda:0,"},
         {"device": "cuda:0,auto"},
+        {"root_path": "vision"},
+        {"root_path": "//host"},
+        {"root_path": "/a b"},
+        {"trusted_proxies": "proxy.local"},
+        {"trusted_proxies": "127.0.0.1,"},
     ],
 )
 def test_senseless_values_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Settings(**change)
+
+
+def test_a_root_path_needs_no_trailing_slash() -> None:
+    assert Settings(root_path="/vision/").root_path == "/vision"
 
 
 def test_several_devices_are_named_once_each() -> None:

@@ -145,7 +145,7 @@ def test_no_parser_sees_what_does_not_begin_right(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Image, "open", refuse)
     for text in (b"RIFF\x24\0\0\0WAVEfmt ", b"II+\0\x08\0\0\0", b"P6 1 1 255\nabc", b"8BPS\0\1"):
-        with pytest.raises(UnsupportedType, match="unknown image type|does not read"):
+        with pytest.raises(UnsupportedType, match=r"unknown image type|does not read"):
             decode_image(text)
 
 
