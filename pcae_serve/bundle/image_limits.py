@@ -7,8 +7,11 @@ benchmarks/records/2026-11-24_input. Files of cameras and common programs stay f
 import io
 import re
 import struct
+from collections.abc import Callable
 
 from pcae_serve.bundle import unsupported_types
+from pcae_serve.bundle.image_files import bmp, gif, jpeg, png, tiff, webp
+from pcae_serve.bundle.image_files.layout import Layout
 from pcae_serve.errors import TooLarge, UnreadableImage, UnsupportedType
 
 #: Magic bytes of each supported type, by Pillow's name for it. A file that matches but cannot be
@@ -33,6 +36,15 @@ MAX_SEGMENTS = 10_000
 
 #: Maximum strips or tiles of a TIFF: Pillow creates an object for each.
 MAX_PARTS = 65_536
+
+_READERS: dict[str, Callable[[bytes], Layout]] = {
+    "JPEG": jpeg.read_layout,
+    "PNG": png.read_layout,
+    "WEBP": webp.read_layout,
+    "BMP": bmp.read_layout,
+    "GIF": gif.read_layout,
+    "TIFF": tiff.read_layout,
+}
 
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # without the restarts inside a scan
 _TEM, _SOI, _EOI, _SOS = 0x01, 0xD8, 0xD9, 0xDA
@@ -62,9 +74,11 @@ class BoundedReader(io.BytesIO):
 def check_header(body: bytes, max_pixels: int) -> str:
     """Return the type of an image file by its magic bytes, as Pillow names it.
 
-    Raises UnsupportedType if it is not in MAGIC, and UnreadableImage or TooLarge if its layout
-    exceeds a limit.
+    Raises UnsupportedType if it is not in MAGIC, and UnreadableImage or TooLarge if the file is
+    empty or its layout exceeds a limit.
     """
+    if not body:
+        raise UnreadableImage("the request body is empty; send the image file's bytes")
     kind = next((name for name, magic in MAGIC.items() if magic.match(body)), None)
     if kind is None:
         raise UnsupportedType(unsupported_types.describe(body, ", ".join(MAGIC)))
@@ -78,6 +92,20 @@ def check_header(body: bytes, max_pixels: int) -> str:
     except struct.error:
         raise UnreadableImage("the image's header is truncated or damaged") from None
     return kind
+
+
+def read_layout(body: bytes, max_pixels: int) -> Layout:
+    """Return what an image file's header says about the work of decoding it.
+
+    Raises UnreadableImage, UnsupportedType or TooLarge.
+    """
+    kind = check_header(body, max_pixels)
+    try:
+        layout = _READERS[kind](body)
+    except (struct.error, IndexError):
+        raise UnreadableImage("the image's header is truncated or damaged") from None
+    check_size(layout.width, layout.height, max_pixels)
+    return layout
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:

@@ -196,8 +196,6 @@ def read_picture(body: bytes, max_pixels: int = MAX_PIXELS, short: int | None = 
     any pixel is decoded). Pillow's own limit of about 179 million pixels remains in force above
     `max_pixels`; up to it, a GIF's header may allocate one byte per pixel.
     """
-    if not body:
-        raise UnreadableImage("the request body is empty; send the image file's bytes")
     kind = image_limits.check_header(body, max_pixels)
     try:
         image = Image.open(image_limits.BoundedReader(body), formats=[kind])

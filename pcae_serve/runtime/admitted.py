@@ -15,9 +15,9 @@ from pcae_serve.engines.base import Output
 from pcae_serve.errors import RequestError
 from pcae_serve.observability.outcomes import Outcome
 from pcae_serve.runtime import refusals
+from pcae_serve.runtime.decoders import Decoders
 from pcae_serve.runtime.refusals import Refusal
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
-from pcae_serve.runtime.threads import Threads
 from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.settings import Settings
 
@@ -36,7 +36,7 @@ class AdmittedRequest:
         *,
         settings: Settings,
         bundle: Bundle,
-        decoders: Threads,
+        decoders: Decoders,
         enqueue: Callable[["AdmittedRequest"], None],
     ) -> None:
         """Create a request that has neither body nor result.
@@ -122,10 +122,9 @@ class AdmittedRequest:
     async def _decode(self, body: bytes) -> None:
         loop = asyncio.get_running_loop()
         start_s = loop.time()
-        decode = partial(self._bundle.preprocess, body, self._settings.max_pixels)
         try:
-            pixels = self._decoders.submit(decode)
-            self.pixels = await self._bounded(pixels, self.deadline_s, self._expired)
+            decode = self._predict_and_decode(body)
+            self.pixels = await self._bounded(decode, self.deadline_s, self._expired)
         except RequestError:
             raise
         except Exception:
@@ -133,6 +132,10 @@ class AdmittedRequest:
             raise
         self.queued_s = loop.time()
         self.decode_s = self.queued_s - start_s
+
+    async def _predict_and_decode(self, body: bytes) -> NDArray[np.uint8]:
+        preprocess, decoders = self._bundle.preprocess, self._decoders
+        return await decoders.decode(preprocess, body, decoders.predict(preprocess, body))
 
     def _expired(self) -> Refusal:
         return refusals.expired_before_decoded(self.request.budget_ms)

@@ -24,11 +24,12 @@ from pcae_serve.observability.metrics import Failure, Metrics
 from pcae_serve.runtime import refusals, tier_health
 from pcae_serve.runtime.admitted import AdmittedRequest
 from pcae_serve.runtime.background_tasks import BackgroundTasks
+from pcae_serve.runtime.decoders import Decoders
 from pcae_serve.runtime.reasons import explain_tier
 from pcae_serve.runtime.refusals import Refusal
 from pcae_serve.runtime.requests import InferenceRequest
 from pcae_serve.runtime.scheduler_driver import SchedulerDriver
-from pcae_serve.runtime.threads import Device, Threads
+from pcae_serve.runtime.threads import Device
 from pcae_serve.runtime.tier_health import TierHealth
 from pcae_serve.runtime.worker import NotFinite, Worker
 from pcae_serve.scheduling.event_log import Recorder, Setup
@@ -126,7 +127,7 @@ class Servable:
                 self._handle(DeviceLost(_now_s(), i))
 
     @contextmanager
-    def admit(self, request: InferenceRequest, decoders: Threads) -> Iterator[AdmittedRequest]:
+    def admit(self, request: InferenceRequest, decoders: Decoders) -> Iterator[AdmittedRequest]:
         """Admit a request, or raise the RequestError that it is refused with.
 
         The request ends with the context: it is counted once, and the scheduler forgets it.

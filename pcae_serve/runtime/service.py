@@ -31,12 +31,13 @@ from pcae_serve.errors import (
 from pcae_serve.observability.metrics import Metrics, Reload
 from pcae_serve.runtime import latency_profile, refusals, tier_health
 from pcae_serve.runtime.admitted import AdmittedRequest
+from pcae_serve.runtime.decoders import Decoders
 from pcae_serve.runtime.refusals import Refusal
 from pcae_serve.runtime.replacement import load_replacement
 from pcae_serve.runtime.request_group import RequestGroup
 from pcae_serve.runtime.requests import InferenceRequest
 from pcae_serve.runtime.servable import EngineFactory, Servable
-from pcae_serve.runtime.threads import Device, Threads
+from pcae_serve.runtime.threads import Device
 from pcae_serve.runtime.tiers import tier_table
 from pcae_serve.runtime.worker import TERMINATE_S
 from pcae_serve.scheduling.event_log import Recorder, Setup
@@ -110,7 +111,7 @@ class Service:
         self._reloading = False
         self._groups = 0  # requests for several images that are not answered
         self._decode_threads = settings.decode_threads or cpus.count_usable()
-        self._decoders = Threads("decode", self._decode_threads)
+        self._decoders = Decoders(self._decode_threads, max_pixels=settings.max_pixels)
         self._loader = Device("reload")
         self._devices = [Device(f"device-{i}") for i in range(len(engines))]
         self.left_behind = False  # threads are still running, so the interpreter could not exit

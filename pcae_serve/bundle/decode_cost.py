@@ -1,0 +1,108 @@
+"""Predict what decoding an image file costs, from its header and without decoding it.
+
+The rates were measured on one core of the machine in
+benchmarks/records/2026-11-24_input; the server corrects them by what it measures.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pcae_serve.bundle.image_files.layout import Layout
+
+
+class Rate(NamedTuple):
+    """What a codec takes."""
+
+    pixel_ns: float  # per pixel, conversion to RGB included
+    byte_ns: float  # per byte of the file
+    pixel_bytes: float  # peak memory per pixel, besides the RGB picture
+
+
+#: By Layout.codec.
+RATES = {
+    "JPEG": Rate(3.6, 8.0, 0.0),
+    "JPEG progressive": Rate(3.6, 35.0, 0.0),
+    "PNG": Rate(6.5, 14.0, 0.0),
+    "PNG interlaced": Rate(14.0, 14.0, 0.0),
+    "WebP": Rate(16.0, 40.0, 12.0),
+    "WebP lossless": Rate(16.0, 9.0, 12.0),
+    "GIF": Rate(7.5, 5.0, 2.0),
+    "BMP": Rate(5.5, 0.5, 0.0),
+    "TIFF": Rate(5.5, 0.5, 4.0),
+    "TIFF LZW": Rate(8.0, 1.0, 4.0),
+    "TIFF deflate": Rate(7.5, 3.0, 4.0),
+    "TIFF LZMA": Rate(9.0, 21.0, 4.0),
+    "TIFF JPEG": Rate(7.0, 8.0, 4.0),
+    "TIFF fax": Rate(13.0, 5.0, 4.0),
+}
+
+#: Seconds for parsing and for what does not depend on the size.
+BASE_S = 0.3e-3
+#: Bytes of decoders' buffers that do not depend on the size.
+BASE_BYTES = 1 << 20
+#: Factor on predicted bytes, for allocators and rows of buffers.
+BYTES_MARGIN = 1.15
+#: Nanoseconds per pixel and scan of a JPEG that is decoded in several scans.
+SCAN_NS = 0.7
+#: Nanoseconds per pixel for turning a picture upright.
+TURN_NS = 3.0
+#: Seconds per strip or tile of a TIFF, for which Pillow creates an object.
+PART_S = 8e-6
+#: Bytes per pixel of a picture in RGB, as Pillow stores it.
+RGB_BYTES = 4
+#: Share of its raw size from which on a PNG counts as not compressed.
+_STORED = 0.9
+
+
+@dataclass(frozen=True)
+class DecodeCost:
+    """The predicted cost of decoding one image.
+
+    seconds: CPU time on the reference machine. bytes: peak memory besides the file itself.
+    """
+
+    seconds: float
+    bytes: int
+    pixels: int = 0  # of the whole picture
+
+
+def predict(layout: Layout, length: int, short: int | None = None) -> DecodeCost:
+    """Predict the cost of decoding a file of `length` bytes.
+
+    short: number of pixels that the shorter side needs, which lets a JPEG be decoded at a reduced
+    scale; None: it is decoded at full scale.
+    """
+    rate, pixels = RATES[layout.codec], layout.pixels
+    scale = _jpeg_scale(layout, short)
+    shown = pixels / scale**2  # pixels of the decoded picture
+    pixel_ns = rate.pixel_ns
+    byte_ns = rate.byte_ns
+    if layout.codec.startswith("JPEG"):
+        pixel_ns = 1.0 + 2.6 / scale  # entropy decoding does not shrink with the scale
+        pixel_ns += SCAN_NS * layout.scans if layout.coefficients else 0.0
+    elif layout.codec.startswith("PNG"):
+        raw_bytes = pixels * layout.samples * layout.bits / 8
+        pixel_ns += 1.5 * max(0.0, raw_bytes / max(pixels, 1) - 3)
+        if length > _STORED * raw_bytes:
+            byte_ns *= 0.15
+    nanoseconds = pixels * pixel_ns + length * byte_ns
+    nanoseconds += shown * TURN_NS if layout.turned else 0.0
+    copies = 1 + (layout.samples != 3) + layout.turned
+    memory = (
+        shown * RGB_BYTES * min(copies, 2)
+        + pixels * (rate.pixel_bytes + 2 * layout.coefficients)
+        + (pixels * 8 if layout.bits > 8 and layout.samples == 1 else 0)
+    )
+    return DecodeCost(
+        seconds=BASE_S + nanoseconds * 1e-9 + layout.parts * PART_S,
+        bytes=int(BASE_BYTES + length + BYTES_MARGIN * memory),
+        pixels=pixels,
+    )
+
+
+def _jpeg_scale(layout: Layout, short: int | None) -> int:
+    """Return by how much Pillow's `draft` reduces a picture: 1, 2, 4 or 8."""
+    if short is None or not layout.codec.startswith("JPEG"):
+        return 1
+    times = min(layout.width, layout.height) // short
+    return next(scale for scale in (8, 4, 2, 1) if times >= scale or scale == 1)
