@@ -10,6 +10,10 @@
 Random weights do not change the figures.
 """
 
+import pcae_serve as pcae_serve  # first: it switches the usage reports of onnxruntime off
+
+# isort: split
+
 import argparse
 import json
 import os

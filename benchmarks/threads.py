@@ -14,6 +14,10 @@ alone_ms: an image is decoded and run on an idle machine. stream_per_s: images p
 decoders feed an engine that runs batches of 8.
 """
 
+import pcae_serve as pcae_serve  # first: it switches the usage reports of onnxruntime off
+
+# isort: split
+
 import argparse
 import io
 import json

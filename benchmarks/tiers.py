@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import onnxruntime
 import torch
 from tqdm import tqdm
 
@@ -171,7 +170,7 @@ def machine() -> str:
     """Describe processor, cores and versions in one line."""
     return (
         f"{processor()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()},"
-        f" onnxruntime {onnxruntime.__version__}, torch {torch.__version__}"
+        f" onnxruntime {OnnxRuntimeEngine.version}, torch {torch.__version__}"
     )
 
 

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pcae_serve import usage_reports
 from pcae_serve.version import __version__
 
 if TYPE_CHECKING:
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from pcae_serve.client import Client as Client
 
 __all__ = ["AsyncClient", "Client", "__version__"]
+
+usage_reports.switch_off()
 
 #: Public names that are imported on first use, because their modules are heavy.
 _LAZY = {"AsyncClient": "pcae_serve.client", "Client": "pcae_serve.client"}

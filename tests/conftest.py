@@ -6,6 +6,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+import pcae_serve as pcae_serve  # switches usage reports off before a test imports onnxruntime
+
 # no time limits: on a busy machine they would measure the machine
 hypothesis.settings.register_profile(
     "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
