@@ -34,8 +34,8 @@ async def measure(requests: int) -> None:
         loop, rows = asyncio.get_running_loop(), []
 
         for _ in range(WARM_UP + requests):
-            with service.admit(InferenceRequest(loop.time(), 1000.0)) as admitted:
-                answer = await admitted.run(body)
+            with service.offer(InferenceRequest(loop.time(), 1000.0)) as offered:
+                answer = await offered.run(body)
             done_s = loop.time()
             begin_s = done_s - answer.total_s
             await asyncio.sleep(0.005)  # let the machine become idle

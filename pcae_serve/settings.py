@@ -58,7 +58,14 @@ class Settings(BaseSettings):
             "trusted_proxies",
         ),
         "scheduling": ("policy", "budget_ms", "max_batch", "queue_limit"),
-        "request limits": ("max_body_mb", "max_images", "max_pixels", "upload_s"),
+        "request limits": (
+            "max_body_mb",
+            "max_images",
+            "max_pixels",
+            "max_uploads",
+            "upload_s",
+            "min_upload_kb_s",
+        ),
         "failure and shutdown": ("watchdog_s", "drain_s"),
         "latency profile and cache": ("cache_dir", "profile_s"),
         "logging": ("log_format", "log_level", "access_log", "event_log"),
@@ -145,8 +152,19 @@ class Settings(BaseSettings):
     max_pixels: int = Field(
         MAX_PIXELS, ge=1, description="maximum number of pixels per image; a larger one gets 413"
     )
+    max_uploads: int = Field(
+        0,
+        ge=0,
+        description="maximum number of bodies received at once; beyond it, the one that is furthest"
+        " behind is dropped (503); 0: half the open files that the system allows, at most 1,024",
+    )
     upload_s: float = Field(
         30, gt=0, description="maximum time to receive a request body; then 408"
+    )
+    min_upload_kb_s: float = Field(
+        10,
+        gt=0,
+        description="minimum rate of a request body in kB/s; one that is 5 s behind it gets 408",
     )
 
     watchdog_s: float = Field(

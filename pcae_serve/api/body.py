@@ -8,20 +8,28 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from pcae_serve.errors import TooLarge
+from pcae_serve.runtime.uploads import Upload
 
 T = TypeVar("T")
 
 
-async def limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """Yield the body's chunks. Raises TooLarge above `limit` bytes, announced or received."""
-    too_large = TooLarge(f"the body is over the limit of {limit:,} bytes; send a smaller image")
+def announced_bytes(request: Request) -> int:
+    """Return the length of the body by its header, 0 if there is none."""
     announced = request.headers.get("content-length", "0")
-    if announced.isascii() and announced.isdecimal() and int(announced[:20]) > limit:
+    return int(announced[:20]) if announced.isascii() and announced.isdecimal() else 0
+
+
+async def limited(request: Request, limit: int, upload: Upload) -> AsyncGenerator[bytes, None]:
+    """Yield the body's chunks, counted in `upload`.
+
+    Raises TooLarge above `limit` bytes, announced or received.
+    """
+    too_large = TooLarge(f"the body is over the limit of {limit:,} bytes; send a smaller image")
+    if announced_bytes(request) > limit:
         raise too_large
-    size = 0
     async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
+        upload.add(len(chunk))
+        if upload.received_bytes > limit:
             raise too_large
         yield chunk
 

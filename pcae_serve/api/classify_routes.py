@@ -2,12 +2,13 @@
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
 from pcae_serve import schemas
 from pcae_serve.api import problems, results, server_timing
-from pcae_serve.api.body import unless_disconnected
+from pcae_serve.api.body import announced_bytes, unless_disconnected
 from pcae_serve.api.image_requests import (
     ONE_IMAGE,
     SEVERAL_IMAGES,
@@ -63,8 +64,8 @@ async def classify_batch(
 
     async def classify_one(group: RequestGroup, image: bytes) -> schemas.BatchItem:
         try:
-            with group.admit(logits) as admitted:
-                answer = await admitted.run(image)
+            with group.offer(logits) as offered:
+                answer = await offered.run(image)
         except RequestError as error:
             return schemas.BatchItem(status=error.status, problem=problems.document(error))
         answers.append(answer)
@@ -72,8 +73,9 @@ async def classify_batch(
         return schemas.BatchItem(status=200, answer=answered)
 
     limit, max_images = body_limit(service.settings), service.settings.max_images
-    with service.admit_group() as group:
-        images = await group.receive(read_images(request, limit, max_images))
+    read = partial(read_images, request, limit, max_images)
+    with service.offer_group() as group:
+        images = await group.receive(read, announced_bytes(request))
         running = asyncio.gather(*(classify_one(group, image) for image in images))
         items = await unless_disconnected(request, running)
     server_timing.record_timing(request, response, answers)

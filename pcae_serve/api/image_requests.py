@@ -1,6 +1,7 @@
 """Image requests: query parameters, reading of bodies, and the answer to one image."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Header, Query, Request, Response
@@ -8,10 +9,11 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from pcae_serve.api import proxy_delay, server_timing
-from pcae_serve.api.body import limited, unless_disconnected
+from pcae_serve.api.body import announced_bytes, limited, unless_disconnected
 from pcae_serve.api.state import service_of
 from pcae_serve.errors import TooLarge, UnreadableImage, UnsupportedType, one_line
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
+from pcae_serve.runtime.uploads import Upload
 from pcae_serve.settings import Settings
 
 _FILE = {"type": "string", "format": "binary"}
@@ -90,9 +92,10 @@ async def answer_image(
 ) -> InferenceResult:
     """Read the image in the body, run it, and record its timing in `response`."""
     service = service_of(request)
-    with service.admit(replace(inference, answers=answers)) as admitted:
-        image = await admitted.receive(read_image(request, body_limit(service.settings)))
-        answer = await unless_disconnected(request, admitted.run(image))
+    read = partial(read_image, request, body_limit(service.settings))
+    with service.offer(replace(inference, answers=answers)) as offered:
+        image = await offered.receive(read, announced_bytes(request))
+        answer = await unless_disconnected(request, offered.run(image))
     server_timing.record_timing(request, response, [answer])
     return answer
 
@@ -102,24 +105,25 @@ def body_limit(settings: Settings) -> int:
     return int(settings.max_body_mb * 1e6)
 
 
-async def read_image(request: Request, limit: int) -> bytes:
+async def read_image(request: Request, limit: int, upload: Upload) -> bytes:
     """Return the image file in the body: the body itself, or its multipart field `image`.
 
     Raise TooLarge if the body has more than `limit` bytes.
     """
     if not _is_multipart(request):
-        return b"".join([chunk async for chunk in limited(request, limit)])
-    return (await read_images(request, limit, 1))[0]
+        return b"".join([chunk async for chunk in limited(request, limit, upload)])
+    return (await read_images(request, limit, 1, upload))[0]
 
 
-async def read_images(request: Request, limit: int, max_images: int) -> list[bytes]:
+async def read_images(request: Request, limit: int, max_images: int, upload: Upload) -> list[bytes]:
     """Return the image files in the multipart fields `image`, in order.
 
     Raise TooLarge if the body has more than `limit` bytes or `max_images` files.
     """
     if not _is_multipart(request):
         raise UnsupportedType("send multipart/form-data with each image in a file field 'image'")
-    parser = MultiPartParser(request.headers, limited(request, limit), max_files=max_images)
+    chunks = limited(request, limit, upload)
+    parser = MultiPartParser(request.headers, chunks, max_files=max_images)
     parser.spool_max_size = limit + 1  # keep it in memory, which `limit` bounds
     try:
         form = await parser.parse()

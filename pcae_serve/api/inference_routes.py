@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from pydantic_core import to_json
 
 from pcae_serve.api import problems, proxy_delay, server_timing
 from pcae_serve.api.auth import require_key
-from pcae_serve.api.body import limited, unless_disconnected
+from pcae_serve.api.body import announced_bytes, limited, unless_disconnected
 from pcae_serve.api.image_requests import body_limit
 from pcae_serve.api.state import service_of
 from pcae_serve.errors import (
@@ -50,6 +51,7 @@ from pcae_serve.open_inference.tensors import (
 )
 from pcae_serve.runtime.request_group import RequestGroup
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
+from pcae_serve.runtime.uploads import Upload
 from pcae_serve.version import __version__
 
 #: Header with the length of the JSON, if binary data follow it.
@@ -217,10 +219,9 @@ async def infer(request: Request) -> Response:
             f"content encoding {shown(encoding)} is not supported; send the body uncompressed"
         )
     service = service_of(request)
-    limit = body_limit(service.settings)
-
-    with service.admit_group() as group:
-        body = await group.receive(_body(request, limit))
+    read = partial(_body, request, body_limit(service.settings))
+    with service.offer_group() as group:
+        body = await group.receive(read, announced_bytes(request))
         max_images = service.settings.max_images
         infer_request, files = _parse(body, request.headers.get(HEADER_LENGTH), max_images)
         require_outputs(infer_request, service.bundle)
@@ -236,8 +237,8 @@ async def infer(request: Request) -> Response:
     return response
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    return b"".join([chunk async for chunk in limited(request, limit)])
+async def _body(request: Request, limit: int, upload: Upload) -> bytes:
+    return b"".join([chunk async for chunk in limited(request, limit, upload)])
 
 
 for _path, _known in (
@@ -288,9 +289,9 @@ async def _answers(
 
     async def answer(index: int, file: File) -> InferenceResult:
         try:
-            with group.admit(inference) as admitted:
-                image = await admitted.receive(asyncio.to_thread(file))
-                return await admitted.run(image)
+            with group.offer(inference) as offered:
+                image = await offered.extract(asyncio.to_thread(file))
+                return await offered.run(image)
         except RequestError as error:
             if len(files) == 1:
                 raise

@@ -189,6 +189,7 @@ class Metrics:
         self._depth: Callable[[], int] = lambda: 0
         self._predicted_wait_s: Callable[[], float] = lambda: 0.0
         self._ready: Callable[[], bool] = lambda: False
+        self._uploads: Callable[[], int] = lambda: 0
         for name, help_text, value in (
             (
                 "pcae_queue_depth",
@@ -199,6 +200,11 @@ class Metrics:
                 "pcae_predicted_wait_seconds",
                 "Predicted time until all admitted requests are answered.",
                 lambda: self._predicted_wait_s(),
+            ),
+            (
+                "pcae_uploads",
+                "Request bodies being received; they are not in the queue yet.",
+                lambda: self._uploads(),
             ),
             ("pcae_ready", "1 while requests are admitted.", lambda: self._ready()),
         ):
@@ -240,9 +246,11 @@ class Metrics:
         depth: Callable[[], int],
         predicted_wait_s: Callable[[], float],
         ready: Callable[[], bool],
+        uploads: Callable[[], int] = lambda: 0,
     ) -> None:
         """Set the functions that gauges call at each scrape; replaces earlier ones."""
         self._depth, self._predicted_wait_s, self._ready = depth, predicted_wait_s, ready
+        self._uploads = uploads
 
     def record_request(self, outcome: Outcome) -> None:
         """Count a request that has ended, and record its outcome for the access log."""

@@ -30,6 +30,14 @@ class Refusal(NamedTuple):
     outcome: Outcome
 
 
+class Refused(Exception):
+    """A request is refused; the caller counts it and raises the error instead."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.error.detail)
+        self.refusal = refusal
+
+
 def rejected(reject: Reject, fastest: str, budget_ms: float, queue_limit: int) -> Refusal:
     """Return why a request is not admitted. fastest: name of its fastest allowed tier."""
     match reject.why:
@@ -63,6 +71,30 @@ def queue_full(queue_limit: int, retry_after_s: float) -> Refusal:
 def upload_timeout(upload_s: float, hint: str = "send it faster") -> Refusal:
     error = UploadTimeout(f"the body did not arrive within {upload_s:g} s; {hint}")
     return Refusal(error, Outcome.EXPIRED)
+
+
+def upload_too_slow(min_bytes_s: float) -> Refusal:
+    error = UploadTimeout(
+        f"the body arrives at less than {min_bytes_s / 1e3:g} kB/s; send it faster"
+    )
+    return Refusal(error, Outcome.EXPIRED)
+
+
+def upload_dropped() -> Refusal:
+    error = Dropped(
+        "the upload fell behind and was dropped to make room for another; send the body faster or"
+        " retry later",
+        retry_after_s=SHORT_RETRY_S,
+    )
+    return Refusal(error, Outcome.DROPPED)
+
+
+def uploads_full(limit: int) -> Refusal:
+    error = Overloaded(
+        f"the server is receiving {limit} bodies, as many as it may; retry later",
+        retry_after_s=SHORT_RETRY_S,
+    )
+    return Refusal(error, Outcome.REJECTED_FULL)
 
 
 def expired_before_decoded(budget_ms: float) -> Refusal:

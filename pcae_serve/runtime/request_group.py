@@ -1,4 +1,4 @@
-"""A request for several images, each of which is admitted on its own."""
+"""A request for several images, each of which is admitted or refused on its own."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,8 +9,10 @@ from pcae_serve.errors import RequestError
 from pcae_serve.observability.metrics import Metrics
 from pcae_serve.observability.outcomes import Outcome
 from pcae_serve.runtime import refusals
-from pcae_serve.runtime.admitted import AdmittedRequest
+from pcae_serve.runtime.offered import OfferedRequest
+from pcae_serve.runtime.refusals import Refused
 from pcae_serve.runtime.requests import InferenceRequest
+from pcae_serve.runtime.uploads import Upload, Uploads
 
 T = TypeVar("T")
 
@@ -22,25 +24,36 @@ class RequestGroup:
         self,
         upload_s: float,
         metrics: Metrics,
-        admit: Callable[[InferenceRequest], AbstractContextManager[AdmittedRequest]],
+        uploads: Uploads,
+        offer: Callable[[InferenceRequest], AbstractContextManager[OfferedRequest]],
     ) -> None:
-        """upload_s: maximum time to receive the body. admit: admits one image."""
-        self._upload_s, self._metrics, self._admit = upload_s, metrics, admit
+        """upload_s: maximum time to receive the body. offer: offers one image."""
+        self._upload_s, self._metrics, self._uploads = upload_s, metrics, uploads
+        self._offer = offer
 
-    async def receive(self, upload: Awaitable[T]) -> T:
-        """Await the body of the whole request. Raises UploadTimeout, or what `upload` raises."""
+    async def receive(self, read: Callable[[Upload], Awaitable[T]], length: int) -> T:
+        """Await the body of the whole request.
+
+        read: reads it. length: as announced, 0 if it was not. Raises UploadTimeout, Dropped,
+        Overloaded, or what `read` raises.
+        """
+        until_s = asyncio.get_running_loop().time() + self._upload_s
         try:
-            async with asyncio.timeout(self._upload_s):
-                return await upload
+            async with asyncio.timeout_at(until_s):
+                return await self._uploads.receive(read, length=length, until_s=until_s)
         except TimeoutError:
             hint = "send it faster or send fewer images"
             error, outcome = refusals.upload_timeout(self._upload_s, hint)
+            self._metrics.record_request(outcome)
+            raise error from None
+        except Refused as refused:
+            error, outcome = refused.refusal
             self._metrics.record_request(outcome)
             raise error from None
         except RequestError:
             self._metrics.record_request(Outcome.UNREADABLE)
             raise
 
-    def admit(self, request: InferenceRequest) -> AbstractContextManager[AdmittedRequest]:
-        """Admit one image of the group, during a drain as well. Raises a RequestError."""
-        return self._admit(request)
+    def offer(self, request: InferenceRequest) -> AbstractContextManager[OfferedRequest]:
+        """Offer one image of the group, during a drain as well. Raises a RequestError."""
+        return self._offer(request)

@@ -1,6 +1,6 @@
-"""A bundle in service: its scheduler, its devices and the requests that it has admitted.
+"""A bundle in service: its scheduler, its devices and the requests that were offered to it.
 
-    admit -> receive -> decode -> queue -> dispatch -> result
+    offer -> receive -> admit -> decode -> queue -> dispatch -> result
 
 An engine error fails only the current batch; the engine is then recreated. Decoding and engines run
 on threads, everything else on the event loop.
@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,15 +22,16 @@ from pcae_serve.engines.base import Engine, Output, run_directly
 from pcae_serve.errors import BundleError, one_line
 from pcae_serve.observability.metrics import Failure, Metrics
 from pcae_serve.runtime import refusals, tier_health
-from pcae_serve.runtime.admitted import AdmittedRequest
 from pcae_serve.runtime.background_tasks import BackgroundTasks
 from pcae_serve.runtime.decoders import Decoders
+from pcae_serve.runtime.offered import OfferedRequest
 from pcae_serve.runtime.reasons import explain_tier
 from pcae_serve.runtime.refusals import Refusal
 from pcae_serve.runtime.requests import InferenceRequest
 from pcae_serve.runtime.scheduler_driver import SchedulerDriver
 from pcae_serve.runtime.threads import Device
 from pcae_serve.runtime.tier_health import TierHealth
+from pcae_serve.runtime.uploads import Uploads
 from pcae_serve.runtime.worker import NotFinite, Worker
 from pcae_serve.scheduling.event_log import Recorder, Setup
 from pcae_serve.scheduling.events import (
@@ -62,7 +63,7 @@ class _Batch:
     """A batch on a device, until the scheduler has accounted for it."""
 
     dispatch: Dispatch
-    requests: list[AdmittedRequest]
+    requests: list[OfferedRequest]
     start_s: float
     predicted_s: float
     padding: int = 0  # rows computed beyond the requests
@@ -104,7 +105,7 @@ class Servable:
         self._accuracy = setup.tier_table.accuracy
         self._metrics, self._make_engine = metrics, make_engine
         self._stopped = False
-        self._admitted: dict[int, AdmittedRequest] = {}
+        self._offered: dict[int, OfferedRequest] = {}
         self._ids = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._batches: dict[int, _Batch] = {}  # by device
@@ -127,53 +128,71 @@ class Servable:
                 self._handle(DeviceLost(_now_s(), i))
 
     @contextmanager
-    def admit(self, request: InferenceRequest, decoders: Decoders) -> Iterator[AdmittedRequest]:
-        """Admit a request, or raise the RequestError that it is refused with.
+    def offer(
+        self, request: InferenceRequest, decoders: Decoders, uploads: Uploads
+    ) -> Iterator[OfferedRequest]:
+        """Offer a request whose headers have arrived; it arrives at the scheduler with its body.
 
-        The request ends with the context: it is counted once, and the scheduler forgets it.
+        If the load would refuse it already, it arrives now, so that nothing is uploaded first.
+        The request ends with the context: it is counted once, and the scheduler forgets it. Raises
+        TaskNotSupported, InvalidParameter, or the RequestError that it is refused with.
         """
-        tiers = self._allowed_tiers(request)
+        if request.answers is not None and request.answers != self.bundle.answers:
+            raise refusals.wrong_kind(request.answers)
+        tiers = self.bundle.allowed_tiers(request.tier, request.min_tier)
         scheduled = Request(next(self._ids), request.arrival_s, request.deadline_s, tiers)
-        admitted = AdmittedRequest(
+        offered = OfferedRequest(
             request,
             scheduled,
             settings=self.settings,
             bundle=self.bundle,
             decoders=decoders,
+            uploads=uploads,
+            arrive=self._arrive,
             enqueue=self._enqueue,
         )
-        self._admitted[scheduled.id] = admitted
+        self._offered[scheduled.id] = offered
         try:
-            self._handle(Arrived(_now_s(), scheduled))
-            admitted.raise_if_refused()
-            yield admitted
+            if self._would_refuse(offered):
+                self._arrive(offered)
+            offered.raise_if_refused()
+            yield offered
         finally:
-            del self._admitted[scheduled.id]
-            self._metrics.record_request(admitted.outcome)
-            if not admitted.result.done() or admitted.result.cancelled():
-                self._handle(ClientLeft(_now_s(), scheduled.id))
+            del self._offered[scheduled.id]
+            self._metrics.record_request(offered.outcome)
+            if not offered.result.done() or offered.result.cancelled():
+                if offered.arrived:
+                    self._handle(ClientLeft(_now_s(), scheduled.id))
             else:
-                admitted.result.exception()  # mark it as retrieved, if nothing awaited it
+                offered.result.exception()  # mark it as retrieved, if nothing awaited it
 
-    def _allowed_tiers(self, request: InferenceRequest) -> tuple[int, ...]:
-        """Return the tiers that may run the request now, the cheapest first.
+    def _would_refuse(self, offered: OfferedRequest) -> bool:
+        """Return whether the request would be refused if it arrived now. Changes no state."""
+        tiers = self._working_tiers(offered)
+        scheduler = self._driver.scheduler
+        return not tiers or scheduler.would_refuse(
+            replace(offered.scheduled, tiers=tiers), _now_s()
+        )
 
-        Raises TaskNotSupported, InvalidParameter, or OutOfService if all of them are out of
-        rotation.
-        """
-        if request.answers is not None and request.answers != self.bundle.answers:
-            raise refusals.wrong_kind(request.answers)
-        tiers = self.bundle.allowed_tiers(request.tier, request.min_tier)
+    def _arrive(self, offered: OfferedRequest) -> None:
+        """Have the scheduler admit or refuse a request."""
+        tiers = self._working_tiers(offered)
+        if not tiers:
+            offered.refuse(self._tiers_disabled(offered.scheduled.tiers))
+            return
+        offered.scheduled = replace(offered.scheduled, tiers=tiers)
+        offered.arrived = True
+        self._handle(Arrived(_now_s(), offered.scheduled))
+
+    def _working_tiers(self, offered: OfferedRequest) -> tuple[int, ...]:
+        """Return the allowed tiers that are in rotation, the cheapest first."""
+        tiers = offered.scheduled.tiers
         working = self._health.in_rotation(tiers)
-        if not working and request.tier == "auto":  # dominated tiers are better than none
+        if not working and offered.request.tier == "auto":  # dominated tiers are better than none
             working = self._health.in_rotation(range(tiers[0], len(self.bundle.tiers)))
-        if not working:
-            error, outcome = self._tiers_disabled(tiers)
-            self._metrics.record_request(outcome)
-            raise error
         return working
 
-    def _enqueue(self, admitted: AdmittedRequest) -> None:
+    def _enqueue(self, admitted: OfferedRequest) -> None:
         """Put a decoded request into the scheduler's queue."""
         self._handle(Decoded(admitted.queued_s, admitted.scheduled.id))
 
@@ -185,7 +204,7 @@ class Servable:
             case StartTask():
                 self.background.start(action)
             case Reject(id=id_):
-                admitted, tiers = self._admitted[id_], self.bundle.tiers
+                admitted, tiers = self._offered[id_], self.bundle.tiers
                 fastest = tiers[admitted.scheduled.tiers[0]].name
                 admitted.refuse(
                     refusals.rejected(
@@ -193,11 +212,11 @@ class Servable:
                     )
                 )
             case Remove(id=id_):
-                self._admitted[id_].refuse(self._removal(action, self._admitted[id_]))
+                self._offered[id_].refuse(self._removal(action, self._offered[id_]))
             case BatchAccounted(device=device):
                 self._account(action, self._batches.pop(device, None))
 
-    def _removal(self, remove: Remove, admitted: AdmittedRequest) -> Refusal:
+    def _removal(self, remove: Remove, admitted: OfferedRequest) -> Refusal:
         """Return why a queued request will not run."""
         match remove.why:
             case "expired":
@@ -210,7 +229,7 @@ class Servable:
     def _dispatch(self, dispatch: Dispatch) -> None:
         """Run a batch on its device."""
         now_s, tier = _now_s(), self.bundle.tiers[dispatch.tier]
-        requests = [self._admitted[id_] for id_ in dispatch.ids]
+        requests = [self._offered[id_] for id_ in dispatch.ids]
         pixels = [request.pixels for request in requests if request.pixels is not None]
         forecast = self.latency.forecast(now_s)
         predicted_s = forecast.p50(dispatch.tier, len(requests))
@@ -251,7 +270,7 @@ class Servable:
         self._handle(Done(now_s, dispatch.device, now_s - batch.start_s))
 
     def _deliver(
-        self, admitted: AdmittedRequest, output: Output, row: int, batch: _Batch, now_s: float
+        self, admitted: OfferedRequest, output: Output, row: int, batch: _Batch, now_s: float
     ) -> None:
         """Give a request its result, and count it."""
         tier = batch.dispatch.tier
@@ -334,7 +353,7 @@ class Servable:
 
     def _batch_not_started(self, dispatch: Dispatch) -> None:
         for id_ in dispatch.ids:
-            if (admitted := self._admitted.get(id_)) is not None:
+            if (admitted := self._offered.get(id_)) is not None:
                 admitted.refuse(refusals.batch_not_started())
 
     def _engine_broken(self) -> None:
@@ -356,7 +375,7 @@ class Servable:
             self._refuse_all(refusals.device_lost())
 
     def stop(self) -> None:
-        """Refuse every admitted request because the server is stopping; handle no more events."""
+        """Refuse every request because the server is stopping; handle no more events."""
         self._refuse_all(refusals.stopped())
         self._stopped = True
         self._driver.stop()
@@ -373,9 +392,10 @@ class Servable:
 
     def _refuse_all(self, refusal: Refusal) -> None:
         """End all requests, those that are uploaded or decoded included."""
-        for admitted in list(self._admitted.values()):
+        for admitted in list(self._offered.values()):
             admitted.refuse(refusal)
-            self._handle(ClientLeft(_now_s(), admitted.scheduled.id))
+            if admitted.arrived:
+                self._handle(ClientLeft(_now_s(), admitted.scheduled.id))
             admitted.stop_waiting()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -395,8 +415,8 @@ class Servable:
 
     @property
     def unanswered(self) -> int:
-        """Number of admitted requests that have not been answered."""
-        return len(self._admitted)
+        """Number of offered requests that have not been answered."""
+        return len(self._offered)
 
     @property
     def waiting(self) -> int:
@@ -406,7 +426,7 @@ class Servable:
     @property
     def idle(self) -> bool:
         """Whether nothing is unanswered and no device is in use, not even for clients that left."""
-        return not self._admitted and not any(worker.busy for worker in self._workers)
+        return not self._offered and not any(worker.busy for worker in self._workers)
 
     @property
     def predicted_wait_s(self) -> float:

@@ -19,6 +19,7 @@ from functools import partial
 from typing import TypeVar
 
 from pcae_serve.bundle.reader import Bundle
+from pcae_serve.descriptors import raise_descriptor_limit
 from pcae_serve.engines import cpus
 from pcae_serve.engines.base import BACKEND_NOTES, Engine
 from pcae_serve.errors import (
@@ -30,8 +31,8 @@ from pcae_serve.errors import (
 )
 from pcae_serve.observability.metrics import Metrics, Reload
 from pcae_serve.runtime import latency_profile, refusals, tier_health
-from pcae_serve.runtime.admitted import AdmittedRequest
 from pcae_serve.runtime.decoders import Decoders
+from pcae_serve.runtime.offered import OfferedRequest
 from pcae_serve.runtime.refusals import Refusal
 from pcae_serve.runtime.replacement import load_replacement
 from pcae_serve.runtime.request_group import RequestGroup
@@ -39,6 +40,7 @@ from pcae_serve.runtime.requests import InferenceRequest
 from pcae_serve.runtime.servable import EngineFactory, Servable
 from pcae_serve.runtime.threads import Device
 from pcae_serve.runtime.tiers import tier_table
+from pcae_serve.runtime.uploads import Uploads
 from pcae_serve.runtime.worker import TERMINATE_S
 from pcae_serve.scheduling.event_log import Recorder, Setup
 from pcae_serve.scheduling.latency import Latency
@@ -49,6 +51,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: Default limit of bodies that are received at once, or half the descriptors if that is less.
+MAX_UPLOADS = 1024
 #: Seconds that decoders have to finish when the service stops; their requests are refused by then.
 DECODE_S = 1.0
 #: Seconds that the current batch has to finish when the service stops, before it is terminated.
@@ -112,6 +116,8 @@ class Service:
         self._groups = 0  # requests for several images that are not answered
         self._decode_threads = settings.decode_threads or cpus.count_usable()
         self._decoders = Decoders(self._decode_threads, max_pixels=settings.max_pixels)
+        max_uploads = settings.max_uploads or min(MAX_UPLOADS, raise_descriptor_limit() // 2)
+        self._uploads = Uploads(max_uploads, settings.min_upload_kb_s * 1e3)
         self._loader = Device("reload")
         self._devices = [Device(f"device-{i}") for i in range(len(engines))]
         self.left_behind = False  # threads are still running, so the interpreter could not exit
@@ -120,6 +126,7 @@ class Service:
             depth=lambda: self.waiting,
             predicted_wait_s=lambda: self.predicted_wait_s,
             ready=lambda: self.ready,
+            uploads=lambda: len(self._uploads),
         )
 
     async def start(self) -> None:
@@ -143,32 +150,31 @@ class Service:
         )
         log.info("ready: %s", self._summary())
 
-    def admit(
+    def offer(
         self, request: InferenceRequest, *, draining: bool = False
-    ) -> AbstractContextManager[AdmittedRequest]:
-        """Admit a request for one image; inside the context, `receive` its body and `run` it.
+    ) -> AbstractContextManager[OfferedRequest]:
+        """Offer a request for one image; inside the context, `receive` its body and `run` it.
 
-        draining: admit it during a drain, too. Raises a RequestError, here or when the context is
-        entered, if the request is refused.
+        draining: accept it during a drain, too. Raises a RequestError, here or when the context is
+        entered, if the request is refused already.
         """
         self._refuse_unless_ready(draining=draining)
         assert isinstance(self._current, Servable)  # it is ready
-        return self._current.admit(request, self._decoders)
+        return self._current.offer(request, self._decoders, self._uploads)
 
     @contextmanager
-    def admit_group(self) -> Iterator[RequestGroup]:
-        """Admit a request for several images, from its headers on.
+    def offer_group(self) -> Iterator[RequestGroup]:
+        """Offer a request for several images, from its headers on.
 
         Raises Draining, OutOfService, or Overloaded if the queue limit is reached.
         """
         self._refuse_unless_ready()
-        if self._groups + self.waiting >= self.settings.queue_limit:
+        if self.waiting >= self.settings.queue_limit:
             self._refuse(refusals.queue_full(self.settings.queue_limit, retry_after_s=1))
         self._groups += 1
+        offer = partial(self.offer, draining=True)
         try:
-            yield RequestGroup(
-                self.settings.upload_s, self.metrics, partial(self.admit, draining=True)
-            )
+            yield RequestGroup(self.settings.upload_s, self.metrics, self._uploads, offer)
         finally:
             self._groups -= 1
 
@@ -319,12 +325,12 @@ class Service:
 
     @property
     def unanswered(self) -> int:
-        """Number of admitted requests that have not been answered."""
+        """Number of accepted requests that have not been answered, uploads included."""
         return self._groups + sum(servable.unanswered for servable in self._servables)
 
     @property
     def waiting(self) -> int:
-        """Number of admitted requests that no device has started on."""
+        """Number of admitted requests that no device has started on; uploads are not admitted."""
         return self._current.waiting
 
     @property

@@ -1,7 +1,7 @@
 """Events that the scheduler handles, and actions that it returns.
 
     event           what happened                                  actions that can follow
-    Arrived         headers parsed                                 Reject
+    Arrived         its body is complete, or it is refused before  Reject
     Decoded         the request joins the queue                    Remove, Dispatch, SetTimer
     ClientLeft      the client closed its connection
     TierDisabled    a tier has failed and runs no more requests    Remove, Dispatch

@@ -132,6 +132,18 @@ class Scheduler:
         capacity = self._capacity(now_s, self._latency.forecast(now_s))
         return capacity.drain_s((self._queue, self._decoding))
 
+    def would_refuse(self, request: Request, now_s: float) -> bool:
+        """Return whether a request would be refused if it arrived now. Changes no state.
+
+        A cheap check for a request whose body is still to come: it compares the load with every
+        deadline, but not the reference schedule.
+        """
+        capacity = self._capacity(now_s, self._latency.forecast(now_s))
+        needed_s = self._latency.idle(request.tiers[0])
+        waiting = self._queue, self._decoding
+        why = check_admission(request, needed_s, capacity, waiting)
+        return why is not None or self.waiting >= self._queue_limit
+
     def _refusal(self, request: Request, now_s: float, forecast: Forecast) -> Reject | None:
         """Return why a new request cannot be served, or None if it is accepted."""
         capacity = self._capacity(now_s, forecast)

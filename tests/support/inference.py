@@ -15,8 +15,9 @@ async def infer(
     min_tier: str | None = None,
     upload_s: float = 0.0,
 ) -> InferenceResult:
-    """Admit, upload and run an image. upload_s: how long its upload takes."""
+    """Offer, upload and run an image. upload_s: how long its upload takes."""
     image = image_bytes() if body is None else body
     arrival_s = asyncio.get_running_loop().time()
-    with service.admit(InferenceRequest(arrival_s, budget_ms, min_tier=min_tier)) as admitted:
-        return await admitted.run(await admitted.receive(asyncio.sleep(upload_s, image)))
+    with service.offer(InferenceRequest(arrival_s, budget_ms, min_tier=min_tier)) as offered:
+        body = await offered.receive(lambda _: asyncio.sleep(upload_s, image), len(image))
+        return await offered.run(body)

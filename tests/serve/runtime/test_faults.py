@@ -170,7 +170,7 @@ def test_uploads_that_a_stop_cuts_off_are_told_so(tmp_path: Path) -> None:
         for client, path in ((one, "/classify"), (many, "/classify/batch")):
             head = f"POST {path}?budget_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n"
             client.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=b\r\n\r\n")
-        running.until(lambda: "pcae_queue_depth 1.0" in running.get("/metrics").text)
+        running.until(lambda: "pcae_uploads 2.0" in running.get("/metrics").text)
         running.process.send_signal(signal.SIGTERM)
         assert one.recv(4096).startswith(b"HTTP/1.1 503 ")  # by the service: the drain is over
         assert not select.select([many], [], [], 0.1)[0]
@@ -213,6 +213,32 @@ def test_a_body_that_dribbles_is_cut_off(running: Running) -> None:
             time.sleep(0.1)
         assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
     assert running.ask().status_code == 200
+
+
+def test_clients_that_send_no_body_do_not_keep_others_out(tmp_path: Path) -> None:
+    """Neither the queue nor the uploads are theirs: a client that sends at once is answered."""
+    head = b"POST /%s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+    head += b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+    paths = (
+        b"classify?budget_ms=3600000",
+        b"classify?budget_ms=5000&tier=full",
+        b"classify/batch?budget_ms=5000",
+        b"v2/models/test/infer",
+    )
+    with (
+        serving(tmp_path, "--queue-limit", "4", "--max-uploads", "16") as running,
+        contextlib.ExitStack() as stack,
+    ):
+        idle = [stack.enter_context(running.raw()) for _ in range(60)]
+        for i, connection in enumerate(idle):
+            connection.sendall(head % paths[i % len(paths)])
+        running.until(lambda: "pcae_uploads 16.0" in running.get("/metrics").text)
+        assert "pcae_queue_depth 0.0" in running.get("/metrics").text
+        time.sleep(0.3)  # a client is dropped only if it has had time to send
+        assert [running.ask().status_code for _ in range(20)] == [200] * 20
+        metrics = running.get("/metrics").text
+        [dropped] = re.findall(r'requests_total{outcome="dropped"} ([0-9.]+)', metrics)
+        assert float(dropped) >= 1
 
 
 def test_a_head_that_dribbles_is_cut_off(running: Running) -> None:

@@ -14,11 +14,12 @@ from pcae_serve.engines import nvidia
 from pcae_serve.engines.base import Engine, Output, Pixels
 from pcae_serve.engines.loader import check_engine
 from pcae_serve.engines.simulated import SimulatedEngine
-from pcae_serve.errors import Draining, Starting
+from pcae_serve.errors import Draining, Overloaded, Starting
 from pcae_serve.runtime import service as services
-from pcae_serve.runtime.requests import InferenceRequest
+from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.runtime.servable import Servable
 from pcae_serve.runtime.service import Service, State
+from pcae_serve.runtime.uploads import Upload
 from pcae_serve.settings import Settings
 from tests.support.apps import quick
 from tests.support.gate import Gate
@@ -124,27 +125,74 @@ def test_the_state_decides_what_is_admitted(small_bundle: Bundle, settings: Make
 
         assert (service.state, service.ready) == (State.STARTING, False)
         with pytest.raises(Starting, match="measuring"):
-            service.admit(request())
+            service.offer(request())
         await service.start()
         assert (service.state, service.ready) == (State.SERVING, True)
-        with service.admit_group() as group:
+        with service.offer_group() as group:
             service.drain()
             assert (service.state, service.ready) == (State.DRAINING, False)
             assert service.unanswered == 1
             with pytest.raises(Draining):
-                service.admit(request())
-            with group.admit(request()) as admitted:
-                await admitted.run(image_bytes())
+                service.offer(request())
+            with group.offer(request()) as offered:
+                await offered.run(image_bytes())
             service.refuse_unanswered()
             assert service.state is State.STOPPED
             with pytest.raises(Draining):
-                group.admit(request())
+                group.offer(request())
         assert service.unanswered == 0
         await service.stop()
         service.drain()
         assert service.state is State.STOPPED
 
     asyncio.run(scenario())
+
+
+def test_an_upload_takes_no_place_in_the_queue(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate
+) -> None:
+    """A place begins with the whole body; headers that a full queue refuses upload nothing."""
+
+    async def scenario() -> str:
+        service = Service(settings(queue_limit=1), small_bundle, [gate])
+        await service.start()
+        gate.shut()
+        complete = asyncio.Event()
+
+        async def body(_: Upload) -> bytes:
+            await complete.wait()
+            return image_bytes()
+
+        async def upload() -> InferenceResult:
+            arrival_s = asyncio.get_running_loop().time()
+            with service.offer(InferenceRequest(arrival_s, 60_000)) as offered:
+                return await offered.run(await offered.receive(body, 1000))
+
+        uploading = [asyncio.create_task(upload()) for _ in range(5)]
+        await asyncio.sleep(0)
+        assert (service.waiting, service.unanswered) == (0, 5)
+        first = asyncio.create_task(classify(service, 1, 60_000))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        second = asyncio.create_task(classify(service, 2, 60_000))
+        while not service.waiting:
+            await asyncio.sleep(0.005)
+        arrival_s = asyncio.get_running_loop().time()
+        with (
+            pytest.raises(Overloaded, match="queue is full"),
+            service.offer(InferenceRequest(arrival_s, 60_000)),
+        ):
+            raise AssertionError("it must not be uploaded")
+        complete.set()
+        refused = await asyncio.gather(*uploading, return_exceptions=True)
+        assert [type(answer) for answer in refused] == [Overloaded] * 5
+        gate.open.set()
+        await asyncio.gather(first, second)
+        await service.stop()
+        return service.metrics.exposition()[0].decode()
+
+    counts = asyncio.run(scenario())
+    assert 'requests_total{outcome="rejected_full"} 6.0' in counts
+    assert 'requests_total{outcome="in_time"} 2.0' in counts
 
 
 async def classify(service: Service, level: int, budget_ms: float) -> Any:

@@ -69,6 +69,23 @@ def test_a_budget_below_the_fastest_allowed_tier_is_refused_on_arrival() -> None
     assert refuse.needed_s == pytest.approx(0.4)
 
 
+def test_what_is_refused_before_its_body_would_be_refused_on_arrival() -> None:
+    """The check changes nothing, and never refuses what an arrival would not."""
+    machine = scheduler(queue_limit=12)
+    refused = list[str]()
+    for id_ in range(36):
+        budget_s = (0.05, 0.12, 9.0)[id_ % 3]
+        request = Request(id_, 0.0, budget_s, ALL)
+        before = machine.waiting
+        early = [machine.would_refuse(request, 0.0) for _ in range(2)]
+        assert machine.waiting == before
+        actions = machine.handle(Arrived(0.0, request))
+        assert not early[0] or isinstance(actions[0], Reject)
+        assert early[0] == early[1]
+        refused += [action.why for action in actions if isinstance(action, Reject)]
+    assert set(refused) == {"budget", "load", "full"}
+
+
 def test_the_queue_is_ordered_by_deadline_not_by_arrival() -> None:
     machine = scheduler(max_batch=1)
     arrive(machine, 1, 0.0, 9.0)

@@ -1,4 +1,4 @@
-"""One admitted request, from its headers to its result."""
+"""One request, from its headers to its result."""
 
 import asyncio
 import logging
@@ -16,8 +16,9 @@ from pcae_serve.errors import RequestError
 from pcae_serve.observability.outcomes import Outcome
 from pcae_serve.runtime import refusals
 from pcae_serve.runtime.decoders import Decoders
-from pcae_serve.runtime.refusals import Refusal
+from pcae_serve.runtime.refusals import Refusal, Refused
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
+from pcae_serve.runtime.uploads import Upload, Uploads
 from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.settings import Settings
 
@@ -26,8 +27,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class AdmittedRequest:
-    """An admitted request: `receive` its body, then `run` it."""
+class OfferedRequest:
+    """A request whose headers have arrived: `receive` its body, then `run` it.
+
+    It holds nothing of the scheduler until its body is complete; then it arrives there, and is
+    admitted or refused.
+    """
 
     def __init__(
         self,
@@ -37,40 +42,54 @@ class AdmittedRequest:
         settings: Settings,
         bundle: Bundle,
         decoders: Decoders,
-        enqueue: Callable[["AdmittedRequest"], None],
+        uploads: Uploads,
+        arrive: Callable[["OfferedRequest"], None],
+        enqueue: Callable[["OfferedRequest"], None],
     ) -> None:
         """Create a request that has neither body nor result.
 
-        scheduled: the same request for the scheduler. enqueue: puts it into the scheduler's queue
-        once its pixels are there.
+        scheduled: the same request for the scheduler. arrive: asks the scheduler to admit it, or
+        refuses it. enqueue: puts it into the scheduler's queue once its pixels are there.
         """
         self.request, self.scheduled = request, scheduled
         self.result: asyncio.Future[InferenceResult] = asyncio.get_running_loop().create_future()
         self.outcome = Outcome.CANCELLED  # until it has ended otherwise
+        self.arrived = False  # at the scheduler
         self.pixels: NDArray[np.uint8] | None = None  # [H, W, 3], once decoded
         self.decode_s = self.queued_s = 0.0
         self.reason = ""  # why its tier was chosen; set at dispatch
         self._settings, self._bundle, self._decoders = settings, bundle, decoders
-        self._enqueue = enqueue
+        self._uploads, self._arrive, self._enqueue = uploads, arrive, enqueue
         self._timeout: asyncio.Timeout | None = None  # of the upload or decoder, while it runs
 
     @property
     def deadline_s(self) -> float:
         return self.scheduled.deadline_s
 
-    async def receive(self, upload: Awaitable[bytes]) -> bytes:
+    async def receive(self, read: Callable[[Upload], Awaitable[bytes]], length: int) -> bytes:
         """Await the body until the upload limit or the deadline, whichever is earlier.
 
-        Raises UploadTimeout, DeadlineExceeded, or what `upload` raises.
+        read: reads it. length: as announced, 0 if it was not. Raises UploadTimeout,
+        DeadlineExceeded, Dropped, Overloaded, or what `read` raises.
         """
         upload_s = self._settings.upload_s
         until_s = min(self.deadline_s, self.request.arrival_s + upload_s)
-        if until_s < self.deadline_s:
-            return await self._bounded(upload, until_s, partial(refusals.upload_timeout, upload_s))
-        return await self._bounded(upload, until_s, self._expired)
+        timeout = partial(refusals.upload_timeout, upload_s)
+        upload = self._uploads.receive(read, length=length, until_s=until_s)
+        in_time = until_s == self.deadline_s
+        return await self._bounded(upload, until_s, self._expired if in_time else timeout)
+
+    async def extract(self, image: Awaitable[bytes]) -> bytes:
+        """Await the image file that is read out of a complete body, until the deadline."""
+        return await self._bounded(image, self.deadline_s, self._expired)
 
     async def run(self, body: bytes) -> InferenceResult:
-        """Decode the image file, queue it and wait for its result. Raises a RequestError."""
+        """Have the request admitted, decode the image file, queue it and wait for its result.
+
+        Raises a RequestError.
+        """
+        self.raise_if_refused()
+        self._arrive(self)
         self.raise_if_refused()
         await self._decode(body)
         if not self.result.done():
@@ -150,6 +169,9 @@ class AdmittedRequest:
         except TimeoutError:
             self.raise_if_refused()  # if that is why the wait was ended
             error, self.outcome = timeout()
+            raise error from None
+        except Refused as refused:
+            error, self.outcome = refused.refusal
             raise error from None
         except MemoryError:
             log.error("too little memory to decode an image")
