@@ -4,6 +4,7 @@
     ├── BundleError                  the bundle is missing, damaged or has another schema    exit 1
     ├── StartError                   the server cannot start: port in use, no runtime, GPU    exit 1
     └── RequestError                 one request is refused; the server keeps running
+        ├── MalformedHttp       400  the request is not valid HTTP/1.1
         ├── MalformedRequest    400  the request violates the Open Inference Protocol
         ├── UnreadableImage     400  the image is empty, truncated or damaged
         ├── MissingKey          401  the request has no API key
@@ -15,10 +16,13 @@
         ├── UploadTimeout       408  the body did not arrive in time
         ├── ReloadInProgress    409  another reload is running
         ├── TooLarge            413  too many bytes, pixels or images
+        ├── TooMuchFraming      413  a chunked body of tiny chunks
+        ├── TargetTooLong       414  the path with its query is too long
         ├── UnsupportedType     415  not an image type that this server reads
         ├── InvalidParameter    422  unknown tier, budget out of range
         ├── BudgetTooSmall      422  no allowed tier meets the budget, even on an idle machine
         ├── ReloadFailed        422  the new bundle cannot be served; the old one stays
+        ├── HeadersTooLarge     431  too many headers, or too many bytes of them
         ├── InternalError       500  an unexpected error
         ├── EngineFailed        500  the model did not run
         ├── Overloaded          503  no allowed tier meets the budget under the current load
@@ -94,6 +98,10 @@ class RequestError(PcaeError):
         return {"Retry-After": str(max(1, ceil(retry_after_s)))}  # in whole seconds
 
 
+class MalformedHttp(RequestError):
+    code, status, title = "malformed-http", 400, "Malformed HTTP"
+
+
 class MalformedRequest(RequestError):
     code, status, title = "malformed-request", 400, "Malformed request"
 
@@ -142,6 +150,14 @@ class TooLarge(RequestError):
     code, status, title = "too-large", 413, "Request too large"
 
 
+class TooMuchFraming(RequestError):
+    code, status, title = "too-much-framing", 413, "Too much framing"
+
+
+class TargetTooLong(RequestError):
+    code, status, title = "target-too-long", 414, "Request target too long"
+
+
 class UnsupportedType(RequestError):
     code, status, title = "unsupported-type", 415, "Unsupported type"
 
@@ -156,6 +172,10 @@ class BudgetTooSmall(RequestError):
 
 class ReloadFailed(RequestError):
     code, status, title = "reload-failed", 422, "Reload failed"
+
+
+class HeadersTooLarge(RequestError):
+    code, status, title = "headers-too-large", 431, "Request headers too large"
 
 
 class InternalError(RequestError):

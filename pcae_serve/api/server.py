@@ -1,10 +1,10 @@
-"""The HTTP server around the application: signal handling and time-outs of idle connections.
+"""The HTTP server around the application: signal handling and drain.
 
     SIGTERM, SIGINT   drain: not ready, answer accepted requests, exit in bounded time
     a second one      exit now
     SIGHUP            reload the bundle
 
-uvicorn implements HTTP.
+uvicorn implements HTTP, `connection` limits what one connection may do.
 """
 
 import asyncio
@@ -14,12 +14,11 @@ import socket
 import time
 from types import FrameType
 
-import h11
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from pcae_serve.api.connection import Connection, RaiseBodyErrors
 from pcae_serve.api.forwarded import ForwardedHeaders
 from pcae_serve.api.problems import refusal
 from pcae_serve.descriptors import raise_descriptor_limit
@@ -27,64 +26,8 @@ from pcae_serve.errors import Draining, RequestError
 from pcae_serve.observability.logs import RequestId
 from pcae_serve.runtime.service import Service
 
-#: Time limit for a request's head to arrive, from the connection or the previous answer.
-HEAD_S = 15.0
-#: Time that a body may still arrive after its request was answered, before the connection closes.
-LINGER_S = 2.0
-#: A connection is aborted if its client reads nothing of an answer for this time.
-READ_S = 30.0
-#: Bytes read from a connection at a time.
-MAX_READ_BYTES = 16_384
 #: Time to send the last answers once the service has drained.
 FLUSH_S = 2
-
-
-class Connection(H11Protocol):
-    """A connection with a time-out for each phase: an idle connection holds a file descriptor."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        # each read is parsed in one go: small reads let other connections take their turn
-        transport.max_size = MAX_READ_BYTES  # type: ignore[attr-defined]
-        self._head_timer = self.loop.call_later(HEAD_S, self._close)
-        self._read_timer: asyncio.TimerHandle | None = None
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer.cancel()
-        if self._read_timer is not None:
-            self._read_timer.cancel()
-        super().connection_lost(exc)
-
-    def handle_events(self) -> None:
-        before = self.cycle
-        super().handle_events()
-        if self.cycle is not before:
-            self._head_timer.cancel()
-
-    def on_response_complete(self) -> None:
-        before = self.cycle
-        super().on_response_complete()
-        self._head_timer.cancel()
-        if self.cycle is not before or self.transport.is_closing():
-            return  # the next request has begun, or there will be none
-        # keep accepting an unread body for a while: its sender may read the answer only afterwards
-        unread = self.conn.their_state is h11.SEND_BODY
-        self._head_timer = self.loop.call_later(LINGER_S if unread else HEAD_S, self._close)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._read_timer = self.loop.call_later(READ_S, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._read_timer is not None:
-            self._read_timer.cancel()
-
-    def _close(self) -> None:
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()  # the client does not read, so the buffer would never empty
-        else:
-            self.transport.close()
 
 
 class _RefuseCancelled:
@@ -114,7 +57,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, service: Service) -> None:
         settings = service.settings
-        logged = RequestId(_RefuseCancelled(app), access_log=settings.access_log)
+        logged = RequestId(_RefuseCancelled(RaiseBodyErrors(app)), access_log=settings.access_log)
         config = uvicorn.Config(
             ForwardedHeaders(logged, settings.trusted_proxies, settings.root_path or ""),
             http=Connection,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pcae_serve.api import server
+from pcae_serve.api import connection
 from pcae_serve.api.auth import Keys
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
@@ -96,9 +96,9 @@ def main(argv: Sequence[str]) -> int:
     retry_s = float(os.environ.get("RETRY_S", worker.RETRY_S))
     tier_health.PROBE_INTERVAL_S = worker.RETRY_S = retry_s
     worker.TERMINATE_S = float(os.environ.get("TERMINATE_S", worker.TERMINATE_S))
-    server.HEAD_S = float(os.environ.get("HEAD_S", server.HEAD_S))
-    server.LINGER_S = float(os.environ.get("LINGER_S", server.LINGER_S))
-    server.READ_S = float(os.environ.get("READ_S", server.READ_S))
+    connection.HEAD_S = float(os.environ.get("HEAD_S", connection.HEAD_S))
+    connection.LINGER_S = float(os.environ.get("LINGER_S", connection.LINGER_S))
+    connection.READ_S = float(os.environ.get("READ_S", connection.READ_S))
     service.BATCH_S = float(os.environ.get("BATCH_S", service.BATCH_S))
     return run(Serve, argv)
 
