@@ -12,7 +12,7 @@ from pydantic_settings import CliPositionalArg, NoDecode
 
 from pcae_export import card, pack
 from pcae_export.choice import DEFAULT_REDUCTION, choose_reduction
-from pcae_export.images import IMAGES_HELP, decode, generate, shuffle_rows
+from pcae_export.images import IMAGES_HELP, decode, parity_pixels, shuffle_rows
 from pcae_export.measure import measure_quality
 from pcae_export.pack import Evaluation, Half, Part, TierSpec
 from pcae_export.source import Source, SourceOverrides, read_source
@@ -25,7 +25,18 @@ from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.data import LabelledImages, load
+from pcae_training.class_folders import Layout
+from pcae_training.data import DataError, LabelledImages, load
+from pcae_training.inventory import print_inventory
+from pcae_training.settings import (
+    CLASSES_HELP,
+    IMAGE_COLUMN_HELP,
+    LABEL_COLUMN_HELP,
+    LAYOUT_HELP,
+    MAX_UNREADABLE_HELP,
+    ClassNames,
+)
+from pcae_training.skipped import MAX_UNREADABLE
 
 
 class WriteBundle(BaseModel):
@@ -40,7 +51,9 @@ class WriteBundle(BaseModel):
     flag_groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "tiers": ("tier", "reduction", "reduction_points", "half"),
         "images to verify and measure on": (
-            "eval_data", "eval_split", "agreement", "limit", "parity_images", "choice_images",
+            "eval_data", "eval_split", "eval_layout", "eval_image_column", "eval_label_column",
+            "eval_classes", "max_unreadable", "agreement", "limit", "parity_images",
+            "choice_images",
         ),
         "overrides of SOURCE": (
             "labels", "heads", "image_size", "resize", "normalise", "features",
@@ -69,6 +82,11 @@ class WriteBundle(BaseModel):
         None, description=f"images: {IMAGES_HELP} (default: generated images)"
     )
     eval_split: str = Field("test", description="split of --eval-data")
+    eval_layout: Layout = Field("auto", description=LAYOUT_HELP.replace("--data", "--eval-data"))
+    eval_image_column: str | None = Field(None, description=IMAGE_COLUMN_HELP)
+    eval_label_column: str | None = Field(None, description=LABEL_COLUMN_HELP)
+    eval_classes: ClassNames = Field(None, description=CLASSES_HELP)
+    max_unreadable: float = Field(MAX_UNREADABLE, ge=0, le=1, description=MAX_UNREADABLE_HELP)
     agreement: bool = Field(
         False, description="ignore labels: measure each tier's agreement with keep ratio 1"
     )
@@ -76,7 +94,10 @@ class WriteBundle(BaseModel):
         None, ge=1, description="number of images to measure quality on (default: all)"
     )
     parity_images: int = Field(
-        64, ge=MIN_IMAGES, description="number of images to compare graphs with torch on"
+        64,
+        ge=MIN_IMAGES,
+        description="number of images to compare graphs with torch on; by default, at most as many"
+        " as there are",
     )
     choice_images: int = Field(
         32, ge=2, description="number of images that --reduction auto compares rules on"
@@ -149,12 +170,12 @@ class WriteBundle(BaseModel):
         pack.plan_tiers(parts)
         first = next(iter(parts.values())).checkpoint
         images = self._images(first)
-        order = shuffle_rows(len(images)) if images else []
+        order = range(len(images)) if images else range(0)
         tables = self._choose_reductions(parts, undecided, images, order)
 
         def evaluate(draft: Bundle, stored: Mapping[str, Checkpoint]) -> Evaluation:
             size, count = first.preprocess.image_size, self.parity_images
-            pixels = decode(images, order[:count]) if images else generate(count, size)
+            pixels = parity_pixels(images, count, size, MIN_IMAGES)
             parity = {m: verify_model(draft, c, pixels, m) for m, c in stored.items()}
             if images is None:
                 return Evaluation(parity=parity)
@@ -230,23 +251,44 @@ class WriteBundle(BaseModel):
         return tables
 
     def _images(self, checkpoint: Checkpoint) -> LabelledImages | None:
-        """Open --eval-data. Raises PcaeError if its labels are read and differ from the model's."""
+        """Return the readable images of --eval-data in random order, as many as are needed.
+
+        Raises PcaeError if their labels are read and differ from the model's.
+        """
         if self.eval_data is None:
             return None
         labelled = bool(checkpoint.labels) and not self.agreement
-        images = load(self.eval_data, self.eval_split, checkpoint.preprocess, labelled=labelled)
-        if labelled and images.classes != checkpoint.labels:
+        images = load(
+            self.eval_data,
+            self.eval_split,
+            checkpoint.preprocess,
+            labelled=labelled,
+            layout=self.eval_layout,
+            image_column=self.eval_image_column,
+            label_column=self.eval_label_column,
+            classes=self.eval_classes,
+            max_unreadable=self.max_unreadable,
+        )
+        print_inventory(images.inventory)
+        try:
+            images.align(checkpoint.labels)
+        except DataError as error:
             raise PcaeError(
-                f"{images.name} has {len(images.classes)} labels ({_first(images.classes)}), but"
-                f" the checkpoint has {len(checkpoint.labels)} ({_first(checkpoint.labels)});"
-                " provide images with its labels, or measure without labels (--agreement)"
-            )
-        if len(images) < self.parity_images:
+                f"{error}; provide images with the checkpoint's labels, or measure without labels"
+                " (--agreement)"
+            ) from None
+        if len(images) < self.parity_images and "parity_images" in self.model_fields_set:
             raise PcaeError(
                 f"{images.name} has only {len(images)} images of the {self.parity_images} to"
-                " verify on; provide more, or lower --parity-images"
+                f" verify on; provide more, or lower --parity-images to {len(images)}"
+                if len(images) >= MIN_IMAGES
+                else f"{images.name} has only {len(images)} images, fewer than the {MIN_IMAGES} to"
+                " verify on; omit --parity-images to add generated images"
             )
-        return images
+        rows = shuffle_rows(len(images))
+        if self.limit is not None:
+            rows = rows[: max(self.limit, self.parity_images, self.choice_images)]
+        return images.subset(rows).readable()
 
 
 def _with_rule(part: Part, rule: Rule) -> Part:
@@ -286,7 +328,3 @@ def _print_tiers(bundle: Bundle) -> None:
 
 def _megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
-
-
-def _first(labels: list[str]) -> str:
-    return ", ".join(labels[:3]) + (", …" if len(labels) > 3 else "")

@@ -1,5 +1,6 @@
 """Pixels to verify and measure on: decoded image files, or generated images."""
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,6 +37,22 @@ def generate(count: int, size: int) -> Pixels:
                 image[..., channel] += np.asarray(smooth)
         side *= 2
     return (255 / (1 + np.exp(-2 * noise))).astype(np.uint8)
+
+
+def parity_pixels(images: LabelledImages | None, count: int, size: int, least: int) -> Pixels:
+    """Return up to `count` images to compare graphs on, uint8 [N, size, size, 3].
+
+    Generated ones if there are none, or to reach the `least` number that a comparison needs.
+    """
+    if images is None:
+        return generate(count, size)
+    pixels = decode(images, range(min(count, len(images))))
+    if len(pixels) < count:
+        added = max(0, least - len(pixels))
+        more = f" and {added} generated ones" if added else ""
+        print(f"note: graphs are compared on {len(pixels)} images{more}", file=sys.stderr)
+        pixels = np.concatenate([pixels, generate(added, size)]) if added else pixels
+    return pixels
 
 
 def shuffle_rows(count: int) -> list[int]:

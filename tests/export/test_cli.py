@@ -257,17 +257,19 @@ def test_what_cannot_be_done(made: Any, tmp_path: Path, write_images: Any, capsy
 
     argv = ["bundle", made.checkpoint, out, "--eval-data"]
     assert "cannot read split" in fails(capsys, 1, *argv, tmp_path / "none")
-    assert "cannot read split 'train'" in fails(
+    assert "has no split 'train'; its splits are test" in fails(
         capsys, 1, *argv, made.data, "--eval-split", "train"
     )
 
     other = write_images(tmp_path / "other", ["bag", "coat", "sock"])
     line = fails(capsys, 1, *argv, other)
-    assert "3 labels (bag, coat, sock), but the checkpoint has 3 (bag, coat, shoe)" in line
+    assert "not among the 3 expected ('bag', 'coat', 'shoe'): 'sock'; provide images" in line
     assert "measure without labels (--agreement)" in line
     few = write_images(tmp_path / "few", ["bag", "coat", "shoe"], each=6)
-    assert "has only 18 images of the 64 to verify on; provide more, or lower --parity-images" in (
-        fails(capsys, 1, *argv, few)
+    line = fails(capsys, 1, *argv, few, "--parity-images", "20")
+    assert (
+        "only 18 images of the 20 to verify on; provide more, or lower --parity-images to 18"
+        in (line)
     )
 
     assert "leaves no patch" in fails(capsys, 1, *argv, made.data, "--tier", "none=0.01")

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Features, Image, Value  # type: ignore[import-untyped]
 
-from pcae_training.columns import Columns, choose_columns
+from pcae_training.columns import Columns, check_classes, choose_columns
 from pcae_training.source import DataError
 
 PETS = ClassLabel(names=["cat", "dog"])
@@ -43,20 +43,19 @@ def test_the_image_column_that_is_asked_for() -> None:
     assert choose_columns(features, "x", image_column="mask").image == "mask"
 
 
-def test_names_that_are_given_hold() -> None:
-    features = Features({"a": Image(), "cls": INT})
-    assert choose_columns(features, "x").classes == ()
-    assert choose_columns(features, "x", classes=["u", "v", "w"]).classes == ("u", "v", "w")
-    named = Features({"a": Image(), "label": PETS})
-    assert choose_columns(named, "x", classes=["cat", "dog"]).classes == ("cat", "dog")
+def test_words_are_labels() -> None:
+    features = Features({"a": Image(), "label": Value("string")})
+    assert choose_columns(features, "x") == Columns("a", ("label",), (), words=True)
+    named = Features({"a": Image(), "species": Value("large_string")})
+    assert choose_columns(named, "x", label_column="species").words
 
 
-def test_names_that_are_given_are_not_against_the_datas_own() -> None:
-    assert fails({"a": Image(), "label": PETS}, classes=["dog", "cat"]) == (
-        "x has the classes cat, dog, but --classes gives dog, cat"
-    )
-    four = fails({"a": Image(), "label": PETS}, classes=["cat", "dog", "eel", "fox"])
-    assert four == "x has the classes cat, dog, but --classes gives cat, dog, eel, … (4)"
+@pytest.mark.parametrize("kind", [Value("binary"), {"bytes": Value("binary"), "path": INT}])
+def test_bytes_are_images_if_nothing_else_is(kind: Any) -> None:
+    assert choose_columns(Features({"jpg": kind, "label": INT}), "x").image == "jpg"
+    both = Features({"thumbnail": kind, "photo": Image(), "label": INT})
+    assert choose_columns(both, "x").image == "photo"
+    assert choose_columns(both, "x", image_column="thumbnail").image == "thumbnail"
 
 
 def test_unlabelled_needs_an_image_alone() -> None:
@@ -74,28 +73,29 @@ def test_what_cannot_be_chosen() -> None:
         "x has no image column 'b': its columns are a (Image), label (ClassLabel)"
     )
     assert fails({"a": Image(), "name": Value("string")}) == (
-        "x has no label column (class folders have one if there are at least two):"
-        " its columns are a (Image), name (string)"
+        "x has no label column; name one with --label-column: its columns are a (Image),"
+        " name (string)"
     )
     assert fails({"a": Image(), "width": INT}).startswith("x has no label column")
     assert fails({"a": Image(), "fine": PETS, "coarse": PETS}) == (
         "x has 2 label columns, fine, coarse; choose one with --label-column"
     )
-    for asked in ("nothing", "name", "json.name", "json.label.deeper", "json"):
+    for asked in ("nothing", "json.label.deeper", "json"):
         assert fails(
             {"a": Image(), "name": Value("string"), "json": {"name": Value("string")}},
             label_column=asked,
-        ).startswith(f"x has no column {asked!r} of class labels or integers: its columns are a (")
+        ).startswith(
+            f"x has no column {asked!r} of class labels, words or integers: its columns are"
+        )
     with pytest.raises(DataError, match="x has no image column: its columns are not known"):
         choose_columns(None, "x")
 
 
 def test_classes_that_teach_nothing() -> None:
-    one = {"a": Image(), "label": ClassLabel(names=["cat"])}
-    assert fails(one) == "x has only one class, 'cat': at least two are needed"
-    assert fails({"a": Image(), "cls": INT}, classes=["u", "v", "u"]) == (
-        "x has two classes named 'u'; give each a unique name"
-    )
+    with pytest.raises(DataError, match="x has only one class, 'cat': at least two are needed"):
+        check_classes(["cat"], "x")
+    with pytest.raises(DataError, match="x has two classes named 'u'; give each a unique name"):
+        check_classes(["u", "v", "u"], "x")
 
 
 def test_values() -> None:
@@ -104,6 +104,12 @@ def test_values() -> None:
     assert Columns("a", ("json", "label")).value({"json": {"label": None}}) == -1
     assert Columns("a", ("json", "label")).value({"json": None}) == -1
     assert Columns("a").value({"cls": 3}) == -1
+    assert Columns("a", ("label",)).value({"label": 2.0}) == 2
+    assert Columns("a", ("label",)).value({"label": float("nan")}) == -1
+    words = Columns("a", ("label",), words=True)
+    assert [words.value({"label": cell}) for cell in ("cat", "", None)] == ["cat", -1, -1]
+    with pytest.raises(DataError, match=r"label 0.5 in column label is not an integer"):
+        Columns("a", ("label",)).value({"label": 0.5})
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])  # as datasets names what is not local

@@ -19,6 +19,7 @@ from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import DataError, LabelledImages, load
 from pcae_training.evaluate import (
     EvaluateSettings,
+    check_labels,
     choose_ratios,
     describe_precision,
     evaluate,
@@ -235,8 +236,7 @@ def test_budgets_are_those_of_the_training(
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (("dark", "bright"), "class 0 of images/test is 'bright', but 'dark' in the checkpoint"),
-        (("bright", "dim", "dark"), "images/test has 2 classes, the checkpoint 3"),
+        (("dark", "dim"), "images of classes that are not among the 2 expected ('dark', 'dim'): "),
         ((), "no classes; fine-tune it"),
     ],
 )
@@ -246,6 +246,41 @@ def test_other_labels_are_refused(settings: Any, labels: tuple[str, ...], messag
         run_evaluation(wrong)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("labels", [("dark", "bright"), ("bright", "dim", "dark")])
+def test_classes_are_matched_by_name(
+    settings: Any, labels: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = settings(replace(TINY, classes=len(labels)), labels)
+    checkpoint = checkpoints.load(run.checkpoint)
+    images = load(run.data, "test", PREPROCESS)
+    check_labels(checkpoint, images)
+    named = [images.classes[value] for value in images.labels.tolist()]
+    assert named == ["bright"] * 6 + ["dark"] * 6
+    evaluation = run_evaluation(run)
+    assert evaluation is not None
+    assert evaluation.n == 12
+    printed = capsys.readouterr().err
+    assert f"data images: 12 images of test, {len(labels)} classes" in printed
+    assert ("no image in test of class dim" in printed) == ("dim" in labels)
+
+
+def test_unreadable_images_are_counted_and_left_out(
+    settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = settings(json_file=tmp_path / "out.json")
+    (Path(run.data) / "test" / "bright" / "000.png").write_bytes(b"")
+    (Path(run.data) / "test" / "dark" / "new.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    evaluation = run_evaluation(run)
+    assert evaluation is not None
+    assert evaluation.n == 11
+    printed = capsys.readouterr().err
+    assert "cannot be read: 1 HEIC (.heic 1)" in printed
+    assert "images/test: 2 of 13 images cannot be read and are skipped; the first one: " in printed
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["inventory"]["unreadable_types"] == {"HEIC": {".heic": 1}}
+    assert all(0 not in budget["wrong"] for budget in written["budgets"])  # rows of the data
 
 
 def test_precision_is_named_if_it_differs_from_the_bundle(model: VisionTransformer) -> None:

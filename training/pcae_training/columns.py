@@ -3,27 +3,32 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 import datasets  # type: ignore[import-untyped]
 import fsspec  # type: ignore[import-untyped]
 
 from pcae_training.source import DataError
 
-#: Integer columns that are taken as labels by default; the last two are WebDataset's.
-LABEL_NAMES = ("label", "labels", "cls", "json.label")
+#: Columns that are taken as labels by default if they hold words or integers; the last two are
+#: WebDataset's.
+LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target", "cls", "json.label")
+
+#: Types of labels that are words.
+_WORDS = ("string", "large_string")
 
 #: The label of an image without one.
 UNLABELLED = -1
 
 
-class ColumnChoice(TypedDict, total=False):
-    """Choices of columns that flags make; the others are detected."""
+class DataChoice(TypedDict, total=False):
+    """Choices that flags make on how to read data; the others are detected."""
 
+    layout: Literal["auto", "splits", "classes"]  # what the first level of folders is
     labelled: bool  # False: images alone, for pretraining
     image_column: str | None
-    label_column: str | None  # of class labels or integers; json.label is a field in a column
-    classes: Sequence[str] | None  # names, in the order of the label values
+    label_column: str | None  # of words or integers; json.label is a field in a column
+    classes: Sequence[str] | None  # all names in the order of their numbers, or VALUE=NAME
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Columns:
 
     image: str
     label: tuple[str, ...] = ()  # column, then fields in it; empty: unlabelled
-    classes: tuple[str, ...] = ()  # empty: unlabelled, or not named by the data set
+    classes: tuple[str, ...] = ()  # names of a ClassLabel; empty for words and plain integers
+    words: bool = False  # the labels are words
 
     def body(self, row: Mapping[str, Any]) -> bytes:
         """Return the image file's bytes of a row with undecoded images. Raise OSError."""
@@ -46,39 +52,40 @@ class Columns:
                 return cast(bytes, file.read())
         return Path(cell["path"]).read_bytes()
 
-    def value(self, row: Mapping[str, Any]) -> int:
-        """Return the label's value, or UNLABELLED if the row has none."""
+    def value(self, row: Mapping[str, Any]) -> int | str:
+        """Return the row's label, or UNLABELLED if it has none. Raise DataError for other types."""
         cell: Any = row if self.label else None
         for key in self.label:
             cell = None if cell is None else cell[key]
-        return UNLABELLED if cell is None else int(cell)
+        if cell is None or cell == "" or cell != cell:  # NaN, as of pandas
+            return UNLABELLED
+        if self.words:
+            return str(cell)
+        if int(cell) != cell:
+            raise DataError(f"label {cell!r} in column {'.'.join(self.label)} is not an integer")
+        return int(cell)
 
 
-def choose_columns(features: datasets.Features | None, name: str, **choice: Any) -> Columns:
-    """Return the columns of `features` to read; `choice` has fields of `ColumnChoice`.
+def choose_columns(
+    features: datasets.Features | None,
+    name: str,
+    *,
+    labelled: bool = True,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Columns:
+    """Return the columns of `features` to read.
 
-    Raise DataError if there is no suitable column, or several and `choice` names none.
+    Raise DataError if there is no suitable column, or several and none is named.
     """
-    chosen: ColumnChoice = {
-        "labelled": True,
-        "image_column": None,
-        "label_column": None,
-        "classes": None,
-    }
-    chosen.update(cast(ColumnChoice, choice))
     features = features or {}
-    image = _image(features, name, chosen["image_column"])
-    if not chosen["labelled"]:
+    image = _image(features, name, image_column)
+    if not labelled:
         return Columns(image)
-    label = _label(features, name, chosen["label_column"])
+    label = _label(features, name, label_column)
     kind = _kind(features, label)
     own = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else ()
-    named = tuple(chosen["classes"] or own)
-    if own and named != own:  # another order would give images the wrong labels
-        raise DataError(f"{name} has the classes {_few(own)}, but --classes gives {_few(named)}")
-    if named:
-        check_classes(named, name)
-    return Columns(image, label, named)
+    return Columns(image, label, own, words=not own and kind.dtype in _WORDS)
 
 
 def check_classes(classes: Sequence[str], name: str) -> None:
@@ -103,6 +110,10 @@ def check_value(value: int, classes: Sequence[str], place: str) -> None:
 
 def _image(features: Mapping[str, Any], name: str, chosen: str | None) -> str:
     found = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
+    files = [key for key, kind in features.items() if _holds_files(kind)]
+    found = found or files
+    if chosen in files:
+        return chosen
     if chosen is not None:
         if chosen not in found:
             raise DataError(f"{name} has no image column {chosen!r}: {_list(features)}")
@@ -122,7 +133,8 @@ def _label(features: Mapping[str, Any], name: str, chosen: str | None) -> tuple[
         path = _path(features, chosen)
         if not _holds_labels(_kind(features, path)):
             raise DataError(
-                f"{name} has no column {chosen!r} of class labels or integers: {_list(features)}"
+                f"{name} has no column {chosen!r} of class labels, words or integers:"
+                f" {_list(features)}"
             )
         return path
     paths: list[tuple[str, ...]]
@@ -137,8 +149,7 @@ def _label(features: Mapping[str, Any], name: str, chosen: str | None) -> tuple[
         )
     if not paths:
         raise DataError(
-            f"{name} has no label column (class folders have one if there are at least two):"
-            f" {_list(features)}"
+            f"{name} has no label column; name one with --label-column: {_list(features)}"
         )
     return paths[0]
 
@@ -159,17 +170,22 @@ def _kind(features: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 def _holds_labels(kind: Any) -> bool:
     if isinstance(kind, datasets.ClassLabel):
         return True
-    return isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint"))
+    return isinstance(kind, datasets.Value) and kind.dtype.startswith(
+        ("int", "uint", "bool", "float", *_WORDS)
+    )
+
+
+def _holds_files(kind: Any) -> bool:
+    """Return whether the type holds bytes that may be image files, not marked as such."""
+    if isinstance(kind, Mapping):
+        return set(kind) <= {"bytes", "path"} and _holds_files(kind.get("bytes"))
+    return isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
 
 
 def _list(features: Mapping[str, Any]) -> str:
     """List the columns, for the end of an error message."""
     kinds = (f"{key} ({_word(kind)})" for key, kind in features.items())
     return f"its columns are {', '.join(kinds) or 'not known'}"
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")
 
 
 def _word(kind: Any) -> str:

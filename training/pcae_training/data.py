@@ -1,4 +1,4 @@
-"""Images with random access from Hugging Face `datasets`, with or without labels.
+"""Labelled images with random access, decoded on access or all at once.
 
 Every image is preprocessed by `pcae_serve.bundle.preprocess`, as in the server, at any size. Data
 that fit into memory are decoded once and stay on the training device.
@@ -7,33 +7,27 @@ that fit into memory are decoded once and stay on the training device.
 import copy
 import math
 import os
-import signal
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol, Unpack
+from typing import Protocol, Unpack
 
-import datasets  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import RequestError
-from pcae_training.columns import (
-    UNLABELLED,
-    ColumnChoice,
-    Columns,
-    check_classes,
-    check_value,
-    choose_columns,
-)
+from pcae_training.columns import DataChoice
+from pcae_training.image_files import accepted_body
+from pcae_training.inventory import Inventory, print_lines
+from pcae_training.labels import Labels, align
 from pcae_training.progress import Progress
 from pcae_training.sample_rng import generator
 from pcae_training.skipped import MAX_UNREADABLE, PATIENCE, Skipped, none_readable
+from pcae_training.slices import Slices
 from pcae_training.source import DataError as DataError
-from pcae_training.source import open_source, title
+from pcae_training.tables import ImageTable, open_table
 
 #: Decoded data sets up to this size are kept in memory.
 MEMORY_LIMIT_BYTES = 2 * 1024**3
@@ -58,6 +52,10 @@ class TrainingData(Protocol):
     @property
     def unreadable(self) -> int:
         """Number of images that this process has skipped."""
+
+    @property
+    def inventory(self) -> Inventory | None:
+        """The images by split and class; None for a stream of unknown length."""
 
     def epoch(
         self,
@@ -84,38 +82,48 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     def __init__(
         self,
-        rows: datasets.Dataset,
+        table: ImageTable,
         preprocess: Preprocess,
-        name: str,
-        columns: Columns | None = None,
         max_unreadable: float = MAX_UNREADABLE,
     ) -> None:
-        """Raise DataError if there are no rows, or a label is missing or not one of the classes."""
-        if len(rows) == 0:
-            raise DataError(f"{name} has no rows")
-        self.name, self.preprocess = name, preprocess
-        self._columns = columns or choose_columns(rows.features, name)
-        self.image_column = self._columns.image
-        self.labels, self.classes = _labels(rows, self._columns, name)
-        images = rows.select_columns([self.image_column])
-        self._rows = images.cast_column(self.image_column, datasets.Image(decode=False))
-        self._numbers: Sequence[int] = range(len(rows))  # row in the data set, by index
+        """Raise DataError if there are no rows, or too many are known to be unreadable."""
+        if len(table) == 0:
+            raise DataError(f"{table.name} has no rows")
+        self.name, self.preprocess = table.name, preprocess
+        self.labels, self.classes = table.labels, table.classes
+        self._table = table
+        self._numbers: Sequence[int] = range(len(table))  # row in the table, by index
         self._pixels: Tensor | None = None  # [len, 3, S, S], on any device; zero if unreadable
-        self._skipped = Skipped(name, max_unreadable, len(rows))  # by row in the data set
+        self._skipped = Skipped(self.name, max_unreadable, len(table))  # by row in the table
+        if table.unreadable:
+            self._skipped.add(table.unreadable, len(table))
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def image_size(self) -> int:
+        return self.preprocess.image_size
+
+    @property
+    def inventory(self) -> Inventory:
+        """The images of the whole data set, by split and class, and what is left out."""
+        return self._table.inventory.with_classes(self.classes)
 
     @property
     def unreadable(self) -> int:
         """Number of images that this process has skipped; in memory, all unreadable ones."""
         return len(self._skipped)
 
+    def row(self, index: int) -> int:
+        """Return the row of an image in the data set."""
+        return self._numbers[index]
+
     def body(self, index: int) -> bytes:
         """Return the bytes of the image file."""
         number = self._numbers[index]
         try:
-            return self._columns.body(self._rows[number])
+            return self._table.body(number)
         except OSError as error:
             raise DataError(f"{self.name}, row {number}: {error}") from None
 
@@ -130,8 +138,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         try:
             return to_pixels(self.preprocess, body), int(self.labels[index])
         except RequestError as error:
-            path = self._rows[number][self.image_column]["path"] or "bytes in the table"
-            raise DataError(f"{self.name}, row {number} ({path}): {error}") from None
+            place = self._table.place(number)
+            raise DataError(f"{self.name}, row {number} ({place}): {error}") from None
 
     def subset(self, indices: Sequence[int]) -> "LabelledImages":
         """Return the images at `indices`, in that order. Raise DataError if there are none."""
@@ -147,6 +155,15 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         fewer._skipped.reasons = {n: known[n] for n in fewer._numbers if n in known}
         fewer._skipped.seen = min(self._skipped.seen, len(indices))
         return fewer
+
+    def align(self, classes: Sequence[str]) -> None:
+        """Renumber the labels as those of `classes`, such as a model's, by their names.
+
+        Raise DataError if the class of an image is not one of them.
+        """
+        if self.classes:
+            labels = Labels(self.labels, self.classes)
+            self.labels, self.classes = align(labels, classes, self.name)
 
     def in_memory(self, device: torch.device | None = None) -> "LabelledImages":
         """Decode all images now and keep them on `device` (default: the CPU), if they fit.
@@ -182,7 +199,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         """
         if self._pixels is None:
             slices = [slice(i, i + batch_size) for i in range(0, len(order), batch_size)]
-            for batch in _Slices(self, list(order), patience=1).load(slices, workers):
+            for batch in Slices(self, list(order), patience=1).load(slices, workers):
                 if batch.reasons:
                     raise DataError(next(iter(batch.reasons.values())))
                 yield batch.pixels, batch.labels
@@ -216,7 +233,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         self, order: list[int], slices: Sequence[slice], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of `slices`, decoded by loader processes, on `device`."""
-        batches = _Slices(self, order, PATIENCE).load(slices, workers, pin=device.type == "cuda")
+        batches = Slices(self, order, PATIENCE).load(slices, workers, pin=device.type == "cuda")
         for pixels, labels, reasons in batches:
             if len(labels) == 0 and reasons:
                 raise none_readable(self.name, reasons)
@@ -247,6 +264,11 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
                 reasons.update(found)
                 progress.update(len(chunk))
         self._skipped.add(reasons, len(self))
+        if reasons:
+            print_lines(
+                f"{self.name}: {len(reasons):,} of {len(self):,} images cannot be read and are"
+                f" skipped; the first one: {next(iter(reasons.values()))}"
+            )
 
     def _decode(self, pixels: Tensor | None, chunk: range) -> dict[Hashable, str]:
         """Decode the images of `chunk` into `pixels`; return the reasons of the unreadable ones."""
@@ -263,129 +285,25 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return reasons
 
 
-class _Batch(NamedTuple):
-    pixels: Tensor  # [b, 3, S, S] uint8; empty if no readable image was found
-    labels: Tensor  # [b] int64
-    reasons: dict[Hashable, str]  # of unreadable images, by row in the data set
-
-
-class _Slices(Dataset[_Batch]):
-    """A batch for each slice of an order, decoded in loader processes if there are any.
-
-    Errors are returned as values: an exception in a loader process would block it and print a
-    traceback.
-    """
-
-    def __init__(self, images: LabelledImages, order: list[int], patience: int) -> None:
-        """patience: images of the order to try in place of an unreadable one; 1: do not replace."""
-        self.images, self.order, self.patience = images, order, min(patience, len(order))
-
-    def load(self, slices: Sequence[slice], workers: int, pin: bool = False) -> Iterator[_Batch]:
-        """Yield a batch for each of `slices`, in page-locked memory if `pin`."""
-        loader = DataLoader(
-            self,
-            batch_size=None,  # an item is a whole batch
-            sampler=slices,
-            num_workers=workers,
-            pin_memory=pin,
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # so that torch's global one is not used
-        )
-        yield from loader
-
-    def __getitem__(self, part: slice) -> _Batch:
-        places, size = range(*part.indices(len(self.order))), self.images.preprocess.image_size
-        pixels = torch.empty(len(places), 3, size, size, dtype=torch.uint8)
-        labels = torch.empty(len(places), dtype=torch.int64)
-        reasons: dict[Hashable, str] = {}
-        for i, place in enumerate(places):
-            sample = self._readable(place, reasons)
-            if sample is None:
-                return _Batch(pixels[:0], labels[:0], reasons)
-            pixels[i], labels[i] = sample
-        return _Batch(pixels, labels, reasons)
-
-    def _readable(self, place: int, reasons: dict[Hashable, str]) -> tuple[Tensor, int] | None:
-        """Return the image at `place` of the order, or the next readable one."""
-        for i in range(self.patience):
-            index = self.order[(place + i) % len(self.order)]
-            try:
-                return self.images[index]
-            except DataError as error:
-                reasons[self.images._numbers[index]] = str(error)
-        return None
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rows to train on, and rows held out for all choices."""
-
-    train: list[int]
-    holdout: list[int]
-
-
-def hold_out(images: LabelledImages, count: int, seed: int = 0) -> Split:
-    """Draw `count` rows to hold out; the same seed gives the same rows."""
-    if not 0 < count < len(images):
-        raise DataError(f"cannot hold out {count} of the {len(images)} images of {images.name}")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Split(train=sorted(order[count:]), holdout=sorted(order[:count]))
-
-
 def load(
     source: str,
     split: str,
     preprocess: Preprocess,
     *,
     max_unreadable: float = MAX_UNREADABLE,
-    **choice: Unpack[ColumnChoice],
+    **choice: Unpack[DataChoice],
 ) -> LabelledImages:
-    """Open `source` (see `open_source`) at `split`.
+    """Open `source` (see `open_table`) at `split`.
 
-    preprocess: how images are decoded; for random crops, larger than the model's input. choice:
-    fields of `ColumnChoice`. Raise DataError if there is no such data, split, image column or label
-    column.
+    preprocess: how images are decoded; for random crops, larger than the model's input. Raise
+    DataError if there is no such data, split, image column or label column.
     """
-    name = title(source, split)
-    rows = open_source(source, split)
-    return LabelledImages(
-        rows, preprocess, name, choose_columns(rows.features, name, **choice), max_unreadable
-    )
+    return LabelledImages(open_table(source, split, **choice), preprocess, max_unreadable)
 
 
 def to_pixels(preprocess: Preprocess, body: bytes) -> Tensor:
     """Decode an image file to uint8 [3, S, S], as the server does. Raise RequestError."""
-    return torch.from_numpy(preprocess(body).copy()).permute(2, 0, 1)
-
-
-def _ignore_signals(_: int) -> None:
-    """Leave stopping to the process that a loader works for: signals reach the whole group."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _labels(rows: datasets.Dataset, columns: Columns, name: str) -> tuple[Tensor, list[str]]:
-    """Return labels int64 [rows] and the class names, which default to the label numbers."""
-    if not columns.label:
-        return torch.full((len(rows),), UNLABELLED), []
-    column = columns.label[0]
-    cells = rows.with_format(None)[column][:]
-    labels = torch.tensor([columns.value({column: cell}) for cell in cells])
-    if (unlabelled := int((labels < 0).sum())) > 0:
-        raise DataError(f"{name}: {unlabelled} of its {len(rows)} images have no label")
-    largest = int(labels.max())
-    if columns.classes:
-        row = int(labels.argmax())
-        check_value(largest, columns.classes, f"{name}, row {row}")
-        return labels, list(columns.classes)
-    if largest >= len(rows):  # not class labels; a name for each could fill the memory
-        raise DataError(
-            f"{name} has labels up to {largest} in {len(rows)} rows; name the classes with"
-            " --classes, or choose another --label-column"
-        )
-    classes = [str(value) for value in range(largest + 1)]
-    check_classes(classes, name)
-    return labels, classes
+    return torch.from_numpy(preprocess(accepted_body(body)).copy()).permute(2, 0, 1)
 
 
 def _room_bytes(device: torch.device) -> int:

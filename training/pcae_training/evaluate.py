@@ -21,13 +21,24 @@ from pcae_serve.bundle.tokens import Geometry, parse_keep_ratio
 from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
+from pcae_training.class_folders import Layout
 from pcae_training.data import LabelledImages, load
 from pcae_training.import_weights import load_checkpoint
+from pcae_training.inventory import print_inventory
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.output import check_writable, write_whole
 from pcae_training.progress import Progress
 from pcae_training.sample_rng import generator
 from pcae_training.score import MIN_CLASSES_FOR_TOP5, Difference, Score, Top1
+from pcae_training.settings import (
+    CLASSES_HELP,
+    IMAGE_COLUMN_HELP,
+    LABEL_COLUMN_HELP,
+    LAYOUT_HELP,
+    MAX_UNREADABLE_HELP,
+    ClassNames,
+)
+from pcae_training.skipped import MAX_UNREADABLE
 from pcae_training.world import World, join
 
 #: The keep ratios of the paper's tables.
@@ -81,7 +92,8 @@ def evaluate(
             for pixels, labels in images.batches(rows, batch_size, workers):
                 batch = normalise(pixels.to(device, non_blocking=True), images.preprocess)
                 labels = labels.to(device, non_blocking=True)
-                noise = row_noise(config, rows[done : done + len(labels)], device)
+                used = [images.row(index) for index in rows[done : done + len(labels)]]
+                noise = row_noise(config, used, device)
                 for budget, scores in parts.items():
                     counts = config.geometry.counts(budget)
                     with torch.autocast(device.type, precision, precision != torch.float32):
@@ -125,6 +137,11 @@ class EvaluateSettings(BaseModel):
     )
     data: str = Field(description="class folders, parquet files or a name on the Hugging Face hub")
     split: str = Field("test", description="split of --data")
+    layout: Layout = Field("auto", description=LAYOUT_HELP)
+    image_column: str | None = Field(None, description=IMAGE_COLUMN_HELP)
+    label_column: str | None = Field(None, description=LABEL_COLUMN_HELP)
+    classes: ClassNames = Field(None, description=CLASSES_HELP)
+    max_unreadable: float = Field(MAX_UNREADABLE, ge=0, le=1, description=MAX_UNREADABLE_HELP)
     budgets: Ratios = Field(
         None, description="keep ratios separated by commas; default: those trained for"
     )
@@ -154,6 +171,7 @@ class Evaluation:
     geometry: Geometry
     scores: dict[float, Score]  # from the largest keep ratio, which the others are compared with
     precision: str = ""  # a line on the number formats of weights and arithmetic
+    rows: Sequence[int] | None = None  # each image's row in the data; default: all rows in order
 
     @property
     def n(self) -> int:
@@ -170,8 +188,9 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Return the figures as JSON: shares and differences in [0, 1], a list entry per budget.
 
-        `wrong` lists the misclassified images by their index in the data.
+        `wrong` lists the misclassified images by their row in the data.
         """
+        rows = range(self.n) if self.rows is None else self.rows
         differences = self.differences()
         return {
             "data": self.data,
@@ -186,7 +205,7 @@ class Evaluation:
                     "top5": _share(score.top5),
                     "calibration_error": score.calibration_error,
                     "top1_difference": _share(differences.get(ratio)),
-                    "wrong": (~score.correct).nonzero().flatten().tolist(),
+                    "wrong": [rows[i] for i in (~score.correct).nonzero().flatten().tolist()],
                 }
                 for ratio, score in self.scores.items()
             ],
@@ -241,16 +260,29 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
     budgets = choose_ratios(checkpoint, settings.budgets)
     if settings.json_file is not None:
         check_writable(settings.json_file)
-    images = load(settings.data, settings.split, checkpoint.preprocess)
+    images = load(
+        settings.data,
+        settings.split,
+        checkpoint.preprocess,
+        max_unreadable=settings.max_unreadable,
+        layout=settings.layout,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        classes=settings.classes,
+    )
     check_labels(checkpoint, images)
+    print_inventory(images.inventory)
+    images = images.readable()
     with join(settings.device) as world:
         precision = describe_precision(checkpoint.model, settings.dtype)
         scores = _measure(checkpoint, images, budgets, settings, world)
         if not world.main:
             return None
-    evaluation = Evaluation(images.name, checkpoint.model.config.geometry, scores, precision)
+    rows = [images.row(index) for index in range(len(images))]
+    evaluation = Evaluation(images.name, checkpoint.model.config.geometry, scores, precision, rows)
     if settings.json_file is not None:
         content = {"checkpoint": str(settings.checkpoint)} | evaluation.to_json()
+        content["inventory"] = images.inventory.to_json()
         write_whole(settings.json_file, (json.dumps(content, indent=2) + "\n").encode())
     return evaluation
 
@@ -286,23 +318,13 @@ def choose_ratios(checkpoint: Checkpoint, requested: tuple[float, ...] | None) -
 
 
 def check_labels(checkpoint: Checkpoint, images: LabelledImages) -> None:
-    """Raise PcaeError unless the images' classes are the checkpoint's, in the same order."""
-    found, wanted = images.classes, checkpoint.labels
+    """Number the images' classes as the checkpoint does. Raise PcaeError if it lacks one."""
+    wanted = checkpoint.labels
     if not wanted and checkpoint.model.config.classes:
         raise PcaeError("the checkpoint does not name its classes (id2label in its config.json)")
     if not wanted:
         raise PcaeError("the checkpoint has no classes; fine-tune it before evaluating it")
-    if len(found) != len(wanted):
-        raise PcaeError(
-            f"{images.name} has {len(found)} classes, the checkpoint {len(wanted)}; use data with"
-            " the classes it was trained on"
-        )
-    for i, (label, other) in enumerate(zip(found, wanted, strict=True)):
-        if label != other:
-            raise PcaeError(
-                f"class {i} of {images.name} is {label!r}, but {other!r} in the checkpoint; use"
-                " data with the classes it was trained on, in the same order"
-            )
+    images.align(wanted)
 
 
 def _measure(

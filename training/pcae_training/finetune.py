@@ -23,11 +23,13 @@ from pcae_serve.bundle.tokens import REDUCTION_POINTS, Rule
 from pcae_serve.errors import PcaeError, one_line
 from pcae_training.augment import Augmentation, Mixing
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.data import LabelledImages, TrainingData, hold_out, load
+from pcae_training.data import LabelledImages, TrainingData, load
 from pcae_training.evaluate import evaluate, join_scores, normalise, read_ratios
+from pcae_training.holdout import default_holdout, hold_out
 from pcae_training.import_weights import LoadedCheckpoint, initialise, load_checkpoint
+from pcae_training.inventory import print_inventory, print_lines
 from pcae_training.model import VisionTransformer
-from pcae_training.plan import describe
+from pcae_training.plan import describe, fit_batch_size
 from pcae_training.sample_rng import SampleRng, drop_path_factors, to_device
 from pcae_training.schedule import keep_ratio_ramp, lowest_keep_ratio
 from pcae_training.score import Score, Top1
@@ -37,6 +39,10 @@ from pcae_training.world import World, join
 
 #: Pixel statistics assumed for weights that come without their preprocessing.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+#: Images held out by default, of large data sets.
+DEFAULT_HOLDOUT = 5000
 
 
 class FinetuneSettings(RunSettings):
@@ -74,8 +80,11 @@ class FinetuneSettings(RunSettings):
         None, description="evaluate on these images instead of images held out of --data"
     )
     eval_split: str = Field("validation", description="split of --eval-data")
-    holdout: int = Field(
-        5000, ge=1, description="number of training images held out for evaluation"
+    holdout: int | None = Field(
+        None,
+        ge=1,
+        description="number of training images held out for evaluation, from each class by its"
+        f" share; default: {DEFAULT_HOLDOUT:,}, or a fifth of the images if that is less",
     )
 
     keep: float | None = Field(
@@ -283,6 +292,8 @@ def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
         torch.set_num_threads(settings.threads)
     with join(settings.device) as world:
         start, data, holdout = prepare(settings, report=world.main)
+        if (note := fit_batch_size(settings, world, len(data))) is not None:
+            print_lines(note)
         try:
             objective = Finetuning(start, settings, holdout).to(world.device)
         except ValueError as error:  # flags that only fit larger images
@@ -320,6 +331,7 @@ def prepare(
     else:
         preprocess = _choose_preprocess(found, settings)
     source = settings.decoding(preprocess)
+    images: TrainingData
     if settings.eval_data is not None:
         limit = settings.max_unreadable
         holdout = load(
@@ -329,10 +341,17 @@ def prepare(
             max_unreadable=limit,
             **settings.columns,
         )
-        images: TrainingData = training_data(settings, source, classes=holdout.classes)
+        images = training_data(settings, source)
+        holdout.align(images.classes)
+        print_inventory(images.inventory)
+        print_inventory(holdout.inventory)
     else:
         labelled = load_labelled(settings, source)
-        split = hold_out(labelled, settings.holdout, settings.seed)
+        print_inventory(labelled.inventory)
+        count = settings.holdout or default_holdout(labelled.labels, DEFAULT_HOLDOUT)
+        split = hold_out(labelled.labels, count, labelled.name, settings.seed)
+        if settings.holdout is None and report:
+            print_lines(f"held out: {count:,} of {len(labelled):,} images (--holdout)")
         images = labelled.subset(split.train)
         same = labelled if source == preprocess else load_labelled(settings, preprocess)
         holdout = same.subset(split.holdout)

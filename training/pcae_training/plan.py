@@ -10,6 +10,25 @@ from pcae_serve.errors import PcaeError
 from pcae_training.settings import RunSettings
 from pcae_training.world import World
 
+#: With fewer steps per epoch, the default batch size is lowered.
+MIN_STEPS_PER_EPOCH = 4
+
+
+def fit_batch_size(settings: RunSettings, world: World, images: int) -> str | None:
+    """Lower the batch size in `settings`, if it is the default and too large for `images`.
+
+    The result is a power of two, if the number of micro-batches is one. Return a note on it.
+    """
+    default, parts = settings.batch_size, world.size * settings.accumulate
+    if "batch_size" in settings.model_fields_set or images >= MIN_STEPS_PER_EPOCH * default:
+        return None
+    each = max(1, images // MIN_STEPS_PER_EPOCH // parts)
+    size = parts * 2 ** (each.bit_length() - 1)
+    if size >= default:
+        return None
+    settings.batch_size = size
+    return f"--batch-size is {size} instead of {default}: there are only {images:,} images to train"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -29,7 +48,9 @@ class Plan:
         if self.images < self.settings.batch_size:
             raise PcaeError(
                 f"{self.images} images are fewer than one step of --batch-size"
-                f" {self.settings.batch_size}; lower it"
+                f" {self.settings.batch_size}; it can be at most {self.images // parts * parts}"
+                if self.images >= parts
+                else f"{self.images} images are fewer than the {parts} micro-batches of a step"
             )
 
     def check_pairs(self) -> None:

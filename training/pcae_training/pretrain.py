@@ -26,9 +26,10 @@ from pcae_training.augment import Augmentation
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.decoder import Decoder, default_width
 from pcae_training.evaluate import normalise
+from pcae_training.inventory import print_inventory, print_lines
 from pcae_training.masking import Mask, gather, hide_patches, patchify, visible_patches
 from pcae_training.model import VisionTransformer, ViTConfig
-from pcae_training.plan import Plan, describe
+from pcae_training.plan import Plan, describe, fit_batch_size
 from pcae_training.sample_rng import SampleRng, drop_path_factors, to_device
 from pcae_training.schedule import momentum
 from pcae_training.settings import RunSettings
@@ -411,6 +412,9 @@ def pretrain(settings: PretrainSettings) -> bool:
     with join(settings.device) as world:
         preprocess = settings.preprocess(settings.image_size or 224)
         images = training_data(settings, settings.decoding(preprocess), labelled=False)
+        print_inventory(images.inventory)
+        if (note := fit_batch_size(settings, world, len(images))) is not None:
+            print_lines(note)
         plan = Plan(settings, world, len(images))
         try:
             objective = build(settings, preprocess, plan.steps).to(world.device)

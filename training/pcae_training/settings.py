@@ -6,13 +6,37 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_settings import NoDecode
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training.checkpoint import find_checkpoint
-from pcae_training.columns import ColumnChoice
+from pcae_training.class_folders import Layout
+from pcae_training.columns import DataChoice
 from pcae_training.model import ViTConfig
+from pcae_training.skipped import MAX_UNREADABLE
+
+#: Descriptions of flags that several commands have.
+LAYOUT_HELP = (
+    "what the first level of folders in --data is: splits, classes, or auto to decide by their"
+    " names"
+)
+IMAGE_COLUMN_HELP = "column of images, if the data set has more than one"
+LABEL_COLUMN_HELP = "column of labels (words or integers), if it is not found by its name"
+CLASSES_HELP = (
+    "all class names separated by commas; for labels that are numbers, in their order from 0 on,"
+    " or as NUMBER=NAME"
+)
+
+MAX_UNREADABLE_HELP = "stop if a larger share of the images cannot be read"
+
+
+def _split_names(classes: object) -> object:
+    return classes.split(",") if isinstance(classes, str) else classes
+
+
+#: Class names of a flag.
+ClassNames = Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_split_names)]
 
 #: Settings of where and how a run is computed, which do not change its result: a resumed run may
 #: have other values.
@@ -31,7 +55,7 @@ class RunSettings(BaseModel):
             "data", "out", "resume", "resume_or_begin", "dry_run", "epochs", "stop_after", "seed",
         ),
         "data": (
-            "split", "stream", "epoch_size", "image_column", "label_column", "classes",
+            "split", "layout", "stream", "epoch_size", "image_column", "label_column", "classes",
             "max_unreadable",
         ),
         "model": ("image_size", "patch_size", "width", "depth", "heads"),
@@ -61,22 +85,15 @@ class RunSettings(BaseModel):
     )
 
     split: str = Field("train", description="split of --data to train on")
+    layout: Layout = Field("auto", description=LAYOUT_HELP)
     stream: bool = Field(False, description="read the data sequentially, without loading it whole")
     epoch_size: int | None = Field(
         None, ge=1, description="images per epoch; required with --stream"
     )
-    image_column: str | None = Field(
-        None, description="column of images, if the data set has more than one"
-    )
-    label_column: str | None = Field(
-        None, description="column of labels, if the data set has more than one"
-    )
-    classes: Annotated[tuple[str, ...] | None, NoDecode] = Field(
-        None, description="class names separated by commas, if the labels are numbers"
-    )
-    max_unreadable: float = Field(
-        0.01, ge=0, le=1, description="stop if a larger share of the images cannot be read"
-    )
+    image_column: str | None = Field(None, description=IMAGE_COLUMN_HELP)
+    label_column: str | None = Field(None, description=LABEL_COLUMN_HELP)
+    classes: ClassNames = Field(None, description=CLASSES_HELP)
+    max_unreadable: float = Field(MAX_UNREADABLE, ge=0, le=1, description=MAX_UNREADABLE_HELP)
 
     image_size: int | None = Field(
         None,
@@ -145,11 +162,6 @@ class RunSettings(BaseModel):
     )
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
 
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _split_names(cls, classes: object) -> object:
-        return classes.split(",") if isinstance(classes, str) else classes
-
     @model_validator(mode="after")
     def _decide_whether_to_resume(self) -> Self:
         """Resume if there is a checkpoint; before any process can have written one in this run."""
@@ -208,10 +220,13 @@ class RunSettings(BaseModel):
         return replace(preprocess, image_size=preprocess.resize)
 
     @property
-    def columns(self) -> ColumnChoice:
+    def columns(self) -> DataChoice:
         """The columns of the data, as far as flags choose them."""
-        return ColumnChoice(
-            image_column=self.image_column, label_column=self.label_column, classes=self.classes
+        return DataChoice(
+            layout=self.layout,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            classes=self.classes,
         )
 
     @property

@@ -5,6 +5,7 @@ A few damaged files in a large data set are skipped; a large share of them is an
 
 import math
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 from pcae_training.source import DataError
 
@@ -30,7 +31,7 @@ class Skipped:
     def __len__(self) -> int:
         return len(self.reasons)
 
-    def add(self, reasons: Mapping[Hashable, str], seen: int) -> None:
+    def add(self, reasons: Mapping[Any, str], seen: int) -> None:
         """Add the unreadable images among `seen` ones.
 
         Raise DataError if they are more than FLOOR and more than the share allowed.

@@ -19,11 +19,14 @@ from torch import Tensor
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import RequestError, one_line
-from pcae_training.columns import ColumnChoice, Columns, check_value, choose_columns
+from pcae_training.columns import UNLABELLED, Columns, DataChoice, choose_columns
 from pcae_training.data import to_pixels
+from pcae_training.inventory import Inventory
+from pcae_training.labels import few, name_codes
 from pcae_training.sample_rng import generator
 from pcae_training.skipped import MAX_UNREADABLE, PATIENCE, Skipped, none_readable
 from pcae_training.source import READ_ERRORS, DataError, open_source, title
+from pcae_training.tables import FileTable, find_folders, open_folders
 
 #: Images in the shuffle buffer, as files in memory: about 0.1 MB each.
 BUFFER_SIZE = 1000
@@ -52,30 +55,41 @@ class ImageStream:
 
     def __init__(
         self,
-        rows: datasets.IterableDataset,
+        rows: "datasets.IterableDataset | FileRows",
         preprocess: Preprocess,
         name: str,
         columns: Columns,
         *,
         epoch_size: int,
+        classes: Sequence[str] | None = None,
         buffer_size: int = BUFFER_SIZE,
         max_unreadable: float = MAX_UNREADABLE,
     ) -> None:
-        """epoch_size: images per epoch; a shorter stream starts again, in another order."""
+        """epoch_size: images per epoch; a shorter stream starts again, in another order.
+
+        classes: all class names, in the order of their numbers (see `name_codes`).
+        """
         if epoch_size < 1:
             raise DataError(f"{name}: an epoch must have at least one image, not {epoch_size}")
-        if columns.label and not columns.classes:
-            raise DataError(f"{name} has numbers as labels; name the classes with --classes")
         self.name, self.preprocess = name, preprocess
-        self.classes = list(columns.classes)
+        self._codes: dict[int | str, int] = {}  # class number of each label
+        self.classes: list[str] = []
+        if columns.label:
+            self._codes, self.classes = name_codes(columns, name, classes)
         self._columns, self._epoch_size, self._buffer_size = columns, epoch_size, buffer_size
-        needed = (columns.image, *columns.label[:1], "__url__")
-        rows = rows.select_columns([key for key in rows.features if key in needed])
-        self._rows = rows.cast_column(columns.image, datasets.Image(decode=False))
+        if not isinstance(rows, FileRows):
+            needed = (columns.image, *columns.label[:1], "__url__")
+            rows = rows.select_columns([key for key in rows.features if key in needed])
+            rows = rows.cast_column(columns.image, datasets.Image(decode=False))
+        self._rows = rows
         self._skipped = Skipped(name, max_unreadable)
 
     def __len__(self) -> int:
         return self._epoch_size
+
+    @property
+    def inventory(self) -> Inventory | None:
+        return self._rows.inventory if isinstance(self._rows, FileRows) else None
 
     @property
     def unreadable(self) -> int:
@@ -168,9 +182,35 @@ class ImageStream:
 
     def _label(self, sample: Sample) -> int:
         value = self._columns.value(sample.row)
-        if self._columns.label:
-            check_value(value, self.classes, f"{self.name}, {sample.title}")
-        return value
+        if not self._columns.label:
+            return UNLABELLED
+        if value in self._codes:
+            return self._codes[value]
+        if value == UNLABELLED:
+            raise DataError(f"{self.name}, {sample.title}: the image has no label")
+        raise DataError(
+            f"{self.name}, {sample.title}: label {value} is not one of the {len(self.classes)}"
+            f" classes, {few(list(self._codes))}"
+        )
+
+
+class FileRows:
+    """Rows of class folders, in a random order that `datasets` would need all files for."""
+
+    def __init__(self, table: FileTable) -> None:
+        self._table, self.inventory = table, table.inventory
+
+    @property
+    def columns(self) -> Columns:
+        classes = tuple(self._table.classes)
+        return Columns("image", ("label",) if classes else (), classes)
+
+    def shuffle(self, seed: int, buffer_size: int) -> Iterator[dict[str, Any]]:
+        """Yield all rows in an order that depends on `seed`; `buffer_size` is for streams."""
+        draw = torch.Generator().manual_seed(seed)
+        for row in torch.randperm(len(self._table), generator=draw).tolist():
+            image = {"bytes": None, "path": str(self._table.path(row))}
+            yield {"image": image, "label": int(self._table.labels[row])}
 
 
 def load_stream(
@@ -181,19 +221,34 @@ def load_stream(
     epoch_size: int,
     buffer_size: int = BUFFER_SIZE,
     max_unreadable: float = MAX_UNREADABLE,
-    **choice: Unpack[ColumnChoice],
+    **choice: Unpack[DataChoice],
 ) -> ImageStream:
-    """Open `source` (see `open_source`) for sequential reading.
+    """Open `source` (see `tables.open_table`) for sequential reading.
 
     Raise DataError if there is no such data, split, image column or label column.
     """
-    name = title(source, split)
-    rows = open_source(source, split, stream=True)
+    name, labelled = title(source, split), choice.get("labelled", True)
+    classes = choice.get("classes")
+    found = find_folders(source, choice.get("layout", "auto"))
+    rows: FileRows | datasets.IterableDataset
+    if found is not None:
+        rows = FileRows(open_folders(found, split, name, labelled=labelled, classes=classes))
+        columns = rows.columns
+    else:
+        rows = open_source(source, split, stream=True)
+        columns = choose_columns(
+            rows.features,
+            name,
+            labelled=labelled,
+            image_column=choice.get("image_column"),
+            label_column=choice.get("label_column"),
+        )
     return ImageStream(
         rows,
         preprocess,
         name,
-        choose_columns(rows.features, name, **choice),
+        columns,
+        classes=classes,
         epoch_size=epoch_size,
         buffer_size=buffer_size,
         max_unreadable=max_unreadable,

@@ -26,7 +26,7 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError, one_line
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.columns import ColumnChoice
+from pcae_training.columns import DataChoice
 from pcae_training.data import LabelledImages, TrainingData, load
 from pcae_training.estimate import TIME_LIMIT_S, TIMED_STEPS, describe_time, measure_step, wait_for
 from pcae_training.journal import Journal
@@ -420,13 +420,13 @@ def check_out(settings: RunSettings) -> None:
 
 
 def training_data(
-    settings: RunSettings, preprocess: Preprocess, **choice: Unpack[ColumnChoice]
+    settings: RunSettings, preprocess: Preprocess, **choice: Unpack[DataChoice]
 ) -> LabelledImages | ImageStream:
     """Open the training images. Raise DataError if they cannot be read.
 
     choice: columns that override those of the settings.
     """
-    columns: ColumnChoice = {**settings.columns, **choice}
+    columns: DataChoice = {**settings.columns, **choice}
     source, split, limit = settings.data, settings.split, settings.max_unreadable
     if settings.epoch_size is not None and settings.stream:
         size = settings.epoch_size
