@@ -129,7 +129,7 @@ class Refused(ClientError):
 
     @property
     def needed_ms(self) -> float | None:
-        """Milliseconds that the fastest allowed tier needs, if the budget is below that."""
+        """Milliseconds that decoding and the fastest tier need, if that is over the budget."""
         return _number(self.members.get("needed_ms"))
 
     @property

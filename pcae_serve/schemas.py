@@ -158,7 +158,8 @@ class Problem(BaseModel):
     status: int
     detail: str = Field(description="the fault and what to do, in one line")
     needed_ms: float | None = Field(
-        None, description="for budget-too-small: milliseconds that the fastest allowed tier needs"
+        None,
+        description="for budget-too-small: milliseconds that decoding and the fastest tier need",
     )
     retry_after_s: float | None = Field(None, description="seconds until a retry is useful")
 

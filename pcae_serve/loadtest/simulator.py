@@ -172,8 +172,9 @@ def simulate(
                         outcome.batches.append(len(ids))
                         order += 1
                         heappush(agenda, (now_s + took_s, order, device, took_s))
-                    case Reject(id=id_):
-                        outcome.end[id_], outcome.end_s[id_] = End.REJECTED, now_s
+                    case Reject(id=id_, why=why):
+                        outcome.end[id_] = End.EXPIRED if why == "expired" else End.REJECTED
+                        outcome.end_s[id_] = now_s
                     case Remove(id=id_, why=why):
                         dropped = why == "dropped"
                         outcome.end[id_] = End.DROPPED if dropped else End.EXPIRED

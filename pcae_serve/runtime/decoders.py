@@ -35,6 +35,18 @@ class Decoders:
         layout = image_limits.read_layout(body, self._max_pixels)
         return decode_cost.predict(layout, len(body), REDUCED * preprocess.resize)
 
+    @property
+    def busy(self) -> bool:
+        """Whether an image is being decoded or waits for it."""
+        return self._threads.busy
+
+    def idle_s(self, cost: DecodeCost) -> float:
+        """Return the least seconds that decoding an image takes, on an idle server.
+
+        Slowness that was measured may be due to load, so it does not count.
+        """
+        return min(1.0, self._speed.factor) * cost.seconds
+
     def wait_s(self, cost: DecodeCost) -> float:
         """Return the predicted seconds until an image that is submitted now would be decoded."""
         return self._speed.factor * (self._backlog_s / self._count + cost.seconds)

@@ -2,13 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pcae_serve.bundle.decode_cost import DecodeCost
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Output
@@ -43,13 +45,14 @@ class OfferedRequest:
         bundle: Bundle,
         decoders: Decoders,
         uploads: Uploads,
-        arrive: Callable[["OfferedRequest"], None],
+        arrive: Callable[["OfferedRequest", float, float], None],
         enqueue: Callable[["OfferedRequest"], None],
     ) -> None:
         """Create a request that has neither body nor result.
 
         scheduled: the same request for the scheduler. arrive: asks the scheduler to admit it, or
-        refuses it. enqueue: puts it into the scheduler's queue once its pixels are there.
+        refuses it; takes the seconds of decoding on an idle server, and until it will be decoded.
+        enqueue: puts it into the scheduler's queue once its pixels are there.
         """
         self.request, self.scheduled = request, scheduled
         self.result: asyncio.Future[InferenceResult] = asyncio.get_running_loop().create_future()
@@ -89,9 +92,13 @@ class OfferedRequest:
         Raises a RequestError.
         """
         self.raise_if_refused()
-        self._arrive(self)
+        decoders = self._decoders
+        with self._outcomes():
+            cost = decoders.predict(self._bundle.preprocess, body)
+        idle_s = decoders.idle_s(cost)
+        self._arrive(self, idle_s, decoders.wait_s(cost) if decoders.busy else idle_s)
         self.raise_if_refused()
-        await self._decode(body)
+        await self._decode(body, cost)
         if not self.result.done():
             self._enqueue(self)
         return await self.result
@@ -138,11 +145,11 @@ class OfferedRequest:
         if self._timeout is not None and not self._timeout.expired():
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
-    async def _decode(self, body: bytes) -> None:
+    async def _decode(self, body: bytes, cost: DecodeCost) -> None:
         loop = asyncio.get_running_loop()
         start_s = loop.time()
         try:
-            decode = self._predict_and_decode(body)
+            decode = self._decoders.decode(self._bundle.preprocess, body, cost)
             self.pixels = await self._bounded(decode, self.deadline_s, self._expired)
         except RequestError:
             raise
@@ -152,10 +159,6 @@ class OfferedRequest:
         self.queued_s = loop.time()
         self.decode_s = self.queued_s - start_s
 
-    async def _predict_and_decode(self, body: bytes) -> NDArray[np.uint8]:
-        preprocess, decoders = self._bundle.preprocess, self._decoders
-        return await decoders.decode(preprocess, body, decoders.predict(preprocess, body))
-
     def _expired(self) -> Refusal:
         return refusals.expired_before_decoded(self.request.budget_ms)
 
@@ -164,12 +167,21 @@ class OfferedRequest:
     ) -> T:
         """Await until `until_s` on the loop's clock. On failure, set the outcome and raise."""
         try:
-            async with asyncio.timeout_at(until_s) as self._timeout:
-                return await awaitable
+            with self._outcomes():
+                async with asyncio.timeout_at(until_s) as self._timeout:
+                    return await awaitable
         except TimeoutError:
             self.raise_if_refused()  # if that is why the wait was ended
             error, self.outcome = timeout()
             raise error from None
+        finally:
+            self._timeout = None
+
+    @contextmanager
+    def _outcomes(self) -> Iterator[None]:
+        """Set the outcome of what is raised inside, and raise it as a RequestError."""
+        try:
+            yield
         except Refused as refused:
             error, self.outcome = refused.refusal
             raise error from None
@@ -180,5 +192,3 @@ class OfferedRequest:
         except RequestError:
             self.outcome = Outcome.UNREADABLE
             raise
-        finally:
-            self._timeout = None

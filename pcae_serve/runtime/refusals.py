@@ -19,6 +19,7 @@ from pcae_serve.errors import (
 )
 from pcae_serve.observability.outcomes import Outcome
 from pcae_serve.scheduling.events import Reject
+from pcae_serve.scheduling.request_queue import Request
 
 #: Retry-After, in seconds, if the policy dropped a request or memory ran out: enough for the
 #: requests served instead, and the shortest time that HTTP can express.
@@ -38,17 +39,21 @@ class Refused(Exception):
         self.refusal = refusal
 
 
-def rejected(reject: Reject, fastest: str, budget_ms: float, queue_limit: int) -> Refusal:
+def rejected(reject: Reject, request: Request, fastest: str, queue_limit: int) -> Refusal:
     """Return why a request is not admitted. fastest: name of its fastest allowed tier."""
+    budget_ms = request.budget_s * 1e3
     match reject.why:
         case "budget":
             needed_ms = round(reject.needed_s * 1e3, 1)
+            decoding = ", decoding included" if request.decode_s else ""
             too_small = BudgetTooSmall(
-                f"tier {fastest!r}, the fastest allowed, needs {needed_ms:g} ms on an idle server;"
-                f" raise the budget of {budget_ms:g} ms or allow a faster tier",
+                f"tier {fastest!r}, the fastest allowed, needs {needed_ms:g} ms on an idle server"
+                f"{decoding}; raise the budget of {budget_ms:g} ms or allow a faster tier",
                 needed_ms=needed_ms,
             )
             return Refusal(too_small, Outcome.REJECTED_BUDGET)
+        case "expired":
+            return expired_before_decoded(budget_ms)
         case "load":
             too_busy = Overloaded(
                 f"the server is too busy to answer within {budget_ms:g} ms without delaying"

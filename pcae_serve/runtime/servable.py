@@ -174,15 +174,22 @@ class Servable:
             replace(offered.scheduled, tiers=tiers), _now_s()
         )
 
-    def _arrive(self, offered: OfferedRequest) -> None:
-        """Have the scheduler admit or refuse a request."""
+    def _arrive(self, offered: OfferedRequest, decode_s: float = 0.0, wait_s: float = 0.0) -> None:
+        """Have the scheduler admit or refuse a request.
+
+        decode_s: predicted time of decoding it on an idle server. wait_s: predicted time until it
+        will be decoded.
+        """
         tiers = self._working_tiers(offered)
         if not tiers:
             offered.refuse(self._tiers_disabled(offered.scheduled.tiers))
             return
-        offered.scheduled = replace(offered.scheduled, tiers=tiers)
+        now_s = _now_s()
+        offered.scheduled = replace(
+            offered.scheduled, tiers=tiers, decode_s=decode_s, ready_s=now_s + wait_s
+        )
         offered.arrived = True
-        self._handle(Arrived(_now_s(), offered.scheduled))
+        self._handle(Arrived(now_s, offered.scheduled))
 
     def _working_tiers(self, offered: OfferedRequest) -> tuple[int, ...]:
         """Return the allowed tiers that are in rotation, the cheapest first."""
@@ -208,7 +215,10 @@ class Servable:
                 fastest = tiers[admitted.scheduled.tiers[0]].name
                 admitted.refuse(
                     refusals.rejected(
-                        action, fastest, admitted.request.budget_ms, self.settings.queue_limit
+                        action,
+                        admitted.scheduled,
+                        fastest,
+                        self.settings.queue_limit,
                     )
                 )
             case Remove(id=id_):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from heapq import merge
 from itertools import islice
 from math import ceil
-from typing import Literal
 
+from pcae_serve.scheduling.events import RejectReason
 from pcae_serve.scheduling.feasibility import ROUNDING_S
 from pcae_serve.scheduling.latency import Forecast
 from pcae_serve.scheduling.request_queue import Queue, Request, due, urgency
@@ -85,18 +85,22 @@ class DeviceCapacity:
 
 def check_admission(
     request: Request, needed_s: float, capacity: DeviceCapacity, queues: tuple[Queue, ...]
-) -> Literal["budget", "load"] | None:
+) -> RejectReason | None:
     """Return why `request` cannot be served in addition to all in `queues`, or None if it can.
 
     needed_s: what its fastest allowed tier takes on an idle machine.
     """
-    if needed_s > request.budget_s:
+    if request.decode_s + needed_s > request.budget_s:
         return "budget"
-    cheapest, forecast = request.tiers[0], capacity.forecast
-    margin_s = forecast.p99(cheapest, 1) - forecast.p50(cheapest, 1)
-    idle = capacity.free_in_s <= 0 and not any(queues)
-    if idle:  # if it is too late already, load is not the reason
-        return None
+    cheapest, forecast, now_s = request.tiers[0], capacity.forecast, capacity.now_s
+    image_s = forecast.p50(cheapest, 1)
+    margin_s = forecast.p99(cheapest, 1) - image_s
+    decoders_idle = request.ready_s <= now_s + request.decode_s + ROUNDING_S
+    if capacity.free_in_s <= 0 and not any(queues) and decoders_idle:
+        # if it is too late already, load is not the reason
+        return "expired" if now_s + request.decode_s + image_s > request.deadline_s else None
+    if request.ready_s + image_s + margin_s > request.deadline_s:
+        return "load"
     return None if _fits(request, capacity, queues, margin_s) else "load"
 
 

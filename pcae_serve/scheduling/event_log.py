@@ -50,7 +50,7 @@ _EVENTS: dict[str, type[Event]] = {
 class Setup(FrozenModel):
     """Everything that determines a scheduler's actions, apart from its events."""
 
-    event_log: Literal[1] = 1  # version of the format
+    event_log: Literal[2] = 2  # version of the format
     pcae_serve: str = __version__  # another version may act differently
     policy: str
     tier_table: TierTable

@@ -80,18 +80,22 @@ class Dispatch:
     ids: tuple[int, ...]
 
 
+RejectReason = Literal["budget", "expired", "load", "full"]
+
+
 @dataclass(frozen=True)
 class Reject:
     """Refuse a request at admission: it cannot be served in time.
 
-    budget  smaller than the fastest allowed tier needs on an idle machine
-    load    the request would be late, or would make an accepted one late
-    full    the queue has reached its limit
+    budget   smaller than decoding and the fastest allowed tier need on an idle machine
+    expired  the upload has left less time than that
+    load     the request would be late, or would make an accepted one late
+    full     the queue has reached its limit
     """
 
     id: int
-    why: Literal["budget", "load", "full"]
-    needed_s: float  # of the fastest allowed tier on an idle machine
+    why: RejectReason
+    needed_s: float  # of decoding and the fastest allowed tier on an idle machine
     retry_after_s: float  # until all work queued now should be done
 
 

@@ -18,6 +18,8 @@ class Request:
     arrival_s: float  # when its headers were parsed
     deadline_s: float  # arrival plus budget
     tiers: tuple[int, ...]  # allowed tiers, the cheapest first, never empty
+    decode_s: float = 0.0  # predicted seconds of decoding it on an idle server
+    ready_s: float = 0.0  # predicted time at which it will be decoded; it cannot run before
 
     @property
     def budget_s(self) -> float:

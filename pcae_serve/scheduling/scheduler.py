@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Literal, assert_never
+from typing import assert_never
 
 from pcae_serve.scheduling.admission import DeviceCapacity, OverloadFactor, check_admission
 from pcae_serve.scheduling.arrivals import Arrivals
@@ -24,6 +24,7 @@ from pcae_serve.scheduling.events import (
     Done,
     Event,
     Reject,
+    RejectReason,
     Remove,
     SetTimer,
     StartTask,
@@ -149,15 +150,16 @@ class Scheduler:
         capacity = self._capacity(now_s, forecast)
         needed_s = self._latency.idle(request.tiers[0])
         waiting = self._queue, self._decoding
-        why: Literal["budget", "load", "full"] | None
-        why = check_admission(request, needed_s, capacity, waiting)
+        why: RejectReason | None = check_admission(request, needed_s, capacity, waiting)
         if why is None and not self._stays_feasible(request, now_s, forecast):
             why = "load"
-        if why != "budget" and self.waiting >= self._queue_limit:
+        if why not in ("budget", "expired") and self.waiting >= self._queue_limit:
             why = "full"
         if why is None:
             return None
-        return Reject(request.id, why, needed_s, capacity.drain_s(waiting))
+        decoders_s = request.ready_s - request.decode_s - now_s  # until they have caught up
+        retry_after_s = max(capacity.drain_s(waiting), decoders_s)
+        return Reject(request.id, why, needed_s + request.decode_s, retry_after_s)
 
     def _stays_feasible(self, request: Request, now_s: float, forecast: Forecast) -> bool:
         """Return whether the backlog with a new request misses no more deadlines than without it.

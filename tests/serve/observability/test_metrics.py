@@ -24,6 +24,7 @@ from pcae_serve.observability.outcomes import MISSED, Outcome
 from pcae_serve.runtime import refusals
 from pcae_serve.runtime.service import Service
 from pcae_serve.scheduling.events import Reject, Remove
+from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.settings import Settings
 from pcae_serve.version import __version__
 from tests.support.inference import infer
@@ -229,11 +230,14 @@ def test_every_series_is_documented() -> None:
 #: Every refusal, as it may be made.
 REFUSALS = {
     "rejected": [
-        refusals.rejected(Reject(1, why, 0.1, 1.0), "fast", 5, 256)
+        refusals.rejected(Reject(1, why, 0.1, 1.0), Request(1, 0.0, 0.005, (0,)), "fast", 256)
         for why in get_args(get_type_hints(Reject)["why"])
     ],
     "queue_full": [refusals.queue_full(256, 1)],
     "upload_timeout": [refusals.upload_timeout(30)],
+    "upload_too_slow": [refusals.upload_too_slow(1e4)],
+    "upload_dropped": [refusals.upload_dropped()],
+    "uploads_full": [refusals.uploads_full(1024)],
     "expired_before_decoded": [refusals.expired_before_decoded(5)],
     "expired_in_queue": [refusals.expired_in_queue(5)],
     "dropped": [refusals.dropped("pace")],

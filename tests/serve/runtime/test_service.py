@@ -14,8 +14,9 @@ from pcae_serve.engines import nvidia
 from pcae_serve.engines.base import Engine, Output, Pixels
 from pcae_serve.engines.loader import check_engine
 from pcae_serve.engines.simulated import SimulatedEngine
-from pcae_serve.errors import Draining, Overloaded, Starting
+from pcae_serve.errors import BudgetTooSmall, Draining, Overloaded, RequestError, Starting
 from pcae_serve.runtime import service as services
+from pcae_serve.runtime.decoders import Decoders
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.runtime.servable import Servable
 from pcae_serve.runtime.service import Service, State
@@ -193,6 +194,34 @@ def test_an_upload_takes_no_place_in_the_queue(
     counts = asyncio.run(scenario())
     assert 'requests_total{outcome="rejected_full"} 6.0' in counts
     assert 'requests_total{outcome="in_time"} 2.0' in counts
+
+
+def test_what_decoding_leaves_no_time_for_is_refused_before_it_is_decoded(
+    small_bundle: Bundle, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: Any) -> None:
+        raise AssertionError("it must not be decoded")
+
+    monkeypatch.setattr(Preprocess, "__call__", decode)
+
+    async def refused(idle_s: float, wait_s: float) -> RequestError:
+        monkeypatch.setattr(Decoders, "busy", wait_s > idle_s)
+        monkeypatch.setattr(Decoders, "idle_s", lambda *_: idle_s)
+        monkeypatch.setattr(Decoders, "wait_s", lambda *_: wait_s)
+        service = Service(settings(), small_bundle, [Gate()])
+        await service.start()
+        with pytest.raises(RequestError) as error:
+            await classify(service, 1, 20_000)
+        assert service.waiting == 0
+        await service.stop()
+        return error.value
+
+    busy = asyncio.run(refused(1.0, 30.0))
+    assert isinstance(busy, Overloaded)
+    assert busy.members["retry_after_s"] == pytest.approx(29.0, abs=1.0)
+    never = asyncio.run(refused(30.0, 30.0))
+    assert isinstance(never, BudgetTooSmall)
+    assert "decoding included" in never.detail
 
 
 async def classify(service: Service, level: int, budget_ms: float) -> Any:

@@ -1,15 +1,14 @@
 """Admission alone. 0.1, 0.2 and 0.4 s for one image on the three tiers, a tenth more for others."""
 
-from typing import Literal
-
 import pytest
 
 from pcae_serve.scheduling.admission import DeviceCapacity, check_admission
+from pcae_serve.scheduling.events import RejectReason
 from pcae_serve.scheduling.latency import Latency
 from pcae_serve.scheduling.request_queue import Queue, Request
 from tests.support.scheduler_views import ALL, LATENCY, LINES, MOST, linear
 
-Why = Literal["budget", "load"] | None
+Why = RejectReason | None
 
 
 def queue(*requests: tuple[float, tuple[int, ...]]) -> Queue:
@@ -28,9 +27,12 @@ def why_refused(
     decoding: Queue | None = None,
     free_in_s: float = 0.0,
     latency: Latency = LATENCY,
+    now_s: float = 0.0,
+    decode_s: float = 0.0,
+    ready_s: float = 0.0,
 ) -> Why:
-    machine = DeviceCapacity(0.0, latency.forecast(0.0), MOST, 1, free_in_s)
-    request = Request(99, 0.0, budget_s, tiers)
+    machine = DeviceCapacity(now_s, latency.forecast(0.0), MOST, 1, free_in_s)
+    request = Request(99, 0.0, budget_s, tiers, decode_s=decode_s, ready_s=ready_s)
     return check_admission(
         request, latency.idle(tiers[0]), machine, (waiting or Queue(), decoding or Queue())
     )
@@ -44,11 +46,23 @@ def test_a_budget_below_the_fastest_allowed_tier_is_not_the_loads_fault(
     assert why_refused(needed_s + 0.001, tiers) is None
 
 
-def test_an_idle_machine_takes_what_a_slow_moment_makes_late() -> None:
+def test_on_an_idle_machine_what_a_slow_moment_makes_late_is_not_the_loads_fault() -> None:
     slow = linear(*LINES)
     for _ in range(30):
         slow.observe(0, 1, 0.5, 0.0)
-    assert why_refused(0.2, latency=slow) is None
+    assert why_refused(0.2, latency=slow) == "expired"
+
+
+def test_decoding_counts_even_on_an_idle_machine() -> None:
+    assert why_refused(0.51, decode_s=0.4, ready_s=0.4) is None
+    assert why_refused(0.49, decode_s=0.4, ready_s=0.4) == "budget"
+    assert why_refused(0.6, now_s=0.2, decode_s=0.4, ready_s=0.6) == "expired"  # a slow upload
+
+
+@pytest.mark.parametrize("free_in_s", [0.0, 0.1])
+def test_a_request_cannot_run_before_the_decoders_get_to_it(free_in_s: float) -> None:
+    assert why_refused(1.09, decode_s=0.1, ready_s=1.0, free_in_s=free_in_s) == "load"
+    assert why_refused(1.11, decode_s=0.1, ready_s=1.0, free_in_s=free_in_s) is None
 
 
 @pytest.mark.parametrize(("budget_s", "why"), [(0.49, "load"), (0.51, None)])
