@@ -13,6 +13,7 @@ from pydantic_core import to_json
 from pcae_serve.api import problems, proxy_delay, server_timing
 from pcae_serve.api.auth import require_key
 from pcae_serve.api.body import announced_bytes, limited, unless_disconnected
+from pcae_serve.api.form import require_plain_body
 from pcae_serve.api.image_requests import body_limit
 from pcae_serve.api.state import service_of
 from pcae_serve.errors import (
@@ -20,7 +21,6 @@ from pcae_serve.errors import (
     OutOfService,
     RequestError,
     UnknownModel,
-    UnsupportedType,
     shown,
 )
 from pcae_serve.open_inference.schema import (
@@ -214,10 +214,7 @@ async def model_ready(request: Request) -> ModelReady:
 async def infer(request: Request) -> Response:
     """Answer one or several images, each on its own tier. One refusal refuses the whole request."""
     arrival_s = proxy_delay.arrival_s(request.scope.get("state", {}))
-    if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
-        raise UnsupportedType(
-            f"content encoding {shown(encoding)} is not supported; send the body uncompressed"
-        )
+    require_plain_body(request)
     service = service_of(request)
     read = partial(_body, request, body_limit(service.settings))
     with service.offer_group() as group:

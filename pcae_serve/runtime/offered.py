@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -68,6 +69,16 @@ class OfferedRequest:
     @property
     def deadline_s(self) -> float:
         return self.scheduled.deadline_s
+
+    def revise(self, request: InferenceRequest) -> None:
+        """Replace what is requested, before the request arrives at the scheduler.
+
+        Raises InvalidParameter if there is no such tier.
+        """
+        assert not self.arrived
+        tiers = self._bundle.allowed_tiers(request.tier, request.min_tier)
+        self.request = request
+        self.scheduled = replace(self.scheduled, deadline_s=request.deadline_s, tiers=tiers)
 
     async def receive(self, read: Callable[[Upload], Awaitable[bytes]], length: int) -> bytes:
         """Await the body until the upload limit or the deadline, whichever is earlier.

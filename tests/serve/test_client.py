@@ -616,7 +616,15 @@ def test_it_loads_neither_engines_nor_the_server() -> None:
     heavy = {"numpy", "onnxruntime", "fastapi", "uvicorn", "pydantic_settings"}
     assert not heavy & set(loaded)
     ours = {name.split(".")[1] for name in loaded if name.startswith("pcae_serve.")}
-    assert ours == {"bundle", "client", "errors", "frozen_model", "schemas", "version"}
+    assert ours == {
+        "bundle",
+        "client",
+        "errors",
+        "frozen_model",
+        "schemas",
+        "usage_reports",
+        "version",
+    }
     assert not {"pcae_serve.bundle.reader", "pcae_serve.bundle.preprocess"} & set(loaded)
 
 
