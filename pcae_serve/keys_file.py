@@ -12,6 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from pcae_serve.bounded_file import read_bounded
+
+#: Size of a keys file, at most: more than 10,000 keys.
+MAX_BYTES = 1_000_000
+
 OPTIONS = ("name", "weight", "rate")
 
 
@@ -30,7 +35,9 @@ def read_keys(path: Path) -> list[KeyLine]:
     contains a key.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(
+        read_bounded(path, MAX_BYTES).decode("utf-8-sig").splitlines(), 1
+    ):
         words = line.split()
         if words and not words[0].startswith("#"):
             found.append(KeyLine(number, words[0], _options(number, words[1:])))

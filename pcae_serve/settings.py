@@ -4,20 +4,22 @@ Flags override the environment, the environment the config file, the file these 
 """
 
 import os
+import tomllib
 from collections.abc import Mapping
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from platformdirs import user_cache_path
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
+from pcae_serve.bounded_file import read_regular
 from pcae_serve.bundle.preprocess import MAX_PIXELS
 from pcae_serve.command import config
 from pcae_serve.flags import Metavar, did_you_mean
@@ -29,6 +31,8 @@ MAX_BATCH = 32  # images per batch
 
 #: The variable that names the config file.
 CONFIG_FILE = "PCAE_CONFIG"
+#: Size of that file, at most.
+MAX_CONFIG_BYTES = 1_000_000
 #: PCAE_* variables that are not settings of the server: the client's key, and other programs'.
 OTHER_VARIABLES = (CONFIG_FILE, "PCAE_API_KEY")
 OTHER_PREFIXES = ("PCAE_SERVE_", "PCAE_TRAIN_", "PCAE_EXPORT_")
@@ -240,7 +244,7 @@ class Settings(BaseSettings):
     def config_key(cls, name: str) -> str | None:
         """Return where the config file sets a field, as "FILE: KEY", or None if it does not."""
         path = os.environ.get(CONFIG_FILE)
-        if path is None or name not in TomlConfigSettingsSource(cls, path).toml_data:
+        if path is None or name not in _read_config(path):
             return None
         return f"{path}: {name}"
 
@@ -258,16 +262,20 @@ class Settings(BaseSettings):
         if path is None:
             return init_settings, env_settings
         try:
-            file_settings = TomlConfigSettingsSource(settings_cls, path)
-            Path(path).stat()  # a missing file is skipped in silence otherwise
-        except (OSError, ValueError) as error:
+            content = _read_config(path)
+        except (OSError, ValueError, RecursionError) as error:
             why = getattr(error, "strerror", None) or error
             raise SettingsError(f"{CONFIG_FILE}: {path} cannot be read: {why}") from None
         known = settings_cls.model_fields
-        for key in file_settings.toml_data:
+        for key in content:
             if key not in known:
                 raise SettingsError(f"{path}: unknown key {key!r}{did_you_mean(key, known)}")
-        return init_settings, env_settings, file_settings
+        return init_settings, env_settings, InitSettingsSource(settings_cls, content)
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """Return the content of a config file. Raise OSError, ValueError or RecursionError."""
+    return tomllib.loads(read_regular(Path(path).expanduser(), MAX_CONFIG_BYTES).decode())
 
 
 def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:

@@ -11,7 +11,6 @@ more tokens cost no time, so a tier belongs at the upper edge of its step. On ot
 curve is almost a line; no step is reported then, and the tiers are spaced evenly.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from pcae_export.pack import DEFAULT_TIERS
+from pcae_serve.bounded_json import read_json
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.bundle.tokens import KeepRatio, parse_keep_ratio
@@ -78,7 +78,7 @@ def sweep_tiers(bundle: Bundle, lowest: KeepRatio) -> tuple[Tier, ...]:
     full = bundle.tiers[-1]
     path = bundle.file(full.model, "config.json")
     try:
-        geometry = from_config(json.loads(path.read_text()))[0].geometry
+        geometry = from_config(read_json(path))[0].geometry
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} does not contain the model's sizes: {error!r}") from None
     tiers: dict[tuple[int, ...], Tier] = {}

@@ -4,12 +4,14 @@ Overrides replace what the file contains. A value that neither contains is an er
 except class names: classes are then numbered.
 """
 
-import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pcae_serve.bounded_file import read_bounded
+from pcae_serve.bounded_json import CONFIG_BYTES, parse_json
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import Rule
 from pcae_serve.errors import PcaeError
@@ -136,14 +138,14 @@ def _labels(
 def read_labels(file: Path) -> list[str]:
     """Read class names from a text file, one per line, or a JSON list. Raises SourceError."""
     try:
-        text = file.read_text(encoding="utf-8")
-        labels = json.loads(text) if file.suffix == ".json" else text.splitlines()
+        raw = read_bounded(file, CONFIG_BYTES)
+        labels = parse_json(raw) if file.suffix == ".json" else raw.decode().splitlines()
     except (OSError, ValueError) as error:
         raise SourceError(f"cannot read {file}: {error}") from None
     if not isinstance(labels, list) or not all(isinstance(x, str) and x.strip() for x in labels):
         raise SourceError(f"{file} must contain one class name per line, or a JSON list of names")
     labels = [label.strip() for label in labels]
     if len(set(labels)) < len(labels):
-        twice = next(label for label in labels if labels.count(label) > 1)
+        twice, _ = Counter(labels).most_common(1)[0]
         raise SourceError(f"{file} contains {twice!r} twice")
     return labels

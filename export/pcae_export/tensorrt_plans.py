@@ -28,6 +28,7 @@ from pcae_export.measure import cosine
 from pcae_export.progress import Progress
 from pcae_export.verify import AGREEMENT, COSINE
 from pcae_serve import atomic
+from pcae_serve.bounded_file import read_regular
 from pcae_serve.bundle.manifest import ELASTIC_GRAPH, Tier
 from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines import plan_cache
@@ -360,10 +361,13 @@ def _rows(answers: Output, rows: NDArray[np.intp]) -> Output:
     return Output(answers.vectors[rows], tuple(stage[rows] for stage in answers.kept))
 
 
+MAX_TIMINGS_BYTES = 1_000_000_000
+
+
 def _read_timings(config: Any, timings: Path) -> None:
     """Load earlier kernel timings; TensorRT refuses those of another version or GPU."""
     try:
-        data = timings.read_bytes()
+        data = read_regular(timings, MAX_TIMINGS_BYTES)
     except FileNotFoundError:
         data = b""
     if not config.set_timing_cache(config.create_timing_cache(data), False):

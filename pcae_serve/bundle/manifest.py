@@ -24,6 +24,16 @@ INT8_GRAPH = "elastic.int8.onnx"
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,39}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+#: A text for people, and the path of a file.
+Text = Annotated[str, Field(max_length=1000)]
+#: Sizes of a model and numbers of its parts. The bounds are far above any ViT, and low enough that
+#: no size makes the server allocate memory or loop before the weights have been read.
+Side = Annotated[int, Field(ge=1, le=8192)]
+Count = Annotated[int, Field(ge=1, le=100_000)]
+#: Multiply-adds, parameters.
+Amount = Annotated[int, Field(ge=1, le=10**18)]
+#: Patches kept after each reduction point, and the points themselves.
+Stages = Annotated[tuple[Annotated[int, Field(ge=0, le=100_000_000)], ...], Field(max_length=1000)]
 #: Names that a tier must not have, and why.
 RESERVED_NAMES = {
     "auto": "a request uses it to leave the choice to the server",
@@ -34,13 +44,13 @@ RESERVED_NAMES = {
 class Model(FrozenModel):
     """The properties of one network that the server needs."""
 
-    image_size: Annotated[int, Field(ge=1)]
-    patches: Annotated[int, Field(ge=1)]
-    patch_size: Annotated[int, Field(ge=1)]
-    width: Annotated[int, Field(ge=1)]
-    depth: Annotated[int, Field(ge=1)]
-    parameters: Annotated[int, Field(ge=1)]
-    reduction_points: tuple[int, ...]
+    image_size: Side
+    patches: Annotated[int, Field(ge=1, le=100_000_000)]
+    patch_size: Side
+    width: Count
+    depth: Count
+    parameters: Amount
+    reduction_points: Stages
     reduction: Rule = "ptr"
     pooling: Literal["mean", "cls"]
     answers: Literal["logits", "features"] = "logits"  # features [N, width] without a head
@@ -53,8 +63,8 @@ class Tier(FrozenModel):
     name: Name
     model: Name
     keep_ratio: Annotated[float, Field(gt=0, le=1)]
-    token_counts: tuple[int, ...]  # patches kept after each reduction point
-    macs: Annotated[int, Field(ge=1)]  # multiply-adds per image
+    token_counts: Stages  # patches kept after each reduction point
+    macs: Amount  # multiply-adds per image
     precision: Literal["float32", "int8"] = "float32"  # of products with weights, on a CPU
     accuracy: Accuracy | None = None
     agreement: Agreement | None = None
@@ -95,13 +105,14 @@ class Manifest(FrozenModel):
     """The content of bundle.json."""
 
     schema_version: Literal[1] = 1
-    name: str
+    name: Text
     created: datetime
-    producer: dict[str, str]  # versions of the packages that wrote it
-    labels: tuple[str, ...]  # empty if the models compute features
-    models: Annotated[dict[Name, Model], Field(min_length=1)]
-    tiers: Annotated[tuple[Tier, ...], Field(min_length=1)]  # by MACs, ascending
-    files: dict[str, str]  # path in the bundle -> SHA-256, for every other file
+    producer: Annotated[dict[Text, Text], Field(max_length=100)]  # versions of what wrote it
+    labels: Annotated[tuple[Text, ...], Field(max_length=100_000)]  # empty for features
+    models: Annotated[dict[Name, Model], Field(min_length=1, max_length=100)]
+    tiers: Annotated[tuple[Tier, ...], Field(min_length=1, max_length=100)]  # by MACs, ascending
+    # path in the bundle -> SHA-256, for every other file
+    files: Annotated[dict[Text, Text], Field(max_length=10_000)]
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:

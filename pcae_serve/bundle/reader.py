@@ -4,7 +4,7 @@ The bundle is the contract between export and server; the server never writes to
 """
 
 import hashlib
-import json
+import posixpath
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -13,9 +13,15 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from pcae_serve.bounded_file import open_regular, read_regular
+from pcae_serve.bounded_json import parse_json, read_json
+from pcae_serve.bundle.graph_files import external_files
 from pcae_serve.bundle.manifest import MANIFEST, SCHEMA_VERSION, Manifest, Tier
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.errors import BundleError, InvalidParameter, shown
+from pcae_serve.errors import BundleError, InvalidParameter, one_line, shown
+
+#: The demo's has 5 kB; a hundred tiers with the labels of ImageNet-21k have less than 2 MB.
+MAX_MANIFEST_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,8 @@ class Bundle:
     def _preprocess(self, model: str) -> Preprocess:
         path = self.file(model, "preprocessor_config.json")
         try:
-            return Preprocess.from_config(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return Preprocess.from_config(read_json(path))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise BundleError(f"{path} is not a valid preprocessor config: {error}") from None
 
 
@@ -104,14 +110,14 @@ def load_bundle(root: Path) -> Bundle:
     """Read a bundle and check its schema and hashes. Raises BundleError with a one-line reason."""
     path = root / MANIFEST
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path, MAX_MANIFEST_BYTES)
     except OSError as error:
         raise BundleError(
             f"no bundle at {root}: cannot read {MANIFEST} ({error.strerror});"
             " create one with 'pcae-export bundle'"
         ) from None
     try:
-        document = json.loads(raw)
+        document = parse_json(raw)
         version = document.get("schema_version") if isinstance(document, dict) else None
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise BundleError(
@@ -128,6 +134,8 @@ def load_bundle(root: Path) -> Bundle:
         raise BundleError(f"{path} is not valid JSON: {error}") from None
     for name, expected in manifest.files.items():
         _check_hash(root, name, expected)
+        if name.endswith(".onnx"):
+            _check_references(root, name, manifest)
     bundle = Bundle(root, manifest, hashlib.sha256(raw).hexdigest())
     if bundle.preprocess.image_size != bundle.image_size:
         raise BundleError(f"{root}: the preprocessor's crop size is not the model's image size")
@@ -136,7 +144,7 @@ def load_bundle(root: Path) -> Bundle:
 
 def file_sha256(file: Path) -> str:
     """Return the hex digest of a file, as in the manifest."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -145,16 +153,34 @@ def demo_path() -> Path:
     return Path(str(files("pcae_serve"))) / "demo"
 
 
+def _check_references(root: Path, graph: str, manifest: Manifest) -> None:
+    """Raise BundleError if a graph refers to a file whose hash is not in the manifest."""
+    path = root / graph
+    try:
+        locations = external_files(path)
+    except OSError as error:
+        raise BundleError(f"cannot read {path} ({error.strerror})") from None
+    except ValueError as error:
+        raise BundleError(f"{path} cannot be used: {one_line(error)}") from None
+    for location in sorted(locations):
+        if posixpath.normpath(posixpath.join(posixpath.dirname(graph), location)) not in (
+            manifest.files
+        ):
+            raise BundleError(
+                f"{path} takes its data from {shown(location)}, which {MANIFEST} does not list;"
+                " export the bundle again"
+            )
+
+
 def _check_hash(root: Path, name: str, expected: str) -> None:
     path = root / name
     try:
         if not path.resolve().is_relative_to(root.resolve()):
             raise BundleError(f"{path} links to a file outside the bundle: it must be inside")
         found = file_sha256(path)
-    except OSError as error:
-        raise BundleError(
-            f"cannot read {path} ({error.strerror}); export the bundle again"
-        ) from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise BundleError(f"cannot read {path} ({reason}); export the bundle again") from None
     if found != expected:
         raise BundleError(
             f"{path} was changed after export (its SHA-256 differs from the manifest's); copy or"

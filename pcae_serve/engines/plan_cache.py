@@ -12,15 +12,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from pcae_serve import atomic
+from pcae_serve.bounded_file import read_regular
+from pcae_serve.bounded_json import read_json
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.errors import BundleError, StartError
 from pcae_serve.frozen_model import FrozenModel
 
 log = logging.getLogger(__name__)
+
+#: A sidecar has 2 kB; a plan has little more than the weights in half precision.
+MAX_SIDECAR_BYTES = 1_000_000
+MAX_PLAN_BYTES = 16_000_000_000
 
 BUILD_COMMAND = "pcae-export tensorrt"
 
@@ -160,7 +166,7 @@ def read_plan(cache_dir: Path, plan: Plan) -> bytes:
     """Return a plan's bytes. Raises StartError if the file is missing or damaged."""
     path = plans_folder(cache_dir) / f"{plan.key.name}.plan"
     try:
-        data = path.read_bytes()
+        data = read_regular(path, MAX_PLAN_BYTES)
     except OSError as error:
         raise StartError(
             f"cannot read {path} ({error.strerror}); run '{BUILD_COMMAND}' again"
@@ -188,9 +194,9 @@ def write_plan(cache_dir: Path, plan: Plan, data: bytes) -> None:
 
 def _sidecar(path: Path) -> Plan | None:
     try:
-        return Plan.model_validate_json(path.read_bytes())
+        return Plan.model_validate(read_json(path, MAX_SIDECAR_BYTES))
     except FileNotFoundError:
         return None
-    except (OSError, ValidationError):
+    except (OSError, ValueError):  # ValidationError is a ValueError
         log.warning("cannot read %s; ignoring its plan", path)
         return None

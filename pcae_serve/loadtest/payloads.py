@@ -13,10 +13,13 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from pcae_serve.bounded_file import read_regular
 from pcae_serve.errors import StartError, one_line
 
 #: Suffixes of the images in a folder.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+#: Size of an image, at most.
+MAX_IMAGE_BYTES = 200_000_000
 #: Values of --labels other than a file name.
 FOLDERS, COLUMN = "folders", "column"
 
@@ -63,7 +66,7 @@ def _read_files(path: Path, labels: str | None) -> tuple[list[bytes], list[str] 
             names = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
         else:
             names = [path]
-        bodies = [name.read_bytes() for name in names]
+        bodies = [read_regular(name, MAX_IMAGE_BYTES) for name in names]
         if labels is None:
             return bodies, None
         if labels == FOLDERS:

@@ -5,18 +5,20 @@ a file     in the same format, or a latency profile (`pcae-export profile --json
 machine    the latency profile of a bundle that the server has cached on this machine
 """
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
+from pcae_serve.bounded_file import read_bounded
+from pcae_serve.bounded_json import parse_json
 from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.engines.loader import load_configured_engine
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.frozen_model import FrozenModel
 from pcae_serve.runtime import latency_profile
+from pcae_serve.runtime.measured_profile import MAX_BATCH_S, MAX_FILE_BYTES, MAX_POINT_BATCH
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.tiers import TierTable
 from pcae_serve.settings import Settings
@@ -30,9 +32,9 @@ MACHINE = "machine"
 class BatchSeconds(FrozenModel):
     """Latency of a batch size."""
 
-    batch: int = Field(ge=1)
-    p50_s: float = Field(gt=0, allow_inf_nan=False)
-    p99_s: float = Field(gt=0, allow_inf_nan=False)
+    batch: int = Field(ge=1, le=MAX_POINT_BATCH)
+    p50_s: float = Field(gt=0, le=MAX_BATCH_S)
+    p99_s: float = Field(gt=0, le=MAX_BATCH_S)
 
 
 class TimedTier(FrozenModel):
@@ -96,7 +98,7 @@ def read(name: str, bundle: Path | None = None) -> Platform:
     if name == MACHINE:
         return _read_machine(load_bundle(bundle or demo_path()))
     try:
-        content = json.loads(Path(name).read_bytes())
+        content = parse_json(read_bounded(Path(name), MAX_FILE_BYTES))
     except (OSError, ValueError) as error:
         known = ", ".join((*NAMES, MACHINE))
         raise StartError(
@@ -106,10 +108,13 @@ def read(name: str, bundle: Path | None = None) -> Platform:
         if isinstance(content, dict) and "tiers" in content:
             return Platform.model_validate(content)
         profile = latency_profile.Profile.model_validate(_unwrap(content))
+        profile.check()
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise StartError(f"{name} is not a profile: {place}: {first['msg']}") from None
+    except ValueError as error:
+        raise StartError(f"{name} cannot be used: {error}") from None
     return of_profile(profile, load_bundle(bundle or demo_path()), name)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
+from pcae_serve.bounded_file import read_bounded
 from pcae_serve.errors import StartError, one_line
 
 Seconds: TypeAlias = NDArray[np.float64]
@@ -42,6 +43,9 @@ FLASH, FLASH_SHARE = 4.0, 0.1
 FLASH_PEAK = FLASH / (1 + (FLASH - 1) * FLASH_SHARE)
 
 HEADER = "arrival_s,budget_ms"
+#: Size of a trace file, and its times: statistics keep a number for each second.
+MAX_TRACE_BYTES = 200_000_000
+MAX_TIME_S = 1e7
 
 
 class WorkloadFlags(BaseModel):
@@ -245,9 +249,10 @@ def statistics(times_s: Seconds, window_s: float = 1.0) -> Statistics:
 def _read(path: Path) -> tuple[Seconds, Seconds | None]:
     """Return times from the first request on, and budgets if the file has that column."""
     try:
-        header, *lines = path.read_text(encoding="utf-8-sig").splitlines() or [""]
+        text = read_bounded(path, MAX_TRACE_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeError) as error:
         raise StartError(f"cannot read the trace {path}: {one_line(error)}") from None
+    header, *lines = text.splitlines() or [""]
     columns = re.sub(r"[\s\"]", "", header).split(",")
     if columns not in (["arrival_s"], HEADER.split(",")):
         raise StartError(f"{path}, line 1: the header must be {HEADER} or arrival_s")
@@ -263,6 +268,8 @@ def _read(path: Path) -> tuple[Seconds, Seconds | None]:
             raise StartError(f"{path}, line {number}: {line[:40]!r} must be {expected}")
         if row[0] < latest:
             raise StartError(f"{path}, line {number}: earlier than the line above; sort by time")
+        if abs(row[0]) > MAX_TIME_S:
+            raise StartError(f"{path}, line {number}: times are limited to {MAX_TIME_S:g} s")
         if len(row) > 1 and row[1] < 0.001:
             raise StartError(f"{path}, line {number}: a budget must be at least 0.001 ms")
         latest = row[0]

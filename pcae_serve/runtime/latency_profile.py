@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from pcae_serve import atomic
 from pcae_serve.bundle.manifest import Tier
@@ -26,9 +25,10 @@ from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import cpus, nvidia
 from pcae_serve.engines.base import Engine
 from pcae_serve.errors import StartError
-from pcae_serve.frozen_model import FrozenModel
-from pcae_serve.scheduling.latency import Latency, Seconds
-from pcae_serve.settings import MAX_BATCH
+from pcae_serve.runtime.measured_profile import Origin as Origin
+from pcae_serve.runtime.measured_profile import Point as Point
+from pcae_serve.runtime.measured_profile import Profile as Profile
+from pcae_serve.runtime.measured_profile import read_profile
 from pcae_serve.version import __version__
 
 log = logging.getLogger(__name__)
@@ -38,65 +38,11 @@ BATCHES = (1, 4, 8)
 #: Maximum rounds of the short measurement.
 MAX_ROUNDS = 15
 
-#: Bounds for the ratio of p95 to median; few rounds on a busy machine can give any value.
-SPREADS = (1.05, 2.0)
-#: log(p99 / p50) over log(p95 / p50) of a log-normal: 2.326 / 1.645 standard deviations.
-P99_FROM_P95 = 1.414
-
 #: A cached profile is measured again if a check differs from it by more than this factor.
 MAX_OFF = 1.5
 
 #: Seconds of one batch, [rounds, tiers], by batch size.
 Rounds = Mapping[int, NDArray[np.float64]]
-
-
-class Point(FrozenModel):
-    """Seconds of one (tier, batch). A quantile is None if there are too few runs for it."""
-
-    batch: int
-    runs: int
-    p50_s: float
-    p95_s: float | None  # of at least 20 runs
-    p99_s: float | None  # of at least 100 runs
-
-
-class Origin(FrozenModel):
-    """Where and when a profile was measured, for display; its key defines what it is valid for."""
-
-    date: datetime
-    processor: str
-    gpu: str | None  # if the engine runs on one
-    cores: int
-    memory_gb: float
-    threads: int  # of one batch; 0 = the backend's own choice
-    versions: dict[str, str]
-
-
-class Profile(FrozenModel):
-    """Measured latencies, and the machine that they were measured on."""
-
-    key: dict[str, str]
-    origin: Origin
-    spread: float  # p95 of run time over the median of its (tier, batch), over all runs
-    points: dict[str, list[Point]]  # by tier name
-
-    def latency(self, max_batch: int = MAX_BATCH) -> Latency:
-        """Return a latency model that starts from these points."""
-        return Latency(self.seconds(), max_batch)
-
-    def seconds(self) -> list[dict[int, Seconds]]:
-        """Return median and p99 by batch size, for each tier in the bundle's order."""
-        return [
-            {point.batch: Seconds(point.p50_s, self._p99_s(point)) for point in points}
-            for points in self.points.values()
-        ]
-
-    def _p99_s(self, point: Point) -> float:
-        """Return the measured p99, or one extrapolated from the p95 of a log-normal."""
-        if point.p99_s is not None:
-            return point.p99_s
-        over_median = self.spread if point.p95_s is None else point.p95_s / point.p50_s
-        return float(point.p50_s * np.clip(over_median, *SPREADS) ** P99_FROM_P95)
 
 
 def take_turns(
@@ -181,7 +127,11 @@ def load(
     A cached profile is checked first and replaced if it is off: its key cannot show that a
     processor is shared, throttled, or a different one of the same name. clock: seconds of compute.
     """
-    cached = read(bundle, engine, cache_dir)
+    try:
+        cached = _read(bundle, engine, cache_dir)
+    except ValueError as error:
+        log.warning("the cached latency profile is not usable, so it is measured again: %s", error)
+        cached = None
     if cached is not None:
         off = slowdown(cached, bundle, engine, clock)
         if 1 / MAX_OFF <= off <= MAX_OFF:
@@ -230,14 +180,26 @@ def slowdown(profile: Profile, bundle: Bundle, engine: Engine, clock: Callable[[
 
 
 def read(bundle: Bundle, engine: Engine, cache_dir: Path) -> Profile | None:
-    """Return the cached profile, or None if it is missing, damaged or has another key."""
-    wanted = key(bundle, engine)
+    """Return the cached profile, or None if it is missing or not usable."""
     try:
-        profile = Profile.model_validate_json(path(wanted, cache_dir).read_bytes())
-    except (OSError, ValidationError):
+        return _read(bundle, engine, cache_dir)
+    except ValueError:
         return None
-    fits = profile.key == wanted and set(profile.points) == {t.name for t in bundle.tiers}
-    return profile if fits and all(profile.points.values()) else None
+
+
+def _read(bundle: Bundle, engine: Engine, cache_dir: Path) -> Profile | None:
+    """Return the cached profile, or None if there is none. Raise ValueError if it is not usable."""
+    wanted = key(bundle, engine)
+    place = path(wanted, cache_dir)
+    try:
+        profile = read_profile(place)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ValueError(f"{place}: {error.strerror}") from None
+    if profile.key != wanted or set(profile.points) != {tier.name for tier in bundle.tiers}:
+        raise ValueError(f"{place}: it describes another bundle, engine or machine")
+    return profile
 
 
 def write(profile: Profile, cache_dir: Path) -> Path:

@@ -11,10 +11,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
+from pcae_serve.bounded_json import parse_json
 from pcae_serve.errors import PcaeError, StartError, one_line
 from pcae_serve.frozen_model import FrozenModel
 from pcae_serve.scheduling.events import (
@@ -41,6 +42,9 @@ log = logging.getLogger(__name__)
 #: Size of the write buffer in bytes, so that not every event causes a write.
 BUFFER = 1 << 16
 
+#: Bytes of a line, at most. An event with a batch of the largest size has a few kilobytes.
+MAX_LINE_BYTES = 4_000_000
+
 _EVENTS: dict[str, type[Event]] = {
     kind.__name__: kind
     for kind in (Arrived, Decoded, ClientLeft, TierDisabled, TaskSubmitted, DeviceLost, Timer, Done)
@@ -55,9 +59,9 @@ class Setup(FrozenModel):
     policy: str
     tier_table: TierTable
     seconds: list[dict[int, Seconds]]  # by tier and batch size, as measured
-    max_batch: int
-    queue_limit: int
-    devices: int
+    max_batch: Annotated[int, Field(ge=1, le=100_000)]
+    queue_limit: Annotated[int, Field(ge=1, le=10_000_000)]
+    devices: Annotated[int, Field(ge=1, le=10_000)]
 
     def latency(self) -> Latency:
         return Latency(self.seconds, self.max_batch)
@@ -163,7 +167,8 @@ def replay(path: Path) -> Replayed:
         events += 1
         try:
             actions = scheduler.handle(event)
-        except (IndexError, ValueError) as error:  # such as the end of a batch that never started
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # such as the end of a batch that never started, or a time that is not a number
             raise PcaeError(
                 f"{path}, line {number} contradicts an earlier line: {one_line(error)}"
             ) from error
@@ -178,9 +183,11 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield number and value of every complete line. Raises PcaeError."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+                if len(line) == MAX_LINE_BYTES:
+                    raise ValueError(f"line {number} has more than {MAX_LINE_BYTES} bytes")
                 if line.endswith(b"\n"):
-                    yield number, json.loads(line)
+                    yield number, parse_json(line)
     except OSError as error:
         raise PcaeError(f"cannot read the event log {path}: {error.strerror}") from None
     except ValueError as error:

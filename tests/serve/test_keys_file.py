@@ -1,5 +1,6 @@
 """The format of keys files, which server and client read alike."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,13 @@ def test_the_client_sends_a_key_that_the_server_accepts(
     file.write_text(f"{KEY} name=ingest rate=50\n")
     assert KEY in Keys.read(file)
     assert "weight and rate are accepted, but have no effect yet" in caplog.text
+
+
+def test_a_file_that_is_too_large_is_refused_and_a_pipe_is_read(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="larger than 1 MB"):
+        read_keys(Path("/dev/zero"))
+    reading, writing = os.pipe()  # as in --api-keys-file <(a-password-manager)
+    os.write(writing, f"{KEY}\n".encode())
+    os.close(writing)
+    assert [line.key for line in read_keys(Path(f"/dev/fd/{reading}"))] == [KEY]
+    os.close(reading)

@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,18 @@ def test_the_environment_wins_over_the_file_and_arguments_over_both(
     assert (settings.port, settings.budget_ms, settings.max_batch) == (3333, 222.0, 11)
 
 
-@pytest.mark.parametrize("text", [None, "port = ", "port 8000"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "port = ",
+        "port 8000",
+        "port = " + "[" * 10_000,
+        "#" * 1_100_000,
+        "port = 9" + "0" * 5000,
+    ],
+    ids=["missing", "no value", "no sign", "deep", "large", "digits"],
+)
 def test_a_config_file_that_cannot_be_read_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
 ) -> None:
@@ -32,6 +44,15 @@ def test_a_config_file_that_cannot_be_read_is_named(
         config.write_text(text)
     monkeypatch.setenv("PCAE_CONFIG", str(config))
     with pytest.raises(SettingsError, match=r"pcae\.toml"):
+        Settings()
+
+
+def test_a_config_file_that_is_a_fifo_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pcae.toml")
+    monkeypatch.setenv("PCAE_CONFIG", str(tmp_path / "pcae.toml"))
+    with pytest.raises(SettingsError, match="a FIFO, not a regular file"):
         Settings()
 
 

@@ -1,4 +1,7 @@
+import hashlib
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,8 @@ import pytest
 from pcae_serve.bundle.reader import load_bundle
 from pcae_serve.errors import BundleError
 from tests.support.bundles import write_bundle
+from tests.support.odd_files import JSON, KINDS
+from tests.support.protobuf import field, tensor
 
 
 def edit(root: Path, **changes: Any) -> None:
@@ -131,3 +136,117 @@ def test_a_dominated_tier_is_left_to_those_who_ask_for_it(bundle_dir: Path) -> N
     assert served.allowed_tiers("auto", None) == (0, 2)
     assert served.allowed_tiers("balanced", None) == (1,)
     assert served.allowed_tiers("auto", "balanced") == (1, 2)  # what dominates it is not allowed
+
+
+def seal(root: Path, **changes: Any) -> None:
+    """Write the hashes of all files into bundle.json, as an attacker would."""
+    document = json.loads((root / "bundle.json").read_text()) | changes
+    hashes = {name: hashlib.sha256((root / name).read_bytes()) for name in document["files"]}
+    document["files"] = {name: digest.hexdigest() for name, digest in hashes.items()}
+    (root / "bundle.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "unlisted.bin",
+        "/etc/passwd",
+        "../../../outside.bin",
+        "model.safetensors/../x",
+        "",
+        "x/" * 99,
+    ],
+)
+def test_a_graph_whose_data_is_not_sealed_is_refused(bundle_dir: Path, location: str) -> None:
+    for name in ("unlisted.bin", "x"):
+        (bundle_dir / "models" / "vit" / name).write_bytes(b"weights")
+    graph = bundle_dir / "models" / "vit" / "elastic.onnx"
+    graph.write_bytes(field(7, field(5, tensor(location))))
+    seal(bundle_dir)
+    assert "elastic.onnx takes its data from" in refused(bundle_dir)
+
+
+@pytest.mark.parametrize(
+    "location", ["model.safetensors", "./model.safetensors", "../vit/model.safetensors"]
+)
+def test_a_graph_whose_data_is_sealed_loads(bundle_dir: Path, location: str) -> None:
+    graph = bundle_dir / "models" / "vit" / "elastic.onnx"
+    graph.write_bytes(field(7, field(5, tensor(location))))
+    seal(bundle_dir)
+    assert load_bundle(bundle_dir)
+
+
+def test_a_file_that_is_not_a_graph_is_refused(bundle_dir: Path) -> None:
+    (bundle_dir / "models" / "vit" / "elastic.onnx").write_bytes(b"graph")
+    seal(bundle_dir)
+    assert "not an ONNX graph" in refused(bundle_dir)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "file", ["bundle.json", "models/vit/elastic.onnx", "models/vit/preprocessor_config.json"]
+)
+def test_what_is_not_a_regular_file_is_refused_at_once(
+    tmp_path: Path, file: str, kind: str
+) -> None:
+    root = write_bundle(tmp_path / "b")
+    make, words = KINDS[kind]
+    (root / file).unlink()
+    (tmp_path / "x").mkdir()
+    make(tmp_path / "x" / "y")  # a short name: a socket's path has at most 108 bytes
+    shutil.move(tmp_path / "x" / "y", root / file)
+    if kind == "link in a circle":
+        (root / file).unlink()
+        make(root / file)
+    assert re.search(words, refused(root))
+
+
+@pytest.mark.parametrize("case", JSON)
+@pytest.mark.parametrize("file", ["bundle.json", "models/vit/preprocessor_config.json"])
+def test_json_beyond_the_bounds_is_refused(bundle_dir: Path, file: str, case: str) -> None:
+    content, word = JSON[case]
+    (bundle_dir / file).write_bytes(content)
+    if file != "bundle.json":
+        seal(bundle_dir)
+    assert word in refused(bundle_dir)
+
+
+@pytest.mark.parametrize(
+    "config", [[], "text", 5, {"size": 5}, {"size": {"height": 8}}, {"size": {"height": "8"}}]
+)
+def test_a_preprocessor_of_another_form_is_refused(bundle_dir: Path, config: object) -> None:
+    (bundle_dir / "models" / "vit" / "preprocessor_config.json").write_text(json.dumps(config))
+    seal(bundle_dir)
+    assert "is not a valid preprocessor config" in refused(bundle_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_size", 10**9),
+        ("image_size", -8),
+        ("patches", 10**12),
+        ("depth", 10**9),
+        ("width", 10**15),
+        ("parameters", 10**19),
+        ("reduction_points", [0] * 100_000),
+    ],
+)
+def test_a_model_of_an_absurd_size_is_refused(bundle_dir: Path, name: str, value: object) -> None:
+    models = json.loads((bundle_dir / "bundle.json").read_text())["models"]
+    edit(bundle_dir, models={"vit": models["vit"] | {name: value}})
+    assert f"models.vit.{name}" in refused(bundle_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": ["x"] * 1_000_000}, "labels: "),
+        ({"labels": ["x" * 2000] * 4}, "labels.0: "),
+        ({"name": "x" * 1_000_000}, "name: "),
+        ({"files": {f"models/vit/{i}": "" for i in range(20_000)}}, "files: "),
+    ],
+)
+def test_absurd_amounts_are_refused(bundle_dir: Path, changes: dict[str, Any], words: str) -> None:
+    edit(bundle_dir, **changes)
+    assert words in refused(bundle_dir)

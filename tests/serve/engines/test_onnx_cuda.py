@@ -182,7 +182,7 @@ def test_a_bundle_without_graphs_for_gpus(small_bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("graph_of", "words"),
     [
-        (lambda tier: b"graph", r"cannot load .*fast\.cuda\.onnx"),
+        (lambda tier: b"\x12\x05graph", r"cannot load .*fast\.cuda\.onnx"),
         (lambda tier: graph(tier.token_counts, elastic=True), "must be static, but kept_0"),
         (lambda tier: graph(tier.token_counts, classes=3), "computes 3 logits, .* has 4"),
         (lambda tier: graph((7, 5, 3)), r"'fast' keeps \(7, 5, 3\) patches, .* \(9, 5, 3\)"),

@@ -11,6 +11,7 @@ from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import StartError
 from pcae_serve.loadtest import platforms
 from pcae_serve.runtime import latency_profile
+from tests.support.odd_files import JSON
 
 
 @pytest.mark.parametrize("name", platforms.NAMES)
@@ -52,4 +53,21 @@ def test_a_measured_profile_takes_its_accuracies_from_the_bundle(
 def test_a_file_that_is_not_a_profile(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"tiers": []}')
     with pytest.raises(StartError, match="is not a profile"):
+        platforms.read(str(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("case", JSON)
+def test_json_beyond_the_bounds_is_refused(tmp_path: Path, case: str) -> None:
+    content, word = JSON[case]
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(StartError, match=word):
+        platforms.read(str(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("changes", [{"batch": 10**9}, {"p50_s": 1e300}, {"p99_s": 0.0}])
+def test_impossible_latencies_are_refused(tmp_path: Path, changes: dict[str, float]) -> None:
+    point = {"batch": 1, "p50_s": 1.0, "p99_s": 1.1} | changes
+    tier = {"name": "one", "accuracy": 0.5, "points": [point]}
+    (tmp_path / "x.json").write_text(json.dumps({"source": "toy", "tiers": [tier]}))
+    with pytest.raises(StartError, match=r"tiers\.0\.points\.0"):
         platforms.read(str(tmp_path / "x.json"))

@@ -172,6 +172,7 @@ def test_a_trace_without_budgets_gets_them_from_the_mix(tmp_path: Path) -> None:
         ("arrival_s,budget_ms\n1,20\ninf,20\n", "line 3: 'inf,20' must be two finite numbers"),
         ("arrival_s,budget_ms\nnan,20\n", "line 2: 'nan,20' must be two finite numbers"),
         ("arrival_s,budget_ms\n1,20\n2\n", "line 3: '2' must be two finite numbers"),
+        ("arrival_s\n0\n1e15\n", "line 3: times are limited to 1e\\+07 s"),
         ("arrival_s\n1\nsoon\n", "line 3: 'soon' must be a finite number"),
     ],
 )

@@ -5,6 +5,7 @@ Nothing that was accepted is lost: every request gets exactly one answer.
 
 import asyncio
 import contextlib
+import os
 import re
 import resource
 import select
@@ -409,6 +410,12 @@ def test_a_reload_under_load_drops_nobody(tmp_path: Path) -> None:
         running.process.send_signal(signal.SIGHUP)
         running.until(lambda: running.log.count("reload failed, the old bundle stays") == 2)
         assert running.ask(250).json()["predictions"][0]["label"] == "d"
+
+        (folder / "models" / "vit" / "elastic.onnx").unlink()
+        os.mkfifo(folder / "models" / "vit" / "elastic.onnx")
+        refused = httpx2.post(f"{running.url}/admin/reload", headers=admin, timeout=60)
+        assert refused.status_code == 422
+        assert "a FIFO, not a regular file" in refused.json()["detail"]
 
         shutil.rmtree(folder)
         write_bundle(folder, name="third", labels=["e", "f", "g", "h"])

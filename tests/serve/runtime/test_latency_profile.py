@@ -11,6 +11,7 @@ from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.runtime import latency_profile
 from pcae_serve.runtime.latency_profile import Profile
+from pcae_serve.runtime.measured_profile import P99_FROM_P95
 
 
 class Clock:
@@ -135,7 +136,7 @@ def test_the_spread_is_that_of_all_runs_together(small_bundle: Bundle) -> None:
     calm = latency_profile.summarise(small_bundle, engine, {1: np.ones((1, 3))})
     [point] = calm.seconds()[0].values()
     assert point.p50 == 1.0
-    assert point.p99 == pytest.approx(1.05**latency_profile.P99_FROM_P95)  # the lower bound
+    assert point.p99 == pytest.approx(1.05**P99_FROM_P95)  # the lower bound
 
 
 def test_a_profile_says_where_it_was_taken(small_bundle: Bundle) -> None:
@@ -226,6 +227,37 @@ def test_a_damaged_cache_is_replaced(small_bundle: Bundle, tmp_path: Path, damag
     again = latency_profile.load(small_bundle, engine, tmp_path, limit_s=0.05)
     assert again.key == first.key
     assert path.read_text() == again.model_dump_json(indent=1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"p50_s": ', '"p50_s": -', "cannot take"),
+        ('"p50_s": ', '"p50_s": 1e300, "was": ', "Extra inputs"),
+        ('"spread": ', '"spread": -', "spread"),
+        ('"batch": 1', '"batch": 100000', "cannot take"),
+        ('"cores": ', '"cores": NaN, "was": ', "NaN"),
+        ('"runs": ', '"runs": -', "cannot take"),
+        ('"bundle": "', '"bundle": "0', "another bundle"),
+    ],
+)
+def test_impossible_numbers_are_measured_again_with_one_line(
+    small_bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    old: str, new: str, words: str,
+) -> None:  # fmt: skip
+    engine = SimulatedEngine(small_bundle, seconds=seconds)
+    first = latency_profile.load(small_bundle, engine, tmp_path, limit_s=0.05)
+    [path] = (tmp_path / "profiles").iterdir()
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    caplog.clear()
+    again = latency_profile.load(small_bundle, engine, tmp_path, limit_s=0.05)
+    assert set(again.points) == set(first.points)
+    assert latency_profile.read(small_bundle, engine, tmp_path) == again
+    [line] = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert words in line
+    assert str(path) in line
 
 
 def test_another_device_has_another_profile(small_bundle: Bundle, tmp_path: Path) -> None:

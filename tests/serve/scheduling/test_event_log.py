@@ -153,6 +153,15 @@ def test_a_last_line_cut_short_is_left_out(tmp_path: Path) -> None:
         ('SETUP[["Timer",{"when":1}],[]]\n', "line 2"),
         ('SETUP[["Done",{"now_s":1.0,"device":0,"seconds":1.0}],[]]\n', "line 2"),
         ('SETUP[["Done",{"now_s":1.0,"device":7,"seconds":1.0}],[]]\n', "line 2"),
+        ('SETUP[["Timer",{"now_s":"soon"}],[]]\n', "line 2"),
+        ('SETUP[["Timer",{"now_s":NaN}],[]]\n', "NaN is not a JSON number"),
+        ("SETUP" + "[" * 100_000 + "\n", "levels deep"),
+        ("SETUP" + " " * 5_000_000 + "\n", "line 2 has more than 4000000 bytes"),
+        (
+            '{"policy":"pace","tier_table":{"names":["a"],"accuracy":[0.5]},"seconds":[],"max_batch":1000000000,'
+            '"queue_limit":1,"devices":1}\n',
+            "max_batch",
+        ),
     ],
 )
 def test_what_is_no_event_log_is_told_in_one_line(tmp_path: Path, content: str, words: str) -> None:
