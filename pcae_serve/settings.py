@@ -24,6 +24,7 @@ from pcae_serve.bundle.preprocess import MAX_PIXELS
 from pcae_serve.command import config
 from pcae_serve.flags import Metavar, did_you_mean
 from pcae_serve.scheduling.policies.registry import NAMES, WITH_TIER
+from pcae_serve.scheduling.policies.waiting_price import DEFAULT_PRICE
 
 #: Default cache folder, for what belongs to this machine: latency profiles and TensorRT plans.
 CACHE_DIR = user_cache_path("pcae-serve")
@@ -61,7 +62,7 @@ class Settings(BaseSettings):
             "root_path",
             "trusted_proxies",
         ),
-        "scheduling": ("policy", "budget_ms", "max_batch", "queue_limit"),
+        "scheduling": ("policy", "waiting_price", "budget_ms", "max_batch", "queue_limit"),
         "request limits": (
             "max_body_mb",
             "max_images",
@@ -133,6 +134,13 @@ class Settings(BaseSettings):
         "pace",
         description=f"how tier and batch are chosen: {_POLICIES}; NAME+drop also drops requests"
         " that cannot be answered in time as part of a full batch",
+    )
+    waiting_price: float = Field(
+        DEFAULT_PRICE,
+        ge=0,
+        allow_inf_nan=False,
+        description="accuracy, in percentage points, that must be gained for each 100 ms of"
+        " response time that it costs; considered by policy pace; 0: use the whole budget",
     )
     budget_ms: float = Field(
         1000,

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
+from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity, wilson_interval
 from pcae_serve.bundle.tokens import Rule
 from pcae_serve.frozen_model import FrozenModel
 
@@ -79,6 +79,21 @@ class Tier(FrozenModel):
         if self.agreement is not None:
             return self.agreement.share
         return None if self.fidelity is None else self.fidelity.cosine
+
+    @property
+    def quality_images(self) -> int | None:
+        """Return the number of images behind `quality`, or None if it has no interval."""
+        share = self.accuracy or self.agreement
+        return None if share is None else share.n
+
+    @property
+    def quality_interval(self) -> tuple[float, float] | None:
+        """Return the 95 % interval of `quality`, or None if it has none."""
+        if self.accuracy is not None:
+            return self.accuracy.interval
+        if self.agreement is not None:
+            return wilson_interval(self.agreement.share, self.agreement.n)
+        return None
 
     @property
     def elastic_graph(self) -> str:

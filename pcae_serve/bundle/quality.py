@@ -3,7 +3,8 @@
 Clients import this module, so it needs only pydantic.
 """
 
-from math import sqrt
+from collections.abc import Sequence
+from math import hypot, sqrt
 from typing import Annotated
 
 from pydantic import Field
@@ -47,3 +48,17 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 * sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def difference_margins(
+    shares: Sequence[float], intervals: Sequence[tuple[float, float]]
+) -> tuple[tuple[float, ...], ...]:
+    """Return by how much share i must exceed share j to exceed it outside the 95 % interval.
+
+    intervals: Wilson's, of each share. The interval of the difference is Newcombe's (1998, method
+    10), which takes the two shares as independent. Tiers are measured on the same images, so that
+    the true interval is narrower: a difference that counts here is real.
+    """
+    below = [share - low for share, (low, _) in zip(shares, intervals, strict=True)]
+    above = [high - share for share, (_, high) in zip(shares, intervals, strict=True)]
+    return tuple(tuple(hypot(down, up) for up in above) for down in below)

@@ -17,6 +17,7 @@ from pcae_serve.loadtest.simulation import (
 )
 from pcae_serve.loadtest.workload import Count, WorkloadFlags
 from pcae_serve.scheduling.policies import registry
+from pcae_serve.scheduling.policies.waiting_price import DEFAULT_PRICE
 from pcae_serve.settings import MAX_BATCH
 
 #: Default loads, in multiples of the capacity: idle, busy, at capacity, overloaded.
@@ -35,6 +36,10 @@ class Simulate(WorkloadFlags):
         description=f"policies: {', '.join((*registry.OURS, *registry.PUBLISHED))}, fixed:TIER,"
         " nexus:TIER, each optionally with +drop; comma-separated or repeated; all: every one",
     )
+    waiting_price: float = Field(
+        DEFAULT_PRICE, ge=0, allow_inf_nan=False, description="accuracy points that must be gained"
+        " for each 100 ms of response time, for policy pace; 0: use the whole budget",
+    )  # fmt: skip
     load: list[float] | None = Field(
         None,
         description="arrival rates in multiples of the platform's capacity, such as 0.3,1;"
@@ -89,6 +94,7 @@ class Simulate(WorkloadFlags):
             self.queue_limit,
             self.decode_ms / 1e3,
             self.host_ms / 1e3,
+            self.waiting_price,
         )
         capacity_per_s = self._capacity(setup, traces)
         cells = [

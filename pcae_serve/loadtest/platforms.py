@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from pcae_serve.bounded_file import read_bounded
 from pcae_serve.bounded_json import parse_json
+from pcae_serve.bundle.quality import difference_margins, wilson_interval
 from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.engines.loader import load_configured_engine
 from pcae_serve.errors import StartError, one_line
@@ -40,6 +41,7 @@ class BatchSeconds(FrozenModel):
 class TimedTier(FrozenModel):
     name: str
     accuracy: float = Field(ge=0, le=1)  # or agreement with the full model, if not measured
+    n: int | None = Field(None, ge=1)  # images that it was measured on; None: it is exact
     points: tuple[BatchSeconds, ...] = Field(min_length=1)
 
 
@@ -53,9 +55,11 @@ class Platform(FrozenModel):
 
     @property
     def tier_table(self) -> TierTable:
-        return TierTable(
-            tuple(tier.name for tier in self.tiers), tuple(tier.accuracy for tier in self.tiers)
-        )
+        accuracy = tuple(tier.accuracy for tier in self.tiers)
+        intervals = [wilson_interval(tier.accuracy, tier.n) for tier in self.tiers if tier.n]
+        known = len(intervals) == len(self.tiers)
+        margins = difference_margins(accuracy, intervals) if known else ()
+        return TierTable(tuple(tier.name for tier in self.tiers), accuracy, margins)
 
     @property
     def full_s(self) -> float:
@@ -136,7 +140,11 @@ def of_profile(profile: latency_profile.Profile, bundle: Bundle, name: str) -> P
             seconds = tuple(
                 BatchSeconds(batch=batch, p50_s=s.p50, p99_s=s.p99) for batch, s in points.items()
             )
-            tiers.append(TimedTier(name=tier.name, accuracy=tier.quality, points=seconds))
+            tiers.append(
+                TimedTier(
+                    name=tier.name, accuracy=tier.quality, n=tier.quality_images, points=seconds
+                )
+            )
     origin = profile.origin
     on = origin.gpu or origin.processor or "unknown processor"
     source = f"measured {origin.date:%Y-%m-%d} on {on}, {origin.cores} cores: {bundle.root.name}"

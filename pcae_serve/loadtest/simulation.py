@@ -38,6 +38,7 @@ class Setup:
     queue_limit: int
     decode_s: float  # from arrival to the queue
     host_s: float  # per request, taken from the core that batches run on
+    waiting_price: float  # accuracy points per 100 ms, for the policies that consider it
 
     @property
     def known_capacity_per_s(self) -> float | None:
@@ -70,7 +71,7 @@ def run_cell(setup: Setup, cell: Cell) -> CellResult:
         cell.trace, setup.mix, cell.rate, setup.requests, platform.full_s, cell.seed
     )
     scheduler = Scheduler(
-        registry.create(cell.policy, platform.tier_table),
+        registry.create(cell.policy, platform.tier_table, setup.waiting_price),
         platform.latency(setup.max_batch),
         devices=setup.devices,
         max_batch=setup.max_batch,

@@ -272,8 +272,8 @@ class Metrics:
     ) -> None:
         """Count an answer, in time or late. `record_request` counts its request.
 
-        degraded: the request allowed any tier, and a better one exists. best_accuracy: accuracy of
-        the best allowed tier; a request that names its tier has no debt.
+        degraded: the request allowed any tier, and an idle device would have used a better one.
+        best_accuracy: accuracy of that one; a request that names its tier has no debt.
         """
         series = self._of(tier)
         for stage, seconds in zip(

@@ -3,14 +3,25 @@
 Policies do not explain themselves; this is derived from what the forecast allowed.
 """
 
+from pcae_serve.scheduling.event_log import Setup
 from pcae_serve.scheduling.latency import Forecast
+from pcae_serve.scheduling.policies.registry import weighs_waiting
 from pcae_serve.scheduling.request_queue import Request
 
 
 def explain_tier(
-    request: Request, tier: int, batch: int, forecast: Forecast, now_s: float, policy: str
+    request: Request,
+    tier: int,
+    batch: int,
+    forecast: Forecast,
+    now_s: float,
+    setup: Setup,
+    policy: str,
 ) -> str:
-    """Return why `request`, which could choose its tier, runs on `tier` in a batch of `batch`."""
+    """Return why `request`, which could choose its tier, runs on `tier` in a batch of `batch`.
+
+    policy: name of the policy that chose it.
+    """
     tiers = request.tiers
     left_s = request.deadline_s - now_s
     left = f"the {left_s * 1e3:.0f} ms left" + (f", in a batch of {batch}" if batch > 1 else "")
@@ -23,6 +34,14 @@ def explain_tier(
         return f"the most accurate tier fits {left}"
     better = tiers[tiers.index(tier) + 1]
     if forecast.p99(better, batch) <= left_s:
+        if setup.waiting_price and weighs_waiting(policy):
+            counted = setup.counted_accuracy(tiers)
+            if max(counted.values()) <= counted[tier]:
+                return f"no allowed tier is measurably more accurate; fits {left}"
+            return (
+                f"chosen by policy {policy!r}: a more accurate tier also fits {left}, but is not"
+                " worth the delay that it causes under the current load"
+            )
         return f"chosen by policy {policy!r} under the current load, within {left}"
     if tier == tiers[0]:
         return f"only the fastest allowed tier fits {left}"

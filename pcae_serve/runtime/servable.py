@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,9 @@ class Servable:
             recorder=recorder,
         )
         self._handle = self._driver.handle
-        self._accuracy = setup.tier_table.accuracy
+        self.setup = setup
+        self._counted_accuracy = lru_cache(64)(setup.counted_accuracy)
+        self._idle_accuracy = lru_cache(64)(partial(setup.idle_accuracy, latency=self.latency))
         self._metrics, self._make_engine = metrics, make_engine
         self._stopped = False
         self._offered: dict[int, OfferedRequest] = {}
@@ -250,7 +252,13 @@ class Servable:
                 admitted.reason = "the request names this tier"
             else:
                 admitted.reason = explain_tier(
-                    admitted.scheduled, dispatch.tier, len(requests), forecast, now_s, self.policy
+                    admitted.scheduled,
+                    dispatch.tier,
+                    len(requests),
+                    forecast,
+                    now_s,
+                    self.setup,
+                    self.policy,
                 )
         worker = self._workers[dispatch.device]
         worker.run(
@@ -287,7 +295,8 @@ class Servable:
         result = admitted.deliver(output, row, self.bundle.tiers[tier], batch.start_s, now_s)
         if result is None:  # the client left, or the batch hung
             return
-        accuracy, best = self._accuracy[tier], self._accuracy[admitted.scheduled.tiers[-1]]
+        accuracy, tiers = self.setup.tier_table.accuracy[tier], admitted.scheduled.tiers
+        debt = max(0.0, self._idle_accuracy(tiers) - self._counted_accuracy(tiers)[tier])
         self._metrics.record_answer(
             result.tier.name,
             decode_s=result.decode_s,
@@ -295,9 +304,9 @@ class Servable:
             compute_s=result.compute_s,
             total_s=result.total_s,
             in_time=result.met_budget,
-            degraded=admitted.request.tier == "auto" and accuracy < best,
+            degraded=admitted.request.tier == "auto" and debt > 0,
             accuracy=accuracy,
-            best_accuracy=best,
+            best_accuracy=accuracy + debt,
         )
 
     def _account(self, action: BatchAccounted, batch: _Batch | None) -> None:

@@ -340,9 +340,11 @@ class Service:
 
     @property
     def accuracy_range(self) -> float:
-        """Accuracy of the best tier minus that of the worst."""
-        accuracy = tier_table(self.bundle.tiers).accuracy
-        return max(accuracy) - min(accuracy)
+        """Accuracy of the tier that an idle device uses minus that of the worst."""
+        assert isinstance(self._current, Servable)  # it is ready
+        setup, tiers = self._current.setup, tuple(range(len(self.bundle.tiers)))
+        worst = min(setup.counted_accuracy(tiers).values())
+        return setup.idle_accuracy(tiers, self._current.latency) - worst
 
     @property
     def device(self) -> str:
@@ -369,6 +371,7 @@ class Service:
         settings = self.settings
         setup = Setup(
             policy=settings.policy,
+            waiting_price=settings.waiting_price,
             tier_table=tier_table(bundle.tiers),
             seconds=profile.seconds(),
             max_batch=settings.max_batch,

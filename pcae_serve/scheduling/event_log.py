@@ -8,7 +8,7 @@ Floats are written so that they read back bit for bit.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +31,8 @@ from pcae_serve.scheduling.events import (
     Timer,
 )
 from pcae_serve.scheduling.latency import Latency, Seconds
-from pcae_serve.scheduling.policies.registry import create
+from pcae_serve.scheduling.policies.registry import create, weighs_waiting
+from pcae_serve.scheduling.policies.waiting_price import ACCURACY_PER_S
 from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.scheduling.scheduler import Scheduler
 from pcae_serve.scheduling.tiers import TierTable
@@ -57,11 +58,25 @@ class Setup(FrozenModel):
     event_log: Literal[2] = 2  # version of the format
     pcae_serve: str = __version__  # another version may act differently
     policy: str
+    waiting_price: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # points per 100 ms
     tier_table: TierTable
     seconds: list[dict[int, Seconds]]  # by tier and batch size, as measured
     max_batch: Annotated[int, Field(ge=1, le=100_000)]
     queue_limit: Annotated[int, Field(ge=1, le=10_000_000)]
     devices: Annotated[int, Field(ge=1, le=10_000)]
+
+    def counted_accuracy(self, tiers: tuple[int, ...]) -> Mapping[int, float]:
+        """Return the accuracy with which each of `tiers` counts for the policy."""
+        if self.waiting_price and weighs_waiting(self.policy):
+            return self.tier_table.counted(tiers)
+        return {tier: self.tier_table.accuracy[tier] for tier in tiers}
+
+    def idle_accuracy(self, tiers: tuple[int, ...], latency: Latency) -> float:
+        """Return the accuracy of the tier that is worth its time on an idle device."""
+        counted, price = self.counted_accuracy(tiers), 0.0
+        if weighs_waiting(self.policy):
+            price = self.waiting_price * ACCURACY_PER_S
+        return counted[max(tiers, key=lambda tier: counted[tier] - price * latency.idle(tier))]
 
     def latency(self) -> Latency:
         return Latency(self.seconds, self.max_batch)
@@ -69,7 +84,7 @@ class Setup(FrozenModel):
     def scheduler(self, latency: Latency) -> Scheduler:
         """Return a new scheduler. Raises StartError if the policy is unknown."""
         return Scheduler(
-            create(self.policy, self.tier_table),
+            create(self.policy, self.tier_table, self.waiting_price),
             latency,
             devices=self.devices,
             max_batch=self.max_batch,

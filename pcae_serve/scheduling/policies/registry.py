@@ -17,7 +17,8 @@ from pcae_serve.scheduling.policies.pace import Pace
 from pcae_serve.scheduling.policies.slackfit import SlackFit
 from pcae_serve.scheduling.tiers import TierTable
 
-OURS: dict[str, Callable[[TierTable], Policy]] = {"pace": Pace}
+#: Policies that consider the price of waiting.
+OURS: dict[str, Callable[[TierTable, float], Policy]] = {"pace": Pace}
 
 PUBLISHED: dict[str, Callable[[TierTable], Policy]] = {
     "greedy": lambda tier_table: Greedy(),
@@ -39,15 +40,24 @@ FIRST, LAST = "fastest", "best"
 NAMES = (*OURS, *PUBLISHED, *WITH_TIER)
 
 
-def create(spec: str, tier_table: TierTable) -> Policy:
+def weighs_waiting(spec: str) -> bool:
+    """Return whether a policy considers the price of waiting."""
+    return spec.removesuffix("+drop") in OURS
+
+
+def create(spec: str, tier_table: TierTable, waiting_price: float = 0.0) -> Policy:
     """Create a policy from NAME or NAME:TIER, with early drop if `+drop` follows.
 
-    Raise StartError if there is no such policy or tier.
+    waiting_price: accuracy points per 100 ms of response time; only `pace` considers it. Raise
+    StartError if there is no such policy or tier.
     """
     base = spec.removesuffix("+drop")
     name, colon, tier_name = base.partition(":")
-    if not colon and (make := {**OURS, **PUBLISHED}.get(name)) is not None:
-        policy = make(tier_table)
+    policy: Policy
+    if not colon and name in OURS:
+        policy = OURS[name](tier_table, waiting_price)
+    elif not colon and name in PUBLISHED:
+        policy = PUBLISHED[name](tier_table)
     elif tier_name and name in WITH_TIER:
         tier_name = {FIRST: tier_table.names[0], LAST: tier_table.names[-1]}.get(
             tier_name, tier_name

@@ -43,7 +43,9 @@ def test_a_low_load_is_attained_on_the_tier_chosen(
     assert fastest["figures"]["attainment"]["mean"] > 0.98
     assert fastest["figures"]["accuracy_recovered"]["mean"] == pytest.approx(0, abs=1e-9)
     assert best["figures"]["accuracy_recovered"]["mean"] == pytest.approx(1)
-    assert best["figures"]["p50_ms"]["mean"] > fastest["figures"]["p50_ms"]["mean"]
+    assert (
+        best["figures"]["response_p50_ms"]["mean"] > fastest["figures"]["response_p50_ms"]["mean"]
+    )
     out = capsys.readouterr().out
     assert "load 0.05" in out
     assert "Load 1: " in out
@@ -96,11 +98,22 @@ def test_devices_batches_queue_and_decoding_reach_the_scheduler(tmp_path: Path) 
     [slow] = simulated(tmp_path, "--policy", "fixed:fastest", "--rate", "20", "--decode-ms", "5")[
         "rows"
     ]
-    assert slow["figures"]["p50_ms"]["mean"] > 6.9
+    assert slow["figures"]["response_p50_ms"]["mean"] > 6.9
     [shared] = simulated(tmp_path, "--policy", "fixed:fastest", "--rate", "20", "--host-ms", "5")[
         "rows"
     ]
-    assert shared["figures"]["p50_ms"]["mean"] > 6.9
+    assert shared["figures"]["response_p50_ms"]["mean"] > 6.9
+
+
+def test_the_price_of_waiting_reaches_the_policy(tmp_path: Path) -> None:
+    base = ("--profile", "cpu", "--policy", "pace,greedy", "--rate", "40")
+    free, greedy = simulated(tmp_path, *base, "--waiting-price", "0")["rows"]
+    dear, same = simulated(tmp_path, *base, "--waiting-price", "3")["rows"]
+    assert greedy["by_seed"] == same["by_seed"]
+    mean_ms = [row["figures"]["response_mean_ms"]["mean"] for row in (free, dear)]
+    assert mean_ms[1] < mean_ms[0] / 2
+    accuracy = [row["figures"]["mean_accuracy"]["mean"] for row in (free, dear)]
+    assert accuracy[1] < accuracy[0]
 
 
 def test_an_unknown_capacity_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

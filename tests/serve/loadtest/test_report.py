@@ -55,7 +55,8 @@ def test_every_offered_request_counts() -> None:
     assert found.effective_accuracy == pytest.approx(0.4 * 0.7)
     assert found.goodput_per_s == pytest.approx(2 / 4)
     assert (found.rejected, found.dropped, found.expired, found.late) == (0.2, 0, 0.2, 0.2)
-    assert found.p50_ms == pytest.approx(300)  # of three answers, the late one among them
+    assert found.response_p50_ms == pytest.approx(200)  # of two answers, without the late one
+    assert found.response_mean_ms == pytest.approx(200)
     assert found.rejection_p99_ms == pytest.approx(20)
 
 
@@ -79,7 +80,11 @@ def test_with_labels_only_right_answers_in_time_are_worth_something() -> None:
 def test_nothing_in_time_has_no_accuracy() -> None:
     found = figures(outcome((End.REJECTED, -1, 0.0)), TIER_TABLE, (0, 1, 2))
     assert (found.attainment, found.effective_accuracy) == (0, 0)
-    assert (found.accuracy_recovered, found.mean_accuracy, found.p99_ms) == (None, None, None)
+    assert (found.accuracy_recovered, found.mean_accuracy, found.response_p99_ms) == (
+        None,
+        None,
+        None,
+    )
 
 
 def test_waste_is_a_share_of_the_busy_time() -> None:

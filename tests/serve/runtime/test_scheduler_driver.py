@@ -13,6 +13,7 @@ from tests.support.scheduler_views import ALL, LINES, TIER_TABLE
 
 SETUP = Setup(
     policy="greedy",
+    waiting_price=0.1,
     tier_table=TIER_TABLE,
     seconds=[{b: Seconds(o + b * i, o + b * i) for b in (1, 32)} for o, i in LINES],
     max_batch=32,

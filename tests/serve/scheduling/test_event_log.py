@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from tests.support.scheduler_views import ALL, LINES, TIER_TABLE, waiting
 MakeSettings = Callable[..., Settings]
 SETUP = Setup(
     policy="greedy",
+    waiting_price=0.1,
     tier_table=TIER_TABLE,
     seconds=[{b: Seconds(o + b * i, o + b * i) for b in (1, 32)} for o, i in LINES],
     max_batch=32,
@@ -57,7 +59,9 @@ async def crowd(service: Service, count: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("policy", "devices"), [("greedy", 1), ("nexus:best", 1), ("slackfit", 2)])
+@pytest.mark.parametrize(
+    ("policy", "devices"), [("greedy", 1), ("nexus:best", 1), ("slackfit", 2), ("pace", 1)]
+)
 def test_a_live_run_replayed_gives_the_same_actions(
     small_bundle: Bundle, settings: MakeSettings, tmp_path: Path, policy: str, devices: int
 ) -> None:
@@ -65,7 +69,8 @@ def test_a_live_run_replayed_gives_the_same_actions(
 
     async def live() -> None:
         engines = [SimulatedEngine(small_bundle, f"cuda:{i}", quick) for i in range(devices)]
-        chosen = settings(policy=policy, event_log=log, max_batch=8, profile_s=0.1)
+        flags = {"policy": policy, "waiting_price": 0.3, "max_batch": 8, "profile_s": 0.1}
+        chosen = settings(event_log=log, **flags)
         service = Service(chosen, small_bundle, engines)
         await service.start()
         await crowd(service, 60)
@@ -77,6 +82,7 @@ def test_a_live_run_replayed_gives_the_same_actions(
     assert replayed.events >= 60  # of a request that is refused at once there is but one
     assert replayed.events == len(log.read_text().splitlines()) - 1
     assert (replayed.setup.policy, replayed.setup.devices) == (policy, devices)
+    assert replayed.setup.waiting_price == 0.3
     told = log.read_text()
     for name in (
         "Arrived",
@@ -158,8 +164,8 @@ def test_a_last_line_cut_short_is_left_out(tmp_path: Path) -> None:
         ("SETUP" + "[" * 100_000 + "\n", "levels deep"),
         ("SETUP" + " " * 5_000_000 + "\n", "line 2 has more than 4000000 bytes"),
         (
-            '{"policy":"pace","tier_table":{"names":["a"],"accuracy":[0.5]},"seconds":[],"max_batch":1000000000,'
-            '"queue_limit":1,"devices":1}\n',
+            '{"policy":"pace","waiting_price":0,"tier_table":{"names":["a"],"accuracy":[0.5]},"seconds":[],'
+            '"max_batch":1000000000,"queue_limit":1,"devices":1}\n',
             "max_batch",
         ),
     ],
@@ -214,3 +220,21 @@ def test_a_disk_that_is_full_only_at_the_end(caplog: pytest.LogCaptureFixture) -
     recorder.begin(SETUP)
     recorder.close()
     assert len(caplog.records) == 1
+
+
+def test_what_an_idle_device_uses_is_what_answers_are_compared_with() -> None:
+    """One image takes 0.1, 0.2 and 0.4 s; 5 points lie between two tiers."""
+    latency = SETUP.latency()
+    for policy, price, wanted in [
+        ("pace", 0.0, 0.90),
+        ("pace", 2.6, 0.85),  # 200 ms more are not worth 5 points
+        ("pace+drop", 6.0, 0.80),
+        ("greedy", 6.0, 0.90),  # does not consider the price
+    ]:
+        setup = SETUP.model_copy(update={"policy": policy, "waiting_price": price})
+        assert setup.idle_accuracy(ALL, latency) == wanted
+    margin = ((0.06,) * 3,) * 3
+    close = {"tier_table": dataclasses.replace(TIER_TABLE, margin=margin), "policy": "pace"}
+    setup = SETUP.model_copy(update=close)
+    assert setup.counted_accuracy(ALL) == {0: 0.80, 1: 0.85, 2: 0.85}
+    assert setup.idle_accuracy(ALL, latency) == 0.85

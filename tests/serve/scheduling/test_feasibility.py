@@ -30,7 +30,9 @@ from pcae_serve.scheduling.tiers import TierTable
 from tests.support.scheduler_views import LATENCY
 
 TIER_TABLE = TierTable(("fast", "mid", "full"), (0.90, 0.95, 1.00))
+#: Policies by name; after @, the price of waiting.
 POLICIES = [*OURS, *PUBLISHED, "fixed:full", "fixed:fast", "nexus:mid", "pace+drop", "greedy+drop"]
+POLICIES += ["pace@0.1", "pace@3", "pace+drop@1"]
 #: Seconds of one image by tier.
 IMAGE_S = (0.010, 0.030, 0.060)
 
@@ -58,7 +60,8 @@ class ExactWorld:
             {b: Seconds(s * (fixed + each * b), s * (fixed + each * b)) for b in range(1, 9)}
             for s in IMAGE_S
         ]
-        policy_ = create(policy, TIER_TABLE)
+        name, _, price = policy.partition("@")
+        policy_ = create(name, TIER_TABLE, float(price or 0))
         scheduler = Scheduler(policy_, Latency(seconds, 8), devices=devices, max_batch=8)
         return cls(scheduler, seconds, closed_loop)
 
@@ -155,7 +158,7 @@ def test_every_accepted_request_is_in_time_in_many_cases(
     check_all_accepted_in_time(policy, offered, devices, batching)
 
 
-@pytest.mark.parametrize("policy", ["pace", "greedy", "fixed:full"])
+@pytest.mark.parametrize("policy", ["pace", "pace@0.1", "greedy", "fixed:full"])
 @pytest.mark.parametrize(("tiers", "budget_s"), [((0,), 1.0), ((1,), 3.0), ((0, 1), 1.0)])
 def test_clients_pinned_to_an_expensive_tier_starve_no_other(
     policy: str, tiers: tuple[int, ...], budget_s: float

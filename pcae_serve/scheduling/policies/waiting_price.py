@@ -1,0 +1,108 @@
+"""The price of waiting: the accuracy that a batch gains, minus the response time that it costs.
+
+    gain    accuracy points per image over each request's cheapest tier. A difference inside its
+            own interval is none, and a tier that the load does not allow to go on with counts only
+            as far as it can be mixed with the floor tier.
+    delay   seconds per image over the floor tier, times every request that waits for them: those of
+            the batch, those queued behind it, and those that arrive until the queue is empty if
+            the tier stays in use. The longest horizon is the limit.
+
+Every request that joins while a device is busy waits for all work before it. That is why a slower
+tier costs little on an idle device, and far more than its own time near saturation.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from pcae_serve.scheduling.policies.outlook import Batch, Outlook
+from pcae_serve.scheduling.request_queue import Request
+from pcae_serve.scheduling.tiers import TierTable
+
+#: Price of the default policy, in accuracy points per 100 ms of response time.
+DEFAULT_PRICE = 0.1
+#: Accuracy per second of response time at a price of 1 point per 100 ms.
+ACCURACY_PER_S = 0.01 / 0.1
+#: Least accuracy to divide by.
+LEAST_ACCURACY = 1e-9
+
+
+class WaitingPrice:
+    """Chooses among batches by accuracy and response time; 0: waiting is free."""
+
+    def __init__(self, tier_table: TierTable, points_per_100_ms: float = 0.0) -> None:
+        self._tier_table, self._measured = tier_table, dict(enumerate(tier_table.accuracy))
+        self._per_s = points_per_100_ms * ACCURACY_PER_S
+        self._counted: dict[tuple[int, ...], Mapping[int, float]] = {}  # by allowed tiers
+
+    def __bool__(self) -> bool:
+        return self._per_s > 0
+
+    def relative_gain(self, request: Request, tier: int, floor: int) -> float:
+        """Return the accuracy gained by running a request on `tier`, relative to its cheapest tier.
+
+        floor: the cheapest tier that may run now. A request that is pinned to `tier` gains nothing.
+        """
+        accuracy, cheapest = self._accuracy(request, floor)
+        return accuracy[tier] / max(accuracy[cheapest], LEAST_ACCURACY) - 1
+
+    def best(self, outlook: Outlook, floor: Batch, better: Iterable[Batch]) -> Batch:
+        """Return the batch with the greatest value; the floor has none, and wins ties.
+
+        better: batches on other tiers, the cheapest first.
+        """
+        best, best_value, most_gain = floor, 0.0, 0.0
+        for batch in better:
+            gain = self._gain(outlook, batch)
+            if gain <= most_gain:
+                continue  # a faster tier is as accurate
+            most_gain = gain
+            value = gain * _sustained_share(outlook, batch.tier) - self._per_s * _delay_s(
+                outlook, batch
+            )
+            if value > best_value:
+                best, best_value = batch, value
+        return best
+
+    def _gain(self, outlook: Outlook, batch: Batch) -> float:
+        """Return the accuracy gained per image of a batch."""
+        total = 0.0
+        for request in batch.requests(outlook.view):
+            accuracy, cheapest = self._accuracy(request, outlook.floor)
+            total += accuracy[batch.tier] - accuracy[cheapest]
+        return total / batch.size
+
+    def _accuracy(self, request: Request, floor: int) -> tuple[Mapping[int, float], int]:
+        """Return accuracies by tier, and the cheapest tier that the request can run on."""
+        tiers, cheapest = request.tiers, max(floor, request.tiers[0])
+        if not self:
+            return self._measured, cheapest
+        if cheapest not in tiers:
+            tiers = tuple(sorted((cheapest, *tiers)))
+        if tiers not in self._counted:
+            self._counted[tiers] = self._tier_table.counted(tiers)
+        return self._counted[tiers], cheapest
+
+
+def _sustained_share(outlook: Outlook, tier: int) -> float:
+    """Return the share of the requests that the load allows on `tier`, the others on the floor."""
+    rate = outlook.arrival_rate
+    image_s, floor_s = outlook.image_s(tier), outlook.image_s(outlook.floor)
+    if rate * image_s <= 1 or image_s <= floor_s:
+        return 1.0
+    return max(0.0, (1 / rate - floor_s) / (image_s - floor_s))
+
+
+def _delay_s(outlook: Outlook, batch: Batch) -> float:
+    """Return the response time that an image of the batch costs all requests, over the floor."""
+    view, forecast = outlook.view, outlook.view.forecast
+    size = batch.size
+    floor_size = min(size, outlook.steady)
+    batch_s = forecast.p50(batch.tier, size)
+    image_s = max(outlook.image_s(batch.tier), outlook.image_s(outlook.floor))
+    more_s = batch_s / size - forecast.p50(outlook.floor, floor_size) / floor_size
+    behind = (len(view.queue) - size) / view.devices
+    # until the queue is empty, if it ever is
+    load = outlook.arrival_rate * image_s
+    busy_s = longest_s = outlook.horizons[-1].within_s
+    if load < 1:
+        busy_s = min(longest_s, (batch_s + behind * image_s) / (1 - load))
+    return max(0.0, more_s) * (size + behind + outlook.arrival_rate * busy_s)
