@@ -15,7 +15,7 @@
         ├── MethodNotAllowed    405  the route has other methods
         ├── UploadTimeout       408  the body did not arrive in time
         ├── ReloadInProgress    409  another reload is running
-        ├── TooLarge            413  too many bytes, pixels or images
+        ├── TooLarge            413  too many bytes, pixels or images, or too much memory
         ├── TooMuchFraming      413  a chunked body of tiny chunks
         ├── TargetTooLong       414  the path with its query is too long
         ├── UnsupportedType     415  not an image type that this server reads
@@ -30,7 +30,7 @@
         ├── Starting            503  latencies are still being measured
         ├── Draining            503  the server is shutting down
         ├── OutOfService        503  the tiers or devices that could answer have failed
-        ├── OutOfMemory         503  no memory to decode the image
+        ├── OutOfMemory         503  no memory for the request
         └── DeadlineExceeded    504  the budget passed before the request was answered
 
 A message is one line: the fault in lower case without a full stop, then "; " and what to do, or

@@ -67,6 +67,7 @@ class Settings(BaseSettings):
             "max_body_mb",
             "max_images",
             "max_pixels",
+            "memory_mb",
             "max_uploads",
             "upload_s",
             "min_upload_kb_s",
@@ -163,6 +164,13 @@ class Settings(BaseSettings):
     )
     max_pixels: int = Field(
         MAX_PIXELS, ge=1, description="maximum number of pixels per image; a larger one gets 413"
+    )
+    memory_mb: float = Field(
+        0,
+        ge=0,
+        description="memory that all requests may take together (bodies, decoding, pixels); what"
+        " does not fit gets 503; 0: a share of the memory that the control group or the machine"
+        " has, less what the server uses at rest",
     )
     max_uploads: int = Field(
         0,

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from functools import cache
 from importlib import import_module
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from pcae_serve.bundle import decode_cost
+from pcae_serve.bundle.image_files.layout import Layout
+from pcae_serve.runtime import machine_memory
 from pcae_serve.runtime.service import BATCH_S
+from pcae_serve.runtime.uploads import MEMORY_SHARE
 from pcae_serve.runtime.worker import TERMINATE_S
 from pcae_serve.settings import Settings
 from pcae_training.pretrain import PretrainSettings
@@ -30,6 +35,10 @@ KUBERNETES, RAY = ROOT / "docker" / "kubernetes", ROOT / "docker" / "ray"
 RAY_GUIDE = ROOT / "docs" / "ray.md"
 #: The oldest supported version: `sleep` as a preStop handler is on by default since 1.30.
 OLDEST, NEWEST = "1.30", "1.37"
+#: Services of compose.yaml that run the server.
+SERVERS = ("cpu", "gpu", "tensorrt")
+#: What the server takes at rest with the demo bundle, rounded up.
+REST_BYTES = 300_000_000
 #: Modules with the models of the operators' kinds.
 CUSTOM = {
     "ServiceMonitor": "cloudcoil.models.prometheus_operator.v1",
@@ -174,6 +183,41 @@ def test_the_grace_period_exceeds_sleep_and_drain() -> None:
     assert pod()["terminationGracePeriodSeconds"] > needed_s
     probe = container["readinessProbe"]
     assert sleep_s > probe["periodSeconds"] * probe["failureThreshold"]
+
+
+def memory_limits() -> dict[str, int]:
+    """Return the memory limits of the server's containers in bytes."""
+    limits = {
+        root: container["resources"]["limits"]["memory"]
+        for root in ("base", "overlays/gpu")
+        for each in rendered(KUBERNETES / root)
+        if each["kind"] == "Deployment"
+        for container in each["spec"]["template"]["spec"]["containers"]
+    }
+    services = load(ROOT / "docker" / "compose.yaml")["services"]
+    limits |= {name: service["mem_limit"] for name, service in services.items() if name in SERVERS}
+    return {
+        name: int(limit.lower().removesuffix("gi").removesuffix("g")) << 30
+        for name, limit in limits.items()
+    }
+
+
+def test_memory_limits_leave_room_for_any_image_that_the_settings_accept() -> None:
+    """Requests get a share of the limit, less what the server takes at rest."""
+    settings, limits = Settings(), memory_limits()
+    assert set(limits) == {"base", "overlays/gpu", *SERVERS}
+    side = isqrt(settings.max_pixels)
+    body_bytes = int(settings.max_body_mb * 1e6)
+    largest_bytes = body_bytes + max(
+        decode_cost.predict(Layout(codec, side, side, samples=4, turned=True), body_bytes).bytes
+        for codec in decode_cost.RATES
+    )
+    for name, limit in limits.items():
+        budget_bytes = machine_memory.GROUP_SHARE * limit - REST_BYTES
+        assert budget_bytes >= largest_bytes, name
+        assert MEMORY_SHARE * budget_bytes >= 3 * body_bytes, name  # the most copies of a body
+    text = (ROOT / "docs" / "operations.md").read_text()
+    assert f"The limits in `docker/` ({limits['base'] >> 30} GB for CPUs)" in text
 
 
 def test_probes_use_routes_of_the_server() -> None:

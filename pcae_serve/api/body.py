@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable
+from io import BytesIO
 from typing import TypeVar
 
 from fastapi import Request
@@ -32,6 +33,15 @@ async def limited(request: Request, limit: int, upload: Upload) -> AsyncGenerato
         if upload.received_bytes > limit:
             raise too_large
         yield chunk
+
+
+async def read_body(request: Request, limit: int, upload: Upload) -> bytes:
+    """Return the whole body. Raises TooLarge above `limit` bytes."""
+    # one growing buffer: a list of chunks takes twice the memory when it is joined
+    buffer = BytesIO()
+    async for chunk in limited(request, limit, upload):
+        buffer.write(chunk)
+    return buffer.getvalue()
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:

@@ -71,7 +71,8 @@ async def classify_batch(request: Request, response: Response) -> schemas.Batch:
         return form.images
 
     with service.offer_group() as group:
-        images = await group.receive(read, announced_bytes(request))
+        copies = 2  # the form, and the files in it
+        images = await group.receive(read, announced_bytes(request), copies)
         running = asyncio.gather(*(classify_one(group, image) for image in images))
         items = await unless_disconnected(request, running)
     server_timing.record_timing(request, response, answers)

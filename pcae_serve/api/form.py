@@ -6,7 +6,7 @@ from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from pcae_serve.api.body import limited
+from pcae_serve.api.body import limited, read_body
 from pcae_serve.api.parameters import ImageParameters, unknown
 from pcae_serve.errors import (
     InvalidParameter,
@@ -55,7 +55,7 @@ async def read_image(
     UnreadableImage, or InvalidParameter if the form has other fields or several images.
     """
     if not is_form(request):
-        return Form([b"".join([chunk async for chunk in limited(request, limit, upload)])], [])
+        return Form([await read_body(request, limit, upload)], [])
     form = await read_images(request, limit, MAX_FIELDS, kind, upload)
     if len(form.images) > 1:
         raise InvalidParameter(
@@ -97,6 +97,7 @@ async def _sort(form: FormData, kind: type[ImageParameters]) -> Form:
                     f" {IMAGE!r}"
                 )
             images.append(await value.read())
+            await value.close()  # its memory is free
         elif name == IMAGE:
             raise InvalidParameter(
                 f"the field {IMAGE!r} is text; send the file, as curl -F image=@photo.jpg does"

@@ -70,8 +70,9 @@ async def answer_image(
         return form.images[0]
 
     with service.offer(reader.inference) as offered:
-        image = await offered.receive(read, announced_bytes(request))
-        result = await unless_disconnected(request, offered.run(image))
+        copies = 2 if is_form(request) else 1  # the form, and the file in it
+        work = offered.run(await offered.receive(read, announced_bytes(request), copies))
+        result = await unless_disconnected(request, work)
     server_timing.record_timing(request, response, [result])
     return Answered(reader.parameters, reader.inference, result)
 

@@ -12,7 +12,7 @@ from pydantic_core import to_json
 
 from pcae_serve.api import problems, proxy_delay, server_timing
 from pcae_serve.api.auth import require_key
-from pcae_serve.api.body import announced_bytes, limited, unless_disconnected
+from pcae_serve.api.body import announced_bytes, read_body, unless_disconnected
 from pcae_serve.api.form import require_plain_body
 from pcae_serve.api.image_requests import body_limit
 from pcae_serve.api.state import service_of
@@ -51,7 +51,6 @@ from pcae_serve.open_inference.tensors import (
 )
 from pcae_serve.runtime.request_group import RequestGroup
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
-from pcae_serve.runtime.uploads import Upload
 from pcae_serve.version import __version__
 
 #: Header with the length of the JSON, if binary data follow it.
@@ -216,9 +215,10 @@ async def infer(request: Request) -> Response:
     arrival_s = proxy_delay.arrival_s(request.scope.get("state", {}))
     require_plain_body(request)
     service = service_of(request)
-    read = partial(_body, request, body_limit(service.settings))
+    read = partial(read_body, request, body_limit(service.settings))
     with service.offer_group() as group:
-        body = await group.receive(read, announced_bytes(request))
+        copies = 3  # the body, its text in base64, and the files
+        body = await group.receive(read, announced_bytes(request), copies)
         max_images = service.settings.max_images
         infer_request, files = _parse(body, request.headers.get(HEADER_LENGTH), max_images)
         require_outputs(infer_request, service.bundle)
@@ -232,10 +232,6 @@ async def infer(request: Request) -> Response:
     response = _response(infer_request, inference, answers)
     server_timing.record_timing(request, response, answers)
     return response
-
-
-async def _body(request: Request, limit: int, upload: Upload) -> bytes:
-    return b"".join([chunk async for chunk in limited(request, limit, upload)])
 
 
 for _path, _known in (

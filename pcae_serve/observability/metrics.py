@@ -183,6 +183,11 @@ class Metrics:
         self._queue_limit = Gauge(
             "pcae_queue_limit", "Maximum number of waiting requests.", registry=registry
         )
+        self._memory_limit = Gauge(
+            "pcae_request_memory_limit_bytes",
+            "Memory that requests may take (--memory-mb).",
+            registry=registry,
+        )
         self._build = Info(
             "pcae_build", "Versions, bundle, backend and policy in use.", registry=registry
         )
@@ -190,6 +195,7 @@ class Metrics:
         self._predicted_wait_s: Callable[[], float] = lambda: 0.0
         self._ready: Callable[[], bool] = lambda: False
         self._uploads: Callable[[], int] = lambda: 0
+        self._memory_bytes: Callable[[], int] = lambda: 0
         for name, help_text, value in (
             (
                 "pcae_queue_depth",
@@ -205,6 +211,11 @@ class Metrics:
                 "pcae_uploads",
                 "Request bodies being received; they are not in the queue yet.",
                 lambda: self._uploads(),
+            ),
+            (
+                "pcae_request_memory_bytes",
+                "Memory that requests take by the server's account: bodies, decoding, pixels.",
+                lambda: self._memory_bytes(),
             ),
             ("pcae_ready", "1 while requests are admitted.", lambda: self._ready()),
         ):
@@ -229,6 +240,10 @@ class Metrics:
         self._max_batch.set(max_batch)
         self._queue_limit.set(queue_limit)
 
+    def set_memory_limit(self, limit_bytes: int) -> None:
+        """Set the limit that the memory of requests is compared with."""
+        self._memory_limit.set(limit_bytes)
+
     def set_accuracy_range(self, accuracy: float) -> None:
         """Set the difference in accuracy between the best tier and the worst."""
         self._range.set(accuracy)
@@ -247,10 +262,11 @@ class Metrics:
         predicted_wait_s: Callable[[], float],
         ready: Callable[[], bool],
         uploads: Callable[[], int] = lambda: 0,
+        memory_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         """Set the functions that gauges call at each scrape; replaces earlier ones."""
         self._depth, self._predicted_wait_s, self._ready = depth, predicted_wait_s, ready
-        self._uploads = uploads
+        self._uploads, self._memory_bytes = uploads, memory_bytes
 
     def record_request(self, outcome: Outcome) -> None:
         """Count a request that has ended, and record its outcome for the access log."""

@@ -1,6 +1,8 @@
 """Decoding as a bounded resource: what an image will cost, when it would be decoded, its pixels."""
 
+import asyncio
 import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -9,6 +11,9 @@ from numpy.typing import NDArray
 from pcae_serve.bundle import decode_cost, image_limits
 from pcae_serve.bundle.decode_cost import DecodeCost
 from pcae_serve.bundle.preprocess import REDUCED, Preprocess
+from pcae_serve.runtime import refusals
+from pcae_serve.runtime.memory_budget import MemoryBudget, ParallelWork
+from pcae_serve.runtime.refusals import Refused
 from pcae_serve.runtime.threads import Threads
 
 #: Limits of the correction of predicted seconds: how much slower or faster this machine may be.
@@ -20,9 +25,10 @@ MEMORY_S = 1.0
 class Decoders:
     """The threads that decode images, and the work that they have accepted."""
 
-    def __init__(self, threads: int, *, max_pixels: int) -> None:
+    def __init__(self, threads: int, *, max_pixels: int, memory: MemoryBudget) -> None:
         """threads: images that are decoded in parallel. max_pixels: limit per image."""
         self._max_pixels = max_pixels
+        self._memory = ParallelWork(memory, threads)
         self._threads, self._count = Threads("decode", threads), threads
         self._speed = _Speed()
         self._backlog_s = 0.0  # predicted seconds of what waits or runs, on the reference machine
@@ -51,17 +57,20 @@ class Decoders:
         """Return the predicted seconds until an image that is submitted now would be decoded."""
         return self._speed.factor * (self._backlog_s / self._count + cost.seconds)
 
-    async def decode(
-        self, preprocess: Preprocess, body: bytes, cost: DecodeCost
-    ) -> NDArray[np.uint8]:
+    def decode(
+        self, preprocess: Preprocess, body: bytes, cost: DecodeCost, on_end: Callable[[], None]
+    ) -> asyncio.Future[NDArray[np.uint8]]:
         """Decode a file to pixels uint8 [H, W, 3]. Cancel it if the result is no longer needed.
 
-        cost: as predicted for this file. Raises what `preprocess` raises.
+        cost: as predicted for this file. on_end: called once, when no decoder uses the body any
+        more, which may be later than the end of the future. Raises Refused if there is no memory,
+        and in the future what `preprocess` raises.
         """
+        if not self._memory.try_add(cost.bytes):
+            raise Refused(refusals.memory_full())
         self._backlog_s += cost.seconds
-        call = self._threads.submit(partial(self._timed, preprocess, body, cost))
-        call.add_done_callback(partial(self._ended, cost))
-        return await call
+        call = _Call(partial(self._timed, preprocess, body, cost))
+        return self._threads.submit(call, partial(self._ended, call, cost, on_end))
 
     async def shutdown(self, limit_s: float) -> bool:
         """Wait at most `limit_s` for running calls; return whether all have ended."""
@@ -73,8 +82,26 @@ class Decoders:
         self._speed.add(cost.seconds, time.monotonic() - start_s)
         return pixels
 
-    def _ended(self, cost: DecodeCost, _: object) -> None:
+    def _ended(self, call: "_Call", cost: DecodeCost, on_end: Callable[[], None]) -> None:
+        call.forget()
         self._backlog_s -= cost.seconds
+        self._memory.remove(cost.bytes)
+        on_end()
+
+
+class _Call:
+    """A call whose arguments can be forgotten: a pool keeps a cancelled one until its turn."""
+
+    def __init__(self, call: Callable[[], NDArray[np.uint8]]) -> None:
+        self._call: Callable[[], NDArray[np.uint8]] | None = call
+
+    def __call__(self) -> NDArray[np.uint8]:
+        call, self._call = self._call, None
+        assert call is not None  # it is not cancelled
+        return call()
+
+    def forget(self) -> None:
+        self._call = None
 
 
 class _Speed:

@@ -18,10 +18,10 @@ from pcae_serve.engines.base import Output
 from pcae_serve.errors import RequestError
 from pcae_serve.observability.outcomes import Outcome
 from pcae_serve.runtime import refusals
-from pcae_serve.runtime.decoders import Decoders
 from pcae_serve.runtime.refusals import Refusal, Refused
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
-from pcae_serve.runtime.uploads import Upload, Uploads
+from pcae_serve.runtime.resources import Resources
+from pcae_serve.runtime.uploads import Upload
 from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.settings import Settings
 
@@ -44,8 +44,7 @@ class OfferedRequest:
         *,
         settings: Settings,
         bundle: Bundle,
-        decoders: Decoders,
-        uploads: Uploads,
+        resources: Resources,
         arrive: Callable[["OfferedRequest", float, float], None],
         enqueue: Callable[["OfferedRequest"], None],
     ) -> None:
@@ -62,8 +61,11 @@ class OfferedRequest:
         self.pixels: NDArray[np.uint8] | None = None  # [H, W, 3], once decoded
         self.decode_s = self.queued_s = 0.0
         self.reason = ""  # why its tier was chosen; set at dispatch
-        self._settings, self._bundle, self._decoders = settings, bundle, decoders
-        self._uploads, self._arrive, self._enqueue = uploads, arrive, enqueue
+        self._settings, self._bundle, self._resources = settings, bundle, resources
+        self._arrive, self._enqueue = arrive, enqueue
+        self._bytes = resources.memory.reserve()  # of its body, then of its pixels
+        self._pixels_bytes = 3 * bundle.image_size**2
+        self._decoding = self._ended = False
         self._timeout: asyncio.Timeout | None = None  # of the upload or decoder, while it runs
 
     @property
@@ -80,16 +82,21 @@ class OfferedRequest:
         self.request = request
         self.scheduled = replace(self.scheduled, deadline_s=request.deadline_s, tiers=tiers)
 
-    async def receive(self, read: Callable[[Upload], Awaitable[bytes]], length: int) -> bytes:
+    async def receive(
+        self, read: Callable[[Upload], Awaitable[bytes]], length: int, copies: int = 1
+    ) -> bytes:
         """Await the body until the upload limit or the deadline, whichever is earlier.
 
-        read: reads it. length: as announced, 0 if it was not. Raises UploadTimeout,
-        DeadlineExceeded, Dropped, Overloaded, or what `read` raises.
+        read: reads it. length: as announced, 0 if it was not. copies: how many of the body are in
+        memory at a time while it is read. Raises UploadTimeout, DeadlineExceeded, Dropped,
+        Overloaded, TooLarge, or what `read` raises.
         """
         upload_s = self._settings.upload_s
         until_s = min(self.deadline_s, self.request.arrival_s + upload_s)
         timeout = partial(refusals.upload_timeout, upload_s)
-        upload = self._uploads.receive(read, length=length, until_s=until_s)
+        upload = self._resources.uploads.receive(
+            read, self._bytes, length=length, copies=copies, until_s=until_s
+        )
         in_time = until_s == self.deadline_s
         return await self._bounded(upload, until_s, self._expired if in_time else timeout)
 
@@ -100,16 +107,23 @@ class OfferedRequest:
     async def run(self, body: bytes) -> InferenceResult:
         """Have the request admitted, decode the image file, queue it and wait for its result.
 
-        Raises a RequestError.
+        Pass the body without keeping it, so that its memory is free once it is decoded. Raises a
+        RequestError.
         """
         self.raise_if_refused()
-        decoders = self._decoders
+        decoders, limit_bytes = self._resources.decoders, self._resources.memory.limit_bytes
         with self._outcomes():
             cost = decoders.predict(self._bundle.preprocess, body)
+            if len(body) + cost.bytes > limit_bytes:
+                raise Refused(refusals.over_memory(len(body) + cost.bytes, limit_bytes))
         idle_s = decoders.idle_s(cost)
         self._arrive(self, idle_s, decoders.wait_s(cost) if decoders.busy else idle_s)
         self.raise_if_refused()
+        with self._outcomes():
+            if not self._bytes.try_resize(max(self._bytes.held_bytes, self._pixels_bytes)):
+                raise Refused(refusals.memory_full())
         await self._decode(body, cost)
+        del body
         if not self.result.done():
             self._enqueue(self)
         return await self.result
@@ -156,11 +170,22 @@ class OfferedRequest:
         if self._timeout is not None and not self._timeout.expired():
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
+    def end(self) -> None:
+        """End the request: what it holds is free, as soon as no decoder works on it."""
+        self._ended = True
+        if not self._decoding:
+            self._bytes.release()
+
     async def _decode(self, body: bytes, cost: DecodeCost) -> None:
         loop = asyncio.get_running_loop()
         start_s = loop.time()
         try:
-            decode = self._decoders.decode(self._bundle.preprocess, body, cost)
+            with self._outcomes():
+                decode = self._resources.decoders.decode(
+                    self._bundle.preprocess, body, cost, self._decoder_ended
+                )
+            self._decoding = True
+            del body
             self.pixels = await self._bounded(decode, self.deadline_s, self._expired)
         except RequestError:
             raise
@@ -169,6 +194,14 @@ class OfferedRequest:
             raise
         self.queued_s = loop.time()
         self.decode_s = self.queued_s - start_s
+
+    def _decoder_ended(self) -> None:
+        """Hold the pixels instead of the body."""
+        self._decoding = False
+        if self._ended:
+            self._bytes.release()
+        else:
+            self._bytes.try_resize(self._pixels_bytes)
 
     def _expired(self) -> Refusal:
         return refusals.expired_before_decoded(self.request.budget_ms)
@@ -197,7 +230,7 @@ class OfferedRequest:
             error, self.outcome = refused.refusal
             raise error from None
         except MemoryError:
-            log.error("too little memory to decode an image")
+            log.error("too little memory for a request")
             error, self.outcome = refusals.out_of_memory()
             raise error from None
         except RequestError:

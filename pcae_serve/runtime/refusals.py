@@ -15,6 +15,7 @@ from pcae_serve.errors import (
     RequestError,
     Starting,
     TaskNotSupported,
+    TooLarge,
     UploadTimeout,
 )
 from pcae_serve.observability.outcomes import Outcome
@@ -102,6 +103,22 @@ def uploads_full(limit: int) -> Refusal:
     return Refusal(error, Outcome.REJECTED_FULL)
 
 
+def memory_full() -> Refusal:
+    error = Overloaded(
+        "the requests in progress take as much memory as they may; retry later",
+        retry_after_s=SHORT_RETRY_S,
+    )
+    return Refusal(error, Outcome.REJECTED_FULL)
+
+
+def over_memory(needed_bytes: int, limit_bytes: int) -> Refusal:
+    error = TooLarge(
+        f"this request takes {needed_bytes:,} bytes of memory, over the limit of {limit_bytes:,};"
+        " send a smaller image"
+    )
+    return Refusal(error, Outcome.UNREADABLE)
+
+
 def expired_before_decoded(budget_ms: float) -> Refusal:
     error = DeadlineExceeded(
         f"the budget of {budget_ms:g} ms passed before the image was received and decoded; raise"
@@ -165,8 +182,7 @@ def batch_not_started() -> Refusal:
 
 def out_of_memory() -> Refusal:
     error = OutOfMemory(
-        "the server has too little memory to decode this image now; retry later or send a smaller"
-        " image",
+        "the server has too little memory for this request; retry later or send a smaller image",
         retry_after_s=SHORT_RETRY_S,
     )
     return Refusal(error, Outcome.FAILED)

@@ -1,8 +1,9 @@
 """A request for several images, each of which is admitted or refused on its own."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from pcae_serve.errors import RequestError
@@ -10,9 +11,12 @@ from pcae_serve.observability.metrics import Metrics
 from pcae_serve.observability.outcomes import Outcome
 from pcae_serve.runtime import refusals
 from pcae_serve.runtime.offered import OfferedRequest
-from pcae_serve.runtime.refusals import Refused
+from pcae_serve.runtime.refusals import Refusal, Refused
 from pcae_serve.runtime.requests import InferenceRequest
-from pcae_serve.runtime.uploads import Upload, Uploads
+from pcae_serve.runtime.resources import Resources
+from pcae_serve.runtime.uploads import Upload
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -24,36 +28,60 @@ class RequestGroup:
         self,
         upload_s: float,
         metrics: Metrics,
-        uploads: Uploads,
+        resources: Resources,
         offer: Callable[[InferenceRequest], AbstractContextManager[OfferedRequest]],
     ) -> None:
         """upload_s: maximum time to receive the body. offer: offers one image."""
-        self._upload_s, self._metrics, self._uploads = upload_s, metrics, uploads
-        self._offer = offer
+        self._upload_s, self._metrics, self._resources = upload_s, metrics, resources
+        self._offer, self._bytes = offer, resources.memory.reserve()
+        self._counted = False  # the request as a whole, or its images
 
-    async def receive(self, read: Callable[[Upload], Awaitable[T]], length: int) -> T:
-        """Await the body of the whole request.
+    async def receive(
+        self, read: Callable[[Upload], Awaitable[T]], length: int, copies: int = 1
+    ) -> T:
+        """Await the body of the whole request, whose bytes are held until the request ends.
 
-        read: reads it. length: as announced, 0 if it was not. Raises UploadTimeout, Dropped,
-        Overloaded, or what `read` raises.
+        read: reads it. length: as announced, 0 if it was not. copies: how many of the body are in
+        memory at a time. Raises UploadTimeout, Dropped, Overloaded, TooLarge, or what `read`
+        raises.
         """
         until_s = asyncio.get_running_loop().time() + self._upload_s
         try:
             async with asyncio.timeout_at(until_s):
-                return await self._uploads.receive(read, length=length, until_s=until_s)
+                return await self._resources.uploads.receive(
+                    read, self._bytes, length=length, copies=copies, until_s=until_s
+                )
         except TimeoutError:
             hint = "send it faster or send fewer images"
-            error, outcome = refusals.upload_timeout(self._upload_s, hint)
-            self._metrics.record_request(outcome)
-            raise error from None
+            raise self._refused(refusals.upload_timeout(self._upload_s, hint)) from None
         except Refused as refused:
-            error, outcome = refused.refusal
-            self._metrics.record_request(outcome)
-            raise error from None
+            raise self._refused(refused.refusal) from None
         except RequestError:
-            self._metrics.record_request(Outcome.UNREADABLE)
+            self._count(Outcome.UNREADABLE)
             raise
 
     def offer(self, request: InferenceRequest) -> AbstractContextManager[OfferedRequest]:
         """Offer one image of the group, during a drain as well. Raises a RequestError."""
+        self._counted = True
         return self._offer(request)
+
+    @contextmanager
+    def until_end(self) -> Iterator[None]:
+        """End the request with the context. Raises OutOfMemory in place of a MemoryError."""
+        try:
+            yield
+        except MemoryError:
+            log.error("too little memory for a request")
+            raise self._refused(refusals.out_of_memory()) from None
+        finally:
+            self._bytes.release()
+
+    def _refused(self, refusal: Refusal) -> RequestError:
+        self._count(refusal.outcome)
+        return refusal.error
+
+    def _count(self, outcome: Outcome) -> None:
+        """Count the request as a whole, unless its images are counted."""
+        if not self._counted:
+            self._counted = True
+            self._metrics.record_request(outcome)

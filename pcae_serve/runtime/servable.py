@@ -23,15 +23,14 @@ from pcae_serve.errors import BundleError, one_line
 from pcae_serve.observability.metrics import Failure, Metrics
 from pcae_serve.runtime import refusals, tier_health
 from pcae_serve.runtime.background_tasks import BackgroundTasks
-from pcae_serve.runtime.decoders import Decoders
 from pcae_serve.runtime.offered import OfferedRequest
 from pcae_serve.runtime.reasons import explain_tier
 from pcae_serve.runtime.refusals import Refusal
 from pcae_serve.runtime.requests import InferenceRequest
+from pcae_serve.runtime.resources import Resources
 from pcae_serve.runtime.scheduler_driver import SchedulerDriver
 from pcae_serve.runtime.threads import Device
 from pcae_serve.runtime.tier_health import TierHealth
-from pcae_serve.runtime.uploads import Uploads
 from pcae_serve.runtime.worker import NotFinite, Worker
 from pcae_serve.scheduling.event_log import Recorder, Setup
 from pcae_serve.scheduling.events import (
@@ -130,9 +129,7 @@ class Servable:
                 self._handle(DeviceLost(_now_s(), i))
 
     @contextmanager
-    def offer(
-        self, request: InferenceRequest, decoders: Decoders, uploads: Uploads
-    ) -> Iterator[OfferedRequest]:
+    def offer(self, request: InferenceRequest, resources: Resources) -> Iterator[OfferedRequest]:
         """Offer a request whose headers have arrived; it arrives at the scheduler with its body.
 
         If the load would refuse it already, it arrives now, so that nothing is uploaded first.
@@ -148,8 +145,7 @@ class Servable:
             scheduled,
             settings=self.settings,
             bundle=self.bundle,
-            decoders=decoders,
-            uploads=uploads,
+            resources=resources,
             arrive=self._arrive,
             enqueue=self._enqueue,
         )
@@ -161,6 +157,7 @@ class Servable:
             yield offered
         finally:
             del self._offered[scheduled.id]
+            offered.end()
             self._metrics.record_request(offered.outcome)
             if not offered.result.done() or offered.result.cancelled():
                 if offered.arrived:
@@ -342,8 +339,9 @@ class Servable:
             extra={"request_id": None},  # the record belongs to the batch, not to one request
         )
         self._metrics.record_failure(name, kind)
+        out_of_memory = isinstance(error, MemoryError)
         for admitted in batch.requests:
-            admitted.refuse(refusals.batch_failed())
+            admitted.refuse(refusals.out_of_memory() if out_of_memory else refusals.batch_failed())
         if self._health.disable_if_failing(tier):
             self._handle(TierDisabled(_now_s(), tier))
             self._spawn(self._health.probe_until_healthy(tier, self._probe))

@@ -30,13 +30,15 @@ from pcae_serve.errors import (
     ReloadInProgress,
 )
 from pcae_serve.observability.metrics import Metrics, Reload
-from pcae_serve.runtime import latency_profile, refusals, tier_health
+from pcae_serve.runtime import latency_profile, machine_memory, refusals, tier_health
 from pcae_serve.runtime.decoders import Decoders
+from pcae_serve.runtime.memory_budget import MemoryBudget
 from pcae_serve.runtime.offered import OfferedRequest
 from pcae_serve.runtime.refusals import Refusal
 from pcae_serve.runtime.replacement import load_replacement
 from pcae_serve.runtime.request_group import RequestGroup
 from pcae_serve.runtime.requests import InferenceRequest
+from pcae_serve.runtime.resources import Resources
 from pcae_serve.runtime.servable import EngineFactory, Servable
 from pcae_serve.runtime.threads import Device
 from pcae_serve.runtime.tiers import tier_table
@@ -115,9 +117,7 @@ class Service:
         self._reloading = False
         self._groups = 0  # requests for several images that are not answered
         self._decode_threads = settings.decode_threads or cpus.count_usable()
-        self._decoders = Decoders(self._decode_threads, max_pixels=settings.max_pixels)
-        max_uploads = settings.max_uploads or min(MAX_UPLOADS, raise_descriptor_limit() // 2)
-        self._uploads = Uploads(max_uploads, settings.min_upload_kb_s * 1e3)
+        self._resources = self._create_resources()
         self._loader = Device("reload")
         self._devices = [Device(f"device-{i}") for i in range(len(engines))]
         self.left_behind = False  # threads are still running, so the interpreter could not exit
@@ -126,7 +126,8 @@ class Service:
             depth=lambda: self.waiting,
             predicted_wait_s=lambda: self.predicted_wait_s,
             ready=lambda: self.ready,
-            uploads=lambda: len(self._uploads),
+            uploads=lambda: len(self._resources.uploads),
+            memory_bytes=lambda: self._resources.memory.used_bytes,
         )
 
     async def start(self) -> None:
@@ -137,6 +138,9 @@ class Service:
             latency_profile.load, bundle, engines[0], settings.cache_dir, settings.profile_s
         )
         profile = await self._devices[0].submit(measure)
+        memory = self._resources.memory
+        memory.limit_bytes = int(settings.memory_mb * 1e6) or machine_memory.default_budget_bytes()
+        self.metrics.set_memory_limit(memory.limit_bytes)
         self._current = self._servable(bundle, engines, profile, self._recorder)
         if self._state is State.STARTING:
             self._state = State.SERVING
@@ -160,7 +164,7 @@ class Service:
         """
         self._refuse_unless_ready(draining=draining)
         assert isinstance(self._current, Servable)  # it is ready
-        return self._current.offer(request, self._decoders, self._uploads)
+        return self._current.offer(request, self._resources)
 
     @contextmanager
     def offer_group(self) -> Iterator[RequestGroup]:
@@ -173,8 +177,10 @@ class Service:
             self._refuse(refusals.queue_full(self.settings.queue_limit, retry_after_s=1))
         self._groups += 1
         offer = partial(self.offer, draining=True)
+        group = RequestGroup(self.settings.upload_s, self.metrics, self._resources, offer)
         try:
-            yield RequestGroup(self.settings.upload_s, self.metrics, self._uploads, offer)
+            with group.until_end():
+                yield group
         finally:
             self._groups -= 1
 
@@ -267,7 +273,7 @@ class Service:
     async def stop(self) -> None:
         """Refuse what is unanswered, and let the current batches finish, in bounded time."""
         self.refuse_unanswered()
-        self.left_behind |= not await self._decoders.shutdown(DECODE_S)
+        self.left_behind |= not await self._resources.decoders.shutdown(DECODE_S)
         if isinstance(self._current, _Unmeasured):  # a measurement may be abandoned
             for device in self._devices:
                 self.left_behind |= not await device.shutdown(0)
@@ -360,6 +366,16 @@ class Service:
         """All servables with requests: those that were replaced, then the current one."""
         current = [self._current] if isinstance(self._current, Servable) else []
         return [*self._retired, *current]
+
+    def _create_resources(self) -> Resources:
+        """Create what requests compete for; the memory's limit is set once the engines run."""
+        settings, memory = self.settings, MemoryBudget(0)
+        max_uploads = settings.max_uploads or min(MAX_UPLOADS, raise_descriptor_limit() // 2)
+        return Resources(
+            memory,
+            Decoders(self._decode_threads, max_pixels=settings.max_pixels, memory=memory),
+            Uploads(max_uploads, settings.min_upload_kb_s * 1e3, memory),
+        )
 
     def _servable(
         self,

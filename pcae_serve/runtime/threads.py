@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -29,9 +30,17 @@ class Threads:
         self._threads = ThreadPoolExecutor(count, name, _lower_priority)
         self._running: set[Future[Any]] = set()
 
-    def submit(self, call: Callable[[], T]) -> asyncio.Future[T]:
-        """Run `call` on a thread, after those submitted before."""
+    def submit(
+        self, call: Callable[[], T], on_end: Callable[[], None] | None = None
+    ) -> asyncio.Future[T]:
+        """Run `call` on a thread, after those submitted before.
+
+        on_end: called once, on the event loop, when no thread works on the call any more. That may
+        be later than the end of the returned future: a call that runs cannot be cancelled.
+        """
         running = self._threads.submit(call)
+        if on_end is not None:
+            running.add_done_callback(partial(_call_on, asyncio.get_running_loop(), on_end))
         self._running.add(running)  # asyncio's future may be cancelled while the call continues
         running.add_done_callback(self._running.discard)
         return asyncio.wrap_future(running)
@@ -60,6 +69,12 @@ class Device(Threads):
     async def shutdown(self, limit_s: float) -> bool:
         """Do as `Threads.shutdown`, but do not wait for a lost device."""
         return await super().shutdown(0.0 if self.lost else limit_s)
+
+
+def _call_on(loop: asyncio.AbstractEventLoop, callback: Callable[[], None], _: Future[Any]) -> None:
+    """Call back on the event loop, unless it is closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(callback)
 
 
 def _lower_priority() -> None:

@@ -6,15 +6,7 @@ from pathlib import Path
 import pytest
 
 from pcae_serve.engines import cpus
-
-
-def group(root: Path, membership: str, files: dict[str, str]) -> tuple[Path, Path]:
-    for name, content in files.items():
-        file = root / "mount" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content)
-    (root / "membership").write_text(membership)
-    return root / "mount", root / "membership"
+from tests.support.control_groups import group
 
 
 @pytest.mark.parametrize(

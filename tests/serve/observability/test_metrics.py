@@ -238,6 +238,8 @@ REFUSALS = {
     "upload_too_slow": [refusals.upload_too_slow(1e4)],
     "upload_dropped": [refusals.upload_dropped()],
     "uploads_full": [refusals.uploads_full(1024)],
+    "memory_full": [refusals.memory_full()],
+    "over_memory": [refusals.over_memory(2, 1)],
     "expired_before_decoded": [refusals.expired_before_decoded(5)],
     "expired_in_queue": [refusals.expired_in_queue(5)],
     "dropped": [refusals.dropped("pace")],

@@ -11,20 +11,26 @@ import pytest
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import UnreadableImage, UnsupportedType
 from pcae_serve.runtime.decoders import Decoders
+from pcae_serve.runtime.memory_budget import MemoryBudget
+from pcae_serve.runtime.refusals import Refused
 from tests.support.images import image_bytes
 
 PREPROCESS = Preprocess(image_size=8, resize=8, mean=(0.5,) * 3, std=(0.5,) * 3)
 BODY = image_bytes(level=7, size=(100, 100))
 
 
-def decoders() -> Decoders:
-    return Decoders(2, max_pixels=1_000_000)
+def decoders(memory: MemoryBudget | None = None) -> Decoders:
+    return Decoders(2, max_pixels=1_000_000, memory=memory or MemoryBudget(10**9))
+
+
+def ended() -> None:
+    """Nothing is held."""
 
 
 def test_pixels_of_an_image() -> None:
     async def scenario() -> None:
         subject = decoders()
-        pixels = await subject.decode(PREPROCESS, BODY, subject.predict(PREPROCESS, BODY))
+        pixels = await subject.decode(PREPROCESS, BODY, subject.predict(PREPROCESS, BODY), ended)
         np.testing.assert_array_equal(pixels, PREPROCESS(BODY))
         assert await subject.shutdown(5.0)
 
@@ -44,8 +50,7 @@ def test_the_wait_is_the_work_ahead_and_its_own(monkeypatch: pytest.MonkeyPatch)
         cost = subject.predict(PREPROCESS, BODY)
         alone = subject.wait_s(cost)
         assert alone == pytest.approx(cost.seconds)
-        calls = [asyncio.create_task(subject.decode(PREPROCESS, BODY, cost)) for _ in range(4)]
-        await asyncio.sleep(0)
+        calls = [subject.decode(PREPROCESS, BODY, cost, ended) for _ in range(4)]
         assert subject.wait_s(cost) == pytest.approx(3 * alone)
         calls[3].cancel()
         while subject.wait_s(cost) > 2.6 * alone:  # one that nothing awaits is forgotten
@@ -65,7 +70,7 @@ def test_predictions_follow_what_is_measured(monkeypatch: pytest.MonkeyPatch) ->
         cost = subject.predict(PREPROCESS, BODY)
         clock = SimpleNamespace(monotonic=iter([1.0, 1.0 + 3 * cost.seconds]).__next__)
         monkeypatch.setattr("pcae_serve.runtime.decoders.time", clock)
-        await subject.decode(PREPROCESS, BODY, cost)
+        await subject.decode(PREPROCESS, BODY, cost, ended)
         assert subject.wait_s(cost) == pytest.approx(3 * cost.seconds, rel=0.01)
         await subject.shutdown(5.0)
 
@@ -78,3 +83,43 @@ def test_an_unreadable_header_is_refused_before_decoding() -> None:
         subject.predict(PREPROCESS, b"text")
     with pytest.raises(UnreadableImage):
         subject.predict(PREPROCESS, BODY[:20])
+
+
+def test_its_memory_is_free_when_no_thread_works_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cancelling the wait for pixels does not end a thread that decodes them."""
+    entered, release = threading.Event(), threading.Event()
+
+    def stuck(*_: Any) -> None:
+        entered.set()
+        release.wait(20)
+
+    monkeypatch.setattr(Preprocess, "__call__", stuck)
+
+    async def scenario() -> None:
+        cost = decoders().predict(PREPROCESS, BODY)
+        memory = MemoryBudget(2 * cost.bytes)
+        subject, ends = decoders(memory), list[int]()
+        calls = [
+            subject.decode(PREPROCESS, BODY, cost, lambda i=i: ends.append(i))  # type: ignore[misc]
+            for i in range(4)
+        ]
+        assert memory.used_bytes == 2 * cost.bytes  # two are decoded at a time
+        await asyncio.to_thread(entered.wait, 20)
+        for call in calls:
+            call.cancel()
+        while len(ends) < 2:
+            await asyncio.sleep(0.001)
+        assert set(ends) == {2, 3}  # they never started
+        assert memory.used_bytes == 2 * cost.bytes
+        other = memory.reserve()
+        assert not other.try_resize(1)
+        release.set()
+        while memory.used_bytes:
+            await asyncio.sleep(0.001)
+        assert sorted(ends) == [0, 1, 2, 3]
+        await subject.shutdown(5.0)
+        assert other.try_resize(memory.limit_bytes)
+        with pytest.raises(Refused):
+            subject.decode(PREPROCESS, BODY, cost, ended)
+
+    asyncio.run(scenario())

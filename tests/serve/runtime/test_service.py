@@ -1,6 +1,7 @@
 """The service without HTTP: its start, its devices, its end."""
 
 import asyncio
+import struct
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,17 @@ from pcae_serve.engines import nvidia
 from pcae_serve.engines.base import Engine, Output, Pixels
 from pcae_serve.engines.loader import check_engine
 from pcae_serve.engines.simulated import SimulatedEngine
-from pcae_serve.errors import BudgetTooSmall, Draining, Overloaded, RequestError, Starting
+from pcae_serve.errors import (
+    BudgetTooSmall,
+    DeadlineExceeded,
+    Draining,
+    OutOfMemory,
+    Overloaded,
+    RequestError,
+    Starting,
+    TooLarge,
+    UnsupportedType,
+)
 from pcae_serve.runtime import service as services
 from pcae_serve.runtime.decoders import Decoders
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
@@ -28,6 +39,9 @@ from tests.support.images import image_bytes
 from tests.support.inference import infer
 
 MakeSettings = Callable[..., Settings]
+
+#: The header of a lossless WebP of 7,000 x 7,000 pixels, which takes 0.9 GB to decode.
+HUGE_WEBP = struct.pack("<4sI8sIBI9x", b"RIFF", 26, b"WEBPVP8L", 14, 0x2F, 6999 * ((1 << 14) + 1))
 
 
 def test_stopping_with_work_in_hand_answers_everybody_once(
@@ -194,6 +208,98 @@ def test_an_upload_takes_no_place_in_the_queue(
     counts = asyncio.run(scenario())
     assert 'requests_total{outcome="rejected_full"} 6.0' in counts
     assert 'requests_total{outcome="in_time"} 2.0' in counts
+
+
+def test_requests_hold_their_bytes_until_they_end_and_no_longer(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate
+) -> None:
+    """An upload holds its body, a queued request its pixels; each way to end frees them."""
+    pixels_bytes = 3 * small_bundle.image_size**2
+
+    async def scenario() -> None:
+        service = Service(settings(memory_mb=100), small_bundle, [gate])
+        memory = service._resources.memory
+        await service.start()
+        assert memory.limit_bytes == 100_000_000
+        gate.shut()
+        calls = [asyncio.create_task(classify(service, i, 60_000)) for i in range(3)]
+        await asyncio.to_thread(gate.entered.wait, 20)
+        while service.waiting < 2 or memory.used_bytes > 3 * pixels_bytes:
+            await asyncio.sleep(0.005)
+        assert memory.used_bytes == 3 * pixels_bytes
+        calls[2].cancel()  # its client leaves
+
+        async def never(_: Upload) -> bytes:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        arrival_s = asyncio.get_running_loop().time()
+        with service.offer(InferenceRequest(arrival_s, 50)) as offered:
+            upload = asyncio.create_task(offered.receive(never, 1000))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert memory.used_bytes == 2 * pixels_bytes + 1000
+            with pytest.raises(DeadlineExceeded):
+                await upload
+        with pytest.raises(UnsupportedType):
+            await infer(service, 60_000, b"not an image")
+        with pytest.raises(TooLarge, match="100,000,000"):
+            await infer(service, 60_000, HUGE_WEBP)
+        with service.offer_group() as group:
+            assert await group.receive(whole, 1000, copies=2) == b""
+            assert memory.used_bytes == 2 * pixels_bytes + 2000
+        assert memory.used_bytes == 2 * pixels_bytes
+        gate.open.set()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert memory.used_bytes == 0
+        await service.stop()
+
+    async def whole(_: Upload) -> bytes:
+        return b""
+
+    asyncio.run(scenario())
+
+
+def test_what_does_not_fit_into_memory_is_refused_at_once(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate
+) -> None:
+    async def scenario() -> None:
+        service = Service(settings(memory_mb=100), small_bundle, [gate])
+        await service.start()
+        with service._resources.memory.reserve() as others:
+            assert others.try_resize(99_990_000)
+            with pytest.raises(Overloaded, match="as much memory as they may") as full:
+                await classify(service, 1, 60_000)
+            assert full.value.headers["Retry-After"] == "1"
+        assert (await classify(service, 1, 60_000)).met_budget
+        await service.stop()
+
+    asyncio.run(scenario())
+
+
+def test_lack_of_memory_is_not_an_error_of_the_image_or_the_model(
+    small_bundle: Bundle, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    async def refused(service: Service) -> None:
+        with pytest.raises(OutOfMemory):
+            await classify(service, 1, 60_000)
+
+    async def scenario() -> str:
+        service = Service(settings(), small_bundle, [Gate()])
+        await service.start()
+        for owner, name in ((Preprocess, "__call__"), (Decoders, "predict"), (Gate, "run")):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, fail)
+                await refused(service)
+        with pytest.raises(OutOfMemory), service.offer_group():
+            fail()
+        await service.stop()
+        return service.metrics.exposition()[0].decode()
+
+    assert 'requests_total{outcome="failed"} 4.0' in asyncio.run(scenario())
 
 
 def test_what_decoding_leaves_no_time_for_is_refused_before_it_is_decoded(

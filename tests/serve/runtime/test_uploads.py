@@ -5,9 +5,10 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from pcae_serve.errors import Dropped, Overloaded, UploadTimeout
+from pcae_serve.errors import Dropped, Overloaded, TooLarge, UploadTimeout
 from pcae_serve.observability.outcomes import Outcome
 from pcae_serve.runtime import uploads
+from pcae_serve.runtime.memory_budget import MemoryBudget, Reservation
 from pcae_serve.runtime.refusals import Refused
 from pcae_serve.runtime.uploads import Upload, Uploads
 
@@ -19,11 +20,21 @@ async def never(_: Upload) -> bytes:
     raise AssertionError
 
 
+def registry_of(limit: int, memory: MemoryBudget | None = None) -> Uploads:
+    return Uploads(limit, 1e4, memory or MemoryBudget(1_000_000_000))
+
+
 def begin(
-    registry: Uploads, read: Callable[[Upload], Awaitable[bytes]], length: int = 1000
+    registry: Uploads,
+    read: Callable[[Upload], Awaitable[bytes]],
+    length: int = 1000,
+    reservation: Reservation | None = None,
+    copies: int = 1,
 ) -> asyncio.Task[bytes]:
     until_s = asyncio.get_running_loop().time() + HOUR_S
-    return asyncio.create_task(registry.receive(read, length=length, until_s=until_s))
+    held = reservation or MemoryBudget(1_000_000_000).reserve()
+    upload = registry.receive(read, held, length=length, copies=copies, until_s=until_s)
+    return asyncio.create_task(upload)
 
 
 async def refusal(upload: asyncio.Task[bytes]) -> tuple[type[Exception], Outcome]:
@@ -35,7 +46,7 @@ async def refusal(upload: asyncio.Task[bytes]) -> tuple[type[Exception], Outcome
 
 def test_an_upload_is_behind_by_what_its_rate_should_have_brought() -> None:
     async def scenario() -> None:
-        upload = Upload(100.0, 1000.0)
+        upload = Upload(100.0, 1000.0, 1, MemoryBudget(0).reserve(), lambda *_: None)
         assert upload.lag_s(101.0) == 1.0
         upload.add(500)
         assert upload.lag_s(101.0) == 0.5
@@ -46,7 +57,7 @@ def test_an_upload_is_behind_by_what_its_rate_should_have_brought() -> None:
 
 def test_a_body_is_returned_and_its_place_is_free_again() -> None:
     async def scenario() -> None:
-        registry = Uploads(1, 1e4)
+        registry = registry_of(1)
 
         async def read(upload: Upload) -> bytes:
             assert len(registry) == 1
@@ -62,7 +73,7 @@ def test_a_body_is_returned_and_its_place_is_free_again() -> None:
 
 def test_an_error_of_the_reader_is_raised_and_its_place_is_free_again() -> None:
     async def scenario() -> None:
-        registry = Uploads(1, 1e4)
+        registry = registry_of(1)
 
         async def fail(_: Upload) -> bytes:
             raise TimeoutError("its own")
@@ -80,7 +91,7 @@ def test_a_new_upload_drops_the_one_that_is_furthest_behind(
     monkeypatch.setattr(uploads, "PATIENCE_S", 0.0)
 
     async def scenario() -> None:
-        registry = Uploads(2, 1e4)
+        registry = registry_of(2)
         go_on = asyncio.Event()
 
         async def half_done(upload: Upload) -> bytes:
@@ -106,7 +117,7 @@ def test_without_an_upload_that_lags_a_new_one_is_refused(
     monkeypatch.setattr(uploads, "PATIENCE_S", HOUR_S)
 
     async def scenario() -> None:
-        registry = Uploads(1, 1e4)
+        registry = registry_of(1)
         first = begin(registry, never)
         await asyncio.sleep(0)
         assert await refusal(begin(registry, never)) == (Overloaded, Outcome.REJECTED_FULL)
@@ -123,7 +134,7 @@ def test_an_upload_below_the_minimum_rate_is_ended(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(uploads, "GRACE_S", 0.1)
 
     async def scenario() -> None:
-        registry = Uploads(10, 1e4)
+        registry = registry_of(10)
 
         async def fast_enough(upload: Upload) -> bytes:
             upload.add(10_000_000)
@@ -134,5 +145,86 @@ def test_an_upload_below_the_minimum_rate_is_ended(monkeypatch: pytest.MonkeyPat
         assert not fast.done()
         fast.cancel()
         await asyncio.wait([fast])
+
+    asyncio.run(scenario())
+
+
+async def whole(upload: Upload) -> bytes:
+    upload.add(500)
+    return b"body"
+
+
+def test_a_body_holds_what_it_announces_and_more_if_more_arrives() -> None:
+    async def scenario() -> None:
+        memory = MemoryBudget(10_000)
+        registry = registry_of(10, memory)
+
+        async def read(upload: Upload) -> bytes:
+            assert memory.used_bytes == announced
+            upload.add(700)
+            upload.add(300)
+            assert memory.used_bytes == 2000
+            return b"body"
+
+        for announced in (2000, 0):  # a body of 1,000 bytes that is held twice, and a chunked one
+            with memory.reserve() as reservation:
+                await begin(registry, read, announced // 2, reservation, copies=2)
+                assert memory.used_bytes == 2000  # the body is there
+            assert memory.used_bytes == 0
+
+    asyncio.run(scenario())
+
+
+def test_uploads_leave_half_of_the_memory_to_others() -> None:
+    async def scenario() -> None:
+        memory = MemoryBudget(4000)
+        registry = registry_of(10, memory)
+        first = begin(registry, never, 1500, memory.reserve())
+        await asyncio.sleep(0)
+        too_much = begin(registry, whole, 501, memory.reserve())
+        assert await refusal(too_much) == (Overloaded, Outcome.REJECTED_FULL)
+        never_fits = begin(registry, whole, 2001, memory.reserve())
+        assert await refusal(never_fits) == (TooLarge, Outcome.UNREADABLE)
+        assert await begin(registry, whole, 500, memory.reserve()) == b"body"
+        assert memory.reserve().try_resize(2000)
+        first.cancel()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_uploads_that_lag_are_dropped_first_if_memory_runs_short(
+    monkeypatch: pytest.MonkeyPatch, complete: bool
+) -> None:
+    monkeypatch.setattr(uploads, "PATIENCE_S", 0.0)
+
+    async def scenario() -> None:
+        memory = MemoryBudget(4000)
+        registry = registry_of(10, memory)
+        idle = begin(registry, never, 1000, memory.reserve())
+        later = begin(registry, never, 1000, memory.reserve())
+        await asyncio.sleep(0.01)
+        if complete:  # a request that needs memory for decoding
+            assert memory.reserve().try_resize(3000)
+        else:
+            assert await begin(registry, whole, 1000, memory.reserve()) == b"body"
+        assert await refusal(idle) == (Dropped, Outcome.DROPPED)
+        assert not later.done()
+        later.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_no_upload_is_dropped_if_that_does_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "PATIENCE_S", 0.0)
+
+    async def scenario() -> None:
+        memory = MemoryBudget(4000)
+        idle = begin(registry_of(10, memory), never, 1000, memory.reserve())
+        await asyncio.sleep(0.01)
+        assert not memory.reserve().try_resize(4001)
+        await asyncio.sleep(0.01)
+        assert not idle.done()
+        idle.cancel()
 
     asyncio.run(scenario())
