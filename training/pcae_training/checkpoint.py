@@ -19,16 +19,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pcae_serve import atomic
+from pcae_serve import atomic, bounded_json
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.weights_file import check_safetensors
 
 MODEL_TYPE = "pcae_vit"
+#: Characters of what torch says about weights that do not fit: it lists every tensor.
+MAX_REASON = 400
 #: Name of the checkpoint inside the folder of a training run.
 RUN_CHECKPOINT = "checkpoint"
 
@@ -160,12 +164,14 @@ def load(folder: Path) -> Checkpoint:
     training = read_json(training_file) if training_file.exists() else {}
     weights = read_tensors(found / "model.safetensors")
     try:
+        with torch.device("meta"):  # a wrong size is found before anything is allocated
+            VisionTransformer(config).load_state_dict(weights, assign=True)
         model = VisionTransformer(config)
         model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     except ValueError as error:  # of ViTConfig
         raise CheckpointError(f"{folder}: {error}") from None
     except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:MAX_REASON]
         raise CheckpointError(f"{folder}: the weights do not match config.json: {reason}") from None
     return Checkpoint(model.eval(), preprocess, labels, training)
 
@@ -198,7 +204,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raise CheckpointError if there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = bounded_json.read_json(file)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint not found: {file} does not exist") from None
     except OSError as error:
@@ -218,8 +224,11 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file. Raise CheckpointError if missing or damaged."""
     try:
+        check_safetensors(file)
         return load_file(file)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint not found: {file} does not exist") from None
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
+    except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from None

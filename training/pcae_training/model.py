@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pcae_serve.bundle.tokens import REDUCTION_POINTS, Geometry, Rule
+from pcae_training.model_limits import check_sizes
 from pcae_training.reduction import RULES, Tokens, attention_received, reduce_tokens
 
 
@@ -38,6 +39,7 @@ class ViTConfig:
     registers: int = 0  # DINOv2's extra tokens, without positions
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.image_size % self.patch_size:
             raise ValueError(f"patch size {self.patch_size} does not divide {self.image_size}")
         if self.width % self.heads:

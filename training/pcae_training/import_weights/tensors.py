@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pcae_serve.errors import one_line
 from pcae_training.checkpoint import CheckpointError, read_tensors
+from pcae_training.weights_file import check_claims, check_pickle
 
 #: Keys under which training programs keep the state dict, outermost first; of DINO's two networks
 #: the teacher is used, which is the published one.
@@ -25,6 +26,10 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return _strip_common_prefix(read_tensors(file))
     try:
+        check_pickle(file)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
+    try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -35,6 +40,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # torch raises many kinds on damaged files
         raise ValueError(f"truncated, or not a PyTorch file: {one_line(error)}") from None
+    check_claims(content, file)
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
