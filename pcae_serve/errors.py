@@ -26,6 +26,7 @@
         ├── InternalError       500  an unexpected error
         ├── EngineFailed        500  the model did not run
         ├── Overloaded          503  no allowed tier meets the budget under the current load
+        ├── OverShare           503  too busy, and the caller is over its share
         ├── Dropped             503  the policy dropped the request from the queue
         ├── Starting            503  latencies are still being measured
         ├── Draining            503  the server is shutting down
@@ -188,6 +189,10 @@ class EngineFailed(RequestError):
 
 class Overloaded(RequestError):
     code, status, title = "overloaded", 503, "Server overloaded"
+
+
+class OverShare(RequestError):
+    code, status, title = "over-share", 503, "Share used up"
 
 
 class Dropped(RequestError):

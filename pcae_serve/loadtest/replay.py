@@ -33,6 +33,7 @@ from pcae_serve.errors import (
     DeadlineExceeded,
     Dropped,
     Overloaded,
+    OverShare,
     PcaeError,
     StartError,
     UploadTimeout,
@@ -62,7 +63,7 @@ POLL_S = 0.5
 ENDS = {
     TYPE_PREFIX + error.code: end
     for end, errors in {
-        End.REJECTED: (BudgetTooSmall, Overloaded),
+        End.REJECTED: (BudgetTooSmall, Overloaded, OverShare),
         End.DROPPED: (Dropped,),
         End.EXPIRED: (DeadlineExceeded, UploadTimeout),
     }.items()

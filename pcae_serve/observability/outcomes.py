@@ -12,6 +12,7 @@ class Outcome(StrEnum):
     REJECTED_BUDGET = "rejected_budget"  # no allowed tier fits, even on an idle server
     REJECTED_LOAD = "rejected_load"  # too busy
     REJECTED_FULL = "rejected_full"  # queue_limit reached
+    REJECTED_SHARE = "rejected_share"  # too busy, and its caller is over its share
     EXPIRED = "expired"  # its deadline passed before a tier ran
     DROPPED = "dropped"  # removed from the queue by the policy
     CANCELLED = "cancelled"  # its client left
@@ -25,6 +26,7 @@ MISSED = (
     Outcome.LATE,
     Outcome.REJECTED_LOAD,
     Outcome.REJECTED_FULL,
+    Outcome.REJECTED_SHARE,
     Outcome.EXPIRED,
     Outcome.DROPPED,
 )

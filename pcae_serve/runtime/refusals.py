@@ -12,6 +12,7 @@ from pcae_serve.errors import (
     OutOfMemory,
     OutOfService,
     Overloaded,
+    OverShare,
     RequestError,
     Starting,
     TaskNotSupported,
@@ -64,6 +65,13 @@ def rejected(reject: Reject, request: Request, fastest: str, queue_limit: int) -
             return Refusal(too_busy, Outcome.REJECTED_LOAD)
         case "full":
             return queue_full(queue_limit, reject.retry_after_s)
+        case "share":
+            over_share = OverShare(
+                "the server is too busy and this caller has used its share; retry later, or send"
+                " fewer requests at a time",
+                retry_after_s=reject.retry_after_s,
+            )
+            return Refusal(over_share, Outcome.REJECTED_SHARE)
 
 
 def queue_full(queue_limit: int, retry_after_s: float) -> Refusal:

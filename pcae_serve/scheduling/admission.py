@@ -72,6 +72,11 @@ class DeviceCapacity:
         """Return when work of that many seconds per device is done."""
         return self.now_s + self.free_in_s + sum(work_s) * self.overload_factor
 
+    def image_s(self, tier: int) -> float:
+        """Return the seconds of all devices together that an image takes in a useful batch."""
+        size = min(self.max_batch, self.forecast.useful_batch(tier))
+        return self.forecast.p50(tier, size) / size / self.devices * self.overload_factor
+
     def batches_s(self, tier: int, count: int) -> float:
         """Return the seconds per device of `count` images on one tier, in useful batches.
 

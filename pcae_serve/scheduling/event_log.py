@@ -55,7 +55,7 @@ _EVENTS: dict[str, type[Event]] = {
 class Setup(FrozenModel):
     """Everything that determines a scheduler's actions, apart from its events."""
 
-    event_log: Literal[2] = 2  # version of the format
+    event_log: Literal[4] = 4  # version of the format
     pcae_serve: str = __version__  # another version may act differently
     policy: str
     waiting_price: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # points per 100 ms
@@ -64,6 +64,10 @@ class Setup(FrozenModel):
     max_batch: Annotated[int, Field(ge=1, le=100_000)]
     queue_limit: Annotated[int, Field(ge=1, le=10_000_000)]
     devices: Annotated[int, Field(ge=1, le=10_000)]
+    #: Of callers, by name; 1 for all others.
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict
+    )
 
     def counted_accuracy(self, tiers: tuple[int, ...]) -> Mapping[int, float]:
         """Return the accuracy with which each of `tiers` counts for the policy."""
@@ -89,6 +93,7 @@ class Setup(FrozenModel):
             devices=self.devices,
             max_batch=self.max_batch,
             queue_limit=self.queue_limit,
+            weights=self.weights,
         )
 
 

@@ -80,7 +80,7 @@ class Dispatch:
     ids: tuple[int, ...]
 
 
-RejectReason = Literal["budget", "expired", "load", "full"]
+RejectReason = Literal["budget", "expired", "load", "full", "share"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Reject:
     expired  the upload has left less time than that
     load     the request would be late, or would make an accepted one late
     full     the queue has reached its limit
+    share    its caller is over its share while requests are refused for load
     """
 
     id: int

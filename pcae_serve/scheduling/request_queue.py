@@ -1,11 +1,11 @@
 """A queue of requests by deadline, with sorted views by tier.
 
 A request is in several sorted lists at once (all requests, one per tier that it allows, one for its
-cheapest tier), so that no decision has to filter or copy the queue.
+cheapest tier, one for its caller), so that no decision has to filter or copy the queue.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -20,6 +20,7 @@ class Request:
     tiers: tuple[int, ...]  # allowed tiers, the cheapest first, never empty
     decode_s: float = 0.0  # predicted seconds of decoding it on an idle server
     ready_s: float = 0.0  # predicted time at which it will be decoded; it cannot run before
+    caller: str = ""  # who sent it, see shares.py; empty: unknown
 
     @property
     def budget_s(self) -> float:
@@ -38,6 +39,7 @@ class Queue:
         self._all: list[Request] = []
         self._allowing: dict[int, list[Request]] = {}
         self._cheapest: dict[int, list[Request]] = {}
+        self._callers: dict[str, list[Request]] = {}
         self._by_id: dict[int, Request] = {}
 
     def __len__(self) -> int:
@@ -69,6 +71,11 @@ class Queue:
         return self._cheapest
 
     @property
+    def by_caller(self) -> Mapping[str, Sequence[Request]]:
+        """Requests by caller, each list by deadline; no caller without requests. A view."""
+        return self._callers
+
+    @property
     def cheapest_tiers(self) -> set[int]:
         """Return the cheapest allowed tiers of the requests in the queue."""
         return {tier for tier, requests in self._cheapest.items() if requests}
@@ -84,11 +91,14 @@ class Queue:
         if request is not None:
             for requests in self._lists(request):
                 del requests[bisect_left(requests, urgency(request), key=urgency)]
+            if not self._callers[request.caller]:
+                del self._callers[request.caller]  # callers are many, unlike tiers
         return request
 
     def _lists(self, request: Request) -> Iterator[list[Request]]:
         yield self._all
         yield self._cheapest.setdefault(request.tiers[0], [])
+        yield self._callers.setdefault(request.caller, [])
         for tier in request.tiers:
             yield self._allowing.setdefault(tier, [])
 

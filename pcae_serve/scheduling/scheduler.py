@@ -5,7 +5,7 @@ actions.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import assert_never
@@ -36,6 +36,7 @@ from pcae_serve.scheduling.feasibility import Backlog, group_by_cheapest, keep_f
 from pcae_serve.scheduling.latency import Forecast, Latency
 from pcae_serve.scheduling.policies.base import Policy, Run, SchedulerView, Wait
 from pcae_serve.scheduling.request_queue import Queue, Request
+from pcae_serve.scheduling.shares import Shares
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +62,19 @@ class Scheduler:
         devices: int = 1,
         max_batch: int = 32,
         queue_limit: int = 256,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         """Create a scheduler with an empty queue.
 
         queue_limit: largest number of waiting requests, those being decoded included; further ones
-        are refused.
+        are refused. weights: of callers by name, 1 for others, see shares.py.
         """
         self._policy, self._latency = policy, latency
         self.policy_failed = False  # the policy raised at least once; the first time is logged
         self._max_batch, self._queue_limit = max_batch, queue_limit
         self._arrivals, self._overload_factor = Arrivals(), OverloadFactor()
         self._decoding, self._queue = Queue(), Queue()
+        self._shares = Shares(weights or {}, (self._decoding, self._queue), queue_limit)
         self._background = BackgroundTasks()
         self._running: list[_Running | None] = [None] * devices
         self._lost: set[int] = set()
@@ -111,6 +114,7 @@ class Scheduler:
         actions += self._dispatch(now_s, forecast)
         if not self._busy and not self._queue and not self._decoding:
             self._overload_factor.caught_up()
+            self._shares.caught_up()
         return actions
 
     @property
@@ -143,20 +147,27 @@ class Scheduler:
         needed_s = self._latency.idle(request.tiers[0])
         waiting = self._queue, self._decoding
         why = check_admission(request, needed_s, capacity, waiting)
-        return why is not None or self.waiting >= self._queue_limit
+        over = self.waiting >= self._queue_limit or self._shares.is_over(request, capacity)
+        return why is not None or over
 
     def _refusal(self, request: Request, now_s: float, forecast: Forecast) -> Reject | None:
         """Return why a new request cannot be served, or None if it is accepted."""
         capacity = self._capacity(now_s, forecast)
         needed_s = self._latency.idle(request.tiers[0])
         waiting = self._queue, self._decoding
+        self._shares.arrived(request, capacity)
         why: RejectReason | None = check_admission(request, needed_s, capacity, waiting)
         if why is None and not self._stays_feasible(request, now_s, forecast):
             why = "load"
         if why not in ("budget", "expired") and self.waiting >= self._queue_limit:
             why = "full"
+        if why is None and self._shares.is_over(request, capacity):
+            why = "share"
         if why is None:
+            self._shares.admitted(request, capacity)
             return None
+        if why not in ("budget", "expired"):
+            self._shares.refused(now_s)
         decoders_s = request.ready_s - request.decode_s - now_s  # until they have caught up
         retry_after_s = max(capacity.drain_s(waiting), decoders_s)
         return Reject(request.id, why, needed_s + request.decode_s, retry_after_s)
@@ -340,6 +351,7 @@ class Scheduler:
     def _start_batch(
         self, device: int, run: Run, now_s: float, forecast: Forecast
     ) -> Iterator[Action]:
+        self._shares.starts(run.requests, self._capacity(now_s, forecast))
         # a dropped request was accepted and not served, exactly like an expired one
         self._overload_factor.missed(len(run.dropped))
         for request in run.dropped:

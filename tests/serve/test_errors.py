@@ -25,6 +25,7 @@ CONTRACT = {
     "out-of-memory": (503, "Out of memory"),
     "out-of-service": (503, "Out of service"),
     "overloaded": (503, "Server overloaded"),
+    "over-share": (503, "Share used up"),
     "reload-failed": (422, "Reload failed"),
     "reload-in-progress": (409, "Reload already in progress"),
     "starting": (503, "Server is starting"),

@@ -1,5 +1,7 @@
 """The scheduler on its own; test_scheduler_invariants.py has what holds for every policy."""
 
+from typing import Any
+
 import pytest
 
 from pcae_serve.scheduling.background import RECHECK_S
@@ -26,7 +28,7 @@ from pcae_serve.scheduling.scheduler import Scheduler
 from tests.support.scheduler_views import ALL, LINES, linear
 
 
-def scheduler(**options: int) -> Scheduler:
+def scheduler(**options: Any) -> Scheduler:
     """Seconds for one image on the three tiers: 0.1, 0.2, 0.4; ten more cost as much again."""
     return Scheduler(Greedy(), linear(*LINES), **options)
 
