@@ -283,7 +283,7 @@ class _BodyCallbacks:
 
 
 class RaiseBodyErrors:
-    """ASGI middleware: raise the error of a body that is not valid HTTP from the call that reads it."""
+    """ASGI middleware: whatever reads a body that stops being valid HTTP gets the error."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

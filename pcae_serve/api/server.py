@@ -16,50 +16,29 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from pcae_serve.api.connection import Connection, RaiseBodyErrors
+from pcae_serve.api.draining import CloseWhileDraining, RefuseCancelled
 from pcae_serve.api.forwarded import ForwardedHeaders
-from pcae_serve.api.problems import refusal
 from pcae_serve.descriptors import raise_descriptor_limit
-from pcae_serve.errors import Draining, RequestError
+from pcae_serve.errors import RequestError
 from pcae_serve.observability.logs import RequestId
 from pcae_serve.runtime.service import Service
+from pcae_serve.settings import Settings
 
+#: Time that idle connections stay open after SIGTERM: their clients may be sending a request.
+IDLE_S = 1.0
 #: Time to send the last answers once the service has drained.
 FLUSH_S = 2
-
-
-class _RefuseCancelled:
-    """ASGI middleware: answer 503 instead of 500 to a request that shutdown cancels."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_and_note)
-        except asyncio.CancelledError:
-            if started or scope["type"] != "http":
-                raise
-            await refusal(Draining(), scope)(scope, receive, send)
 
 
 class Server(uvicorn.Server):
     """uvicorn's server, extended to drain before it closes and to reload on SIGHUP."""
 
     def __init__(self, app: FastAPI, service: Service) -> None:
-        settings = service.settings
-        logged = RequestId(_RefuseCancelled(RaiseBodyErrors(app)), access_log=settings.access_log)
         config = uvicorn.Config(
-            ForwardedHeaders(logged, settings.trusted_proxies, settings.root_path or ""),
+            self._wrap(app, service.settings),
             http=Connection,
             log_config=None,
             proxy_headers=False,  # ForwardedHeaders applies them
@@ -71,9 +50,17 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._service = service
-        self._drained_at_s: float | None = None  # deadline of the drain; None: not draining
+        self._drain_begin_s: float | None = None  # None: not draining
         self._reload: asyncio.Task[None] | None = None
         self._reload_wanted = False
+
+    def _wrap(self, app: ASGIApp, settings: Settings) -> ASGIApp:
+        """Return the application with what belongs to the server and not to a route."""
+        app = CloseWhileDraining(
+            RefuseCancelled(RaiseBodyErrors(app)), lambda: self._drain_begin_s is not None
+        )
+        app = RequestId(app, access_log=settings.access_log)
+        return ForwardedHeaders(app, settings.trusted_proxies, settings.root_path or "")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         raise_descriptor_limit()
@@ -83,19 +70,20 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; `on_tick` exits. uvicorn itself would exit with the signal."""
-        if self._drained_at_s is not None:
+        if self._drain_begin_s is not None:
             self.should_exit = self.force_exit = True
             return
         self._service.drain()
-        self._drained_at_s = time.monotonic() + self._service.settings.drain_s
+        self._drain_begin_s = time.monotonic()
 
     async def on_tick(self, counter: int) -> bool:
-        if self._drained_at_s is not None:
-            if not self._service.unanswered:
-                self.should_exit = True
-            elif time.monotonic() > self._drained_at_s:
+        if self._drain_begin_s is not None:
+            drained_s = time.monotonic() - self._drain_begin_s
+            if drained_s > self._service.settings.drain_s:
                 self._service.refuse_unanswered()  # before connections are closed
                 self.should_exit = True
+            elif not self._service.unanswered:
+                self.should_exit |= not self.server_state.connections or drained_s > IDLE_S
         return await super().on_tick(counter)
 
     def _begin_reload(self) -> None:
