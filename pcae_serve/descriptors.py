@@ -6,6 +6,9 @@ import sys
 
 #: Upper bound of the soft limit, which is usually 1,024.
 MAX_DESCRIPTORS = 65_536
+#: Descriptors that are not for connections: libraries, logs, a bundle that is loaded next to the
+#: current one, decoding processes. A started server has about 10 open.
+DESCRIPTOR_RESERVE = 128
 
 
 def raise_descriptor_limit() -> int:
@@ -17,3 +20,8 @@ def raise_descriptor_limit() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def descriptor_reserve(limit: int) -> int:
+    """Return how many of `limit` descriptors are not for connections."""
+    return min(DESCRIPTOR_RESERVE, limit // 2)

@@ -25,6 +25,7 @@
         ├── HeadersTooLarge     431  too many headers, or too many bytes of them
         ├── InternalError       500  an unexpected error
         ├── EngineFailed        500  the model did not run
+        ├── TooManyConnections  503  every connection that the server may have is in use
         ├── Overloaded          503  no allowed tier meets the budget under the current load
         ├── OverShare           503  too busy, and the caller is over its share
         ├── Dropped             503  the policy dropped the request from the queue
@@ -185,6 +186,10 @@ class InternalError(RequestError):
 
 class EngineFailed(RequestError):
     code, status, title = "engine-failed", 500, "Inference failed"
+
+
+class TooManyConnections(RequestError):
+    code, status, title = "too-many-connections", 503, "Too many connections"
 
 
 class Overloaded(RequestError):

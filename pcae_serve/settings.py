@@ -56,6 +56,7 @@ class Settings(BaseSettings):
         "network and access": (
             "host",
             "port",
+            "max_connections",
             "api_keys_file",
             "admin_keys_file",
             "open_access",
@@ -108,6 +109,12 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all interfaces")
     port: Annotated[int, Metavar("PORT")] = Field(
         8000, ge=0, le=65535, description="port to listen on; 0 selects a free port"
+    )
+    max_connections: int = Field(
+        0,
+        ge=0,
+        description="maximum number of open connections; beyond it the longest idle one is closed"
+        " for each new one; 0: as many as the limit of file descriptors allows",
     )
     api_keys_file: Path | None = Field(
         None, description="file of API keys, one per line; every request must carry one of them"

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from pcae_serve.api.connection_limit import SURPLUS, ConnectionLimit
 from pcae_serve.api.framing import (
     Framing,
     Part,
@@ -46,13 +47,15 @@ log = logging.getLogger(__name__)
 class Connection(HttpToolsProtocol):
     """A connection with a timeout for each phase: an idle connection holds a file descriptor."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limit: ConnectionLimit, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._limit = limit
         self.url = b""
         self.body_error: RequestError | None = None  # why the current body cannot be read
         self._framing = Framing()
         self._unparsed = b""
         self._upgraded = False  # the parser only reads a body, see `_read_body_after_upgrade`
+        self._last = False  # the client has announced that this is its last request
         self._finished = False  # nothing more is parsed
         self._read_timer: asyncio.TimerHandle | None = None
 
@@ -62,9 +65,12 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         transport.max_size = MAX_READ_BYTES  # type: ignore[attr-defined]
         self._head_timer = self.loop.call_later(HEAD_S, self._close)
+        if not self._limit.add(self):
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._finished = True
+        self._limit.remove(self)
         self._head_timer.cancel()
         if self._read_timer is not None:
             self._read_timer.cancel()
@@ -143,6 +149,7 @@ class Connection(HttpToolsProtocol):
         self._framing = Framing()
         if self._upgraded:
             self.parser, self._upgraded = httptools.HttpRequestParser(self), False
+        self._limit.set_idle(self)
         self._head_timer.cancel()
         self._head_timer = self.loop.call_later(HEAD_S, self._close)
 
@@ -162,8 +169,12 @@ class Connection(HttpToolsProtocol):
         self.url, host = split_target(self.url)
         if host is not None:  # RFC 9112, 3.2.2: it replaces the header
             self.headers[:] = [(b"host", host), *(h for h in self.headers if h[0] != b"host")]
-        self.scope["state"][_CONNECTION] = self
+        surplus = self._limit.is_surplus(self)
+        self.scope["state"] |= {_CONNECTION: self, SURPLUS: surplus}
+        self._limit.set_busy(self)
         super().on_headers_complete()
+        self._last = not self.cycle.keep_alive
+        self.cycle.keep_alive &= not surplus
         self.cycle.transport = _AnswerTransport(self)  # type: ignore[assignment]
         self._framing.begin_body(self.headers)
         self._head_timer.cancel()
@@ -241,18 +252,24 @@ class Connection(HttpToolsProtocol):
         self.transport.write(head + bytes(response.body))
 
     def finish(self) -> None:
-        """Close after the last answer; read on for a while if its request is not complete.
+        """Close after the last answer; read on for a while if the client may still send.
 
         The reset that follows data for a closed connection would discard the answer.
         """
         self._finished, self._unparsed = True, b""
-        if self._framing.part is Part.COMPLETE:
+        if self._last and self._framing.part is Part.COMPLETE:
             self.transport.close()
             return
+        self._limit.set_idle(self)
         self._head_timer.cancel()
         self._head_timer = self.loop.call_later(LINGER_S, self._close)
         self.flow.resume_reading()
         self.transport.write_eof()
+
+    def close_idle(self) -> None:
+        """Close while no request is in progress, to make room for another connection."""
+        self._finished = True
+        self._close()
 
     def _close(self) -> None:
         if self.transport.get_write_buffer_size():

@@ -9,9 +9,11 @@ uvicorn implements HTTP, `connection` limits what one connection may do.
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import time
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -19,31 +21,39 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from pcae_serve.api.connection import Connection, RaiseBodyErrors
+from pcae_serve.api.connection_limit import AcceptErrors, ConnectionLimit, RefuseSurplus
 from pcae_serve.api.draining import CloseWhileDraining, RefuseCancelled
 from pcae_serve.api.forwarded import ForwardedHeaders
-from pcae_serve.descriptors import raise_descriptor_limit
+from pcae_serve.descriptors import descriptor_reserve, raise_descriptor_limit
 from pcae_serve.errors import RequestError
 from pcae_serve.observability.logs import RequestId
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 
+#: Largest number of connections that wait to be accepted.
+BACKLOG = 2048
 #: Time that idle connections stay open after SIGTERM: their clients may be sending a request.
 IDLE_S = 1.0
 #: Time to send the last answers once the service has drained.
 FLUSH_S = 2
+
+log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
     """uvicorn's server, extended to drain before it closes and to reload on SIGHUP."""
 
     def __init__(self, app: FastAPI, service: Service) -> None:
+        self._limit = _connection_limit(service.settings)
         config = uvicorn.Config(
             self._wrap(app, service.settings),
-            http=Connection,
+            http=partial(Connection, limit=self._limit),  # type: ignore[arg-type]
+            backlog=self._limit.accepts_per_turn,
             log_config=None,
             proxy_headers=False,  # ForwardedHeaders applies them
             access_log=False,  # RequestId logs access, with the request's ID and tier
             ws="none",
+            lifespan="on",  # it starts the service
             loop="asyncio",  # its transports have max_size; uvloop is not faster here
             timeout_keep_alive=5,  # the client's KEEP_ALIVE_S is below it
             timeout_graceful_shutdown=FLUSH_S,
@@ -59,14 +69,18 @@ class Server(uvicorn.Server):
         app = CloseWhileDraining(
             RefuseCancelled(RaiseBodyErrors(app)), lambda: self._drain_begin_s is not None
         )
+        app = RefuseSurplus(app)
         app = RequestId(app, access_log=settings.access_log)
         return ForwardedHeaders(app, settings.trusted_proxies, settings.root_path or "")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        raise_descriptor_limit()
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(AcceptErrors())
         with contextlib.suppress(RuntimeError, ValueError):  # outside the main thread
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._begin_reload)
+            loop.add_signal_handler(signal.SIGHUP, self._begin_reload)
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)  # asyncio has set what it accepts in one turn
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; `on_tick` exits. uvicorn itself would exit with the signal."""
@@ -99,3 +113,19 @@ class Server(uvicorn.Server):
         self._reload_wanted = True
         if self._reload is None or self._reload.done():
             self._reload = asyncio.create_task(reload())
+
+
+def _connection_limit(settings: Settings) -> ConnectionLimit:
+    """Return the limit of connections that settings and descriptors allow."""
+    descriptors = raise_descriptor_limit()
+    reserve = descriptor_reserve(descriptors)
+    possible = descriptors - reserve
+    if settings.max_connections > possible:
+        log.warning(
+            "max_connections is %d, but %d file descriptors allow %d connections; raise the limit"
+            " (ulimit -n)",
+            settings.max_connections,
+            descriptors,
+            possible,
+        )
+    return ConnectionLimit(min(settings.max_connections or possible, possible), reserve)

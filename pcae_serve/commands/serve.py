@@ -9,15 +9,12 @@ import socket
 
 from pcae_serve.api.app import create_app
 from pcae_serve.api.auth import Keys
-from pcae_serve.api.server import Server
+from pcae_serve.api.server import BACKLOG, Server
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.observability import logs
 from pcae_serve.runtime.build import build_service
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings, unknown_variables
-
-#: Largest number of connections that wait to be accepted.
-BACKLOG = 2048
 
 log = logging.getLogger(__name__)
 

@@ -32,6 +32,7 @@ CONTRACT = {
     "target-too-long": (414, "Request target too long"),
     "task-not-supported": (404, "Task not supported by this bundle"),
     "too-large": (413, "Request too large"),
+    "too-many-connections": (503, "Too many connections"),
     "too-much-framing": (413, "Too much framing"),
     "unknown-model": (404, "Unknown model"),
     "unknown-route": (404, "Unknown route"),

@@ -7,12 +7,14 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import uvicorn
 from uvicorn.server import ServerState
 
 from pcae_serve.api.connection import Connection, RaiseBodyErrors
+from pcae_serve.api.connection_limit import ConnectionLimit, RefuseSurplus
 from pcae_serve.api.problems import refusal
 from pcae_serve.errors import RequestError
 
@@ -41,6 +43,33 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     start = [(b"content-length", str(len(content)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": start})
     await send({"type": "http.response.body", "body": content})
+
+
+class Held:
+    """An application that notes each request, and answers it once `open` is set."""
+
+    def __init__(self) -> None:
+        self.entered, self.open, self.gone = threading.Event(), threading.Event(), threading.Event()
+        self.requests = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.requests += 1
+        self.entered.set()
+        disconnected = asyncio.ensure_future(self.disconnected(receive))
+        while not self.open.is_set() and not disconnected.done():
+            await asyncio.sleep(0.005)
+        if disconnected.done():
+            self.gone.set()
+            return
+        disconnected.cancel()
+        headers = [(b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    @staticmethod
+    async def disconnected(receive: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
 
 class HttpServer:
@@ -73,19 +102,21 @@ class HttpServer:
 
 
 @contextmanager
-def http_server(app: Any = echo) -> Iterator[HttpServer]:
+def http_server(app: Any = echo, limit: ConnectionLimit | None = None) -> Iterator[HttpServer]:
     """Serve `app` until the end."""
+    limit = limit or ConnectionLimit(1000)
     started, stop = threading.Event(), asyncio.Event()
     servers: list[HttpServer] = []
 
     async def serve() -> None:
         state = ServerState()
         config = uvicorn.Config(
-            RaiseBodyErrors(app), http=Connection, ws="none", log_config=None, access_log=False
+            RefuseSurplus(RaiseBodyErrors(app)), ws="none", log_config=None, access_log=False
         )
         config.load()
         loop = asyncio.get_running_loop()
-        listener = await loop.create_server(lambda: Connection(config, state, {}), "127.0.0.1", 0)
+        make = partial(Connection, config, state, {}, limit=limit)
+        listener = await loop.create_server(make, "127.0.0.1", 0)
         servers.append(HttpServer(listener.sockets[0].getsockname()[1], loop, state))
         started.set()
         await stop.wait()

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from pcae_serve.api import connection
-from tests.support.http_server import LAST, HttpServer, bodies, http_server, read_all, statuses
+from tests.support.http_server import (
+    LAST,
+    Held,
+    HttpServer,
+    bodies,
+    http_server,
+    read_all,
+    statuses,
+)
 
 GET = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
 CHUNKED = b"Transfer-Encoding: chunked"
@@ -218,59 +226,32 @@ def test_the_client_is_asked_for_the_body_that_it_announces(server: HttpServer) 
         assert statuses(read_all(client)) == [200, 200]
 
 
-class Gate:
-    """An application that notes each request, and answers once the gate is open."""
-
-    def __init__(self) -> None:
-        self.entered, self.open, self.gone = threading.Event(), threading.Event(), threading.Event()
-        self.requests = 0
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.requests += 1
-        self.entered.set()
-        disconnected = asyncio.ensure_future(self.disconnected(receive))
-        while not self.open.is_set() and not disconnected.done():
-            await asyncio.sleep(0.005)
-        if disconnected.done():
-            self.gone.set()
-            return
-        disconnected.cancel()
-        headers = [(b"content-length", b"0")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b""})
-
-    @staticmethod
-    async def disconnected(receive: Any) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-
 def test_a_client_that_leaves_with_another_request_behind_is_noticed() -> None:
-    gate = Gate()
-    with http_server(gate) as server, server.connect() as client:
+    held = Held()
+    with http_server(held) as server, server.connect() as client:
         client.sendall(GET + GET)
-        assert gate.entered.wait(60)
+        assert held.entered.wait(60)
         client.close()
-        assert gate.gone.wait(60)
-        assert gate.requests == 1
+        assert held.gone.wait(60)
+        assert held.requests == 1
 
 
 def test_a_client_that_closes_its_sending_side_counts_as_gone() -> None:
-    gate = Gate()
-    with http_server(gate) as server, server.connect() as client:
+    held = Held()
+    with http_server(held) as server, server.connect() as client:
         client.sendall(GET)
-        assert gate.entered.wait(60)
+        assert held.entered.wait(60)
         client.shutdown(socket.SHUT_WR)
-        assert gate.gone.wait(60)
+        assert held.gone.wait(60)
         assert read_all(client) == b""
 
 
 def test_what_is_pipelined_is_not_parsed_before_its_turn_and_is_bounded() -> None:
-    gate = Gate()
-    with http_server(gate) as server, server.connect() as client:
+    held = Held()
+    with http_server(held) as server, server.connect() as client:
         client.setblocking(False)
         client.sendall(GET)
-        assert gate.entered.wait(60)
+        assert held.entered.wait(60)
         sent, idle = 0, 0
         while idle < 20 and sent < 50_000_000:  # until the server reads no more
             try:
@@ -281,7 +262,7 @@ def test_what_is_pipelined_is_not_parsed_before_its_turn_and_is_bounded() -> Non
         [kept] = server.state.connections
         assert isinstance(kept, connection.Connection)
         assert len(kept._unparsed) <= 4 * connection.MAX_READ_BYTES
-        assert gate.requests == 1
+        assert held.requests == 1
 
 
 def test_a_body_that_nobody_reads_may_still_arrive_before_the_next_request(
@@ -337,7 +318,7 @@ def test_a_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch)
     gone = threading.Event()
 
     async def until_gone(scope: Any, receive: Any, send: Any) -> None:
-        leaves = asyncio.ensure_future(Gate.disconnected(receive))
+        leaves = asyncio.ensure_future(Held.disconnected(receive))
         await send({"type": "http.response.start", "status": 200, "headers": []})
         while not leaves.done():
             await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
