@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.engines.base import Engine, run_directly
 from pcae_serve.engines.loader import load_configured_engine
+from pcae_serve.runtime import heap
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 
@@ -14,6 +15,7 @@ def build_service(settings: Settings) -> Service:
 
     Without `settings.bundle`, the demo bundle is served. Raises BundleError or StartError.
     """
+    heap.configure()
     bundle = load_bundle(settings.bundle or demo_path())
 
     def make_engine(

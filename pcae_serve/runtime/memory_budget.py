@@ -17,6 +17,7 @@ class MemoryBudget:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes, self.used_bytes = limit_bytes, 0
+        self.peak_bytes = 0  # most that was used since it was last set
         #: Called with the bytes that are missing; may release reservations.
         self.reclaim: Callable[[int], None] = lambda _: None
 
@@ -47,6 +48,7 @@ class Reservation:
         if self._released or (more > 0 and more > self._budget.free_bytes):
             return False
         self._budget.used_bytes += more
+        self._budget.peak_bytes = max(self._budget.peak_bytes, self._budget.used_bytes)
         self.held_bytes = count
         return True
 

@@ -32,6 +32,7 @@ from pcae_serve.errors import (
 from pcae_serve.observability.metrics import Metrics, Reload
 from pcae_serve.runtime import latency_profile, machine_memory, refusals, tier_health
 from pcae_serve.runtime.decoders import Decoders
+from pcae_serve.runtime.heap import Trimmer
 from pcae_serve.runtime.memory_budget import MemoryBudget
 from pcae_serve.runtime.offered import OfferedRequest
 from pcae_serve.runtime.refusals import Refusal
@@ -118,6 +119,7 @@ class Service:
         self._groups = 0  # requests for several images that are not answered
         self._decode_threads = settings.decode_threads or cpus.count_usable()
         self._resources = self._create_resources()
+        self._trimmer: asyncio.Task[None] | None = None
         self._loader = Device("reload")
         self._devices = [Device(f"device-{i}") for i in range(len(engines))]
         self.left_behind = False  # threads are still running, so the interpreter could not exit
@@ -141,6 +143,7 @@ class Service:
         memory = self._resources.memory
         memory.limit_bytes = int(settings.memory_mb * 1e6) or machine_memory.default_budget_bytes()
         self.metrics.set_memory_limit(memory.limit_bytes)
+        self._trimmer = asyncio.create_task(Trimmer(memory).run())
         self._current = self._servable(bundle, engines, profile, self._recorder)
         if self._state is State.STARTING:
             self._state = State.SERVING
@@ -273,6 +276,8 @@ class Service:
     async def stop(self) -> None:
         """Refuse what is unanswered, and let the current batches finish, in bounded time."""
         self.refuse_unanswered()
+        if self._trimmer is not None:
+            self._trimmer.cancel()
         self.left_behind |= not await self._resources.decoders.shutdown(DECODE_S)
         if isinstance(self._current, _Unmeasured):  # a measurement may be abandoned
             for device in self._devices:
