@@ -9,6 +9,8 @@
         ├── UnreadableImage     400  the image is empty, truncated or damaged
         ├── MissingKey          401  the request has no API key
         ├── Forbidden           403  the API key is unknown or not an admin key
+        ├── UnknownHost         403  the Host header does not name this server
+        ├── CrossSiteRequest    403  a web page of another site sent the request
         ├── TaskNotSupported    404  the bundle has no head for classes, or one instead of features
         ├── UnknownModel        404  no such model or version
         ├── UnknownRoute        404  no such route
@@ -122,6 +124,14 @@ class MissingKey(RequestError):
 
 class Forbidden(RequestError):
     code, status, title = "forbidden", 403, "Forbidden"
+
+
+class UnknownHost(RequestError):
+    code, status, title = "unknown-host", 403, "Unknown host"
+
+
+class CrossSiteRequest(RequestError):
+    code, status, title = "cross-site-request", 403, "Cross-site request"
 
 
 class TaskNotSupported(RequestError):

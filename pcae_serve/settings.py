@@ -4,6 +4,7 @@ Flags override the environment, the environment the config file, the file these 
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from ipaddress import ip_address, ip_network
@@ -38,6 +39,10 @@ MAX_CONFIG_BYTES = 1_000_000
 OTHER_VARIABLES = (CONFIG_FILE, "PCAE_API_KEY")
 OTHER_PREFIXES = ("PCAE_SERVE_", "PCAE_TRAIN_", "PCAE_EXPORT_")
 
+_HOST_NAME = re.compile(r"\*|[\w.-]+|[0-9a-f.:]+", re.ASCII)
+_ORIGIN = re.compile(
+    r"\*|null|[a-z][a-z0-9+.-]*://[\w.-]+(:\d+)?|https?://\[[0-9a-f:.]+\](:\d+)?", re.ASCII
+)
 _POLICIES = ", ".join(f"{name}:TIER" if name in WITH_TIER else name for name in NAMES)
 
 
@@ -62,6 +67,8 @@ class Settings(BaseSettings):
             "open_access",
             "root_path",
             "trusted_proxies",
+            "allowed_hosts",
+            "allowed_origins",
         ),
         "scheduling": ("policy", "waiting_price", "budget_ms", "max_batch", "queue_limit"),
         "request limits": (
@@ -136,6 +143,18 @@ class Settings(BaseSettings):
         "127.0.0.1,::1",
         description="comma-separated addresses and networks of proxies; X-Forwarded-For,"
         " X-Forwarded-Proto and X-Forwarded-Prefix are used if one of them sends them; * for all",
+    )
+
+    allowed_hosts: Annotated[str, Metavar("NAMES")] = Field(
+        "",
+        description="comma-separated names that requests may address besides localhost and --host"
+        " (header Host); * for all; by default others are refused only on loopback without API"
+        " keys",
+    )
+    allowed_origins: Annotated[str, Metavar("ORIGINS")] = Field(
+        "",
+        description="comma-separated origins of web pages that may use the server from a browser"
+        " (CORS), such as https://app.example; * for all",
     )
 
     policy: Annotated[str, Metavar("NAME")] = Field(
@@ -232,6 +251,14 @@ class Settings(BaseSettings):
         """Return each device by itself; one element for auto and cpu."""
         return tuple(self.device.split(","))
 
+    @property
+    def allowed_host_list(self) -> list[str]:
+        return _split(self.allowed_hosts)
+
+    @property
+    def allowed_origin_list(self) -> list[str]:
+        return _split(self.allowed_origins)
+
     @field_validator("device")
     @classmethod
     def _each_device_once(cls, device: str) -> str:
@@ -254,9 +281,25 @@ class Settings(BaseSettings):
                 ip_network(address.strip(), strict=False)  # raises a ValueError that names it
         return trusted_proxies
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _host_names(cls, allowed_hosts: str) -> str:
+        for name in _split(allowed_hosts):
+            if not _HOST_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a host name; leave out scheme, port and path")
+        return allowed_hosts
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins(cls, allowed_origins: str) -> str:
+        for origin in _split(allowed_origins):
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is not an origin such as https://app.example:8443")
+        return allowed_origins
+
     @model_validator(mode="after")
     def _access_controlled(self) -> Self:
-        if self.api_keys_file is None and not self.open_access and not _is_loopback(self.host):
+        if self.api_keys_file is None and not self.open_access and not is_loopback(self.host):
             raise ValueError(
                 f"--host {self.host} accepts requests from other machines; set --api-keys-file, or"
                 " --open-access to allow requests without a key"
@@ -313,9 +356,15 @@ def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
     ]
 
 
-def _is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach an address; False for names except localhost."""
+def is_loopback(host: str) -> bool:
+    """Return whether a name or address always is of this machine itself."""
     try:
-        return ip_address(host).is_loopback
+        address = ip_address(host)
     except ValueError:
         return host == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def _split(words: str) -> list[str]:
+    """Return comma-separated words in lower case."""
+    return [word.strip().lower() for word in words.split(",") if word.strip()]

@@ -13,13 +13,12 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from pcae_serve.api.health_routes import HEALTH_PATHS
 from pcae_serve.api.problems import refusal
 from pcae_serve.descriptors import DESCRIPTOR_RESERVE
 from pcae_serve.errors import TooManyConnections
 from pcae_serve.observability.throttle import Throttle
 
-#: Paths that a surplus connection may ask for.
-HEALTH = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 #: Key in the ASGI scope's state: True if the request's connection is a surplus one.
 SURPLUS = "surplus_connection"
 
@@ -110,7 +109,7 @@ class RefuseSurplus:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         surplus = scope["type"] == "http" and scope.get("state", {}).get(SURPLUS)
-        if not surplus or scope["path"] in HEALTH:
+        if not surplus or scope["path"] in HEALTH_PATHS:
             await self._app(scope, receive, send)
             return
         error = TooManyConnections(

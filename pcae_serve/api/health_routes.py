@@ -6,6 +6,9 @@ from pcae_serve import schemas
 from pcae_serve.api import problems
 from pcae_serve.api.state import service_of
 
+#: Paths of probes, which are answered whatever the state of the server; those of /v2 included.
+HEALTH_PATHS = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
+
 router = APIRouter(tags=["Server"])
 
 

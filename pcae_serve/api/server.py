@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
+from pcae_serve.api.browser_access import browser_access
 from pcae_serve.api.connection import Connection, RaiseBodyErrors
 from pcae_serve.api.connection_limit import AcceptErrors, ConnectionLimit, RefuseSurplus
 from pcae_serve.api.draining import CloseWhileDraining, RefuseCancelled
@@ -66,6 +67,7 @@ class Server(uvicorn.Server):
 
     def _wrap(self, app: ASGIApp, settings: Settings) -> ASGIApp:
         """Return the application with what belongs to the server and not to a route."""
+        app = browser_access(app, settings)
         app = CloseWhileDraining(
             RefuseCancelled(RaiseBodyErrors(app)), lambda: self._drain_begin_s is not None
         )

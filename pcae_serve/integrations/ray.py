@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from pcae_serve.api import proxy_delay
 from pcae_serve.api.app import create_app
 from pcae_serve.api.auth import Keys
+from pcae_serve.api.browser_access import browser_access
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.observability import logs
 from pcae_serve.observability.logs import RequestId
@@ -64,7 +65,8 @@ class Replica:
         self._service = build_service(settings)
         self._signals = Signals(self._service)
         app = create_app(self._service, self._failures.append, keys, admin_keys)
-        self._app = proxy_delay.SubtractDelay(RequestId(app, access_log=settings.access_log))
+        checked = browser_access(app, settings, proxied=True)
+        self._app = proxy_delay.SubtractDelay(RequestId(checked, access_log=settings.access_log))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app

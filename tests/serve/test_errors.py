@@ -10,6 +10,7 @@ from pcae_serve.errors import Draining, MissingKey, Overloaded, RequestError, on
 
 CONTRACT = {
     "budget-too-small": (422, "Budget too small"),
+    "cross-site-request": (403, "Cross-site request"),
     "deadline-exceeded": (504, "Deadline exceeded"),
     "draining": (503, "Server is shutting down"),
     "dropped": (503, "Request dropped"),
@@ -34,6 +35,7 @@ CONTRACT = {
     "too-large": (413, "Request too large"),
     "too-many-connections": (503, "Too many connections"),
     "too-much-framing": (413, "Too much framing"),
+    "unknown-host": (403, "Unknown host"),
     "unknown-model": (404, "Unknown model"),
     "unknown-route": (404, "Unknown route"),
     "unreadable-image": (400, "Unreadable image"),

@@ -174,7 +174,11 @@ class World:
             [{b: Seconds(s * b, s * b) for b in (1, 8)} for s in (0.01, 0.02, 0.04)], 8
         )
         self.scheduler = Scheduler(
-            create("pace", TIER_TABLE, DEFAULT_PRICE), latency, max_batch=8, queue_limit=256, weights=weights
+            create("pace", TIER_TABLE, DEFAULT_PRICE),
+            latency,
+            max_batch=8,
+            queue_limit=256,
+            weights=weights,
         )
         self.shares, self.random = shares, Random(0)
         self.requests: dict[int, Request] = {}
