@@ -3,8 +3,9 @@
 An upload takes no place in the queue and does not count as work. Two rates apply to it: the minimum
 rate, and the rate that completes its body in time. One that falls behind the first by more than
 GRACE_S is ended. If there is no room for a new one, the one that is furthest behind the second is
-dropped, and so are others if the memory budget runs short. Clients that hold their bodies back
-therefore do not keep others out.
+dropped, and so are others if the memory budget runs short. What an upload holds of it is what has
+arrived, not what is announced. Clients that hold their bodies back therefore do not keep others
+out.
 """
 
 import asyncio
@@ -22,6 +23,9 @@ GRACE_S = 5.0
 #: Seconds by which an upload has to be behind its own rate to be dropped for another: several round
 #: trips, so that a body which its client sends at once is safe.
 PATIENCE_S = 0.25
+#: Seconds by which bytes that arrive early keep an upload from being dropped for another. A body
+#: that arrives fast and then stalls is therefore not kept for long.
+AHEAD_S = 1.0
 #: Share of the memory budget that uploads may take. The rest is left to requests whose body is
 #: complete, so that uploads cannot keep them from being decoded.
 MEMORY_SHARE = 0.5
@@ -34,34 +38,45 @@ class Upload:
 
     def __init__(
         self,
-        start_s: float,
-        bytes_s: float,
+        now_s: float,
+        *,
+        length: int,
         copies: int,
+        until_s: float,
+        min_bytes_s: float,
         reservation: Reservation,
         hold: Callable[["Upload", int], None],
     ) -> None:
-        """bytes_s: the rate that completes the body in time. copies: how many of the body are made.
+        """length: as announced, or 0. copies: how many of the body are made.
 
         hold: makes the reservation larger, or raises Refused.
         """
-        self.start_s, self.bytes_s, self.received_bytes = start_s, bytes_s, 0
-        self.reservation = reservation
-        self._copies, self._hold = copies, hold
+        self.received_bytes, self.reservation = 0, reservation
         self.refusal: Refusal | None = None  # why it was ended
         self.timeout = asyncio.timeout(None)  # of the wait for the body
+        self._start_s, self._allowed_s = now_s, max(until_s - now_s, 1e-3)
+        self._length, self._copies, self._min_bytes_s = length, copies, min_bytes_s
+        self._hold = hold
+        self._on_time_until_s = now_s
 
     def add(self, count: int) -> None:
         """Count bytes that have arrived. Raises Refused if they do not fit into memory."""
         if self.refusal is not None:
             raise Refused(self.refusal)
         self.received_bytes += count
-        needed_bytes = self.received_bytes * self._copies
-        if needed_bytes > self.reservation.held_bytes:  # the length was not announced
-            self._hold(self, needed_bytes)
+        in_time_bytes_s = max(self._length, self.received_bytes) / self._allowed_s
+        seconds = count / max(self._min_bytes_s, in_time_bytes_s)
+        ahead_s = asyncio.get_running_loop().time() + AHEAD_S
+        self._on_time_until_s = min(self._on_time_until_s + seconds, ahead_s)
+        self._hold(self, self.received_bytes * self._copies)
 
-    def lag_s(self, now_s: float, bytes_s: float | None = None) -> float:
-        """Return the seconds by which the body is behind a rate, by default its own."""
-        return now_s - self.start_s - self.received_bytes / (bytes_s or self.bytes_s)
+    def lag_s(self, now_s: float) -> float:
+        """Return the seconds by which the body is behind the rate that completes it in time."""
+        return now_s - self._on_time_until_s
+
+    def is_too_slow(self, now_s: float) -> bool:
+        """Return whether the body is behind the minimum rate by more than GRACE_S."""
+        return now_s - self._start_s - self.received_bytes / self._min_bytes_s > GRACE_S
 
     def end(self, refusal: Refusal) -> None:
         """End the wait for the body now; its bytes are free."""
@@ -100,9 +115,16 @@ class Uploads:
         """
         now_s = asyncio.get_running_loop().time()
         self._make_room(now_s)
-        bytes_s = max(self._min_bytes_s, length / max(until_s - now_s, 1e-3))
-        upload = Upload(now_s, bytes_s, copies, reservation, self._hold)
-        self._hold(upload, length * copies)
+        upload = Upload(
+            now_s,
+            length=length,
+            copies=copies,
+            until_s=until_s,
+            min_bytes_s=self._min_bytes_s,
+            reservation=reservation,
+            hold=self._hold,
+        )
+        self._require_memory(length * copies)
         self._uploads.add(upload)
         self._check_later()
         try:
@@ -124,18 +146,31 @@ class Uploads:
             raise Refused(refusals.uploads_full(self._limit))
         self._end(slowest, refusals.upload_dropped())
 
+    def _require_memory(self, count: int) -> None:
+        """Raise Refused if there is no room for `count` bytes. Reserves nothing."""
+        if (missing_bytes := count - self._free_bytes) > 0:
+            self._reclaim(missing_bytes)
+        if count > self._free_bytes:
+            never = count > self._share_bytes
+            full = refusals.memory_full()
+            raise Refused(refusals.over_memory(count, self._share_bytes) if never else full)
+
     def _hold(self, upload: Upload, count: int) -> None:
-        """Have an upload hold `count` bytes. Raises Refused if they do not fit."""
-        share_bytes = int(MEMORY_SHARE * self._memory.limit_bytes)
-        if count > share_bytes:
-            raise Refused(refusals.over_memory(count, share_bytes))
+        """Have an upload hold `count` bytes instead of fewer. Raises Refused if they do not fit."""
         more = count - upload.reservation.held_bytes
-        if self._held_bytes + more > share_bytes:
-            self._reclaim(self._held_bytes + more - share_bytes)
-        fits = self._held_bytes + more <= share_bytes and upload.reservation.try_resize(count)
-        if not fits or upload.refusal is not None:
+        self._require_memory(more)
+        if upload.refusal is not None or not upload.reservation.try_resize(count):
             raise Refused(upload.refusal or refusals.memory_full())
         self._held_bytes += more
+
+    @property
+    def _share_bytes(self) -> int:
+        return int(MEMORY_SHARE * self._memory.limit_bytes)
+
+    @property
+    def _free_bytes(self) -> int:
+        """Bytes that uploads may take in addition to those that they hold."""
+        return min(self._memory.free_bytes, self._share_bytes - self._held_bytes)
 
     def _reclaim(self, missing_bytes: int) -> None:
         """Drop uploads that are behind, the furthest first, if that frees the missing bytes."""
@@ -163,7 +198,7 @@ class Uploads:
         self._checking = False
         now_s = asyncio.get_running_loop().time()
         for upload in list(self._uploads):
-            if upload.lag_s(now_s, self._min_bytes_s) > GRACE_S:
+            if upload.is_too_slow(now_s):
                 self._end(upload, refusals.upload_too_slow(self._min_bytes_s))
         self._check_later()
 

@@ -229,13 +229,14 @@ def test_requests_hold_their_bytes_until_they_end_and_no_longer(
         assert memory.used_bytes == 3 * pixels_bytes
         calls[2].cancel()  # its client leaves
 
-        async def never(_: Upload) -> bytes:
+        async def never(upload: Upload) -> bytes:
+            upload.add(1000)
             await asyncio.Event().wait()
             raise AssertionError
 
         arrival_s = asyncio.get_running_loop().time()
         with service.offer(InferenceRequest(arrival_s, 50)) as offered:
-            upload = asyncio.create_task(offered.receive(never, 1000))
+            upload = asyncio.create_task(offered.receive(never, 5000))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             assert memory.used_bytes == 2 * pixels_bytes + 1000
@@ -254,7 +255,8 @@ def test_requests_hold_their_bytes_until_they_end_and_no_longer(
         assert memory.used_bytes == 0
         await service.stop()
 
-    async def whole(_: Upload) -> bytes:
+    async def whole(upload: Upload) -> bytes:
+        upload.add(1000)
         return b""
 
     asyncio.run(scenario())

@@ -20,8 +20,10 @@ async def never(_: Upload) -> bytes:
     raise AssertionError
 
 
-def registry_of(limit: int, memory: MemoryBudget | None = None) -> Uploads:
-    return Uploads(limit, 1e4, memory or MemoryBudget(1_000_000_000))
+def registry_of(
+    limit: int, memory: MemoryBudget | None = None, min_bytes_s: float = 1e4
+) -> Uploads:
+    return Uploads(limit, min_bytes_s, memory or MemoryBudget(1_000_000_000))
 
 
 def begin(
@@ -46,11 +48,31 @@ async def refusal(upload: asyncio.Task[bytes]) -> tuple[type[Exception], Outcome
 
 def test_an_upload_is_behind_by_what_its_rate_should_have_brought() -> None:
     async def scenario() -> None:
-        upload = Upload(100.0, 1000.0, 1, MemoryBudget(0).reserve(), lambda *_: None)
-        assert upload.lag_s(101.0) == 1.0
-        upload.add(500)
-        assert upload.lag_s(101.0) == 0.5
-        assert upload.lag_s(101.0, bytes_s=250.0) == -1.0
+        now_s = asyncio.get_running_loop().time()
+        memory = MemoryBudget(0)
+
+        def upload(length: int, min_bytes_s: float = 10.0) -> Upload:
+            return Upload(
+                now_s,
+                length=length,
+                copies=1,
+                until_s=now_s + 10.0,
+                min_bytes_s=min_bytes_s,
+                reservation=memory.reserve(),
+                hold=lambda *_: None,
+            )
+
+        announced, chunked, early = upload(10_000), upload(0), upload(10_000)
+        assert announced.lag_s(now_s + 1.0) == pytest.approx(1.0)
+        announced.add(500)  # of 1,000 a second
+        assert announced.lag_s(now_s + 1.0) == pytest.approx(0.5)
+        assert not announced.is_too_slow(now_s + 54.9)
+        assert announced.is_too_slow(now_s + 55.1)
+        chunked.add(500)  # at least 50 a second, as so much arrived
+        chunked.add(1500)
+        assert -uploads.AHEAD_S - 0.1 < chunked.lag_s(now_s) < -0.9
+        early.add(9_000)  # it is not ahead by 9 s
+        assert early.lag_s(now_s + 2.0) > 0.9
 
     asyncio.run(scenario())
 
@@ -154,23 +176,32 @@ async def whole(upload: Upload) -> bytes:
     return b"body"
 
 
-def test_a_body_holds_what_it_announces_and_more_if_more_arrives() -> None:
+def stalled(count: int) -> Callable[[Upload], Awaitable[bytes]]:
+    """A body of which only this much arrives."""
+
+    async def read(upload: Upload) -> bytes:
+        upload.add(count)
+        return await never(upload)
+
+    return read
+
+
+@pytest.mark.parametrize("length", [1000, 0])
+def test_a_body_holds_what_has_arrived_in_as_many_copies_as_are_made(length: int) -> None:
     async def scenario() -> None:
         memory = MemoryBudget(10_000)
-        registry = registry_of(10, memory)
 
         async def read(upload: Upload) -> bytes:
-            assert memory.used_bytes == announced
+            assert memory.used_bytes == 0
             upload.add(700)
+            assert memory.used_bytes == 1400
             upload.add(300)
-            assert memory.used_bytes == 2000
             return b"body"
 
-        for announced in (2000, 0):  # a body of 1,000 bytes that is held twice, and a chunked one
-            with memory.reserve() as reservation:
-                await begin(registry, read, announced // 2, reservation, copies=2)
-                assert memory.used_bytes == 2000  # the body is there
-            assert memory.used_bytes == 0
+        with memory.reserve() as reservation:
+            await begin(registry_of(10, memory), read, length, reservation, copies=2)
+            assert memory.used_bytes == 2000  # the body is there
+        assert memory.used_bytes == 0
 
     asyncio.run(scenario())
 
@@ -179,10 +210,13 @@ def test_uploads_leave_half_of_the_memory_to_others() -> None:
     async def scenario() -> None:
         memory = MemoryBudget(4000)
         registry = registry_of(10, memory)
-        first = begin(registry, never, 1500, memory.reserve())
+        first = begin(registry, stalled(1500), 1500, memory.reserve())
         await asyncio.sleep(0)
+        full = Overloaded, Outcome.REJECTED_FULL
         too_much = begin(registry, whole, 501, memory.reserve())
-        assert await refusal(too_much) == (Overloaded, Outcome.REJECTED_FULL)
+        assert await refusal(too_much) == full
+        not_announced = begin(registry, stalled(501), 0, memory.reserve())
+        assert await refusal(not_announced) == full
         never_fits = begin(registry, whole, 2001, memory.reserve())
         assert await refusal(never_fits) == (TooLarge, Outcome.UNREADABLE)
         assert await begin(registry, whole, 500, memory.reserve()) == b"body"
@@ -200,14 +234,14 @@ def test_uploads_that_lag_are_dropped_first_if_memory_runs_short(
 
     async def scenario() -> None:
         memory = MemoryBudget(4000)
-        registry = registry_of(10, memory)
-        idle = begin(registry, never, 1000, memory.reserve())
-        later = begin(registry, never, 1000, memory.reserve())
+        registry = registry_of(10, memory, 1e9)
+        idle = begin(registry, stalled(900), 1000, memory.reserve())
+        later = begin(registry, stalled(900), 1000, memory.reserve())
         await asyncio.sleep(0.01)
         if complete:  # a request that needs memory for decoding
             assert memory.reserve().try_resize(3000)
         else:
-            assert await begin(registry, whole, 1000, memory.reserve()) == b"body"
+            assert await begin(registry, whole, 500, memory.reserve()) == b"body"
         assert await refusal(idle) == (Dropped, Outcome.DROPPED)
         assert not later.done()
         later.cancel()
@@ -220,7 +254,7 @@ def test_no_upload_is_dropped_if_that_does_not_help(monkeypatch: pytest.MonkeyPa
 
     async def scenario() -> None:
         memory = MemoryBudget(4000)
-        idle = begin(registry_of(10, memory), never, 1000, memory.reserve())
+        idle = begin(registry_of(10, memory, 1e9), stalled(900), 1000, memory.reserve())
         await asyncio.sleep(0.01)
         assert not memory.reserve().try_resize(4001)
         await asyncio.sleep(0.01)
