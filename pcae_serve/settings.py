@@ -202,7 +202,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         description="maximum number of bodies received at once; beyond it, the one that is furthest"
-        " behind is dropped (503); 0: half the open files that the system allows, at most 1,024",
+        " behind is dropped (503); 0: half the connections, at most 1,024",
     )
     upload_s: float = Field(
         30, gt=0, description="maximum time to receive a request body; then 408"

@@ -148,7 +148,14 @@ def simulate(
             wake_s = float("inf")
             events = [Timer(now_s)]
         else:
-            request = Request(next_, now_s, now_s + budgets[next_], allowed[next_])
+            request = Request(
+                next_,
+                now_s,
+                now_s + budgets[next_],
+                allowed[next_],
+                decode_s=decode_s,
+                ready_s=now_s + decode_s,
+            )
             events = [Arrived(now_s, request)]
             for device in running:
                 delay_s[device] = delay_s.get(device, 0.0) + host_s

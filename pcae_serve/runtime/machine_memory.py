@@ -18,6 +18,14 @@ MACHINE_SHARE = 0.5
 LEAST_BYTES = 64_000_000
 
 
+def budget_bytes(memory_mb: float) -> int:
+    """Return the bytes that requests may take: `memory_mb`, or the default if that is 0."""
+    if memory_mb:
+        log.info("memory: requests may take %s MB (--memory-mb)", f"{memory_mb:,.0f}")
+        return int(memory_mb * 1e6)
+    return default_budget_bytes()
+
+
 def default_budget_bytes() -> int:
     """Return the bytes that requests may take beyond what this process uses now, at rest."""
     limit, share, source = read_limit(), GROUP_SHARE, "the control group's limit"

@@ -153,15 +153,15 @@ class Servable:
         try:
             if self._would_refuse(offered):
                 self._arrive(offered)
-            offered.raise_if_refused()
+                offered.raise_if_refused()
+                self._leave(offered)  # it is not refused after all: it arrives with its body
             yield offered
         finally:
             del self._offered[scheduled.id]
             offered.end()
             self._metrics.record_request(offered.outcome)
             if not offered.result.done() or offered.result.cancelled():
-                if offered.arrived:
-                    self._handle(ClientLeft(_now_s(), scheduled.id))
+                self._leave(offered)
             else:
                 offered.result.exception()  # mark it as retrieved, if nothing awaited it
 
@@ -189,6 +189,12 @@ class Servable:
         )
         offered.arrived = True
         self._handle(Arrived(now_s, offered.scheduled))
+
+    def _leave(self, offered: OfferedRequest) -> None:
+        """Have the scheduler forget a request, if it has arrived there."""
+        if offered.arrived:
+            offered.arrived = False
+            self._handle(ClientLeft(_now_s(), offered.scheduled.id))
 
     def _working_tiers(self, offered: OfferedRequest) -> tuple[int, ...]:
         """Return the allowed tiers that are in rotation, the cheapest first."""
@@ -411,8 +417,7 @@ class Servable:
         """End all requests, those that are uploaded or decoded included."""
         for admitted in list(self._offered.values()):
             admitted.refuse(refusal)
-            if admitted.arrived:
-                self._handle(ClientLeft(_now_s(), admitted.scheduled.id))
+            self._leave(admitted)
             admitted.stop_waiting()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Default limit of bodies that are received at once, or half the descriptors if that is less.
+#: Default limit of bodies that are received at once, or half the connections if that is less.
 MAX_UPLOADS = 1024
 #: Seconds that decoders have to finish when the service stops; their requests are refused by then.
 DECODE_S = 1.0
@@ -141,7 +141,7 @@ class Service:
         )
         profile = await self._devices[0].submit(measure)
         memory = self._resources.memory
-        memory.limit_bytes = int(settings.memory_mb * 1e6) or machine_memory.default_budget_bytes()
+        memory.limit_bytes = machine_memory.budget_bytes(settings.memory_mb)
         self.metrics.set_memory_limit(memory.limit_bytes)
         self._trimmer = asyncio.create_task(Trimmer(memory).run())
         self._current = self._servable(bundle, engines, profile, self._recorder)
@@ -375,7 +375,8 @@ class Service:
     def _create_resources(self) -> Resources:
         """Create what requests compete for; the memory's limit is set once the engines run."""
         settings, memory = self.settings, MemoryBudget(0)
-        max_uploads = settings.max_uploads or min(MAX_UPLOADS, raise_descriptor_limit() // 2)
+        connections = settings.max_connections or raise_descriptor_limit()
+        max_uploads = settings.max_uploads or max(1, min(MAX_UPLOADS, connections // 2))
         return Resources(
             memory,
             Decoders(self._decode_threads, max_pixels=settings.max_pixels, memory=memory),

@@ -65,5 +65,11 @@ def test_the_default_leaves_room_for_what_is_in_use(
     assert ("little is left" in caplog.text) == (expected == machine_memory.LEAST_BYTES)
 
 
+def test_a_setting_replaces_the_default(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert machine_memory.budget_bytes(1500.0) == 1_500_000_000
+    assert "1,500 MB" in caplog.text
+
+
 def test_this_process_uses_some_memory() -> None:
     assert machine_memory.resident_bytes() > 1_000_000

@@ -32,6 +32,7 @@ from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.runtime.servable import Servable
 from pcae_serve.runtime.service import Service, State
 from pcae_serve.runtime.uploads import Upload
+from pcae_serve.scheduling.scheduler import Scheduler
 from pcae_serve.settings import Settings
 from tests.support.apps import quick
 from tests.support.gate import Gate
@@ -208,6 +209,25 @@ def test_an_upload_takes_no_place_in_the_queue(
     counts = asyncio.run(scenario())
     assert 'requests_total{outcome="rejected_full"} 6.0' in counts
     assert 'requests_total{outcome="in_time"} 2.0' in counts
+
+
+def test_a_check_at_the_headers_that_is_wrong_costs_nothing(
+    small_bundle: Bundle, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would not be refused after all arrives once more, with its body."""
+    monkeypatch.setattr(Scheduler, "would_refuse", lambda *_: True)
+
+    async def scenario() -> None:
+        service = Service(settings(), small_bundle, [Gate()])
+        await service.start()
+        arrival_s = asyncio.get_running_loop().time()
+        with service.offer(InferenceRequest(arrival_s, 60_000)) as offered:
+            assert service.waiting == 0
+            assert (await offered.run(image_bytes())).met_budget
+        assert service.waiting == 0
+        await service.stop()
+
+    asyncio.run(scenario())
 
 
 def test_requests_hold_their_bytes_until_they_end_and_no_longer(
