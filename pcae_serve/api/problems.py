@@ -3,6 +3,7 @@
 Routes of the Open Inference Protocol answer in its own form, {"error": "…"}.
 """
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -21,6 +22,9 @@ from pcae_serve.errors import (
     UnknownRoute,
     shown,
 )
+from pcae_serve.runtime import refusals
+
+log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 #: What the paths of the Open Inference Protocol begin with.
@@ -37,7 +41,8 @@ IMAGE_PROBLEMS = KEY_PROBLEMS | {
     415: "not an image type that this server reads",
     422: "a parameter is invalid, or the budget is below what the fastest allowed tier needs",
     500: "inference failed on this batch",
-    503: "overloaded, starting, shutting down, or every allowed tier has failed; see Retry-After",
+    503: "overloaded, out of memory, starting, shutting down, or every allowed tier has failed; see"
+    " Retry-After",
     504: "the budget passed before the image was answered",
 }
 
@@ -82,6 +87,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _disconnected)
+    app.add_exception_handler(MemoryError, _out_of_memory)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -118,6 +124,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _disconnected(_: Request, __: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _out_of_memory(request: Request, _: Exception) -> Response:
+    """Answer a lack of memory outside the requests that the service counts."""
+    log.error("too little memory to answer %s", shown(request.scope["path"]))
+    return refusal(refusals.out_of_memory().error, request.scope)
 
 
 async def _unexpected(request: Request, _: Exception) -> Response:

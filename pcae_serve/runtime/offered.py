@@ -1,7 +1,6 @@
 """One request, from its headers to its result."""
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,8 +23,6 @@ from pcae_serve.runtime.resources import Resources
 from pcae_serve.runtime.uploads import Upload
 from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.settings import Settings
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -228,10 +225,6 @@ class OfferedRequest:
             yield
         except Refused as refused:
             error, self.outcome = refused.refusal
-            raise error from None
-        except MemoryError:
-            log.error("too little memory for a request")
-            error, self.outcome = refusals.out_of_memory()
             raise error from None
         except RequestError:
             self.outcome = Outcome.UNREADABLE

@@ -156,6 +156,10 @@ class Servable:
                 offered.raise_if_refused()
                 self._leave(offered)  # it is not refused after all: it arrives with its body
             yield offered
+        except MemoryError:
+            log.error("too little memory for a request")
+            error, offered.outcome = refusals.out_of_memory()
+            raise error from None
         finally:
             del self._offered[scheduled.id]
             offered.end()

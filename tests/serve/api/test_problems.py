@@ -174,6 +174,23 @@ def test_out_of_memory_is_503(
     assert client.post("/classify", content=image_bytes()).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/classify", "/tiers"])
+def test_out_of_memory_anywhere_in_a_route_is_503(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Also in what is not decoding: the answer's document, or a route without an image."""
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    for target in ("results.classification", "tier_routes._tier"):
+        monkeypatch.setattr(f"pcae_serve.api.{target}", no_memory)
+    method = "POST" if path == "/classify" else "GET"
+    refused = client.request(method, path, content=image_bytes() if method == "POST" else None)
+    assert problem(refused, 503)["type"] == "urn:pcae-serve:out-of-memory"
+    assert refused.headers["retry-after"] == "1"
+
+
 class Hard(Greedy):
     """Drops the first request for the sake of all others."""
 

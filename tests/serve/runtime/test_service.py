@@ -282,6 +282,57 @@ def test_requests_hold_their_bytes_until_they_end_and_no_longer(
     asyncio.run(scenario())
 
 
+def test_a_stop_frees_what_unanswered_requests_hold(
+    small_bundle: Bundle, settings: MakeSettings, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of requests on the device, in the queue, at a decoder, before it, and being uploaded."""
+    release, decode = threading.Event(), Preprocess.__call__
+
+    def slowly(self: Preprocess, body: bytes, *limits: Any) -> Any:
+        if body.endswith(b"slow"):
+            release.wait(20)
+        return decode(self, body, *limits)
+
+    monkeypatch.setattr(Preprocess, "__call__", slowly)
+
+    async def scenario() -> None:
+        service = Service(settings(memory_mb=100, decode_threads=1), small_bundle, [gate])
+        memory = service._resources.memory
+        await service.start()
+        gate.shut()
+
+        async def upload() -> InferenceResult:
+            async def read(upload: Upload) -> bytes:
+                upload.add(5000)
+                return await asyncio.Future[bytes]()
+
+            arrival_s = asyncio.get_running_loop().time()
+            with service.offer(InferenceRequest(arrival_s, 60_000)) as offered:
+                return await offered.run(await offered.receive(read, 9000))
+
+        calls = [asyncio.create_task(classify(service, i, 60_000)) for i in range(2)]
+        await asyncio.to_thread(gate.entered.wait, 20)
+        while service.waiting > 1:
+            await asyncio.sleep(0.005)
+        slow = image_bytes() + b"slow"
+        calls += [asyncio.create_task(infer(service, 60_000, slow)) for _ in range(2)]
+        calls += [asyncio.create_task(upload())]
+        while len(service._resources.uploads) != 1 or service.waiting != 3:
+            await asyncio.sleep(0.005)
+        held = memory.used_bytes
+        assert held > 5000
+        service.refuse_unanswered()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [Draining] * 5
+        assert 0 < memory.used_bytes < held  # a thread still works on one of them
+        release.set()
+        gate.open.set()
+        await service.stop()
+        assert memory.used_bytes == 0
+
+    asyncio.run(scenario())
+
+
 def test_what_does_not_fit_into_memory_is_refused_at_once(
     small_bundle: Bundle, settings: MakeSettings, gate: Gate
 ) -> None:
