@@ -38,10 +38,10 @@ async def limited(request: Request, limit: int, upload: Upload) -> AsyncGenerato
 async def read_body(request: Request, limit: int, upload: Upload) -> bytes:
     """Return the whole body. Raises TooLarge above `limit` bytes."""
     # one growing buffer: a list of chunks takes twice the memory when it is joined
-    buffer = BytesIO()
-    async for chunk in limited(request, limit, upload):
-        buffer.write(chunk)
-    return buffer.getvalue()
+    with BytesIO() as buffer:
+        async for chunk in limited(request, limit, upload):
+            buffer.write(chunk)
+        return buffer.getvalue()
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:

@@ -57,7 +57,8 @@ def documented(descriptions: dict[int, str]) -> dict[int | str, dict[str, Any]]:
 
 
 def document(error: RequestError) -> schemas.Problem:
-    """Return the problem document of an error, for use inside another answer."""
+    """Return the problem document of an error, for use inside another answer. Ends the error."""
+    _forget_frames(error)
     return schemas.Problem(
         type=error.type,
         title=error.title,
@@ -68,7 +69,11 @@ def document(error: RequestError) -> schemas.Problem:
 
 
 def refusal(error: RequestError, scope: Scope) -> Response:
-    """Return the HTTP answer for an error, in the form that the request's path has."""
+    """Return the HTTP answer for an error, in the form that the request's path has.
+
+    Ends the error: its traceback is lost.
+    """
+    _forget_frames(error)
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     if path == PROTOCOL or path.startswith(f"{PROTOCOL}/"):
         return JSONResponse({"error": error.detail}, error.status, error.headers)
@@ -122,7 +127,17 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _disconnected(_: Request, __: Exception) -> Response:
+def _forget_frames(error: BaseException) -> None:
+    """Release the frames of an error and of those before it, which hold a request's body.
+
+    Errors of tasks and futures are parts of reference cycles: without this, the memory of a refused
+    request would be free only after the next full garbage collection.
+    """
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+
+
+async def _disconnected(_: Request, error: Exception) -> Response:
+    _forget_frames(error)
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 

@@ -104,6 +104,8 @@ def check_admission(
     if capacity.free_in_s <= 0 and not any(queues) and decoders_idle:
         # if it is too late already, load is not the reason
         return "expired" if now_s + request.decode_s + image_s > request.deadline_s else None
+    if now_s + request.decode_s + needed_s > request.deadline_s + ROUNDING_S:
+        return "expired"  # its upload took too long, whatever the load
     if request.ready_s + image_s + margin_s > request.deadline_s:
         return "load"
     return None if _fits(request, capacity, queues, margin_s) else "load"

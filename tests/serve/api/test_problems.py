@@ -1,5 +1,6 @@
 """Faults as problem documents: of the request, the server and the engine."""
 
+import gc
 import threading
 import time
 from typing import Any
@@ -10,6 +11,7 @@ from fastapi.testclient import TestClient
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.simulated import SimulatedEngine
+from pcae_serve.runtime.memory_budget import ParallelWork
 from pcae_serve.runtime.servable import Servable
 from pcae_serve.runtime.service import Service
 from pcae_serve.scheduling import scheduler
@@ -189,6 +191,46 @@ def test_out_of_memory_anywhere_in_a_route_is_503(
     refused = client.request(method, path, content=image_bytes() if method == "POST" else None)
     assert problem(refused, 503)["type"] == "urn:pcae-serve:out-of-memory"
     assert refused.headers["retry-after"] == "1"
+
+
+class Watched(bytes):
+    """A body that reports when its memory is free."""
+
+    freed = 0
+
+    def __del__(self) -> None:
+        Watched.freed += 1
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (image_bytes(), 200),
+        (b"not an image", 415),
+        (image_bytes(9, "PNG", (64, 64))[:-30], 400),  # from a decoder's thread
+        (image_bytes(), 503),
+    ],
+    ids=["answered", "not an image", "truncated", "no memory"],
+)
+def test_the_memory_of_a_body_is_free_once_it_is_answered(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, body: bytes, status: int
+) -> None:
+    """Without a garbage collection: errors of tasks are parts of reference cycles."""
+
+    async def read(*_: Any) -> bytes:
+        return Watched(body)
+
+    monkeypatch.setattr("pcae_serve.api.form.read_body", read)
+    monkeypatch.setattr(Watched, "freed", 0)
+    if status == 503:
+        monkeypatch.setattr(ParallelWork, "try_add", lambda *_: False)
+    gc.collect()
+    gc.disable()
+    try:
+        assert client.post("/classify", content=b"x").status_code == status
+        wait_until(lambda: Watched.freed == 1)
+    finally:
+        gc.enable()
 
 
 class Hard(Greedy):

@@ -56,7 +56,14 @@ def test_on_an_idle_machine_what_a_slow_moment_makes_late_is_not_the_loads_fault
 def test_decoding_counts_even_on_an_idle_machine() -> None:
     assert why_refused(0.51, decode_s=0.4, ready_s=0.4) is None
     assert why_refused(0.49, decode_s=0.4, ready_s=0.4) == "budget"
-    assert why_refused(0.6, now_s=0.2, decode_s=0.4, ready_s=0.6) == "expired"  # a slow upload
+
+
+@pytest.mark.parametrize("free_in_s", [0.0, 5.0])
+def test_time_that_the_upload_took_is_not_the_loads_fault(free_in_s: float) -> None:
+    late, in_time = 0.2001, 0.1999 if not free_in_s else 0.0
+    assert why_refused(0.7, now_s=late, decode_s=0.4, free_in_s=free_in_s) == "expired"
+    why = why_refused(0.7, now_s=in_time, decode_s=0.4, free_in_s=free_in_s)
+    assert why == ("load" if free_in_s else None)
 
 
 @pytest.mark.parametrize("free_in_s", [0.0, 0.1])
