@@ -1,14 +1,16 @@
 """The price of waiting: the accuracy that a batch gains, minus the response time that it costs.
 
     gain    accuracy points per image over each request's cheapest tier. A difference inside its
-            own interval is none, and a tier that the load does not allow to go on with counts only
-            as far as it can be mixed with the floor tier.
+            own interval is none.
     delay   seconds per image over the floor tier, times every request that waits for them: those of
-            the batch, those queued behind it, and those that arrive until the queue is empty if
-            the tier stays in use. The longest horizon is the limit.
+            the batch, those queued behind it, and those that arrive until the queue is empty, at
+            most until the longest horizon.
 
-Every request that joins while a device is busy waits for all work before it. That is why a slower
-tier costs little on an idle device, and far more than its own time near saturation.
+If requests stay queued behind a batch, its tier is judged as if it stayed in use: the queue empties
+at its pace, and if the load is more than it can serve, it gains only for the share of the requests
+that it can serve while the others run on the floor tier. Otherwise the batch is judged by itself,
+and the queue empties at the pace of the floor tier. A slower tier therefore costs little on an idle
+device, and far more than its own time near saturation.
 """
 
 from collections.abc import Iterable, Mapping
@@ -55,9 +57,7 @@ class WaitingPrice:
             if gain <= most_gain:
                 continue  # a faster tier is as accurate
             most_gain = gain
-            value = gain * _sustained_share(outlook, batch.tier) - self._per_s * _delay_s(
-                outlook, batch
-            )
+            value = gain * _sustained_share(outlook, batch) - self._per_s * _delay_s(outlook, batch)
             if value > best_value:
                 best, best_value = batch, value
         return best
@@ -82,10 +82,12 @@ class WaitingPrice:
         return self._counted[tiers], cheapest
 
 
-def _sustained_share(outlook: Outlook, tier: int) -> float:
-    """Return the share of the requests that the load allows on `tier`, the others on the floor."""
+def _sustained_share(outlook: Outlook, batch: Batch) -> float:
+    """Return the share of the requests that the load allows on the batch's tier, if it goes on."""
+    if _waiting_behind(outlook, batch) == 0:
+        return 1.0
     rate = outlook.arrival_rate
-    image_s, floor_s = outlook.image_s(tier), outlook.image_s(outlook.floor)
+    image_s, floor_s = outlook.image_s(batch.tier), outlook.image_s(outlook.floor)
     if rate * image_s <= 1 or image_s <= floor_s:
         return 1.0
     return max(0.0, (1 / rate - floor_s) / (image_s - floor_s))
@@ -93,16 +95,21 @@ def _sustained_share(outlook: Outlook, tier: int) -> float:
 
 def _delay_s(outlook: Outlook, batch: Batch) -> float:
     """Return the response time that an image of the batch costs all requests, over the floor."""
-    view, forecast = outlook.view, outlook.view.forecast
-    size = batch.size
+    forecast, size, floor = outlook.view.forecast, batch.size, outlook.floor
+    behind, rate = _waiting_behind(outlook, batch), outlook.arrival_rate
     floor_size = min(size, outlook.steady)
     batch_s = forecast.p50(batch.tier, size)
-    image_s = max(outlook.image_s(batch.tier), outlook.image_s(outlook.floor))
-    more_s = batch_s / size - forecast.p50(outlook.floor, floor_size) / floor_size
-    behind = (len(view.queue) - size) / view.devices
+    more_s = batch_s / size - forecast.p50(floor, floor_size) / floor_size
+    image_s = outlook.image_s(floor)
+    if behind:
+        image_s = max(image_s, outlook.image_s(batch.tier))
     # until the queue is empty, if it ever is
-    load = outlook.arrival_rate * image_s
     busy_s = longest_s = outlook.horizons[-1].within_s
-    if load < 1:
-        busy_s = min(longest_s, (batch_s + behind * image_s) / (1 - load))
-    return max(0.0, more_s) * (size + behind + outlook.arrival_rate * busy_s)
+    if rate * image_s < 1:
+        busy_s = min(longest_s, (batch_s + behind * image_s) / (1 - rate * image_s))
+    return max(0.0, more_s) * (size + behind + rate * busy_s)
+
+
+def _waiting_behind(outlook: Outlook, batch: Batch) -> float:
+    """Return the queued requests that the batch does not hold, per device."""
+    return (len(outlook.view.queue) - batch.size) / outlook.view.devices

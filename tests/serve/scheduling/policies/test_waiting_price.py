@@ -90,10 +90,15 @@ def test_a_tier_that_the_load_does_not_sustain_counts_with_what_can_be_mixed() -
     lines = ((0.0, 0.125), (0.0, 0.25), (0.0, 0.5))
     arrivals = load(3.9, budgets_s=(60.0,))
     tier_table = TierTable(TIER_TABLE.names, (0.5, 0.8, 0.82))
-    situation = view(waiting(60.0), latency=linear(*lines), arrivals=arrivals)
+
+    def tier(price: float, *budgets_s: float) -> int:
+        situation = view(waiting(*budgets_s), latency=linear(*lines), arrivals=arrivals)
+        return Pace(tier_table, price).choose(situation).tier
+
     # on the last tier two fifths could run, with 0.32 of its gain; the middle one sustains all
-    assert Pace(tier_table, 1e-9).choose(situation).tier == 1
-    assert Pace(tier_table, 0.0).choose(situation).tier == 2
+    assert tier(1e-9, 60.0, 60.0) == 1
+    assert tier(0.0, 60.0, 60.0) == 2
+    assert tier(1e-9, 60.0) == 2  # no other request waits: once is not for ever
 
 
 def test_a_higher_price_never_chooses_a_slower_tier() -> None:
