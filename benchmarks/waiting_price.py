@@ -1,7 +1,7 @@
 """The price of waiting: response time against accuracy and attainment, over the price.
 
     python benchmarks/waiting_price.py simulate [--platform demo cpu gpu] [--json F]
-    python benchmarks/waiting_price.py live [--seconds 60] [--rounds 3] [--images F] [--json F]
+    python benchmarks/waiting_price.py live [--seconds 30] [--rounds 3] [--images F] [--json F]
 
 simulate: `pace` at six prices and every fixed tier, on the same seeds, on the virtual clock. Each
 row of `pace` is compared with the fastest fixed tier that is as accurate within its interval, and
@@ -47,6 +47,8 @@ DEMO = {
 DEMO_IMAGES = 10_000
 #: HTTP and decoding on the demo's one core, from benchmarks/records/2026-11-24_scheduling.
 HOST_S, DECODE_S = 0.0028, 0.004
+#: Fixed tiers that the live server is compared with; `full` cannot serve these rates.
+LIVE_TIERS = ("fast", "brisk", "balanced")
 BIN = Path(sys.executable).parent
 PORT = 8079
 
@@ -66,14 +68,14 @@ def main() -> None:
     modes = parser.add_subparsers(required=True)
     simulated = modes.add_parser("simulate")
     simulated.add_argument("--platform", nargs="+", default=["demo", "cpu", "gpu"])
-    simulated.add_argument("--requests", type=int, default=2000)
+    simulated.add_argument("--requests", type=int, default=1000)
     simulated.add_argument("--seeds", type=int, default=5)
     simulated.add_argument("--jobs", type=int, default=2)
     simulated.set_defaults(run=simulate)
     lived = modes.add_parser("live")
     lived.add_argument("--rates", type=float, nargs="+", default=[30, 45])
     lived.add_argument("--budgets-ms", type=float, nargs="+", default=[500, 1000])
-    lived.add_argument("--seconds", type=float, default=60, help="of each run")
+    lived.add_argument("--seconds", type=float, default=30, help="of each run")
     lived.add_argument("--rounds", type=int, default=3)
     lived.add_argument("--images", type=Path, help="a parquet file with images and labels")
     lived.set_defaults(run=live)
@@ -120,10 +122,10 @@ def cases(platform: str) -> Iterator[Case]:
         full_s = demo().full_s
         for budget_s in (0.5, 1.0):
             mix = f"{budget_s / full_s}:1"
-            for rate in (5, 15, 30, 45, 60, 75, 85, 95):
+            for rate in (5, 30, 45, 60, 75, 85, 95):
                 yield Case(platform, "poisson", mix, rate, f"{rate}/s, {budget_s:g} s")
-            for rate in (15, 30, 45):
-                yield Case(platform, "azure-code", mix, rate, f"{rate}/s, {budget_s:g} s")
+        for rate in (15, 30, 45):
+            yield Case(platform, "azure-code", mix, rate, f"{rate}/s, {budget_s:g} s")
         return
     capacity_per_s = platforms.read(platform).capacity_per_s["mixed"]
     for trace in ("azure-code", "poisson", "gamma-4", "flash"):
@@ -283,7 +285,7 @@ def live(arguments: argparse.Namespace) -> dict[str, Any]:
     variants = {
         "pace, price 0": ["--waiting-price", "0"],
         f"pace, price {DEFAULT_PRICE:g}": ["--waiting-price", f"{DEFAULT_PRICE:g}"],
-        **{f"fixed:{tier}": ["--policy", f"fixed:{tier}"] for tier in DEMO},
+        **{f"fixed:{tier}": ["--policy", f"fixed:{tier}"] for tier in LIVE_TIERS},
     }
     runs = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
@@ -330,9 +332,10 @@ def live_server(
                         "client": row["client"],
                     }
                     figures = run["figures"]
+                    p50_ms = figures["response_p50_ms"] or 0.0
                     print(
                         f"round {round_ + 1}, {name}, {rate:g}/s, {budget_ms:g} ms: attainment"
-                        f" {figures['attainment']:.3f}, p50 {figures['response_p50_ms']}"
+                        f" {figures['attainment']:.3f}, p50 {p50_ms:.1f} ms"
                         + (", INVALID: the load generator lagged" if run["void"] else ""),
                         file=sys.stderr,
                     )

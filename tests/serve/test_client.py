@@ -87,7 +87,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     fast, balanced, full = manifest({})["tiers"]
     tiers = [fast, balanced, full | {"macs": 17_500 * 10**9}]
     bundle = write_bundle(root / "bundle", tiers=tiers)
-    flags = ("--bundle", str(bundle), *SIMULATED, "--budget-ms", "20000")
+    # waiting is free: the tests send so quickly that "full" would not be worth its time
+    flags = ("--bundle", str(bundle), *SIMULATED, "--budget-ms", "20000", "--waiting-price", "0")
     with server(*flags, cache=root) as (url, _):
         yield url
 
