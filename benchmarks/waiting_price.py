@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -47,6 +47,17 @@ DEMO = {
 DEMO_IMAGES = 10_000
 #: HTTP and decoding on the demo's one core, from benchmarks/records/2026-11-24_scheduling.
 HOST_S, DECODE_S = 0.0028, 0.004
+FIGURES = (
+    "attainment",
+    "accuracy_recovered",
+    "mean_accuracy",
+    "effective_accuracy",
+    "response_mean_ms",
+    "response_p50_ms",
+    "response_p99_ms",
+)
+#: Figures that are also written for each seed.
+BY_SEED = ("attainment", "mean_accuracy", "response_p50_ms")
 #: Fixed tiers that the live server is compared with; `full` cannot serve these rates.
 LIVE_TIERS = ("fast", "brisk", "balanced")
 BIN = Path(sys.executable).parent
@@ -84,7 +95,16 @@ def main() -> None:
     arguments = parser.parse_args()
     content = arguments.run(arguments)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(rounded(content)) + "\n")
+
+
+def rounded(value: Any) -> Any:
+    """Return nested lists and mappings with numbers of six digits."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 # simulated
@@ -209,12 +229,8 @@ def as_row(
 ) -> dict[str, Any]:
     """Return the figures of a row, and how it compares with fixed tiers and with price 0."""
     figures = {
-        name: None if (found := row.summary(name)) is None else found.mean
-        for name in (
-            "attainment", "accuracy_recovered", "mean_accuracy", "effective_accuracy",
-            "response_mean_ms", "response_p50_ms", "response_p99_ms",
-        )
-    }  # fmt: skip
+        name: None if (found := row.summary(name)) is None else found.mean for name in FIGURES
+    }
     change = summarise(
         [
             100 * (one.attainment - two.attainment)
@@ -237,7 +253,7 @@ def as_row(
         "attainment_high": change.high,
         "comparable": None if rival is None else rival.policy,
         "p50_ratio": p50_ms / rival_ms if p50_ms and rival_ms else None,
-        "by_seed": [asdict(run) for run in row.runs],
+        "by_seed": {name: [getattr(run, name) for run in row.runs] for name in BY_SEED},
     }
 
 
@@ -298,10 +314,7 @@ def live(arguments: argparse.Namespace) -> dict[str, Any]:
     for group, members in groupby(runs, key=lambda run: [run[key] for key in keys]):
         figures = [run["figures"] for run in members]
         parts = []
-        for name in (
-            "attainment", "mean_accuracy", "effective_accuracy",
-            "response_mean_ms", "response_p50_ms", "response_p99_ms",
-        ):  # fmt: skip
+        for name in FIGURES:
             values = [each[name] for each in figures if each[name] is not None]
             low, high = min(values, default=0.0), max(values, default=0.0)
             parts.append(f"{name} {sum(values) / max(1, len(values)):.4g} ({low:.4g}-{high:.4g})")
