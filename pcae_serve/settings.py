@@ -65,6 +65,7 @@ class Settings(BaseSettings):
             "api_keys_file",
             "admin_keys_file",
             "open_access",
+            "docs",
             "root_path",
             "trusted_proxies",
             "allowed_hosts",
@@ -131,6 +132,11 @@ class Settings(BaseSettings):
     )
     open_access: bool = Field(
         False, description="allow unauthenticated access on a non-loopback address"
+    )
+    docs: Literal["open", "keys", "off"] = Field(
+        "open",
+        description="access to /docs and /openapi.json: open: without a key; keys: with an API key, if"
+        " the server requires keys; off: the pages do not exist",
     )
 
     root_path: Annotated[str | None, Metavar("PATH")] = Field(

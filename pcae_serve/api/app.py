@@ -10,6 +10,7 @@ from fastapi import Depends, FastAPI
 from pcae_serve.api import (
     admin_routes,
     classify_routes,
+    documentation_routes,
     embed_routes,
     health_routes,
     inference_routes,
@@ -51,6 +52,7 @@ def create_app(
         " it can wait, and the server picks the most accurate tier that meets it.",
         lifespan=_lifespan(service, on_failure),
         telemetry=tracing.config(),
+        openapi_url=None,  # and with it /docs and /redoc: documentation_routes has them
         redirect_slashes=False,
     )
     app.add_middleware(NormaliseRequestLine)
@@ -65,6 +67,7 @@ def create_app(
     app.include_router(admin_routes.router)
     app.include_router(metrics_routes.router, dependencies=needs_key)
     app.include_router(inference_routes.router)
+    documentation_routes.add_documentation(app, service.settings.docs)
     return app
 
 

@@ -117,7 +117,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     ours: RequestError
     match error.status_code:
         case 404:
-            ours = UnknownRoute(f"there is no route {path}; see /docs")
+            ours = UnknownRoute(f"there is no route {path}; see /docs, if it is enabled")
         case 405:
             ours = MethodNotAllowed(f"{path} does not accept {method}; see the header Allow")
         case _:
