@@ -122,7 +122,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         description="maximum number of open connections; beyond it the longest idle one is closed"
-        " for each new one; 0: as many as the limit of file descriptors allows",
+        " for each new one; 0: 4,096, or what the limit of file descriptors allows if that is less",
     )
     api_keys_file: Path | None = Field(
         None, description="file of API keys, one per line; every request must carry one of them"
@@ -135,8 +135,8 @@ class Settings(BaseSettings):
     )
     docs: Literal["open", "keys", "off"] = Field(
         "open",
-        description="access to /docs and /openapi.json: open: without a key; keys: with an API key, if"
-        " the server requires keys; off: the pages do not exist",
+        description="access to /docs and /openapi.json: open: without a key; keys: with an API key,"
+        " if the server requires keys; off: the pages do not exist",
     )
 
     root_path: Annotated[str | None, Metavar("PATH")] = Field(

@@ -28,6 +28,8 @@ OWN_SITES = frozenset({"same-origin", "none"})
 #: Headers of answers that pages may read; the names of all others are hidden from them.
 EXPOSED_HEADERS = ("Retry-After", "Server-Timing", "X-Request-ID")
 
+#: The usual names of this machine; `is_loopback` knows all, but takes longer.
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -61,7 +63,7 @@ class RefuseOtherHosts:
     """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str]) -> None:
-        self._app, self._hosts = app, hosts
+        self._app, self._hosts = app, hosts | _LOOPBACK
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self._check(scope) if scope["type"] == "http" else None
@@ -70,9 +72,9 @@ class RefuseOtherHosts:
     def _check(self, scope: Scope) -> RequestError | None:
         header = Headers(scope=scope).get("host", "")
         name, _ = split_host(header)
-        own = is_loopback(name) or name.endswith(".localhost")  # browsers resolve it to loopback
-        allowed = own or name in self._hosts or ANY in self._hosts
-        if not name or allowed or scope["path"] in HEALTH_PATHS:
+        if not name or name in self._hosts or ANY in self._hosts or scope["path"] in HEALTH_PATHS:
+            return None
+        if is_loopback(name) or name.endswith(".localhost"):  # browsers resolve it to loopback
             return None
         return UnknownHost(
             f"this server is not known as {shown(header)}; use localhost, or start it with"

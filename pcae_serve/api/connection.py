@@ -8,7 +8,6 @@ error, and its connection closes.
 """
 
 import asyncio
-import logging
 import uuid
 from typing import Any
 
@@ -27,6 +26,7 @@ from pcae_serve.api.framing import (
 )
 from pcae_serve.api.problems import refusal
 from pcae_serve.errors import MalformedHttp, RequestError, one_line
+from pcae_serve.observability import logs
 
 #: Time limit for a request's head to arrive, from the connection or the previous answer.
 HEAD_S = 15.0
@@ -41,15 +41,19 @@ MAX_READ_BYTES = 16_384
 #: Key in the ASGI scope's state: the connection of the request.
 _CONNECTION = "connection"
 
-log = logging.getLogger(__name__)
-
 
 class Connection(HttpToolsProtocol):
     """A connection with a timeout for each phase: an idle connection holds a file descriptor."""
 
-    def __init__(self, *args: Any, limit: ConnectionLimit, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, limit: ConnectionLimit, access_log: bool = True, **kwargs: Any
+    ) -> None:
+        """Take uvicorn's arguments, and those that `functools.partial` adds.
+
+        access_log: log requests that are refused before the application sees them.
+        """
         super().__init__(*args, **kwargs)
-        self._limit = limit
+        self._limit, self._logs_access = limit, access_log
         self.url = b""
         self.body_error: RequestError | None = None  # why the current body cannot be read
         self._framing = Framing()
@@ -210,6 +214,7 @@ class Connection(HttpToolsProtocol):
     # answers
 
     def on_response_complete(self) -> None:
+        self.cycle.transport.flush()  # type: ignore[attr-defined]
         super().on_response_complete()
         if self._finished or self.transport.is_closing():
             return
@@ -238,8 +243,11 @@ class Connection(HttpToolsProtocol):
     def _send_refusal(self, error: RequestError) -> None:
         """Write the answer to a head that no application sees."""
         id_ = uuid.uuid4().hex
-        log.info("%d, not valid HTTP: %s", error.status, error, extra={"request_id": id_})
         path = self.url.partition(b"?")[0].decode("latin-1")
+        if self._logs_access:
+            fields = {"method": None, "path": path, "status": error.status, "ms": None}
+            more = {"request_id": id_, "fields": fields}
+            logs.access.info("- %s %d: %s", path or "-", error.status, error, extra=more)
         response = refusal(error, {"path": path})
         headers = [
             *self.server_state.default_headers,
@@ -279,14 +287,33 @@ class Connection(HttpToolsProtocol):
 
 
 class _AnswerTransport:
-    """What uvicorn writes an answer to; a close takes the rest of the request into account."""
+    """What uvicorn writes an answer to.
+
+    It writes head and body one after the other; they are sent together, which saves a system call
+    and a packet. A close takes the rest of the request into account.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self.write = connection.transport.write
+        self._transport = connection.transport
+        self._pending = b""
         self.is_closing = connection.transport.is_closing
 
+    def write(self, data: bytes) -> None:
+        if self._pending:
+            self._transport.write(self._pending + data)
+            self._pending = b""
+        else:
+            self._pending = data
+            self._connection.loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        if self._pending:
+            self._transport.write(self._pending)
+            self._pending = b""
+
     def close(self) -> None:
+        self.flush()
         self._connection.finish()
 
 

@@ -33,6 +33,9 @@ from pcae_serve.settings import Settings
 
 #: Largest number of connections that wait to be accepted.
 BACKLOG = 2048
+#: Default limit of connections. An idle one takes about 13 kB of memory, and one with an incomplete
+#: head of the largest size 45 kB: 190 MB if all are hostile.
+MAX_CONNECTIONS = 4096
 #: Time that idle connections stay open after SIGTERM: their clients may be sending a request.
 IDLE_S = 1.0
 #: Time to send the last answers once the service has drained.
@@ -45,10 +48,11 @@ class Server(uvicorn.Server):
     """uvicorn's server, extended to drain before it closes and to reload on SIGHUP."""
 
     def __init__(self, app: FastAPI, service: Service) -> None:
-        self._limit = _connection_limit(service.settings)
+        settings = service.settings
+        self._limit = _connection_limit(settings)
         config = uvicorn.Config(
-            self._wrap(app, service.settings),
-            http=partial(Connection, limit=self._limit),  # type: ignore[arg-type]
+            self._wrap(app, settings),
+            http=partial(Connection, limit=self._limit, access_log=settings.access_log),  # type: ignore[arg-type]
             backlog=self._limit.accepts_per_turn,
             log_config=None,
             proxy_headers=False,  # ForwardedHeaders applies them
@@ -130,4 +134,4 @@ def _connection_limit(settings: Settings) -> ConnectionLimit:
             descriptors,
             possible,
         )
-    return ConnectionLimit(min(settings.max_connections or possible, possible), reserve)
+    return ConnectionLimit(min(settings.max_connections or MAX_CONNECTIONS, possible), reserve)

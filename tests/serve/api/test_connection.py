@@ -135,9 +135,11 @@ def test_a_refusal_before_the_application_has_a_request_id_and_is_logged(
     server: HttpServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        received = server.exchange(b"GET /v2/x\x01 HTTP/1.1\r\n\r\n")
+        received = server.exchange(b"GET /v2/x HTTP/1.1\r\nX: \0\r\n\r\n")
     assert b"x-request-id: " in received
-    [record] = [each for each in caplog.records if "not valid HTTP" in each.getMessage()]
+    [record] = [each for each in caplog.records if each.name == "pcae_serve.access"]
+    assert record.getMessage().startswith("- /v2/x 400: the request is not valid HTTP/1.1")
+    assert json.loads(received.partition(b"\r\n\r\n")[2]).keys() == {"error"}  # the form of /v2
     assert record.__dict__["request_id"].encode() in received
 
 
