@@ -1,4 +1,4 @@
-"""Raise the limit of open file descriptors; every connection takes one."""
+"""The limit of open file descriptors, and of connections, each of which takes one."""
 
 import contextlib
 import resource
@@ -9,6 +9,9 @@ MAX_DESCRIPTORS = 65_536
 #: Descriptors that are not for connections: libraries, logs, a bundle that is loaded next to the
 #: current one, decoding processes. A started server has about 10 open.
 DESCRIPTOR_RESERVE = 128
+#: Default limit of connections. An idle one takes about 13 kB of memory, and one with an incomplete
+#: head of the largest size 45 kB: 190 MB if all are hostile.
+MAX_CONNECTIONS = 4096
 
 
 def raise_descriptor_limit() -> int:
@@ -22,6 +25,13 @@ def raise_descriptor_limit() -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
-def descriptor_reserve(limit: int) -> int:
-    """Return how many of `limit` descriptors are not for connections."""
-    return min(DESCRIPTOR_RESERVE, limit // 2)
+def connection_capacity(max_connections: int) -> tuple[int, int]:
+    """Return how many connections may be open, and how many descriptors remain for other uses.
+
+    max_connections: as many as the operator wants; 0: MAX_CONNECTIONS. At most as many as the
+    limit of descriptors allows, which is raised for it.
+    """
+    limit = raise_descriptor_limit()
+    possible = limit - min(DESCRIPTOR_RESERVE, limit // 2)
+    capacity = min(max_connections or MAX_CONNECTIONS, possible)
+    return capacity, min(DESCRIPTOR_RESERVE, limit - capacity)

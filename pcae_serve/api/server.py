@@ -25,7 +25,7 @@ from pcae_serve.api.connection import Connection, RaiseBodyErrors
 from pcae_serve.api.connection_limit import AcceptErrors, ConnectionLimit, RefuseSurplus
 from pcae_serve.api.draining import CloseWhileDraining, RefuseCancelled
 from pcae_serve.api.forwarded import ForwardedHeaders
-from pcae_serve.descriptors import descriptor_reserve, raise_descriptor_limit
+from pcae_serve.descriptors import connection_capacity
 from pcae_serve.errors import RequestError
 from pcae_serve.observability.logs import RequestId
 from pcae_serve.runtime.service import Service
@@ -33,9 +33,6 @@ from pcae_serve.settings import Settings
 
 #: Largest number of connections that wait to be accepted.
 BACKLOG = 2048
-#: Default limit of connections. An idle one takes about 13 kB of memory, and one with an incomplete
-#: head of the largest size 45 kB: 190 MB if all are hostile.
-MAX_CONNECTIONS = 4096
 #: Time that idle connections stay open after SIGTERM: their clients may be sending a request.
 IDLE_S = 1.0
 #: Time to send the last answers once the service has drained.
@@ -123,15 +120,12 @@ class Server(uvicorn.Server):
 
 def _connection_limit(settings: Settings) -> ConnectionLimit:
     """Return the limit of connections that settings and descriptors allow."""
-    descriptors = raise_descriptor_limit()
-    reserve = descriptor_reserve(descriptors)
-    possible = descriptors - reserve
-    if settings.max_connections > possible:
+    capacity, reserve = connection_capacity(settings.max_connections)
+    if settings.max_connections > capacity:
         log.warning(
-            "max_connections is %d, but %d file descriptors allow %d connections; raise the limit"
+            "max_connections is %d, but the limit of file descriptors allows %d; raise it"
             " (ulimit -n)",
             settings.max_connections,
-            descriptors,
-            possible,
+            capacity,
         )
-    return ConnectionLimit(min(settings.max_connections or MAX_CONNECTIONS, possible), reserve)
+    return ConnectionLimit(capacity, reserve)

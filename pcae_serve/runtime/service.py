@@ -19,7 +19,7 @@ from functools import partial
 from typing import TypeVar
 
 from pcae_serve.bundle.reader import Bundle
-from pcae_serve.descriptors import raise_descriptor_limit
+from pcae_serve.descriptors import connection_capacity
 from pcae_serve.engines import cpus
 from pcae_serve.engines.base import BACKEND_NOTES, Engine
 from pcae_serve.errors import (
@@ -375,7 +375,7 @@ class Service:
     def _create_resources(self) -> Resources:
         """Create what requests compete for; the memory's limit is set once the engines run."""
         settings, memory = self.settings, MemoryBudget(0)
-        connections = settings.max_connections or raise_descriptor_limit()
+        connections, _ = connection_capacity(settings.max_connections)
         max_uploads = settings.max_uploads or max(1, min(MAX_UPLOADS, connections // 2))
         return Resources(
             memory,
