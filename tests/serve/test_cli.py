@@ -131,7 +131,10 @@ def test_a_client_that_leaves_puts_no_traceback_in_the_log(
     with server(*flags, cache=tmp_path) as (url, process):
         for length in (9999, 10):  # it leaves while uploading, and after that
             with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as connection:
-                head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+                head = (
+                    "POST /classify HTTP/1.1\r\nHost: localhost\r\n"
+                    f"Content-Length: {length}\r\n\r\n"
+                )
                 connection.sendall(head.encode() + bytes(10))
         assert httpx2.post(f"{url}/classify", content=image_bytes()).status_code == 200
         process.send_signal(signal.SIGTERM)

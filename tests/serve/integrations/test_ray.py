@@ -223,7 +223,7 @@ def test_the_replica_cancels_requests_of_clients_that_left(fleet: Fleet) -> None
         return float(count)
 
     before, image = cancelled(), image_bytes(250)
-    head = "POST /classify?tier=full&budget_ms=9000 HTTP/1.1\r\nHost: x\r\n"
+    head = "POST /classify?tier=full&budget_ms=9000 HTTP/1.1\r\nHost: localhost\r\n"
     head += f"Content-Length: {len(image)}"
     clients = [
         socket.create_connection(("127.0.0.1", int(fleet.url.rsplit(":", 1)[1]))) for _ in range(10)

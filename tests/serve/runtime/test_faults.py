@@ -140,8 +140,9 @@ def test_a_request_behind_another_on_its_connection_gets_its_answer(tmp_path: Pa
         running.raw() as client,
     ):
         client.sendall(
-            b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
-            b"POST /classify?budget_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+            b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            b"POST /classify?budget_ms=60000 HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Length: 9\r\n\r\n"
         )
         answers = b""
         while part := client.recv(4096):
@@ -159,7 +160,7 @@ def test_a_request_behind_another_on_its_connection_gets_its_answer(tmp_path: Pa
 
 def _ask_for_ever(connection: socket.socket) -> None:
     for _ in range(2000):
-        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20)
         time.sleep(0.01)
 
 
@@ -170,7 +171,10 @@ def test_uploads_that_a_stop_cuts_off_are_told_so(tmp_path: Path) -> None:
         running.raw() as many,
     ):
         for client, path in ((one, "/classify"), (many, "/classify/batch")):
-            head = f"POST {path}?budget_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n"
+            head = (
+                f"POST {path}?budget_ms=60000 HTTP/1.1\r\nHost: localhost\r\n"
+                "Content-Length: 999\r\n"
+            )
             client.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=b\r\n\r\n")
         running.until(lambda: "pcae_uploads 2.0" in running.get("/metrics").text)
         running.process.send_signal(signal.SIGTERM)
@@ -207,7 +211,8 @@ def test_clocks_that_jump_change_nothing(running: Running) -> None:
 def test_a_body_that_dribbles_is_cut_off(running: Running) -> None:
     with running.raw() as slow:
         head = (
-            b"POST /classify?budget_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n"
+            b"POST /classify?budget_ms=60000 HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Length: 99999\r\n\r\n"
         )
         slow.sendall(head)
         for _ in range(3):
@@ -219,7 +224,7 @@ def test_a_body_that_dribbles_is_cut_off(running: Running) -> None:
 
 def test_clients_that_send_no_body_do_not_keep_others_out(tmp_path: Path) -> None:
     """Neither the queue nor the uploads are theirs: a client that sends at once is answered."""
-    head = b"POST /%s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+    head = b"POST /%s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
     head += b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
     paths = (
         b"classify?budget_ms=3600000",
@@ -265,7 +270,7 @@ def test_a_thousand_idle_connections_are_let_be_and_then_closed(running: Running
         for i in range(1000):
             idle.append(stack.enter_context(running.raw()))
             if i % 2:  # half of them have asked before
-                idle[-1].sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+                idle[-1].sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert all(connection.recv(12) == b"HTTP/1.1 200" for connection in idle[1::2])
         assert running.ask().status_code == 200
         for connection in idle:
@@ -278,7 +283,8 @@ def test_a_thousand_idle_connections_are_let_be_and_then_closed(running: Running
 def test_clients_that_leave_at_every_stage_cost_nobody_anything(running: Running) -> None:
     body = image_bytes()
     head = (
-        f"POST /classify?budget_ms=5000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        "POST /classify?budget_ms=5000 HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
     )
     message = head.encode() + body
     for cut in (0, 10, len(head), len(head) + 20, len(message)):
@@ -366,12 +372,14 @@ def test_connections_that_are_kept_get_an_answer_that_ends_them_while_the_server
     tmp_path: Path,
 ) -> None:
     body = image_bytes()
-    ask = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    ask = (
+        f"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
     with serving(tmp_path) as running, contextlib.ExitStack() as stack:
         kept = [stack.enter_context(running.raw()) for _ in range(24)]
         upload = stack.enter_context(running.raw())
         for connection in kept:
-            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
             answer = connection.recv(4096)
             while not answer.endswith(b"}"):
                 answer += connection.recv(4096)
