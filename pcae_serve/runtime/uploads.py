@@ -114,6 +114,7 @@ class Uploads:
         Raises Refused if there is no room or the body is too slow, and what `read` raises.
         """
         now_s = asyncio.get_running_loop().time()
+        self._require_memory(length * copies)
         self._make_room(now_s)
         upload = Upload(
             now_s,
@@ -124,7 +125,6 @@ class Uploads:
             reservation=reservation,
             hold=self._hold,
         )
-        self._require_memory(length * copies)
         self._uploads.add(upload)
         self._check_later()
         try:
