@@ -17,6 +17,7 @@ from pcae_serve.scheduling.events import Arrived, ClientLeft, Decoded
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.policies import registry
 from pcae_serve.scheduling.policies.base import SchedulerView
+from pcae_serve.scheduling.policies.waiting_price import DEFAULT_PRICE
 from pcae_serve.scheduling.request_queue import Queue, Request
 from pcae_serve.scheduling.scheduler import Scheduler
 from pcae_serve.scheduling.tiers import TierTable
@@ -47,7 +48,7 @@ def main() -> None:
 def decisions(waiting: int, rounds: int) -> dict[str, list[float]]:
     """Return seconds of every decision and event at this queue length."""
     draw = random.Random(0)
-    policies = {spec: registry.create(spec, TIER_TABLE) for spec in SPECS}
+    policies = {spec: registry.create(spec, TIER_TABLE, DEFAULT_PRICE) for spec in SPECS}
     latency, taken = Latency(POINTS, 32), {spec: list[float]() for spec in SPECS}
     taken |= {"arrival": [], "arrival + queue": [], "leaving": []}
     scheduler = Scheduler(policies["pace"], Latency(POINTS, 32), max_batch=32, queue_limit=10**9)

@@ -26,6 +26,7 @@ from pcae_serve.scheduling.events import (
 )
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.policies.registry import create
+from pcae_serve.scheduling.policies.waiting_price import DEFAULT_PRICE
 from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.scheduling.scheduler import Scheduler
 from pcae_serve.scheduling.tiers import TierTable
@@ -58,7 +59,7 @@ def run(policy: str, noise: float, budget_s: float) -> Counter[str]:
         {n: Seconds(each * n + OVERHEAD_S, (each * n + OVERHEAD_S) * TAIL) for n in (1, 4, 8)}
         for each in IMAGE_S
     ]
-    scheduler = Scheduler(create(policy, TIER_TABLE), Latency(points, 32))
+    scheduler = Scheduler(create(policy, TIER_TABLE, DEFAULT_PRICE), Latency(points, 32))
     requests, ends = list[Request](), dict[int, str]()
     agenda: list[tuple[float, int, Event]] = []
     order, timer_s = 0, END_S

@@ -36,12 +36,15 @@ def explain_tier(
     if forecast.p99(better, batch) <= left_s:
         if setup.waiting_price and weighs_waiting(policy):
             counted = setup.counted_accuracy(tiers)
-            if max(counted.values()) <= counted[tier]:
+            more = [other for other in tiers if counted[other] > counted[tier]]
+            if not more:
                 return f"no allowed tier is measurably more accurate; fits {left}"
-            return (
-                f"chosen by policy {policy!r}: a more accurate tier also fits {left}, but is not"
-                " worth the delay that it causes under the current load"
-            )
+            if forecast.p99(more[0], batch) <= left_s:
+                return (
+                    f"chosen by policy {policy!r}: a more accurate tier also fits {left}, but is"
+                    " not worth the delay or the missed deadlines that it may cause"
+                )
+            return f"no measurably more accurate tier fits {left}"
         return f"chosen by policy {policy!r} under the current load, within {left}"
     if tier == tiers[0]:
         return f"only the fastest allowed tier fits {left}"

@@ -60,6 +60,11 @@ class Outlook:
         return self.view.forecast.p50(tier, size) / size
 
     @cached_property
+    def floor_image_s(self) -> float:
+        """Seconds per image on the floor tier, in steady traffic."""
+        return self.image_s(self.floor)
+
+    @cached_property
     def arrival_rate(self) -> float:
         """Requests per second and device, over the last requests."""
         return self.view.arrivals.rate(self.view.now_s) / self.view.devices

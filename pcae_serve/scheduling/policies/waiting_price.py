@@ -1,7 +1,7 @@
 """The price of waiting: the accuracy that a batch gains, minus the response time that it costs.
 
     gain    accuracy points per image over each request's cheapest tier. A difference inside its
-            own interval is none.
+            own interval is none. Requests that allow no cheaper tier neither gain nor cause delay.
     delay   seconds per image over the floor tier, times every request that waits for them: those of
             the batch, those queued behind it, and those that arrive until the queue is empty, at
             most until the longest horizon.
@@ -63,12 +63,14 @@ class WaitingPrice:
         return best
 
     def _gain(self, outlook: Outlook, batch: Batch) -> float:
-        """Return the accuracy gained per image of a batch."""
-        total = 0.0
+        """Return the accuracy gained per image of a batch, of those that allow a cheaper tier."""
+        total, choosing = 0.0, 0
         for request in batch.requests(outlook.view):
             accuracy, cheapest = self._accuracy(request, outlook.floor)
-            total += accuracy[batch.tier] - accuracy[cheapest]
-        return total / batch.size
+            if cheapest < batch.tier:
+                total += accuracy[batch.tier] - accuracy[cheapest]
+                choosing += 1
+        return total / choosing if choosing else 0.0
 
     def _accuracy(self, request: Request, floor: int) -> tuple[Mapping[int, float], int]:
         """Return accuracies by tier, and the cheapest tier that the request can run on."""
@@ -87,7 +89,7 @@ def _sustained_share(outlook: Outlook, batch: Batch) -> float:
     if _waiting_behind(outlook, batch) == 0:
         return 1.0
     rate = outlook.arrival_rate
-    image_s, floor_s = outlook.image_s(batch.tier), outlook.image_s(outlook.floor)
+    image_s, floor_s = outlook.image_s(batch.tier), outlook.floor_image_s
     if rate * image_s <= 1 or image_s <= floor_s:
         return 1.0
     return max(0.0, (1 / rate - floor_s) / (image_s - floor_s))
@@ -100,7 +102,7 @@ def _delay_s(outlook: Outlook, batch: Batch) -> float:
     floor_size = min(size, outlook.steady)
     batch_s = forecast.p50(batch.tier, size)
     more_s = batch_s / size - forecast.p50(floor, floor_size) / floor_size
-    image_s = outlook.image_s(floor)
+    image_s = outlook.floor_image_s
     if behind:
         image_s = max(image_s, outlook.image_s(batch.tier))
     # until the queue is empty, if it ever is

@@ -23,6 +23,10 @@ SETUP = Setup(
 EQUAL = SETUP.model_copy(
     update={"tier_table": dataclasses.replace(TIER_TABLE, margin=((0.06,) * 3,) * 3)}
 )
+#: The first two tiers are equally accurate.
+LAST_BETTER = SETUP.model_copy(
+    update={"tier_table": dataclasses.replace(TIER_TABLE, accuracy=(0.8, 0.8, 0.9))}
+)
 FREE = SETUP.model_copy(update={"waiting_price": 0.0})
 GREEDY = SETUP.model_copy(update={"policy": "greedy"})
 
@@ -37,6 +41,7 @@ GREEDY = SETUP.model_copy(update={"policy": "greedy"})
         (SETUP, 0, 0.05, "the fastest allowed tier that may be late"),
         (EQUAL, 1, 1.0, "no allowed tier is measurably more accurate; fits the 1000 ms left"),
         (EQUAL, 0, 1.0, "a more accurate tier also fits"),
+        (LAST_BETTER, 0, 0.3, "no measurably more accurate tier fits the 300 ms left"),
         (FREE, 1, 1.0, "chosen by policy 'pace' under the current load, within the 1000 ms left"),
         (GREEDY, 1, 1.0, "chosen by policy 'greedy' under the current load"),
     ],

@@ -76,6 +76,14 @@ def test_devices_share_the_wait(devices: int, tier: int) -> None:
     assert choose([Request(0, 0.0, 50.0, ALL), *others], 0.4, devices=devices).tier == tier
 
 
+def test_requests_without_a_choice_neither_gain_nor_delay() -> None:
+    pinned = [Request(i, 0.0, 10.0, (2,)) for i in range(1, 4)]
+    head = Request(0, 0.0, 9.0, (0, 2))
+    alone, joined = choose([head], 1.0), choose([head, *pinned], 1.0)
+    assert (alone.tier, ids(alone)) == (2, [0])
+    assert (joined.tier, ids(joined)) == (2, [0, 1, 2, 3])
+
+
 def test_of_equally_accurate_tiers_the_faster_one_runs_at_any_price() -> None:
     # full is better than fast, but not than balanced
     assert choose(waiting(10.0), 1e-9, tier_table=CLOSE).tier == 1
