@@ -242,7 +242,7 @@ class _Call(Generic[_M]):
     def _refused(self, response: httpx2.Response) -> _Wait:
         refused = Refused(response.status_code, _problem(response))
         match refused.status:
-            case HTTPStatus.SERVICE_UNAVAILABLE:
+            case HTTPStatus.SERVICE_UNAVAILABLE | HTTPStatus.TOO_MANY_REQUESTS:
                 wait_s = _retry_after_s(refused, response.headers)
                 if wait_s is not None:
                     wait_s = max(wait_s, MIN_WAIT_S)

@@ -24,6 +24,7 @@
         ├── InvalidParameter    422  unknown tier, budget out of range
         ├── BudgetTooSmall      422  no allowed tier meets the budget, even on an idle machine
         ├── ReloadFailed        422  the new bundle cannot be served; the old one stays
+        ├── RateLimited         429  the API key sends more images per second than it may
         ├── HeadersTooLarge     431  too many headers, or too many bytes of them
         ├── InternalError       500  an unexpected error
         ├── EngineFailed        500  the model did not run
@@ -184,6 +185,10 @@ class BudgetTooSmall(RequestError):
 
 class ReloadFailed(RequestError):
     code, status, title = "reload-failed", 422, "Reload failed"
+
+
+class RateLimited(RequestError):
+    code, status, title = "rate-limited", 429, "Rate limit exceeded"
 
 
 class HeadersTooLarge(RequestError):

@@ -66,6 +66,7 @@ class Settings(BaseSettings):
             "admin_keys_file",
             "open_access",
             "docs",
+            "callers",
             "root_path",
             "trusted_proxies",
             "allowed_hosts",
@@ -137,6 +138,13 @@ class Settings(BaseSettings):
         "open",
         description="access to /docs and /openapi.json: open: without a key; keys: with an API key,"
         " if the server requires keys; off: the pages do not exist",
+    )
+
+    callers: Literal["auto", "key", "address", "off"] = Field(
+        "auto",
+        description="what distinguishes the callers that share a busy server: their API key, or"
+        " their address (IPv6: network of 64 bits); auto: the key if --api-keys-file is set, else"
+        " the address; off: nothing, as behind a proxy that hides addresses",
     )
 
     root_path: Annotated[str | None, Metavar("PATH")] = Field(
@@ -310,6 +318,12 @@ class Settings(BaseSettings):
                 f"--host {self.host} accepts requests from other machines; set --api-keys-file, or"
                 " --open-access to allow requests without a key"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _callers_known(self) -> Self:
+        if self.callers == "key" and self.api_keys_file is None:
+            raise ValueError("--callers key needs --api-keys-file")
         return self
 
     @classmethod

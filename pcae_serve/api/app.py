@@ -58,6 +58,8 @@ def create_app(
     app.add_middleware(NormaliseRequestLine)
     app.state.service = service
     app.state.keys, app.state.admin_keys = keys or Keys(), admin_keys or Keys()
+    if app.state.keys:
+        service.set_callers([*app.state.keys.callers, *app.state.admin_keys.callers])
     problems.add_handlers(app)
     needs_key = [Depends(require_key)]
     app.include_router(classify_routes.router, dependencies=needs_key)

@@ -7,14 +7,17 @@ import hashlib
 import hmac
 import logging
 import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
-from pcae_serve import keys_file
+from pcae_serve import callers, keys_file
+from pcae_serve.callers import Caller
 from pcae_serve.errors import Forbidden, MissingKey, StartError, one_line
+from pcae_serve.observability import tracing
 
 log = logging.getLogger(__name__)
 
@@ -25,28 +28,43 @@ MIN_CHARACTERS = 16
 class Keys:
     """A set of keys. An empty set accepts no key."""
 
-    def __init__(self, keys: frozenset[str] = frozenset()) -> None:
-        self._digests = [_digest(key) for key in keys]
+    def __init__(self, keys: Mapping[str, Caller] | frozenset[str] = frozenset()) -> None:
+        """keys: with their callers, or alone; each is a caller of its own then."""
+        if not isinstance(keys, Mapping):
+            keys = {key: Caller(f"key-{i}") for i, key in enumerate(sorted(keys), 1)}
+        self._callers = [(_digest(key), caller) for key, caller in keys.items()]
 
     def __bool__(self) -> bool:
-        return bool(self._digests)
+        return bool(self._callers)
 
     def __contains__(self, key: str) -> bool:
-        digest, known = _digest(key), False
-        for each in self._digests:  # all of them, so that the time does not depend on the key
-            known |= hmac.compare_digest(each, digest)
-        return known
+        return self.find(key) is not None
+
+    def find(self, key: str) -> Caller | None:
+        """Return the caller that a key belongs to, or None if it is unknown."""
+        digest, found = _digest(key), None
+        for each, caller in self._callers:  # all, so that the time does not depend on the key
+            if hmac.compare_digest(each, digest):
+                found = caller
+        return found
+
+    @property
+    def callers(self) -> list[Caller]:
+        """The callers, each once, in the order of the file."""
+        return list({caller.name: caller for _, caller in self._callers}.values())
 
     @classmethod
-    def read(cls, path: Path | None) -> "Keys":
+    def read(cls, path: Path | None, label: str = "key") -> "Keys":
         """Read the keys of a file; no path gives an empty set.
 
-        Raise StartError if the file or a key is unusable. No message contains a key.
+        label: of keys without a name, in front of the number of their line. Raises StartError if
+        the file or a key is unusable. No message contains a key.
         """
         if path is None:
             return cls()
         try:
             lines = keys_file.read_keys(path)
+            owners = callers.of_key_lines(lines, label)
             mode = path.stat().st_mode
         except (OSError, ValueError) as error:
             raise StartError(f"cannot read the API keys in {path}: {one_line(error)}") from None
@@ -63,9 +81,7 @@ class Keys:
             raise StartError(f"{path} contains no API key; write one key a line")
         if mode & stat.S_IROTH:
             log.warning("every user of this machine can read %s: run chmod o-r", path)
-        if any(line.options.keys() - {"name"} for line in lines):
-            log.warning("%s: weight and rate are accepted, but have no effect yet", path)
-        return cls(frozenset(line.key for line in lines))
+        return cls({line.key: owner for line, owner in zip(lines, owners, strict=True)})
 
 
 # The dependencies are coroutines: FastAPI runs a plain function in a thread, which costs 0.1 ms.
@@ -89,8 +105,26 @@ async def require_key(request: Request, key: GivenKey) -> None:
         return
     if key is None:
         raise MissingKey("send an API key in the header X-API-Key or as a bearer token")
-    if key not in keys and key not in request.app.state.admin_keys:
+    caller = keys.find(key) or request.app.state.admin_keys.find(key)
+    if caller is None:
         raise Forbidden("unknown API key")
+    request.state.caller = caller.name  # also a field of the access log
+    tracing.annotate(caller=caller.name)
+
+
+def key_name(request: Request) -> str | None:
+    """Return the name of the API key that `require_key` accepted; None if none was required."""
+    name: str | None = getattr(request.state, "caller", None)
+    return name
+
+
+def caller(request: Request, mode: Literal["auto", "key", "address", "off"]) -> str:
+    """Return whom the request's share belongs to; empty if callers are not distinguished."""
+    if mode == "off":
+        return ""
+    if mode == "key" or (mode == "auto" and request.app.state.keys):
+        return key_name(request) or ""
+    return "" if request.client is None else callers.of_address(request.client.host)
 
 
 async def require_admin_key(request: Request, key: GivenKey) -> None:

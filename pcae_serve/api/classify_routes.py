@@ -70,7 +70,7 @@ async def classify_batch(request: Request, response: Response) -> schemas.Batch:
         service.bundle.allowed_tiers(inference.tier, inference.min_tier)
         return form.images
 
-    with service.offer_group() as group:
+    with service.offer_group(reader.inference) as group:
         copies = 2  # the form, and the files in it
         images = await group.receive(read, announced_bytes(request), copies)
         running = asyncio.gather(*(classify_one(group, image) for image in images))

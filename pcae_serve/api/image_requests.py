@@ -6,7 +6,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from fastapi import Request, Response
 
-from pcae_serve.api import parameters, proxy_delay, server_timing
+from pcae_serve.api import auth, parameters, proxy_delay, server_timing
 from pcae_serve.api.body import announced_bytes, unless_disconnected
 from pcae_serve.api.form import IMAGE, is_form, read_image, require_plain_body
 from pcae_serve.api.parameters import MAX_BUDGET_MS, ImageParameters
@@ -107,7 +107,14 @@ class ParameterReader(Generic[P]):
             given.tier,
             given.min_tier,
             self._answers,
+            *callers_of(self._request),
         )
+
+
+def callers_of(request: Request) -> tuple[str, str | None]:
+    """Return caller and key_name of a request's InferenceRequest."""
+    mode = service_of(request).settings.callers
+    return auth.caller(request, mode), auth.key_name(request)
 
 
 def body_limit(settings: Settings) -> int:

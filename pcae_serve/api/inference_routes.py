@@ -14,7 +14,8 @@ from pcae_serve.api import problems, proxy_delay, server_timing
 from pcae_serve.api.auth import require_key
 from pcae_serve.api.body import announced_bytes, read_body, unless_disconnected
 from pcae_serve.api.form import require_plain_body
-from pcae_serve.api.image_requests import body_limit
+from pcae_serve.api.image_requests import body_limit, callers_of
+from pcae_serve.api.parameters import MAX_BUDGET_MS
 from pcae_serve.api.state import service_of
 from pcae_serve.errors import (
     MalformedRequest,
@@ -71,6 +72,7 @@ _ERRORS: dict[int, str] = {
     413: "too many bytes, images, pixels or JSON numbers",
     415: "not an image type that this server reads, or a compressed body",
     422: "a tier is unknown, or the budget is below what the fastest allowed tier needs",
+    429: "the API key sends more images per second than it may; see Retry-After",
     500: "inference failed",
     503: "overloaded, starting, shutting down, or every allowed tier has failed; see Retry-After",
     504: "the budget passed before an image was answered",
@@ -216,7 +218,9 @@ async def infer(request: Request) -> Response:
     require_plain_body(request)
     service = service_of(request)
     read = partial(read_body, request, body_limit(service.settings))
-    with service.offer_group() as group:
+    callers = callers_of(request)
+    image = InferenceRequest(arrival_s, MAX_BUDGET_MS, "auto", None, None, *callers)
+    with service.offer_group(image) as group:
         copies = 3  # the body, its text in base64, and the files
         body = await group.receive(read, announced_bytes(request), copies)
         max_images = service.settings.max_images
@@ -226,7 +230,12 @@ async def infer(request: Request) -> Response:
         service.bundle.allowed_tiers(parameters.tier, parameters.min_tier)
         budget_ms = parameters.budget_ms or service.settings.budget_ms
         inference = InferenceRequest(
-            arrival_s, budget_ms, parameters.tier, parameters.min_tier, service.bundle.answers
+            arrival_s,
+            budget_ms,
+            parameters.tier,
+            parameters.min_tier,
+            service.bundle.answers,
+            *callers,
         )
         answers = await unless_disconnected(request, _answers(group, inference, files))
     response = _response(infer_request, inference, answers)

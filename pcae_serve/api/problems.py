@@ -40,6 +40,7 @@ IMAGE_PROBLEMS = KEY_PROBLEMS | {
     413: "too many bytes, pixels or images",
     415: "not an image type that this server reads",
     422: "a parameter is invalid, or the budget is below what the fastest allowed tier needs",
+    429: "the API key sends more images per second than it may; see Retry-After",
     500: "inference failed on this batch",
     503: "overloaded, out of memory, starting, shutting down, or every allowed tier has failed; see"
     " Retry-After",

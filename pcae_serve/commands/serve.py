@@ -28,7 +28,8 @@ class Serve(Settings):
         for warning in unknown_variables():
             log.warning("%s", warning)
         with listen(self.host, self.port) as listener:
-            keys, admin_keys = Keys.read(self.api_keys_file), Keys.read(self.admin_keys_file)
+            keys = Keys.read(self.api_keys_file)
+            admin_keys = Keys.read(self.admin_keys_file, "admin-key")
             serve(build_service(self), listener, keys, admin_keys)
 
 

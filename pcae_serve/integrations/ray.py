@@ -60,7 +60,8 @@ class Replica:
         threads |= {"decode_threads": settings.decode_threads or cpus}
         settings = settings.model_copy(update=threads)
         logs.configure(settings.log_format, settings.log_level)
-        keys, admin_keys = Keys.read(settings.api_keys_file), Keys.read(settings.admin_keys_file)
+        keys = Keys.read(settings.api_keys_file)
+        admin_keys = Keys.read(settings.admin_keys_file, "admin-key")
         self._failures = list[BaseException]()
         self._service = build_service(settings)
         self._signals = Signals(self._service)

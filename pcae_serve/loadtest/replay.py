@@ -35,6 +35,7 @@ from pcae_serve.errors import (
     Overloaded,
     OverShare,
     PcaeError,
+    RateLimited,
     StartError,
     UploadTimeout,
     one_line,
@@ -63,7 +64,7 @@ POLL_S = 0.5
 ENDS = {
     TYPE_PREFIX + error.code: end
     for end, errors in {
-        End.REJECTED: (BudgetTooSmall, Overloaded, OverShare),
+        End.REJECTED: (BudgetTooSmall, Overloaded, OverShare, RateLimited),
         End.DROPPED: (Dropped,),
         End.EXPIRED: (DeadlineExceeded, UploadTimeout),
     }.items()

@@ -1,7 +1,7 @@
 """Prometheus metrics of one service.
 
 Each service has its own registry, so that several in one process do not add up. Label values are
-outcomes, stages and tiers, never text from a client.
+outcomes, stages, tiers and names of API keys, never text from a client.
 """
 
 import logging
@@ -24,6 +24,7 @@ from prometheus_client import (
 from prometheus_client.metrics_core import Metric
 
 from pcae_serve.observability import outcomes
+from pcae_serve.observability.caller_metrics import CallerMetrics
 from pcae_serve.observability.outcomes import MISSED, Outcome
 from pcae_serve.version import __version__
 
@@ -221,6 +222,7 @@ class Metrics:
         ):
             Gauge(name, help_text, registry=registry).set_function(_guarded(name, value))
         ProcessCollector(registry=registry)  # memory, open files and CPU time, on Linux
+        self.callers = CallerMetrics(registry)
         self._families, self._tiers = _Families(registry), dict[str, _Tier]()
         self.add_tiers(tiers)
         self.set_build_info()
@@ -268,9 +270,13 @@ class Metrics:
         self._depth, self._predicted_wait_s, self._ready = depth, predicted_wait_s, ready
         self._uploads, self._memory_bytes = uploads, memory_bytes
 
-    def record_request(self, outcome: Outcome) -> None:
-        """Count a request that has ended, and record its outcome for the access log."""
+    def record_request(self, outcome: Outcome, key_name: str | None = None) -> None:
+        """Count a request that has ended, and record its outcome for the access log.
+
+        key_name: of its API key; None: it has none.
+        """
         self._requests[outcome].inc()
+        self.callers.record_request(key_name, outcome)
         outcomes.record(outcome)
 
     def record_answer(

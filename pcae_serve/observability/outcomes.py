@@ -13,6 +13,7 @@ class Outcome(StrEnum):
     REJECTED_LOAD = "rejected_load"  # too busy
     REJECTED_FULL = "rejected_full"  # queue_limit reached
     REJECTED_SHARE = "rejected_share"  # too busy, and its caller is over its share
+    REJECTED_RATE = "rejected_rate"  # beyond the rate of its API key
     EXPIRED = "expired"  # its deadline passed before a tier ran
     DROPPED = "dropped"  # removed from the queue by the policy
     CANCELLED = "cancelled"  # its client left

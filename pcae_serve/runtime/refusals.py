@@ -13,6 +13,7 @@ from pcae_serve.errors import (
     OutOfService,
     Overloaded,
     OverShare,
+    RateLimited,
     RequestError,
     Starting,
     TaskNotSupported,
@@ -80,6 +81,14 @@ def queue_full(queue_limit: int, retry_after_s: float) -> Refusal:
         retry_after_s=retry_after_s,
     )
     return Refusal(error, Outcome.REJECTED_FULL)
+
+
+def rate_limited(rate: float, retry_after_s: float) -> Refusal:
+    error = RateLimited(
+        f"this API key may send {rate:g} images per second; retry later or send fewer images",
+        retry_after_s=retry_after_s,
+    )
+    return Refusal(error, Outcome.REJECTED_RATE)
 
 
 def upload_timeout(upload_s: float, hint: str = "send it faster") -> Refusal:

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from pcae_serve.errors import RequestError
-from pcae_serve.observability.metrics import Metrics
 from pcae_serve.observability.outcomes import Outcome
 from pcae_serve.runtime import refusals
 from pcae_serve.runtime.offered import OfferedRequest
@@ -27,12 +26,15 @@ class RequestGroup:
     def __init__(
         self,
         upload_s: float,
-        metrics: Metrics,
+        count: Callable[[Outcome], None],
         resources: Resources,
         offer: Callable[[InferenceRequest], AbstractContextManager[OfferedRequest]],
     ) -> None:
-        """upload_s: maximum time to receive the body. offer: offers one image."""
-        self._upload_s, self._metrics, self._resources = upload_s, metrics, resources
+        """upload_s: maximum time to receive the body. count: counts the request if it is refused
+
+        as a whole. offer: offers one image.
+        """
+        self._upload_s, self._record, self._resources = upload_s, count, resources
         self._offer, self._bytes = offer, resources.memory.reserve()
         self._counted = False  # the request as a whole, or its images
 
@@ -84,4 +86,4 @@ class RequestGroup:
         """Count the request as a whole, unless its images are counted."""
         if not self._counted:
             self._counted = True
-            self._metrics.record_request(outcome)
+            self._record(outcome)

@@ -20,6 +20,9 @@ class InferenceRequest:
     min_tier: str | None = None
     answers: Literal["logits", "features"] | None = None  # None: what the bundle returns
 
+    caller: str = ""  # whom its share of a busy server belongs to; empty: unknown
+    key_name: str | None = None  # of its API key, for rate limit, metrics and logs
+
     @property
     def deadline_s(self) -> float:
         return self.arrival_s + self.budget_ms / 1e3

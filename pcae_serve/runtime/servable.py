@@ -139,7 +139,9 @@ class Servable:
         if request.answers is not None and request.answers != self.bundle.answers:
             raise refusals.wrong_kind(request.answers)
         tiers = self.bundle.allowed_tiers(request.tier, request.min_tier)
-        scheduled = Request(next(self._ids), request.arrival_s, request.deadline_s, tiers)
+        scheduled = Request(
+            next(self._ids), request.arrival_s, request.deadline_s, tiers, caller=request.caller
+        )
         offered = OfferedRequest(
             request,
             scheduled,
@@ -163,7 +165,7 @@ class Servable:
         finally:
             del self._offered[scheduled.id]
             offered.end()
-            self._metrics.record_request(offered.outcome)
+            self._metrics.record_request(offered.outcome, request.key_name)
             if not offered.result.done() or offered.result.cancelled():
                 self._leave(offered)
             else:
@@ -328,6 +330,9 @@ class Servable:
                 padding=batch.padding,
                 predicted_s=batch.predicted_s,
             )
+            for offered in batch.requests:
+                image_s = action.seconds / action.batch
+                self._metrics.callers.record_compute(offered.request.key_name, image_s)
 
     def _batch_hung(self, batch: _Batch, error: TimeoutError) -> None:
         batch.hung = True

@@ -11,7 +11,7 @@ Several devices share one scheduler and one queue; they are assumed to be equall
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +19,7 @@ from functools import partial
 from typing import TypeVar
 
 from pcae_serve.bundle.reader import Bundle
+from pcae_serve.callers import Caller
 from pcae_serve.descriptors import connection_capacity
 from pcae_serve.engines import cpus
 from pcae_serve.engines.base import BACKEND_NOTES, Engine
@@ -35,6 +36,7 @@ from pcae_serve.runtime.decoders import Decoders
 from pcae_serve.runtime.heap import Trimmer
 from pcae_serve.runtime.memory_budget import MemoryBudget
 from pcae_serve.runtime.offered import OfferedRequest
+from pcae_serve.runtime.rate_limits import RateLimits
 from pcae_serve.runtime.refusals import Refusal
 from pcae_serve.runtime.replacement import load_replacement
 from pcae_serve.runtime.request_group import RequestGroup
@@ -116,6 +118,7 @@ class Service:
         self._current: Servable | _Unmeasured = _Unmeasured(bundle, tuple(engines))
         self._retired: set[Servable] = set()  # replaced, and still answering their requests
         self._reloading = False
+        self._weights, self._rate_limits = dict[str, float](), RateLimits()
         self._groups = 0  # requests for several images that are not answered
         self._decode_threads = settings.decode_threads or cpus.count_usable()
         self._resources = self._create_resources()
@@ -131,6 +134,12 @@ class Service:
             uploads=lambda: len(self._resources.uploads),
             memory_bytes=lambda: self._resources.memory.used_bytes,
         )
+
+    def set_callers(self, callers: Sequence[Caller]) -> None:
+        """Set weight and rate of the callers with API keys, before `start`."""
+        self._weights = {caller.name: caller.weight for caller in callers if caller.weight != 1}
+        self._rate_limits = RateLimits(callers)
+        self.metrics.callers.add(caller.name for caller in callers)
 
     async def start(self) -> None:
         """Measure latencies, or read them from the cache; then admit requests."""
@@ -165,22 +174,27 @@ class Service:
         draining: accept it during a drain, too. Raises a RequestError, here or when the context is
         entered, if the request is refused already.
         """
-        self._refuse_unless_ready(draining=draining)
+        self._refuse_unless_ready(request, draining=draining)
+        self._refuse_beyond_rate(request, self._rate_limits.take)
         assert isinstance(self._current, Servable)  # it is ready
         return self._current.offer(request, self._resources)
 
     @contextmanager
-    def offer_group(self) -> Iterator[RequestGroup]:
+    def offer_group(self, image: InferenceRequest) -> Iterator[RequestGroup]:
         """Offer a request for several images, from its headers on.
 
-        Raises Draining, OutOfService, or Overloaded if the queue limit is reached.
+        image: what is known of the images by then. Raises Draining, OutOfService, RateLimited, or
+        Overloaded if the queue limit is reached.
         """
-        self._refuse_unless_ready()
+        self._refuse_unless_ready(image)
+        self._refuse_beyond_rate(image, self._rate_limits.wait_s)
         if self.waiting >= self.settings.queue_limit:
-            self._refuse(refusals.queue_full(self.settings.queue_limit, retry_after_s=1))
+            with self.offer(image):  # the scheduler refuses it, and learns that it was offered
+                pass
         self._groups += 1
         offer = partial(self.offer, draining=True)
-        group = RequestGroup(self.settings.upload_s, self.metrics, self._resources, offer)
+        count = partial(self.metrics.record_request, key_name=image.key_name)
+        group = RequestGroup(self.settings.upload_s, count, self._resources, offer)
         try:
             with group.until_end():
                 yield group
@@ -207,13 +221,21 @@ class Service:
             return refusals.nothing_works(tier_health.PROBE_INTERVAL_S)
         return None
 
-    def _refuse_unless_ready(self, *, draining: bool = False) -> None:
+    def _refuse_unless_ready(self, request: InferenceRequest, *, draining: bool = False) -> None:
         if (refusal := self._refusal(draining=draining)) is not None:
-            self._refuse(refusal)
+            self._refuse(refusal, request)
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse_beyond_rate(
+        self, request: InferenceRequest, wait_s: Callable[[str | None, float], float]
+    ) -> None:
+        """Refuse a request if its key has to wait, by a method of the rate limits."""
+        if retry_after_s := wait_s(request.key_name, asyncio.get_running_loop().time()):
+            rate = self._rate_limits.rate(request.key_name)
+            self._refuse(refusals.rate_limited(rate, retry_after_s), request)
+
+    def _refuse(self, refusal: Refusal, request: InferenceRequest) -> None:
         """Count a refused request, and raise its error."""
-        self.metrics.record_request(refusal.outcome)
+        self.metrics.record_request(refusal.outcome, request.key_name)
         raise refusal.error
 
     async def reload(self) -> Reloaded:
@@ -399,6 +421,7 @@ class Service:
             max_batch=settings.max_batch,
             queue_limit=settings.queue_limit,
             devices=len(engines),
+            weights=self._weights,
         )
         return Servable(
             settings,

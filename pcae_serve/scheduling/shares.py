@@ -3,14 +3,13 @@
 Admitted requests are never removed for another caller, so a refusal falls on the request that
 arrives. A caller over its share may therefore only have work waiting that leaves others room:
 
-    fair     part of the machine that remains for a caller if the others get what they offer,
-             weighted max-min; a caller whose offered work and demand are less, on average, is never
-             refused for its share
     demand   part of the machine that a caller's waiting requests need: the work due by one of its
              deadlines over the time until then, the largest over its deadlines; or its part of the
              queue's limit, if that is more
-    limit    of the demand: the fair part, less room for the highest recent demand of another
-             caller, but not below the part that the caller's weight gives it
+    limit    of the demand: what remains if the others get what they offer, by weighted max-min,
+             less room for the highest recent demand of another caller; but not below the part that
+             the caller's weight gives it. A caller whose offered work and demand are below it on
+             average is not refused for its share
     ahead    work of a caller that ran while others waited, beyond its share: short deadlines run
              first, also those of a greedy caller. The limit holds for it, too
 
@@ -33,7 +32,7 @@ AVERAGE_S, PEAK_S = 5.0, 10.0
 #: Weight of the newest request in the average of a caller's demand.
 USUAL_WEIGHT = 1 / 32
 #: Part of the machine that is left in any case, since work is counted as a lower bound.
-MARGIN = 0.03
+MARGIN = 0.1
 #: A caller that sent nothing for this many seconds has no share.
 ACTIVE_S = 60.0
 #: Callers known at once; the one that was silent for longest is forgotten.
@@ -78,8 +77,8 @@ class Shares:
         now_s, caller = capacity.now_s, self._callers.get(request.caller)
         if caller is None or not self._act(now_s):
             return False
-        fair, limit = self.room(request.caller, now_s)
-        if max(caller.offered_at(now_s), caller.usual) <= fair:
+        limit = self.limit(request.caller, now_s)
+        if max(caller.offered_at(now_s), caller.usual) <= limit:
             return False
         time_s = request.deadline_s - now_s - capacity.free_in_s
         demand = max(self._demand(request, capacity), caller.ahead_s / max(time_s, 1e-9))
@@ -107,16 +106,15 @@ class Shares:
         """Record that the request that arrived last is admitted."""
         now_s = capacity.now_s
         if self._act(now_s):
-            _, limit = self.room(request.caller, now_s)
-            work_s = capacity.image_s(request.tiers[0])
-            self._callers[request.caller].paid_s = now_s + work_s / limit
+            pays_s = capacity.image_s(request.tiers[0]) / self.limit(request.caller, now_s)
+            self._callers[request.caller].paid_s = now_s + pays_s
 
     def refused(self, now_s: float) -> None:
         """Record that a request was refused for load: shares act from now on."""
         self._contended_until_s = now_s + HOLD_S
 
-    def room(self, name: str, now_s: float) -> tuple[float, float]:
-        """Return a caller's fair part of the machine, and the limit of its demand; up to 1."""
+    def limit(self, name: str, now_s: float) -> float:
+        """Return the limit of a caller's demand: a part of the machine, above 0 and up to 1."""
         own = self._callers[name].weight
         total = sum(caller.weight for caller in self._callers.values())
         offers, burst = [(inf, own)], 0.0
@@ -127,8 +125,7 @@ class Shares:
             offers.append((offered, caller.weight))
             # the callers' peaks rarely meet: there is room for one of them
             burst = max(burst, min(share, caller.peak_at(now_s)) - min(share, offered))
-        limit = water_fill(1.0 - burst - MARGIN, offers)[0]
-        return water_fill(1.0, offers)[0], max(own / total, limit)
+        return max(own / total, water_fill(1.0 - burst - MARGIN, offers)[0])
 
     def starts(self, batch: Iterable[Request], capacity: DeviceCapacity) -> None:
         """Account for the time of a batch whose requests still wait.

@@ -17,6 +17,7 @@ CONTRACT = {
     "engine-failed": (500, "Inference failed"),
     "forbidden": (403, "Forbidden"),
     "headers-too-large": (431, "Request headers too large"),
+    "rate-limited": (429, "Rate limit exceeded"),
     "internal-error": (500, "Internal error"),
     "invalid-parameter": (422, "Invalid parameter"),
     "malformed-http": (400, "Malformed HTTP"),

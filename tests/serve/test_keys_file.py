@@ -40,9 +40,6 @@ def test_the_client_sends_a_key_that_the_server_accepts(
     assert command._key() == KEY
     assert KEY in Keys.read(file)
     assert not caplog.records
-    file.write_text(f"{KEY} name=ingest rate=50\n")
-    assert KEY in Keys.read(file)
-    assert "weight and rate are accepted, but have no effect yet" in caplog.text
 
 
 def test_a_file_that_is_too_large_is_refused_and_a_pipe_is_read(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ async def infer(
     *,
     min_tier: str | None = None,
     upload_s: float = 0.0,
+    caller: str = "",
 ) -> InferenceResult:
     """Offer, upload and run an image. upload_s: how long its upload takes."""
     image = image_bytes() if body is None else body
     arrival_s = asyncio.get_running_loop().time()
-    with service.offer(InferenceRequest(arrival_s, budget_ms, min_tier=min_tier)) as offered:
+    request = InferenceRequest(arrival_s, budget_ms, min_tier=min_tier, caller=caller)
+    with service.offer(request) as offered:
         body = await offered.receive(lambda _: asyncio.sleep(upload_s, image), len(image))
         return await offered.run(body)

@@ -1,20 +1,24 @@
 """API keys: their file, and what the routes ask for."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from httpx2 import Response
 
 from pcae_serve.api.app import create_app
 from pcae_serve.api.auth import Keys
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import StartError
+from pcae_serve.observability.logs import RequestId
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
-from tests.support.apps import fail, problem, quick, wait_until
+from tests.support.apps import batch, fail, problem, quick, wait_until
 from tests.support.images import image_bytes
+from tests.support.inference_requests import INFER, files
 
 ALICE, BOB, ROOT = "alice-0123456789ab", "bob-0123456789abcd", "root-0123456789abc"
 
@@ -143,3 +147,77 @@ def test_no_cors_headers_are_sent(guarded: TestClient) -> None:
     assert before.status_code == 405
     for response in (answered, before):
         assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "with_keys", "expected"),
+    [
+        ("auto", True, "ingest"),
+        ("auto", False, "192.0.2.7"),
+        ("key", True, "ingest"),
+        ("address", True, "192.0.2.7"),
+        ("off", True, ""),
+        ("off", False, ""),
+    ],
+)
+def test_who_shares_the_server(
+    small_bundle: Bundle,
+    settings: Callable[..., Settings],
+    tmp_path: Path,
+    mode: str,
+    with_keys: bool,
+    expected: str,
+) -> None:
+    """By the key's name or by address; on every route that takes images."""
+    keys = Keys.read(write(tmp_path / "keys", f"{ALICE} name=ingest weight=2\n{BOB}\n"))
+    file = tmp_path / "keys" if with_keys else None
+    log = tmp_path / "events"
+    chosen = settings(callers=mode, api_keys_file=file, event_log=log)
+    service = Service(chosen, small_bundle, [SimulatedEngine(small_bundle, seconds=quick)])
+    app = create_app(service, fail, keys if with_keys else None)
+    headers = {"X-API-Key": ALICE}
+    with TestClient(app, client=("192.0.2.7", 1)) as client:
+        wait_until(lambda: service.ready)
+        for response in (
+            client.post("/classify", content=image_bytes(), headers=headers),
+            client.post("/classify", files=batch(image_bytes()), headers=headers),
+            client.post("/classify/batch", files=batch(image_bytes()), headers=headers),
+            client.post(INFER, json=files(image_bytes()), headers=headers),
+        ):
+            assert response.status_code == 200, response.text
+        metrics = client.get("/metrics", headers=headers).text
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert lines[0]["weights"] == ({"ingest": 2.0} if with_keys else {})
+    callers = [event["request"]["caller"] for [[kind, event], _] in lines[1:] if kind == "Arrived"]
+    assert callers == [expected] * 4
+    counted = 'pcae_caller_requests_total{caller="ingest",outcome="in_time"} 4.0' in metrics
+    assert counted == with_keys
+    assert ('pcae_caller_compute_seconds_total{caller="key-2"} 0.0' in metrics) == with_keys
+    assert ALICE not in metrics
+
+
+def test_the_access_log_has_the_name_of_the_key(
+    small_bundle: Bundle,
+    settings: Callable[..., Settings],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    keys = Keys.read(write(tmp_path / "keys", f"{ALICE} name=ingest rate=0.01\n{BOB}\n"))
+    admin_keys = Keys.read(write(tmp_path / "admin", f"\n{ROOT}\n"), "admin-key")
+    service = Service(settings(), small_bundle, [SimulatedEngine(small_bundle, seconds=quick)])
+    app = RequestId(create_app(service, fail, keys, admin_keys))
+    with TestClient(app) as client, caplog.at_level("INFO", "pcae_serve.access"):
+        wait_until(lambda: service.ready)
+
+        def classify(key: str) -> Response:
+            return client.post("/classify", content=image_bytes(), headers={"X-API-Key": key})
+
+        assert [classify(key).status_code for key in (ALICE, BOB, ROOT)] == [200, 200, 200]
+        refused = classify(ALICE)
+    assert problem(refused, 429)["type"] == "urn:pcae-serve:rate-limited"
+    assert 90 < int(refused.headers["retry-after"]) <= 100
+    logged = [record.__dict__["fields"] for record in caplog.records if hasattr(record, "fields")]
+    assert [fields["caller"] for fields in logged] == ["ingest", "key-2", "admin-key-2", "ingest"]
+    assert logged[-1]["outcome"] == "rejected_rate"
+    for key in (ALICE, BOB, ROOT):
+        assert key not in caplog.text

@@ -144,7 +144,7 @@ def test_the_state_decides_what_is_admitted(small_bundle: Bundle, settings: Make
             service.offer(request())
         await service.start()
         assert (service.state, service.ready) == (State.SERVING, True)
-        with service.offer_group() as group:
+        with service.offer_group(request()) as group:
             service.drain()
             assert (service.state, service.ready) == (State.DRAINING, False)
             assert service.unanswered == 1
@@ -266,7 +266,7 @@ def test_requests_hold_their_bytes_until_they_end_and_no_longer(
             await infer(service, 60_000, b"not an image")
         with pytest.raises(TooLarge, match="100,000,000"):
             await infer(service, 60_000, HUGE_WEBP)
-        with service.offer_group() as group:
+        with service.offer_group(InferenceRequest(0.0, 60_000)) as group:
             assert await group.receive(whole, 1000, copies=2) == b""
             assert memory.used_bytes == 2 * pixels_bytes + 2000
         assert memory.used_bytes == 2 * pixels_bytes
@@ -367,7 +367,8 @@ def test_lack_of_memory_is_not_an_error_of_the_image_or_the_model(
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, fail)
                 await refused(service)
-        with pytest.raises(OutOfMemory), service.offer_group():
+        image = InferenceRequest(0.0, 60_000)
+        with pytest.raises(OutOfMemory), service.offer_group(image):
             fail()
         await service.stop()
         return service.metrics.exposition()[0].decode()

@@ -1,0 +1,50 @@
+"""Rate limits of API keys: a token bucket each, which holds the images of one second."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pcae_serve.callers import Caller
+
+
+@dataclass
+class _Bucket:
+    rate: float  # images per second
+    images: float  # that may be sent now
+    now_s: float = 0.0
+
+    @property
+    def burst(self) -> float:
+        return max(1.0, self.rate)
+
+    def wait_s(self, now_s: float) -> float:
+        """Fill the bucket until `now_s`; return the seconds until an image may be sent."""
+        self.images = min(self.burst, self.images + (now_s - self.now_s) * self.rate)
+        self.now_s = now_s
+        return max(0.0, (1.0 - self.images) / self.rate)
+
+
+class RateLimits:
+    """The images per second of callers that have a rate. Times are of one monotonic clock."""
+
+    def __init__(self, callers: Iterable[Caller] = ()) -> None:
+        self._buckets = {
+            caller.name: _Bucket(caller.rate, max(1.0, caller.rate))
+            for caller in callers
+            if caller.rate is not None
+        }
+
+    def rate(self, name: str | None) -> float:
+        """Return the images per second of a caller that has a rate."""
+        return self._buckets[name or ""].rate
+
+    def wait_s(self, name: str | None, now_s: float) -> float:
+        """Return the seconds until a caller may send an image; 0 if it may now."""
+        bucket = None if name is None else self._buckets.get(name)
+        return 0.0 if bucket is None else bucket.wait_s(now_s)
+
+    def take(self, name: str | None, now_s: float) -> float:
+        """Count an image unless it exceeds the rate; return the seconds to wait if it does."""
+        wait_s = self.wait_s(name, now_s)
+        if not wait_s and name in self._buckets:
+            self._buckets[name].images -= 1.0
+        return wait_s
