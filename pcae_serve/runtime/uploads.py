@@ -146,22 +146,25 @@ class Uploads:
             raise Refused(refusals.uploads_full(self._limit))
         self._end(slowest, refusals.upload_dropped())
 
-    def _require_memory(self, count: int) -> None:
-        """Raise Refused if there is no room for `count` bytes. Reserves nothing."""
-        if (missing_bytes := count - self._free_bytes) > 0:
+    def _require_memory(self, count: int, held: int = 0) -> None:
+        """Raise Refused if there is no room for `count` bytes, of which `held` are held already.
+
+        Reserves nothing.
+        """
+        if count > self._share_bytes:
+            raise Refused(refusals.over_memory(count, self._share_bytes))
+        if (missing_bytes := count - held - self._free_bytes) > 0:
             self._reclaim(missing_bytes)
-        if count > self._free_bytes:
-            never = count > self._share_bytes
-            full = refusals.memory_full()
-            raise Refused(refusals.over_memory(count, self._share_bytes) if never else full)
+        if count - held > self._free_bytes:
+            raise Refused(refusals.memory_full())
 
     def _hold(self, upload: Upload, count: int) -> None:
         """Have an upload hold `count` bytes instead of fewer. Raises Refused if they do not fit."""
-        more = count - upload.reservation.held_bytes
-        self._require_memory(more)
+        held = upload.reservation.held_bytes
+        self._require_memory(count, held)
         if upload.refusal is not None or not upload.reservation.try_resize(count):
             raise Refused(upload.refusal or refusals.memory_full())
-        self._held_bytes += more
+        self._held_bytes += count - held
 
     @property
     def _share_bytes(self) -> int:

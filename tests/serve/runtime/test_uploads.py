@@ -217,8 +217,11 @@ def test_uploads_leave_half_of_the_memory_to_others() -> None:
         assert await refusal(too_much) == full
         not_announced = begin(registry, stalled(501), 0, memory.reserve())
         assert await refusal(not_announced) == full
-        never_fits = begin(registry, whole, 2001, memory.reserve())
-        assert await refusal(never_fits) == (TooLarge, Outcome.UNREADABLE)
+        for never_fits in (
+            begin(registry, whole, 2001, memory.reserve()),
+            begin(registry, stalled(2001), 0, memory.reserve()),
+        ):
+            assert await refusal(never_fits) == (TooLarge, Outcome.UNREADABLE)
         assert await begin(registry, whole, 500, memory.reserve()) == b"body"
         assert memory.reserve().try_resize(2000)
         first.cancel()
