@@ -225,6 +225,7 @@ class Connection(HttpToolsProtocol):
                 self._parse()
         else:
             # keep accepting an unread body for a while: its sender may read the answer only after
+            self._limit.set_idle(self)
             self._head_timer = self.loop.call_later(LINGER_S, self._close)
 
     def _refuse(self, error: RequestError) -> None:

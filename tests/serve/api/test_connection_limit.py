@@ -47,6 +47,15 @@ def test_connections_that_send_no_request_are_the_first_to_go() -> None:
             each.close()
 
 
+def test_connections_whose_request_is_answered_make_room_although_its_body_is_missing() -> None:
+    early = b"POST /early HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+    with http_server(limit=ConnectionLimit(2)) as server, contextlib.ExitStack() as stack:
+        answered = [stack.enter_context(server.connect()) for _ in range(2)]
+        assert [ask(each, early) for each in answered] == [200, 200]
+        assert ask(stack.enter_context(server.connect())) == 200
+        assert read_all(answered[0]) == b""
+
+
 def test_if_all_are_busy_probes_get_through_and_others_get_503() -> None:
     held = Held()
     limit = ConnectionLimit(1, reserve=8)
