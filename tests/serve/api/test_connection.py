@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pcae_serve.api import connection
+from tests.support.apps import wait_until
 from tests.support.http_server import (
     LAST,
     Held,
@@ -300,7 +301,6 @@ def test_an_answer_that_closes_survives_a_body_that_is_still_being_sent(
     [
         ("HEAD_S", b"", []),
         ("HEAD_S", b"GET /a HT", []),
-        ("HEAD_S", GET + b"GET", [200]),
         ("LINGER_S", post(b"Content-Length: 9", path=b"/early"), [200]),
     ],
 )
@@ -313,6 +313,14 @@ def test_connections_that_send_nothing_more_are_closed(
 ) -> None:
     monkeypatch.setattr(connection, timer, 0.1)
     assert statuses(server.exchange(data)) == answers
+
+
+def test_the_next_request_has_as_long_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    with http_server() as server, server.connect() as client:
+        wait_until(lambda: bool(server.state.connections))
+        monkeypatch.setattr(connection, "HEAD_S", 0.1)  # from the answer on
+        client.sendall(GET + b"GET")
+        assert statuses(read_all(client)) == [200]
 
 
 def test_a_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -375,7 +375,8 @@ def test_connections_that_are_kept_get_an_answer_that_ends_them_while_the_server
     ask = (
         f"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode()
-    with serving(tmp_path) as running, contextlib.ExitStack() as stack:
+    slow = ("--min-upload-kb-s", "0.001")
+    with serving(tmp_path, *slow) as running, contextlib.ExitStack() as stack:
         kept = [stack.enter_context(running.raw()) for _ in range(24)]
         upload = stack.enter_context(running.raw())
         for connection in kept:
