@@ -138,10 +138,7 @@ class Servable:
         """
         if request.answers is not None and request.answers != self.bundle.answers:
             raise refusals.wrong_kind(request.answers)
-        tiers = self.bundle.allowed_tiers(request.tier, request.min_tier)
-        scheduled = Request(
-            next(self._ids), request.arrival_s, request.deadline_s, tiers, caller=request.caller
-        )
+        scheduled = self._scheduled(request, next(self._ids))
         offered = OfferedRequest(
             request,
             scheduled,
@@ -153,7 +150,7 @@ class Servable:
         )
         self._offered[scheduled.id] = offered
         try:
-            if self._would_refuse(offered):
+            if self._is_refused_early(offered):
                 self._arrive(offered)
                 offered.raise_if_refused()
                 self._leave(offered)  # it is not refused after all: it arrives with its body
@@ -171,13 +168,30 @@ class Servable:
             else:
                 offered.result.exception()  # mark it as retrieved, if nothing awaited it
 
-    def _would_refuse(self, offered: OfferedRequest) -> bool:
+    def load_refuses(self, request: InferenceRequest) -> bool:
+        """Return whether the load would refuse a request if it arrived now. Changes no state.
+
+        Raises InvalidParameter.
+        """
+        scheduled = self._scheduled(request, -1)
+        if not (tiers := self._working_tiers(scheduled, request.tier)):
+            return False
+        scheduled = replace(scheduled, tiers=tiers)
+        reject = self._driver.scheduler.early_refusal(scheduled, _now_s())
+        return reject is not None and reject.why not in ("budget", "expired")
+
+    def _is_refused_early(self, offered: OfferedRequest) -> bool:
         """Return whether the request would be refused if it arrived now. Changes no state."""
-        tiers = self._working_tiers(offered)
-        scheduler = self._driver.scheduler
-        return not tiers or scheduler.would_refuse(
-            replace(offered.scheduled, tiers=tiers), _now_s()
-        )
+        scheduled = offered.scheduled
+        if not (tiers := self._working_tiers(scheduled, offered.request.tier)):
+            return True
+        scheduled = replace(scheduled, tiers=tiers)
+        return self._driver.scheduler.early_refusal(scheduled, _now_s()) is not None
+
+    def _scheduled(self, request: InferenceRequest, id_: int) -> Request:
+        """Return a request as the scheduler sees it. Raises InvalidParameter."""
+        tiers = self.bundle.allowed_tiers(request.tier, request.min_tier)
+        return Request(id_, request.arrival_s, request.deadline_s, tiers, caller=request.caller)
 
     def _arrive(self, offered: OfferedRequest, decode_s: float = 0.0, wait_s: float = 0.0) -> None:
         """Have the scheduler admit or refuse a request.
@@ -185,7 +199,7 @@ class Servable:
         decode_s: predicted time of decoding it on an idle server. wait_s: predicted time until it
         will be decoded.
         """
-        tiers = self._working_tiers(offered)
+        tiers = self._working_tiers(offered.scheduled, offered.request.tier)
         if not tiers:
             offered.refuse(self._tiers_disabled(offered.scheduled.tiers))
             return
@@ -202,11 +216,11 @@ class Servable:
             offered.arrived = False
             self._handle(ClientLeft(_now_s(), offered.scheduled.id))
 
-    def _working_tiers(self, offered: OfferedRequest) -> tuple[int, ...]:
-        """Return the allowed tiers that are in rotation, the cheapest first."""
-        tiers = offered.scheduled.tiers
+    def _working_tiers(self, scheduled: Request, tier: str) -> tuple[int, ...]:
+        """Return the allowed tiers that are in rotation, the cheapest first. tier: as named."""
+        tiers = scheduled.tiers
         working = self._health.in_rotation(tiers)
-        if not working and offered.request.tier == "auto":  # dominated tiers are better than none
+        if not working and tier == "auto":  # dominated tiers are better than none
             working = self._health.in_rotation(range(tiers[0], len(self.bundle.tiers)))
         return working
 
@@ -222,16 +236,10 @@ class Servable:
             case StartTask():
                 self.background.start(action)
             case Reject(id=id_):
-                admitted, tiers = self._offered[id_], self.bundle.tiers
-                fastest = tiers[admitted.scheduled.tiers[0]].name
-                admitted.refuse(
-                    refusals.rejected(
-                        action,
-                        admitted.scheduled,
-                        fastest,
-                        self.settings.queue_limit,
-                    )
-                )
+                admitted = self._offered[id_]
+                fastest = self.bundle.tiers[admitted.scheduled.tiers[0]].name
+                queue_limit = self.settings.queue_limit
+                admitted.refuse(refusals.rejected(action, admitted.scheduled, fastest, queue_limit))
             case Remove(id=id_):
                 self._offered[id_].refuse(self._removal(action, self._offered[id_]))
             case BatchAccounted(device=device):

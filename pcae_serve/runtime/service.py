@@ -184,11 +184,12 @@ class Service:
         """Offer a request for several images, from its headers on.
 
         image: what is known of the images by then. Raises Draining, OutOfService, RateLimited, or
-        Overloaded if the queue limit is reached.
+        Overloaded or OverShare if the load refuses an image like it already.
         """
         self._refuse_unless_ready(image)
         self._refuse_beyond_rate(image, self._rate_limits.wait_s)
-        if self.waiting >= self.settings.queue_limit:
+        assert isinstance(self._current, Servable)  # it is ready
+        if self._current.load_refuses(image):
             with self.offer(image):  # the scheduler refuses it, and learns that it was offered
                 pass
         self._groups += 1

@@ -137,40 +137,49 @@ class Scheduler:
         capacity = self._capacity(now_s, self._latency.forecast(now_s))
         return capacity.drain_s((self._queue, self._decoding))
 
-    def would_refuse(self, request: Request, now_s: float) -> bool:
-        """Return whether a request would be refused if it arrived now. Changes no state.
+    def early_refusal(self, request: Request, now_s: float) -> Reject | None:
+        """Return why a request would be refused if it arrived now. Changes no state.
 
         A cheap check for a request whose body is still to come: it compares the load with every
         deadline, but not the reference schedule.
         """
         capacity = self._capacity(now_s, self._latency.forecast(now_s))
-        needed_s = self._latency.idle(request.tiers[0])
-        waiting = self._queue, self._decoding
-        why = check_admission(request, needed_s, capacity, waiting)
-        over = self.waiting >= self._queue_limit or self._shares.is_over(request, capacity)
-        return why is not None or over
+        why = self._why_refused(request, capacity, None)
+        return None if why is None else self._reject(request, why, capacity)
 
     def _refusal(self, request: Request, now_s: float, forecast: Forecast) -> Reject | None:
         """Return why a new request cannot be served, or None if it is accepted."""
         capacity = self._capacity(now_s, forecast)
-        needed_s = self._latency.idle(request.tiers[0])
-        waiting = self._queue, self._decoding
         self._shares.arrived(request, capacity)
-        why: RejectReason | None = check_admission(request, needed_s, capacity, waiting)
-        if why is None and not self._stays_feasible(request, now_s, forecast):
-            why = "load"
-        if why not in ("budget", "expired") and self.waiting >= self._queue_limit:
-            why = "full"
-        if why is None and self._shares.is_over(request, capacity):
-            why = "share"
+        why = self._why_refused(request, capacity, forecast)
         if why is None:
             self._shares.admitted(request, capacity)
             return None
         if why not in ("budget", "expired"):
             self._shares.refused(now_s)
-        decoders_s = request.ready_s - request.decode_s - now_s  # until they have caught up
-        retry_after_s = max(capacity.drain_s(waiting), decoders_s)
-        return Reject(request.id, why, needed_s + request.decode_s, retry_after_s)
+        return self._reject(request, why, capacity)
+
+    def _why_refused(
+        self, request: Request, capacity: DeviceCapacity, forecast: Forecast | None
+    ) -> RejectReason | None:
+        """Return why a request cannot be served. forecast: to compare the reference schedule."""
+        needed_s, waiting = self._latency.idle(request.tiers[0]), (self._queue, self._decoding)
+        why = check_admission(request, needed_s, capacity, waiting)
+        if why is None and forecast is not None:
+            feasible = self._stays_feasible(request, capacity.now_s, forecast)
+            why = None if feasible else "load"
+        if why not in ("budget", "expired") and self.waiting >= self._queue_limit:
+            why = "full"
+        if why is None and self._shares.is_over(request, capacity):
+            why = "share"
+        return why
+
+    def _reject(self, request: Request, why: RejectReason, capacity: DeviceCapacity) -> Reject:
+        needed_s = self._latency.idle(request.tiers[0]) + request.decode_s
+        # until the decoders have caught up, and the devices
+        decoders_s = request.ready_s - request.decode_s - capacity.now_s
+        retry_after_s = max(capacity.drain_s((self._queue, self._decoding)), decoders_s)
+        return Reject(request.id, why, needed_s, retry_after_s)
 
     def _stays_feasible(self, request: Request, now_s: float, forecast: Forecast) -> bool:
         """Return whether the backlog with a new request misses no more deadlines than without it.

@@ -1,6 +1,7 @@
 """The service without HTTP: its start, its devices, its end."""
 
 import asyncio
+import re
 import struct
 import threading
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.runtime.servable import Servable
 from pcae_serve.runtime.service import Service, State
 from pcae_serve.runtime.uploads import Upload
+from pcae_serve.scheduling import scheduler
+from pcae_serve.scheduling.events import Reject, RejectReason
 from pcae_serve.scheduling.scheduler import Scheduler
 from pcae_serve.settings import Settings
 from tests.support.apps import quick
@@ -215,7 +218,7 @@ def test_a_check_at_the_headers_that_is_wrong_costs_nothing(
     small_bundle: Bundle, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What would not be refused after all arrives once more, with its body."""
-    monkeypatch.setattr(Scheduler, "would_refuse", lambda *_: True)
+    monkeypatch.setattr(Scheduler, "early_refusal", lambda *_: Reject(-1, "load", 1.0, 2.0))
 
     async def scenario() -> None:
         service = Service(settings(), small_bundle, [Gate()])
@@ -228,6 +231,30 @@ def test_a_check_at_the_headers_that_is_wrong_costs_nothing(
         await service.stop()
 
     asyncio.run(scenario())
+
+
+def test_a_group_is_refused_at_its_headers_if_the_load_refuses_one_image(
+    small_bundle: Bundle, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> str:
+        service = Service(settings(), small_bundle, [Gate()])
+        await service.start()
+        image = InferenceRequest(asyncio.get_running_loop().time(), 60_000)
+
+        why: list[RejectReason | None] = ["load"]
+        monkeypatch.setattr(scheduler, "check_admission", lambda *_: why[-1])
+        with pytest.raises(Overloaded), service.offer_group(image):
+            raise AssertionError("nothing may be uploaded")
+        for _ in range(2):  # each image is refused by itself, or none is
+            why.append("budget" if len(why) == 1 else None)
+            with service.offer_group(image):
+                pass
+        await service.stop()
+        return service.metrics.exposition()[0].decode()
+
+    counts = asyncio.run(scenario())
+    assert re.search(r'requests_total\{.*outcome="rejected_load".*\} 1.0', counts)
+    assert not re.search(r'requests_total\{.*outcome="cancelled".*\} [1-9]', counts)
 
 
 def test_requests_hold_their_bytes_until_they_end_and_no_longer(

@@ -79,10 +79,10 @@ def test_what_is_refused_before_its_body_would_be_refused_on_arrival() -> None:
         budget_s = (0.05, 0.12, 9.0)[id_ % 3]
         request = Request(id_, 0.0, budget_s, ALL)
         before = machine.waiting
-        early = [machine.would_refuse(request, 0.0) for _ in range(2)]
+        early = [machine.early_refusal(request, 0.0) for _ in range(2)]
         assert machine.waiting == before
         actions = machine.handle(Arrived(0.0, request))
-        assert not early[0] or isinstance(actions[0], Reject)
+        assert early[0] is None or early[0] == actions[0]
         assert early[0] == early[1]
         refused += [action.why for action in actions if isinstance(action, Reject)]
     assert set(refused) == {"budget", "load", "full"}
