@@ -13,7 +13,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from pathlib import Path
 from random import Random
@@ -43,7 +43,7 @@ MAX_BATCH, QUEUE_LIMIT = 32, 256
 #: of 20 ordinary ones.
 RUN, WARM_UP = 12, 2
 #: Requests of one run at most, about: the run is cut short.
-REQUESTS = 12_000
+REQUESTS = 8_000
 #: A closed-loop client sends its next request PAUSE after an answer, and after a refusal so that
 #: all its connections together send one in RETRY; in multiples of the last tier's latency at
 #: batch 1.
@@ -330,7 +330,7 @@ def main() -> None:
             every[f"{profile}: {name}"] = results
             print("\n".join([name, *report(results)]), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(every, default=asdict, indent=1) + "\n")
+        options.json.write_text(json.dumps(every, default=vars) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 arrivals and budgets, scheduler, service times drawn from a profile  ->  Outcome
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from heapq import heappop, heappush
@@ -97,14 +97,16 @@ def simulate(
     *,
     decode_s: float = 0.0,
     host_s: float = 0.0,
+    callers: Sequence[str] | None = None,
     observer: Callable[[Event, list[Action]], None] | None = None,
 ) -> Outcome:
     """Offer every request to the scheduler and carry out its actions until all have ended.
 
     times_s, budgets_s: [n], times ascending. tiers: the allowed ones, of all requests or of each of
     the n. decode_s: from arrival to the queue. host_s: HTTP and decoding time per request if they
-    share the core with the batches; each arrival delays every batch in progress by it. observer:
-    called with every event and the actions that it led to.
+    share the core with the batches; each arrival delays every batch in progress by it. callers: of
+    each of the n, if several share the devices. observer: called with every event and the actions
+    that it led to.
     """
     n = len(times_s)
     outcome = Outcome(
@@ -155,6 +157,7 @@ def simulate(
                 allowed[next_],
                 decode_s=decode_s,
                 ready_s=now_s + decode_s,
+                caller=callers[next_] if callers else "",
             )
             events = [Arrived(now_s, request)]
             for device in running:

@@ -28,7 +28,9 @@ from pcae_serve.scheduling.request_queue import Queue, Request, urgency
 #: Shares act for this many seconds after a request was refused for load.
 HOLD_S = 10.0
 #: Time constants, in seconds, of the average of offered work and of the decay of a peak.
-AVERAGE_S, PEAK_S = 5.0, 10.0
+AVERAGE_S, PEAK_S = 2.0, 10.0
+#: Time, in seconds, that a new caller's first requests are averaged over, at least.
+LEAST_AGE_S = 0.1
 #: Weight of the newest request in the average of a caller's demand.
 USUAL_WEIGHT = 1 / 32
 #: Part of the machine that is left in any case, since work is counted as a lower bound.
@@ -45,14 +47,25 @@ class _Caller:
 
     weight: float
     seen_s: float  # time of its last request
-    offered: float = 0.0  # part of the machine that it offers work for, averaged until seen_s
+    first_s: float  # time of its first request
+    offered: float = 0.0  # part of the machine that it offers work for, decayed until seen_s
     peak: float = 0.0  # largest demand, decayed until seen_s
     usual: float = 0.0  # demand, averaged over its requests
     ahead_s: float = 0.0  # seconds of work that ran beyond its share; below 0: that did not run
     paid_s: float = 0.0  # when its share has paid for the request that was admitted last
 
     def offered_at(self, now_s: float) -> float:
+        """Return the average of the offered work, which is as good for a new caller."""
+        known_s = max(LEAST_AGE_S, now_s - self.first_s)
+        return self._decayed(now_s) / (1.0 - exp(-known_s / AVERAGE_S))
+
+    def _decayed(self, now_s: float) -> float:
         return self.offered * exp((self.seen_s - now_s) / AVERAGE_S)
+
+    def offer(self, work_s: float, now_s: float) -> None:
+        """Add offered work, in seconds of the machine."""
+        self.offered, self.peak = self._decayed(now_s) + work_s / AVERAGE_S, self.peak_at(now_s)
+        self.seen_s = now_s
 
     def peak_at(self, now_s: float) -> float:
         return self.peak * exp((self.seen_s - now_s) / PEAK_S)
@@ -88,10 +101,9 @@ class Shares:
     def arrived(self, request: Request, capacity: DeviceCapacity) -> None:
         """Record an offered request, before it is admitted or refused."""
         now_s, name = capacity.now_s, request.caller
-        caller = self._callers.pop(name, None) or _Caller(self._weights.get(name, 1.0), now_s)
-        caller.offered, caller.peak = caller.offered_at(now_s), caller.peak_at(now_s)
-        caller.offered += capacity.image_s(request.tiers[0]) / AVERAGE_S
-        caller.seen_s = now_s
+        caller = self._callers.pop(name, None)
+        caller = caller or _Caller(self._weights.get(name, 1.0), now_s, now_s)
+        caller.offer(capacity.image_s(request.tiers[0]), now_s)
         self._callers[name] = caller
         if self._act(now_s):
             demand = min(1.0, self._demand(request, capacity))

@@ -179,3 +179,18 @@ def test_drawn_seconds_have_the_profiles_median_and_p99() -> None:
 def test_no_requests() -> None:
     outcome = simulate(np.array([]), np.array([]), scheduler(), draw(POINTS, 32, 0), ALL)
     assert (outcome.busy_s, outcome.span_s, outcome.batches) == (0.0, 0.0, [])
+
+
+def test_callers_share_the_devices_by_weight() -> None:
+    count = 1000
+    times_s = np.linspace(0.0, count * 2.5e-3, count)  # twice what the device can do
+    scheduler = Scheduler(
+        create("greedy", TIER_TABLE), linear((0.0, 0.005)), max_batch=32, weights={"heavy": 3.0}
+    )
+    callers = ["heavy" if i % 2 else "light" for i in range(count)]
+    budgets_s = np.full(count, 0.2)
+    outcome = simulate(times_s, budgets_s, scheduler, lambda _, n: n * 0.005, (0,), callers=callers)
+    served = outcome.end == End.IN_TIME
+    late = np.arange(count) > count // 2  # once shares act
+    light, heavy = served[0::2] & late[0::2], served[1::2] & late[1::2]
+    assert heavy.sum() / light.sum() == pytest.approx(3.0, rel=0.25)

@@ -65,9 +65,9 @@ class ExactWorld:
         scheduler = Scheduler(policy_, Latency(seconds, 8), devices=devices, max_batch=8)
         return cls(scheduler, seconds, closed_loop)
 
-    def offer(self, now_s: float, budget_s: float, tiers: tuple[int, ...]) -> int:
-        id_ = len(self.requests)
-        self.requests[id_] = request = Request(id_, now_s, now_s + budget_s, tiers)
+    def offer(self, now_s: float, budget_s: float, tiers: tuple[int, ...], caller: str = "") -> int:
+        id_, deadline_s = len(self.requests), now_s + budget_s
+        self.requests[id_] = request = Request(id_, now_s, deadline_s, tiers, caller=caller)
         self._push(Arrived(now_s, request))
         return id_
 
@@ -118,9 +118,9 @@ def check_all_accepted_in_time(
     batching: bool,
 ) -> None:
     world, now_s = ExactWorld.create(policy, devices=devices, batching=batching), 0.0
-    for gap_s, budget_s, tiers in offered:
+    for i, (gap_s, budget_s, tiers) in enumerate(offered):
         now_s += gap_s
-        world.offer(now_s, budget_s, tiers)
+        world.offer(now_s, budget_s, tiers, caller=f"caller{i % 3}")
     world.run()
     assert len(world.ends) == len(offered)
     missed = {id_: end for id_, end in world.ends.items() if end not in ("in time", "rejected")}

@@ -114,7 +114,8 @@ class World:
             self.plan(TaskSubmitted(at_s, id_, seconds))
         for id_, life in enumerate(self.case.lives):
             now_s += life.gap_s
-            request = Request(id_, now_s, now_s + life.budget_s, life.tiers)
+            deadline_s, caller = now_s + life.budget_s, f"caller{id_ % 3}"
+            request = Request(id_, now_s, deadline_s, life.tiers, caller=caller)
             self.requests[id_] = request
             self.plan(Arrived(now_s, request))
             self.plan(Decoded(now_s + life.decode_s, id_))
