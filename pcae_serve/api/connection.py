@@ -166,7 +166,7 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._framing.add_header()
         if self._framing.part is Part.HEAD:  # trailers are counted and ignored
-            super().on_header(name, value)
+            super().on_header(name, value.rstrip(b" \t"))  # llhttp strips the start only
 
     def on_headers_complete(self) -> None:
         check_headers(self.parser.get_http_version(), self.headers)

@@ -19,13 +19,12 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 #: Bytes of a request's target. RFC 9110 asks for 8,000; a query of this server has some 200.
 MAX_TARGET_BYTES = 8192
-#: Bytes of a request line and its headers. nginx allows 32 KiB, too; a browser behind several
-#: proxies sends less than 8.
+#: Bytes of a request line and its headers; nginx allows 32 KiB, too.
 MAX_HEAD_BYTES = 32_768
-#: Headers and trailers of a request, as Apache allows; a browser behind proxies sends about 40.
+#: Headers and trailers of a request; Apache allows 100, too.
 MAX_HEADERS = 100
-#: A chunk costs the event loop about as much as 500 bytes of payload. A body may have FREE_CHUNKS
-#: chunks of any size, and beyond that one for each MIN_CHUNK_BYTES on the wire.
+#: The event loop calls back for each chunk, however small it is. A body may have FREE_CHUNKS chunks
+#: of any size, and beyond that one for each MIN_CHUNK_BYTES on the wire.
 FREE_CHUNKS = 1000
 MIN_CHUNK_BYTES = 64
 #: Bytes of chunk sizes, chunk extensions and trailers that a body may have, and in addition one for
@@ -169,6 +168,7 @@ def split_target(target: bytes) -> tuple[bytes, bytes | None]:
         return target, None
     scheme, separator, rest = target.partition(b"://")
     host, path = re.match(rb"([^/?]*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
-    if not separator or scheme.lower() not in (b"http", b"https") or not _HOST.fullmatch(host):
+    known = separator and scheme.lower() in (b"http", b"https")
+    if not known or not host or not _HOST.fullmatch(host):
         raise MalformedHttp(_TARGET_FORMS)
     return (path if path.startswith(b"/") else b"/" + path), host

@@ -152,6 +152,14 @@ ACCEPTED: dict[str, tuple[bytes, dict[str, Any]]] = {
         get(b"GET /a?b=c HTTP/1.1", b"Host: x"),
         {"path": "/a", "query": "b=c"},
     ),
+    "spaces around values": (
+        get(b"POST /a HTTP/1.1", b"Host:  x \t", b"Content-Length: 5  ") + b"abcde",
+        {"body": 5, "headers": [["host", "x"], ["content-length", "5"]]},
+    ),
+    "spaces around a coding": (
+        post(b"Transfer-Encoding:\tchunked ", body=b"2\r\nab\r\n" + END),
+        {"body": 2},
+    ),
     "empty lines before it": (b"\r\n\r\n" + GET, {"path": "/a"}),
     "a body": (post(b"Content-Length: 5", body=b"abcde"), {"body": 5}),
     "no body": (post(b"Content-Length: 0"), {"body": 0}),

@@ -121,6 +121,15 @@ def test_targets() -> None:
     assert split_target(b"HTTP://h:1/a?b") == (b"/a?b", b"h:1")
     assert split_target(b"https://h?b") == (b"/?b", b"h")
     assert split_target(b"//h/a") == (b"//h/a", None)
-    for target in (b"*", b"h:443", b"/a#b", b"/\xff", b"ftp://h/", b"http://u@h/", b"http//h"):
+    for target in (
+        b"*",
+        b"h:443",
+        b"/a#b",
+        b"/\xff",
+        b"ftp://h/",
+        b"http:///a",
+        b"http://u@h/",
+        b"http//h",
+    ):
         with pytest.raises(MalformedHttp):
             split_target(target)
