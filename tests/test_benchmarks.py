@@ -18,7 +18,7 @@ from pcae_training import checkpoint as checkpoints
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 STAGES = ["demo", "throughput", "engines", "questions"]
-PROGRAMS = sorted((ROOT / "benchmarks").glob("*.py"))
+PROGRAMS = sorted((ROOT / "benchmarks").rglob("*.py"))
 FILES = [*PROGRAMS, *sorted((ROOT / "benchmarks").glob("*.sh"))]
 
 
