@@ -209,7 +209,7 @@ def test_memory_limits_leave_room_for_any_image_that_the_settings_accept() -> No
     side = isqrt(settings.max_pixels)
     body_bytes = int(settings.max_body_mb * 1e6)
     largest_bytes = body_bytes + max(
-        decode_cost.predict(Layout(codec, side, side, samples=4, turned=True), body_bytes).bytes
+        decode_cost.predict(Layout(codec, side, side, samples=4, orientation=6), body_bytes).bytes
         for codec in decode_cost.RATES
     )
     for name, limit in limits.items():

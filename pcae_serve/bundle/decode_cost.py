@@ -24,8 +24,8 @@ RATES = {
     "JPEG progressive": Rate(3.6, 35.0, 0.0),
     "PNG": Rate(6.5, 14.0, 0.0),
     "PNG interlaced": Rate(14.0, 14.0, 0.0),
-    "WebP": Rate(16.0, 40.0, 12.0),
-    "WebP lossless": Rate(16.0, 9.0, 12.0),
+    "WEBP": Rate(16.0, 40.0, 12.0),
+    "WEBP lossless": Rate(16.0, 9.0, 12.0),
     "GIF": Rate(7.5, 5.0, 2.0),
     "BMP": Rate(5.5, 0.5, 0.0),
     "TIFF": Rate(5.5, 0.5, 4.0),
@@ -72,22 +72,23 @@ def predict(layout: Layout, length: int, short: int | None = None) -> DecodeCost
     short: number of pixels that the shorter side needs, which lets a JPEG be decoded at a reduced
     scale; None: it is decoded at full scale.
     """
-    rate, pixels = RATES[layout.codec], layout.pixels
+    rate, pixels = RATES[layout.codec or layout.kind], layout.pixels
     scale = _jpeg_scale(layout, short)
+    turned = layout.orientation != 1
     shown = pixels / scale**2  # pixels of the decoded picture
     pixel_ns = rate.pixel_ns
     byte_ns = rate.byte_ns
-    if layout.codec.startswith("JPEG"):
+    if layout.kind == "JPEG":
         pixel_ns = 1.0 + 2.6 / scale  # entropy decoding does not shrink with the scale
         pixel_ns += SCAN_NS * layout.scans if layout.coefficients else 0.0
-    elif layout.codec.startswith("PNG"):
+    elif layout.kind == "PNG":
         raw_bytes = pixels * layout.samples * layout.bits / 8
         pixel_ns += 1.5 * max(0.0, raw_bytes / max(pixels, 1) - 3)
         if length > _STORED * raw_bytes:
             byte_ns *= 0.15
     nanoseconds = pixels * pixel_ns + length * byte_ns
-    nanoseconds += shown * TURN_NS if layout.turned else 0.0
-    copies = 1 + (layout.samples != 3) + layout.turned
+    nanoseconds += shown * TURN_NS if turned else 0.0
+    copies = 1 + (layout.samples != 3) + turned
     memory = (
         shown * RGB_BYTES * min(copies, 2)
         + pixels * (rate.pixel_bytes + 2 * layout.coefficients)
@@ -102,7 +103,7 @@ def predict(layout: Layout, length: int, short: int | None = None) -> DecodeCost
 
 def _jpeg_scale(layout: Layout, short: int | None) -> int:
     """Return by how much Pillow's `draft` reduces a picture: 1, 2, 4 or 8."""
-    if short is None or not layout.codec.startswith("JPEG"):
+    if short is None or layout.kind != "JPEG":
         return 1
     times = min(layout.width, layout.height) // short
     return next(scale for scale in (8, 4, 2, 1) if times >= scale or scale == 1)

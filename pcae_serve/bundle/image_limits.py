@@ -28,15 +28,6 @@ MAGIC = {
 #: Maximum pixels per side. Each row adds memory of its own: 50,000,000 rows of one pixel take 1 GB.
 MAX_SIDE = 100_000
 
-#: Maximum scans of a JPEG. A scan of 100 bytes can cover the whole image; programs write 10 to 18.
-MAX_SCANS = 32
-
-#: Maximum segments of a JPEG whose scans must be counted.
-MAX_SEGMENTS = 10_000
-
-#: Maximum strips or tiles of a TIFF: Pillow creates an object for each.
-MAX_PARTS = 65_536
-
 _READERS: dict[str, Callable[[bytes], Layout]] = {
     "JPEG": jpeg.read_layout,
     "PNG": png.read_layout,
@@ -45,11 +36,12 @@ _READERS: dict[str, Callable[[bytes], Layout]] = {
     "GIF": gif.read_layout,
     "TIFF": tiff.read_layout,
 }
-
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # without the restarts inside a scan
-_TEM, _SOI, _EOI, _SOS = 0x01, 0xD8, 0xD9, 0xDA
-_TILE_WIDTH, _TILE_LENGTH, _STRIP_OFFSETS, _TILE_OFFSETS = 322, 323, 273, 324
-_SHORT, _LONG = 3, 4
+#: Return the file without the metadata that Pillow need not read; other files are read whole.
+_ESSENTIAL: dict[str, Callable[[bytes], bytes]] = {
+    "JPEG": jpeg.essential,
+    "PNG": png.essential,
+    "TIFF": tiff.essential,
+}
 
 
 class BoundedReader(io.BytesIO):
@@ -71,11 +63,11 @@ class BoundedReader(io.BytesIO):
         return super().read(size)
 
 
-def check_header(body: bytes, max_pixels: int) -> str:
-    """Return the type of an image file by its magic bytes, as Pillow names it.
+def read_layout(body: bytes, max_pixels: int) -> Layout:
+    """Return what an image file's header says about the work of decoding it.
 
-    Raises UnsupportedType if it is not in MAGIC, and UnreadableImage or TooLarge if the file is
-    empty or its layout exceeds a limit.
+    Raises UnsupportedType if its type is not in MAGIC, UnreadableImage if it is empty, damaged or
+    has too many parts, and TooLarge if it has too many pixels.
     """
     if not body:
         raise UnreadableImage("the request body is empty; send the image file's bytes")
@@ -83,29 +75,21 @@ def check_header(body: bytes, max_pixels: int) -> str:
     if kind is None:
         raise UnsupportedType(unsupported_types.describe(body, ", ".join(MAGIC)))
     try:
-        if kind == "JPEG":
-            _check_jpeg(body)
-        elif kind == "PNG":
-            _check_png(body)
-        elif kind == "TIFF":
-            _check_tiff(body, max_pixels)
-    except struct.error:
-        raise UnreadableImage("the image's header is truncated or damaged") from None
-    return kind
-
-
-def read_layout(body: bytes, max_pixels: int) -> Layout:
-    """Return what an image file's header says about the work of decoding it.
-
-    Raises UnreadableImage, UnsupportedType or TooLarge.
-    """
-    kind = check_header(body, max_pixels)
-    try:
         layout = _READERS[kind](body)
     except (struct.error, IndexError):
         raise UnreadableImage("the image's header is truncated or damaged") from None
     check_size(layout.width, layout.height, max_pixels)
+    if layout.part_pixels > max_pixels:
+        raise TooLarge(
+            f"the image has tiles of {layout.part_pixels:,} pixels, over the limit of"
+            f" {max_pixels:,}; save it with smaller ones"
+        )
     return layout
+
+
+def essential(kind: str, body: bytes) -> bytes:
+    """Return the file without metadata, which Pillow reads in more than linear time."""
+    return _ESSENTIAL[kind](body) if kind in _ESSENTIAL else body
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -119,63 +103,4 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise TooLarge(
             f"the image has {width} x {height} pixels, over the limit of {MAX_SIDE:,} per side;"
             " split it"
-        )
-
-
-def _check_jpeg(body: bytes) -> None:
-    """Limit scans, counted as libjpeg finds them: other data may contain the same bytes."""
-    if body.count(bytes([0xFF, _SOS])) <= MAX_SCANS:
-        return
-    at = scans = 0
-    for _ in range(MAX_SEGMENTS):
-        found = _MARKER.search(body, at)
-        if found is None or (marker := found[0][1]) == _EOI:
-            return
-        at, scans = found.end(), scans + (marker == _SOS)
-        if scans > MAX_SCANS:
-            break
-        if marker not in (_TEM, _SOI):  # all other segments start with their length
-            at += int.from_bytes(body[at : at + 2])
-    raise UnreadableImage(
-        f"the JPEG has more than {MAX_SCANS} scans or {MAX_SEGMENTS:,} segments; save it again"
-    )
-
-
-def _check_png(body: bytes) -> None:
-    """Allow one colour profile, as the standard does: Pillow inflates each, to up to 1 MB."""
-    if body.count(b"iCCP") < 2:
-        return
-    at, profiles = 8, 0
-    while at + 8 <= len(body):
-        length, kind = struct.unpack_from(">I4s", body, at)
-        profiles += kind == b"iCCP"
-        if profiles > 1:
-            raise UnreadableImage("the PNG has more than one colour profile; save it again")
-        at += 12 + length
-
-
-def _check_tiff(body: bytes, max_pixels: int) -> None:
-    """Check strips and tiles: a tile is decoded whole, even if the image uses little of it."""
-    order = "<" if body.startswith(b"II") else ">"
-    (at,) = struct.unpack_from(order + "I", body, 4)
-    (entries,) = struct.unpack_from(order + "H", body, at)
-    sides = {_TILE_WIDTH: 0, _TILE_LENGTH: 0}
-    for start in range(at + 2, at + 2 + 12 * entries, 12):
-        tag, kind, count = struct.unpack_from(order + "HHI", body, start)
-        if tag in (_STRIP_OFFSETS, _TILE_OFFSETS) and count > MAX_PARTS:
-            raise UnreadableImage(
-                f"the TIFF has {count} strips or tiles, over the limit of {MAX_PARTS:,};"
-                " save it with larger ones"
-            )
-        if tag in sides:
-            if count != 1 or kind not in (_SHORT, _LONG):
-                raise UnreadableImage("the TIFF has an invalid tile size")
-            format_ = order + ("H" if kind == _SHORT else "I")
-            (side,) = struct.unpack_from(format_, body, start + 8)
-            sides[tag] = max(sides[tag], side)  # if a tag occurs twice, readers may use either
-    width, length = sides.values()
-    if width * length > max_pixels:
-        raise TooLarge(
-            f"the TIFF has tiles of {width} x {length} pixels, over the limit of {max_pixels:,};"
-            " save it with smaller ones"
         )

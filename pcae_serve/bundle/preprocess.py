@@ -12,18 +12,20 @@ where that would destroy the picture:
 - of several frames, pages or pictures, the first is used.
 """
 
-import contextlib
 import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 
 from pcae_serve.bundle import image_limits
+from pcae_serve.bundle.image_files import jpeg
+from pcae_serve.bundle.image_files.layout import Layout
 from pcae_serve.errors import TooLarge, UnreadableImage, UnsupportedType, one_line
 
 # Pillow warns about harmless damage. Python remembers each distinct warning text, and clients
@@ -196,7 +198,28 @@ def read_picture(body: bytes, max_pixels: int = MAX_PIXELS, short: int | None = 
     any pixel is decoded). Pillow's own limit of about 179 million pixels remains in force above
     `max_pixels`; up to it, a GIF's header may allocate one byte per pixel.
     """
-    kind = image_limits.check_header(body, max_pixels)
+    layout = image_limits.read_layout(body, max_pixels)
+    body = image_limits.essential(layout.kind, body)
+    if layout.ended:
+        return _read(body, layout, max_pixels, short)
+    return _read_unended(body, layout, max_pixels)
+
+
+def _read_unended(body: bytes, layout: Layout, max_pixels: int) -> Picture:
+    """Decode a JPEG that lacks its end marker. Raises UnreadableImage if it lacks more."""
+    if jpeg.is_complete(body):
+        picture, *others = (
+            partial(_read, ended, layout, max_pixels) for ended in jpeg.with_end(body)
+        )
+        first = picture()
+        if not any(ImageChops.difference(first.image, other().image).getbbox() for other in others):
+            return first
+    raise UnreadableImage("the JPEG image is truncated or damaged: its end is missing")
+
+
+def _read(body: bytes, layout: Layout, max_pixels: int, short: int | None = None) -> Picture:
+    """Decode the essential parts of a file."""
+    kind = layout.kind
     try:
         image = Image.open(image_limits.BoundedReader(body), formats=[kind])
     except UnidentifiedImageError:
@@ -208,9 +231,12 @@ def read_picture(body: bytes, max_pixels: int = MAX_PIXELS, short: int | None = 
     except Exception as error:  # Pillow's parsers raise many types on hostile headers
         raise UnreadableImage(f"cannot read the image: {one_line(error)}") from None
     image_limits.check_size(*image.size, max_pixels)
+    if image.width * image.height != layout.pixels:
+        raise UnreadableImage("the image's header contradicts itself")
     _check_samples(image)
+    turn = None if kind == "TIFF" else _TURNS.get(layout.orientation)  # Pillow turns a TIFF
     try:
-        return _picture(image, short)
+        return _picture(image, short, turn)
     except MemoryError:
         raise
     except Exception as error:
@@ -233,7 +259,7 @@ def _check_samples(image: Image.Image) -> None:
         )
 
 
-def _picture(image: Image.Image, short: int | None) -> Picture:
+def _picture(image: Image.Image, short: int | None, turn: _Turn | None) -> Picture:
     """Decode an image, convert it to RGB and turn it upright.
 
     If the scale does not divide a side, the picture covers the side's last pixel only in part.
@@ -242,7 +268,7 @@ def _picture(image: Image.Image, short: int | None) -> Picture:
     reduced = image.draft(None, (short, short)) if short else None  # None unless it is a JPEG
     image.load()
     width, height = reduced[1][2:] if reduced else image.size
-    turn, upright = _turn(image), _rgb(image)
+    upright = _rgb(image)
     if upright is not image:
         image.close()  # frees its pixels before the turn allocates more
     if turn is None:
@@ -253,13 +279,6 @@ def _picture(image: Image.Image, short: int | None) -> Picture:
     left = upright.width - width if turn.right_is_left else 0
     top = upright.height - height if turn.bottom_is_top else 0
     return Picture(upright, size, (left, top, left + width, top + height))
-
-
-def _turn(image: Image.Image) -> _Turn | None:
-    """Return the turn for the EXIF orientation; a broken tag is ignored."""
-    with contextlib.suppress(Exception):
-        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 class Layout:
     """The properties of an image file that decide what decoding costs."""
 
-    codec: str  # key of decode_cost.RATES, for example "PNG" or "TIFF LZW"
+    kind: str  # as Pillow names it, for example "JPEG"
     width: int
     height: int
     samples: int = 3  # per pixel
     bits: int = 8  # per sample
+    codec: str = ""  # key of decode_cost.RATES, for example "TIFF LZW"; by default `kind`
     scans: int = 1  # passes over the whole image
     parts: int = 1  # strips or tiles
+    part_pixels: int = 0  # of a tile, which is decoded whole even if the image uses little of it
     coefficients: float = 0.0  # per pixel, if the codec keeps all of them at once
-    turned: bool = False  # its EXIF orientation differs from the stored one
+    orientation: int = 1  # as in EXIF
+    ended: bool = True  # False: the file lacks its end marker
 
     @property
     def pixels(self) -> int:

@@ -1,42 +1,70 @@
-"""WebP: the canvas and the codec of the first frame."""
+"""WebP: the canvas, the codec of the first picture, the orientation."""
 
 import struct
+from collections.abc import Iterator
 
 from pcae_serve.bundle.image_files.layout import Layout
+from pcae_serve.bundle.image_files.orientation import find_orientation
 from pcae_serve.errors import UnreadableImage
 
-#: Maximum chunks before the picture; common programs write at most 5.
-MAX_CHUNKS = 64
+#: Maximum chunks, one for each frame of an animation included.
+MAX_CHUNKS = 10_000
 
-_ALPHA, _LOSSLESS_ALPHA = 0x10, 1 << 28  # flags of the extended and of the lossless header
+_START = 12  # bytes before the first chunk
+_ALPHA, _EXIF_OR_XMP = 0x10, 0x08 | 0x04  # flags of the extended header
+_LOSSLESS_ALPHA = 1 << 28  # in the header of a lossless picture
 _FRAME_HEADER = 16  # bytes of an animation's frame before its own chunks
+_CODECS = {b"VP8 ": "WEBP", b"VP8L": "WEBP lossless"}
 
 
 def read_layout(body: bytes) -> Layout:
-    """Read canvas size and codec. Raises UnreadableImage or struct.error if damaged."""
-    first = body[12:16]
+    """Read canvas size, codec and orientation. Raises UnreadableImage or struct.error."""
+    first = body[_START : _START + 4]
     if first == b"VP8 ":
         width, height = struct.unpack_from("<HH", body, 26)
-        return Layout("WebP", width & 0x3FFF, height & 0x3FFF)
+        return Layout("WEBP", width & 0x3FFF, height & 0x3FFF)
     if first == b"VP8L":
         (bits,) = struct.unpack_from("<I", body, 21)
-        samples = 4 if bits & _LOSSLESS_ALPHA else 3
-        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-        return Layout("WebP lossless", width, height, samples)
+        return Layout(
+            "WEBP",
+            (bits & 0x3FFF) + 1,
+            (bits >> 14 & 0x3FFF) + 1,
+            samples=4 if bits & _LOSSLESS_ALPHA else 3,
+            codec="WEBP lossless",
+        )
     if first != b"VP8X" or len(body) < 30:
         raise UnreadableImage("the image's header is truncated or damaged")
     width, height = (int.from_bytes(body[at : at + 3], "little") + 1 for at in (24, 27))
-    return Layout(_codec(body), width, height, samples=4 if body[20] & _ALPHA else 3)
+    flags = body[20]
+    codec, exif, xmp = "", b"", b""
+    for name, at, end in _chunks(body):
+        if name == b"ANMF":
+            name = body[at + _FRAME_HEADER : at + _FRAME_HEADER + 4]
+            name = b"VP8 " if name == b"ALPH" else name
+        codec = codec or _CODECS.get(name, "")
+        if name == b"EXIF":
+            exif = exif or body[at:end]
+        elif name == b"XMP ":
+            xmp = xmp or body[at:end]
+        if codec and not flags & _EXIF_OR_XMP:
+            break
+    return Layout(
+        "WEBP",
+        width,
+        height,
+        samples=4 if flags & _ALPHA else 3,
+        codec=codec or "WEBP",
+        orientation=find_orientation([exif], xmp),
+    )
 
 
-def _codec(body: bytes) -> str:
-    """Return the codec of the first picture. Raises UnreadableImage if there is none."""
-    at = 12
+def _chunks(body: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, start and end of the data of each chunk. Raises UnreadableImage if too many."""
+    at = _START
     for _ in range(MAX_CHUNKS):
+        if at + 8 > len(body):
+            return
         name, length = struct.unpack_from("<4sI", body, at)
-        if name == b"VP8 ":
-            return "WebP"
-        if name == b"VP8L":
-            return "WebP lossless"
-        at += 8 + (_FRAME_HEADER if name == b"ANMF" else length + length % 2)
-    raise UnreadableImage(f"the WebP has more than {MAX_CHUNKS} chunks before its picture")
+        yield name, at + 8, at + 8 + length
+        at += 8 + length + length % 2
+    raise UnreadableImage(f"the WebP has more than {MAX_CHUNKS:,} chunks; save it again")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pcae_serve.bundle import unsupported_types
-from pcae_serve.bundle.image_limits import MAGIC, check_header
+from pcae_serve.bundle.image_limits import MAGIC, read_layout
 from pcae_serve.errors import UnsupportedType
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
@@ -82,4 +82,4 @@ def test_anything_else_is_unknown(body: bytes) -> None:
 
 def test_the_check_of_the_header_says_it() -> None:
     with pytest.raises(UnsupportedType, match=r"HEIC.*send one of " + ", ".join(MAGIC)):
-        check_header(b"\0\0\0\x1cftypheic" + bytes(20), 1_000_000)
+        read_layout(b"\0\0\0\x1cftypheic" + bytes(20), 1_000_000)
