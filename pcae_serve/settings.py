@@ -112,7 +112,8 @@ class Settings(BaseSettings):
     decode_threads: int = Field(
         0,
         ge=0,
-        description="images decoded in parallel; 0: one for each core that the process may use",
+        description="small images decoded in parallel, and as many large ones; 0: one for each"
+        " core that the process may use",
     )
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all interfaces")

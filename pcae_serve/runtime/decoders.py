@@ -12,10 +12,17 @@ from pcae_serve.bundle import decode_cost, image_limits
 from pcae_serve.bundle.decode_cost import DecodeCost
 from pcae_serve.bundle.preprocess import REDUCED, Preprocess
 from pcae_serve.runtime import refusals
+from pcae_serve.runtime.decode_call import decode_image
+from pcae_serve.runtime.decode_processes import DecodeProcesses
+from pcae_serve.runtime.decode_worker import Request
 from pcae_serve.runtime.memory_budget import MemoryBudget, ParallelWork
 from pcae_serve.runtime.refusals import Refused
 from pcae_serve.runtime.threads import Threads
 
+#: Largest predicted seconds and bytes of an image that a thread decodes.
+THREAD_S, THREAD_BYTES = 0.1, 128 << 20
+#: CPU time that a process may take for an image: this, and so many times the prediction.
+LIMIT_S, LIMIT_TIMES = 2.0, 10.0
 #: Limits of the correction of predicted seconds: how much slower or faster this machine may be.
 SLOWEST, FASTEST = 20.0, 0.2
 #: Predicted seconds of decoding after which a measurement's weight has halved.
@@ -23,15 +30,18 @@ MEMORY_S = 1.0
 
 
 class Decoders:
-    """The threads that decode images, and the work that they have accepted."""
+    """Two lanes: threads for small images, processes for large ones, which never delay the small.
 
-    def __init__(self, threads: int, *, max_pixels: int, memory: MemoryBudget) -> None:
-        """threads: images that are decoded in parallel. max_pixels: limit per image."""
+    A process can be killed when a budget has passed; a thread cannot, so only what is predicted to
+    take little time and memory is decoded on one.
+    """
+
+    def __init__(self, count: int, *, max_pixels: int, memory: MemoryBudget) -> None:
+        """count: images that are decoded in parallel, in each lane. max_pixels: limit per image."""
         self._max_pixels = max_pixels
-        self._memory = ParallelWork(memory, threads)
-        self._threads, self._count = Threads("decode", threads), threads
-        self._speed = _Speed()
-        self._backlog_s = 0.0  # predicted seconds of what waits or runs, on the reference machine
+        self._small, self._large = _Lane(count, memory), _Lane(count, memory)
+        self._threads = Threads("decode", count)
+        self._processes = DecodeProcesses(count)
 
     def predict(self, preprocess: Preprocess, body: bytes) -> DecodeCost:
         """Predict what decoding a file costs, from its header, without decoding it.
@@ -41,21 +51,21 @@ class Decoders:
         layout = image_limits.read_layout(body, self._max_pixels)
         return decode_cost.predict(layout, len(body), REDUCED * preprocess.resize)
 
-    @property
-    def busy(self) -> bool:
-        """Whether an image is being decoded or waits for it."""
-        return self._threads.busy
-
     def idle_s(self, cost: DecodeCost) -> float:
         """Return the least seconds that decoding an image takes, on an idle server.
 
         Slowness that was measured may be due to load, so it does not count.
         """
-        return min(1.0, self._speed.factor) * cost.seconds
+        return min(1.0, self._lane(cost).speed.factor) * cost.seconds
+
+    def busy(self, cost: DecodeCost) -> bool:
+        """Return whether an image like this one is being decoded or waits for it."""
+        return self._lane(cost).calls > 0
 
     def wait_s(self, cost: DecodeCost) -> float:
         """Return the predicted seconds until an image that is submitted now would be decoded."""
-        return self._speed.factor * (self._backlog_s / self._count + cost.seconds)
+        lane = self._lane(cost)
+        return lane.speed.factor * (lane.backlog_s / lane.parallel + cost.seconds)
 
     def decode(
         self, preprocess: Preprocess, body: bytes, cost: DecodeCost, on_end: Callable[[], None]
@@ -66,27 +76,70 @@ class Decoders:
         more, which may be later than the end of the future. Raises Refused if there is no memory,
         and in the future what `preprocess` raises.
         """
-        if not self._memory.try_add(cost.bytes):
-            raise Refused(refusals.memory_full())
-        self._backlog_s += cost.seconds
+        lane = self._lane(cost)
+        lane.add(cost)
+        call: _Call | None = None
+
+        def ended(_: object = None) -> None:
+            if call is not None:
+                call.forget()
+            lane.remove(cost)
+            on_end()
+
+        if lane is self._large:
+            decoding = asyncio.ensure_future(self._decode_large(preprocess, body, cost))
+            decoding.add_done_callback(ended)
+            return decoding
         call = _Call(partial(self._timed, preprocess, body, cost))
-        return self._threads.submit(call, partial(self._ended, call, cost, on_end))
+        return self._threads.submit(call, ended)
 
     async def shutdown(self, limit_s: float) -> bool:
-        """Wait at most `limit_s` for running calls; return whether all have ended."""
+        """End all decoding, of threads within `limit_s`; return whether all have ended."""
+        await self._processes.stop()
         return await self._threads.shutdown(limit_s)
+
+    def _lane(self, cost: DecodeCost) -> "_Lane":
+        small = cost.seconds <= THREAD_S and cost.bytes <= THREAD_BYTES
+        return self._small if small else self._large
 
     def _timed(self, preprocess: Preprocess, body: bytes, cost: DecodeCost) -> NDArray[np.uint8]:
         start_s = time.monotonic()
-        pixels = preprocess(body, self._max_pixels)
-        self._speed.add(cost.seconds, time.monotonic() - start_s)
+        pixels = decode_image(preprocess, body, self._max_pixels, cost.bytes)
+        self._small.speed.add(cost.seconds, time.monotonic() - start_s)
         return pixels
 
-    def _ended(self, call: "_Call", cost: DecodeCost, on_end: Callable[[], None]) -> None:
-        call.forget()
-        self._backlog_s -= cost.seconds
+    async def _decode_large(
+        self, preprocess: Preprocess, body: bytes, cost: DecodeCost
+    ) -> NDArray[np.uint8]:
+        cpu_s = LIMIT_S + LIMIT_TIMES * cost.seconds
+        request = Request(preprocess, body, self._max_pixels, cost.bytes, cpu_s)
+        del body
+        pixels, seconds = await self._processes.decode(request)
+        self._large.speed.add(cost.seconds, seconds)
+        return pixels
+
+
+class _Lane:
+    """The work that decoders of one kind have accepted."""
+
+    def __init__(self, parallel: int, memory: MemoryBudget) -> None:
+        self.parallel, self.speed = parallel, _Speed()
+        self.calls = 0
+        self.backlog_s = 0.0  # predicted seconds of what waits or runs, on the reference machine
+        self._memory = ParallelWork(memory, parallel)
+
+    def add(self, cost: DecodeCost) -> None:
+        """Add an image. Raises Refused if there is no memory for it."""
+        if not self._memory.try_add(cost.bytes):
+            raise Refused(refusals.memory_full())
+        self.calls += 1
+        self.backlog_s += cost.seconds
+
+    def remove(self, cost: DecodeCost) -> None:
+        """Remove an image that was added."""
         self._memory.remove(cost.bytes)
-        on_end()
+        self.calls -= 1
+        self.backlog_s = self.backlog_s - cost.seconds if self.calls else 0.0
 
 
 class _Call:

@@ -114,7 +114,7 @@ class OfferedRequest:
             if len(body) + cost.bytes > limit_bytes:
                 raise Refused(refusals.over_memory(len(body) + cost.bytes, limit_bytes))
         idle_s = decoders.idle_s(cost)
-        self._arrive(self, idle_s, decoders.wait_s(cost) if decoders.busy else idle_s)
+        self._arrive(self, idle_s, decoders.wait_s(cost) if decoders.busy(cost) else idle_s)
         self.raise_if_refused()
         with self._outcomes():
             if not self._bytes.try_resize(max(self._bytes.held_bytes, self._pixels_bytes)):

@@ -123,3 +123,45 @@ def test_its_memory_is_free_when_no_thread_works_on_it(monkeypatch: pytest.Monke
             subject.decode(PREPROCESS, BODY, cost, ended)
 
     asyncio.run(scenario())
+
+
+def test_a_large_image_does_not_delay_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is decoded in a process, with equal pixels."""
+    monkeypatch.setattr("pcae_serve.runtime.decoders.THREAD_S", 0.01)
+    large = image_bytes(level=9, size=(2000, 2000))
+
+    async def scenario() -> None:
+        subject = Decoders(1, max_pixels=5_000_000, memory=MemoryBudget(10**9))
+        costs = {body: subject.predict(PREPROCESS, body) for body in (large, BODY)}
+        calls = [subject.decode(PREPROCESS, large, costs[large], ended) for _ in range(3)]
+        assert subject.busy(costs[large])
+        assert not subject.busy(costs[BODY])
+        assert subject.wait_s(costs[BODY]) == pytest.approx(costs[BODY].seconds)
+        assert subject.wait_s(costs[large]) == pytest.approx(4 * costs[large].seconds)
+        await subject.decode(PREPROCESS, BODY, costs[BODY], ended)
+        for call in calls:
+            np.testing.assert_array_equal(await call, PREPROCESS(large))
+        assert await subject.shutdown(5.0)
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_image_frees_its_place_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pcae_serve.runtime.decoders.THREAD_S", 0.0)
+    ends = list[str]()
+
+    async def scenario() -> None:
+        memory = MemoryBudget(10**9)
+        subject = decoders(memory)
+        cost = subject.predict(PREPROCESS, BODY)
+        calls = [subject.decode(PREPROCESS, BODY, cost, lambda: ends.append("x")) for _ in "abc"]
+        await asyncio.sleep(0)  # they have begun
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert not subject.busy(cost)
+        assert memory.free_bytes == memory.limit_bytes
+        assert await subject.shutdown(5.0)
+
+    asyncio.run(scenario())
+    assert ends == ["x"] * 3

@@ -412,7 +412,7 @@ def test_what_decoding_leaves_no_time_for_is_refused_before_it_is_decoded(
     monkeypatch.setattr(Preprocess, "__call__", decode)
 
     async def refused(idle_s: float, wait_s: float) -> RequestError:
-        monkeypatch.setattr(Decoders, "busy", wait_s > idle_s)
+        monkeypatch.setattr(Decoders, "busy", lambda *_: wait_s > idle_s)
         monkeypatch.setattr(Decoders, "idle_s", lambda *_: idle_s)
         monkeypatch.setattr(Decoders, "wait_s", lambda *_: wait_s)
         service = Service(settings(), small_bundle, [Gate()])

@@ -1,0 +1,157 @@
+"""Processes that decode images: one that is no longer needed, or takes too much, can be killed.
+
+The standard library's process pools cannot end a running call, and send Python objects; a decoder
+of hostile files should not be able to send any.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pcae_serve.errors import UnreadableImage
+from pcae_serve.runtime import refusals
+from pcae_serve.runtime.decode_worker import (
+    ERRORS,
+    FIRST_ERROR,
+    NO_MEMORY,
+    PIXELS,
+    REPLY,
+    Request,
+)
+from pcae_serve.runtime.refusals import Refused
+
+#: Signals that end a process in a decoder's own fault: the file causes them.
+_FAULTS = {
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGABRT,
+}
+#: Maximum bytes of an error's text.
+_MAX_TEXT_BYTES = 10_000
+
+
+class DecodeProcesses:
+    """Up to `count` processes, started when they are needed. Calls start in their order."""
+
+    def __init__(self, count: int) -> None:
+        self._free = asyncio.Semaphore(count)
+        self._idle: list[_Worker] = []
+        self._started = set[_Worker]()
+
+    @property
+    def warm(self) -> bool:
+        """Whether a process waits for an image."""
+        return bool(self._idle)
+
+    async def decode(self, request: Request) -> tuple[NDArray[np.uint8], float]:
+        """Decode an image: return pixels uint8 [H, W, 3] and seconds. To cancel it kills a process.
+
+        Raises Refused if memory or a process is missing, and what decoding raises.
+        """
+        async with self._free:
+            worker = self._idle.pop() if self._idle else await self._start()
+            start_s = time.monotonic()
+            try:
+                kind, content = await worker.ask(request)
+            except BaseException:
+                self._remove(worker)
+                raise
+            self._idle.append(worker)
+            seconds = time.monotonic() - start_s
+        return _result(kind, content, request.preprocess.image_size), seconds
+
+    async def stop(self) -> None:
+        """Kill all processes and wait for their end."""
+        workers = list(self._started)
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            await worker.ended()
+        self._started.clear()
+        self._idle.clear()
+
+    def _remove(self, worker: "_Worker") -> None:
+        """Kill a process; forget it when it has ended."""
+        worker.kill()
+        end = asyncio.ensure_future(worker.ended())
+        end.add_done_callback(lambda _: self._started.discard(worker))
+
+    async def _start(self) -> "_Worker":
+        try:
+            worker = await _Worker.start()
+        except OSError:  # no memory, or too many processes
+            raise Refused(refusals.out_of_memory()) from None
+        self._started.add(worker)
+        return worker
+
+
+class _Worker:
+    """One decoder process."""
+
+    def __init__(self, process: Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process, self._input, self._output = process, process.stdin, process.stdout
+
+    @classmethod
+    async def start(cls) -> "_Worker":
+        # numpy's threads take address space, and decoding uses none of them
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        module = "pcae_serve.runtime.decode_worker"
+        command = (sys.executable, "-m", module)
+        return cls(
+            await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment)
+        )
+
+    async def ask(self, request: Request) -> tuple[int, bytes]:
+        """Return kind and content of the reply. Raises if the process ends before."""
+        try:
+            for part in request.to_bytes():
+                self._input.write(part)
+                await self._input.drain()
+            kind, length = REPLY.unpack(await self._output.readexactly(REPLY.size))
+            size = request.preprocess.image_size
+            if length > max(3 * size * size, _MAX_TEXT_BYTES):
+                raise asyncio.IncompleteReadError(b"", length)
+            return kind, await self._output.readexactly(length)
+        except (OSError, asyncio.IncompleteReadError):
+            self.kill()
+            await self.ended()
+            raise self._failure() from None
+
+    def _failure(self) -> Exception:
+        """Return the error of a process that ended by itself."""
+        code = self._process.returncode or 0
+        if -code == signal.SIGXCPU:
+            return UnreadableImage("the image takes too long to decode; save it again")
+        if -code in _FAULTS:
+            return UnreadableImage("the image cannot be decoded; save it again")
+        return Refused(refusals.out_of_memory())  # most likely the system killed it
+
+    def kill(self) -> None:
+        """Kill the process, if it runs."""
+        if self._process.returncode is None:
+            self._process.kill()
+
+    async def ended(self) -> None:
+        """Wait for the end of the process."""
+        await self._process.wait()
+
+
+def _result(kind: int, content: bytes, size: int) -> NDArray[np.uint8]:
+    """Return the pixels of a reply, or raise its error."""
+    if kind == PIXELS and len(content) == 3 * size * size:
+        return np.frombuffer(content, np.uint8).reshape(size, size, 3)
+    if FIRST_ERROR <= kind < FIRST_ERROR + len(ERRORS):
+        raise ERRORS[kind - FIRST_ERROR](content.decode("utf-8", "replace"))
+    if kind == NO_MEMORY:
+        raise MemoryError
+    raise UnreadableImage("the image cannot be decoded; save it again")
