@@ -33,9 +33,10 @@ from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.base import Engine, Pixels
 from pcae_serve.engines.loader import load_engine
 from pcae_serve.errors import PcaeError, one_line
-from pcae_training.checkpoint import from_config, read_json
+from pcae_training.checkpoint import read_json
 from pcae_training.journal import describe_machine
 from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.model_config import from_config
 
 MODELS = {
     "tiny": ViTConfig(image_size=32, patch_size=8, width=32, heads=2, classes=10),

@@ -28,8 +28,9 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_serve.runtime.latency_profile import processor
-from pcae_training.checkpoint import Checkpoint, from_config
+from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.model_config import from_config
 
 RANDOM = {
     "vit-s": ViTConfig(width=384, heads=6),

@@ -1,19 +1,20 @@
 """Documents of the REST API, as pydantic models; /docs is generated from them."""
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field
 
+from pcae_serve.bundle.manifest import Answers
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
 from pcae_serve.bundle.tokens import Rule
 
 
 class Prediction(BaseModel):
-    """A class and its probability."""
+    """A class or label and its probability."""
 
-    label: str = Field(description="name of the class")
+    label: str = Field(description="name of the class or label; two may have the same name")
     index: int = Field(description="index of the label in the bundle's list")
-    probability: float = Field(description="softmax of the logits over all classes")
+    probability: float = Field(
+        description="softmax over all classes, or for independent labels the sigmoid of the logit"
+    )
 
 
 class Timings(BaseModel):
@@ -99,8 +100,8 @@ class TierInfo(BaseModel):
         description="similarity to the features at keep ratio 1.0, for bundles without a head"
     )
     dominated: bool = Field(
-        description="whether a cheaper tier is at least as good; auto uses such a tier only if all"
-        " others have failed"
+        description="whether a cheaper tier is better, beyond the uncertainty of the measurement;"
+        " auto uses such a tier only if all others have failed"
     )
     in_service: bool = Field(
         True, description="false while the tier fails; it then answers no requests"
@@ -123,8 +124,9 @@ class Tiers(BaseModel):
     policy: str = Field(description="scheduling policy")
     budget_ms: float = Field(description="budget of requests that state none, in milliseconds")
     image_size: int = Field(description="side of the model's input, in pixels")
-    answers: Literal["logits", "features"] = Field(
-        description="logits: use POST /classify; features: use POST /embed"
+    answers: Answers = Field(
+        description="classes: one of them applies (softmax), use POST /classify; labels: any number"
+        " of them apply (a sigmoid each), use POST /classify; features: use POST /embed"
     )
     width: int = Field(description="length of the output: number of classes or of features")
     labels: list[str] = Field(description="class names in the order of the logits")

@@ -12,15 +12,18 @@ from pydantic_settings import CliPositionalArg, NoDecode
 
 from pcae_export import card, pack
 from pcae_export.choice import DEFAULT_REDUCTION, choose_reduction
+from pcae_export.half_precision import Half, choose_half
 from pcae_export.images import IMAGES_HELP, decode, parity_pixels, shuffle_rows
 from pcae_export.measure import measure_quality
-from pcae_export.pack import Evaluation, Half, Part, TierSpec
+from pcae_export.pack import Evaluation, Part, TierSpec
+from pcae_export.ranking import warn_of_few_images
 from pcae_export.source import Source, SourceOverrides, read_source
 from pcae_export.tier_flags import parse_tiers
 from pcae_export.verify import MIN_IMAGES, verify_model
 from pcae_serve.bundle.manifest import NAME_PATTERN
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.bundle.tokens import Rule, parse_keep_ratio
+from pcae_serve.engines.base import Pixels
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
@@ -56,7 +59,8 @@ class WriteBundle(BaseModel):
             "choice_images",
         ),
         "overrides of SOURCE": (
-            "labels", "heads", "image_size", "resize", "normalise", "features",
+            "weights", "answers", "labels", "heads", "image_size", "resize", "normalise",
+            "features",
         ),
         "bundle": ("name", "model_id", "card_note", "force"),
     }  # fmt: skip
@@ -102,8 +106,20 @@ class WriteBundle(BaseModel):
     choice_images: int = Field(
         32, ge=2, description="number of images that --reduction auto compares rules on"
     )
-    half: Literal[Half, "none"] = Field(
-        "float16", description="precision of the graphs for GPUs; none: write no such graphs"
+    half: Literal["auto", Half, "none"] = Field(
+        "auto",
+        description="precision of the graphs for GPUs; auto: float16, or bfloat16 if the model"
+        " overflows float16; none: write no such graphs",
+    )
+    weights: Literal["raw", "ema"] | None = Field(
+        None,
+        description="which weights to take from a file that has raw and averaged ones (default:"
+        " the averaged ones, ema)",
+    )
+    answers: Literal["classes", "labels"] | None = Field(
+        None,
+        description="what the head gives: one of several classes (softmax), or independent labels"
+        " (a sigmoid each) (default: as SOURCE states, else classes)",
     )
     labels: Path | None = Field(
         None, description="text file of class names, one per line, or JSON list"
@@ -173,21 +189,24 @@ class WriteBundle(BaseModel):
         order = range(len(images)) if images else range(0)
         tables = self._choose_reductions(parts, undecided, images, order)
 
+        size, count = first.preprocess.image_size, self.parity_images
+        pixels = parity_pixels(images, count, size, MIN_IMAGES)
+        self._choose_half(parts, pixels)
+
         def evaluate(draft: Bundle, stored: Mapping[str, Checkpoint]) -> Evaluation:
-            size, count = first.preprocess.image_size, self.parity_images
-            pixels = parity_pixels(images, count, size, MIN_IMAGES)
             parity = {m: verify_model(draft, c, pixels, m) for m, c in stored.items()}
             if images is None:
                 return Evaluation(parity=parity)
             engine, rows = OnnxRuntimeEngine(draft), order[: self.limit]
-            quality = measure_quality(draft, engine, images, rows, bool(images.classes))
-            return Evaluation(quality, parity)
+            measured = measure_quality(draft, engine, images, rows, bool(images.classes))
+            if warning := warn_of_few_images(list(draft.tiers), measured):
+                print(f"warning: {warning}", file=sys.stderr)
+            return Evaluation(measured, parity)
 
         bundle = pack.write_bundle(
             parts,
             self.out,
             name=self.name,
-            half=None if self.half == "none" else self.half,
             evaluate=evaluate,
             note="\n\n".join(filter(None, [self.card_note, *tables])),
             force=self.force,
@@ -220,6 +239,8 @@ class WriteBundle(BaseModel):
             reduction_points=self.reduction_points,
             reduction=None if self.reduction == "auto" else self.reduction,
             features=self.features,
+            weights=self.weights,
+            answers=self.answers,
         )
 
     def _with_default_rule(self, read: Source, part: Part) -> Part:
@@ -250,6 +271,19 @@ class WriteBundle(BaseModel):
             tables.append("\n\n".join([title, "\n".join(choice.lines())]))
         return tables
 
+    def _choose_half(self, parts: dict[str, Part], pixels: Pixels) -> None:
+        """Set the precision of the graphs for GPUs, in `parts`."""
+        for model_id, part in parts.items():
+            exact = [spec for spec in part.tiers.values() if spec.precision == "float32"]
+            if self.half == "none" or not exact:
+                continue
+            geometry = part.checkpoint.model.config.geometry
+            counts = [geometry.counts(spec.keep_ratio) for spec in exact]
+            choice = choose_half(part.checkpoint, pixels, counts, self.half)
+            if choice.note:
+                print(f"note: {model_id}: {choice.note}", file=sys.stderr)
+            parts[model_id] = replace(part, half=choice.half, half_range=choice.range)
+
     def _images(self, checkpoint: Checkpoint) -> LabelledImages | None:
         """Return the readable images of --eval-data in random order, as many as are needed.
 
@@ -258,6 +292,11 @@ class WriteBundle(BaseModel):
         if self.eval_data is None:
             return None
         labelled = bool(checkpoint.labels) and not self.agreement
+        if labelled and checkpoint.answers == "labels":
+            raise PcaeError(
+                "images in class folders have one class each, but the model gives independent"
+                " labels; measure without classes (--agreement)"
+            )
         images = load(
             self.eval_data,
             self.eval_split,

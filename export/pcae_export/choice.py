@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from pcae_export.progress import Progress
+from pcae_serve.bundle.probabilities import same_answer
 from pcae_serve.bundle.tokens import KeepRatio, Rule
 from pcae_serve.engines.base import Pixels
 from pcae_training.checkpoint import Checkpoint
@@ -101,13 +103,16 @@ def choose_reduction(
             candidate = _with(model, rule)
             found = [_answers(candidate, batches, counts, progress) for counts in budgets.values()]
             near = [
-                torch.cosine_similarity(_level(f, model), _level(full_outputs, model))
+                torch.cosine_similarity(_level(f, checkpoint), _level(full_outputs, checkpoint))
                 for f in found
             ]
             cosines[rule] = torch.stack(near).numpy()
             if model.config.classes:
-                same = [(f.argmax(1) == full_outputs.argmax(1)).double().mean() for f in found]
-                agreement[rule] = torch.stack(same).numpy()
+                same = [
+                    same_answer(f.numpy(), full_outputs.numpy(), checkpoint.answers).mean()
+                    for f in found
+                ]
+                agreement[rule] = np.array(same)
     return Choice(cosines, agreement, tuple(budgets))
 
 
@@ -129,6 +134,11 @@ def _answers(
     return torch.cat(found)
 
 
-def _level(answers: Tensor, model: VisionTransformer) -> Tensor:
-    """Return the vectors to take cosines of; of logits only differences have a meaning."""
-    return answers - answers.mean(dim=1, keepdim=True) if model.config.classes else answers
+def _level(answers: Tensor, checkpoint: Checkpoint) -> Tensor:
+    """Return the vectors to take cosines of; of logits of classes only differences have a meaning.
+
+    The cosine of a single number would be its sign, so a label's logit gets a constant next to it.
+    """
+    if checkpoint.answers == "classes":
+        return answers - answers.mean(dim=1, keepdim=True)
+    return F.pad(answers, (0, 1), value=1.0) if checkpoint.answers == "labels" else answers

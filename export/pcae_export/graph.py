@@ -55,10 +55,21 @@ class Elastic(nn.Module):
 
     order: Tensor
 
-    def __init__(self, model: VisionTransformer, preprocess: Preprocess) -> None:
-        """Wrap a model for `torch.onnx.export`, which alone can run its symbolic attention."""
+    def __init__(
+        self,
+        model: VisionTransformer,
+        preprocess: Preprocess,
+        dtype: torch.dtype = torch.float16,
+        attention: type[Attention] | None = None,
+    ) -> None:
+        """Wrap a model.
+
+        dtype: of products. attention: its implementation; by default symbolic, which only
+        `torch.onnx.export` can run.
+        """
         super().__init__()
-        self.model, self.preprocess = to_half_products(model), preprocess
+        self.model = to_half_products(model, dtype, attention or _NamedAttention)
+        self.preprocess, self.dtype = preprocess, dtype
         if model.config.reduction == "random":
             patches = model.config.geometry.patches
             self.register_buffer("order", fixed_order(patches), persistent=False)
@@ -71,7 +82,7 @@ class Elastic(nn.Module):
         """
         model = self.model
         images = pixels.float().permute(0, 3, 1, 2)  # cast first: TensorRT cannot transpose uint8
-        tokens = model.tokens(model.embed(normalise(images, self.preprocess).half()))
+        tokens = model.tokens(model.embed(normalise(images, self.preprocess).to(self.dtype)))
         left = torch.tensor(tokens.patches)
         kept: list[Tensor] = []
         for i, block in enumerate(model.blocks):
@@ -98,8 +109,10 @@ def _number(value: Tensor, low: int, high: int) -> int:
     return number
 
 
-def to_half_products(model: VisionTransformer) -> VisionTransformer:
-    """Return a copy with products in float16; norms, softmax, ranking and head stay in float32."""
+def to_half_products(
+    model: VisionTransformer, dtype: torch.dtype, attention: type[Attention]
+) -> VisionTransformer:
+    """Return a copy with products in `dtype`; norms, softmax, ranking and head stay in float32."""
     model = deepcopy(model)
     tops = [getattr(model, name, None) for name in ("norm", "fc_norm", "head", "head_dist")]
     top = {module for module in tops if module is not None}
@@ -110,9 +123,9 @@ def to_half_products(model: VisionTransformer) -> VisionTransformer:
             module.__class__ = _Float32Norm
             continue
         if isinstance(module, Attention):
-            module.__class__ = _NamedAttention
+            module.__class__ = attention
         for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.half()
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

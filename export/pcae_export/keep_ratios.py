@@ -25,7 +25,7 @@ from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.bundle.tokens import KeepRatio, parse_keep_ratio
 from pcae_serve.errors import BundleError
-from pcae_training.checkpoint import from_config
+from pcae_training.model_config import from_config
 
 #: Difference between neighbouring keep ratios of a sweep.
 SPACING = Decimal("0.02")

@@ -5,7 +5,9 @@ a head, but no labels    share of images with the same class as the same model a
 no head                  mean cosine of the features to those at k = 1.0
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from pcae_export.images import decode
 from pcae_export.progress import Progress
 from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.probabilities import same_answer
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Engine
@@ -24,9 +27,17 @@ BATCH = 8
 Quality = Accuracy | Agreement | Fidelity
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A tier's quality, and the score of each image that it is the mean of."""
+
+    quality: Quality
+    scores: NDArray[np.float64]  # [N]: right or not, the same answer or not, or a cosine
+
+
 def measure_quality(
     bundle: Bundle, engine: Engine, images: LabelledImages, rows: Sequence[int], labelled: bool
-) -> dict[str, Quality]:
+) -> dict[str, Measured]:
     """Return each tier's quality on the given rows of `images`, by tier name.
 
     labelled: whether to compare with the images' labels, which must be the bundle's.
@@ -34,23 +45,26 @@ def measure_quality(
     full_tiers = (
         {} if labelled else {model: _full_tier(bundle, model) for model in bundle.manifest.models}
     )
-    total = {tier.name: 0.0 for tier in bundle.tiers}
+    scores: dict[str, list[NDArray[Any]]] = {tier.name: [] for tier in bundle.tiers}
     with Progress("measuring quality", len(rows), "images") as progress:
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
             pixels, labels = decode(images, batch), images.labels[batch].numpy()
             best = {model: engine.run(tier, pixels).vectors for model, tier in full_tiers.items()}
             for tier in bundle.tiers:
-                answers = engine.run(tier, pixels).vectors
+                vectors = engine.run(tier, pixels).vectors
                 if labelled:
-                    total[tier.name] += int((answers.argmax(axis=1) == labels).sum())
-                elif bundle.answers == "logits":
-                    same = answers.argmax(axis=1) == best[tier.model].argmax(axis=1)
-                    total[tier.name] += int(same.sum())
+                    found = vectors.argmax(axis=1) == labels
+                elif bundle.answers == "features":
+                    found = cosine(vectors, best[tier.model])
                 else:
-                    total[tier.name] += float(cosine(answers, best[tier.model]).sum())
+                    found = same_answer(vectors, best[tier.model], bundle.answers)
+                scores[tier.name].append(found)
             progress.update(len(batch))
-    return _to_quality(bundle, total, len(rows), images.name, labelled)
+    return {
+        name: _to_measured(bundle, np.concatenate(parts).astype(float), images.name, labelled)
+        for name, parts in scores.items()
+    }
 
 
 def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -68,20 +82,16 @@ def _full_tier(bundle: Bundle, model: str) -> Tier:
     return some.model_copy(update={"token_counts": counts, "precision": "float32"})
 
 
-def _to_quality(
-    bundle: Bundle, total: Mapping[str, float], n: int, data_set: str, labelled: bool
-) -> dict[str, Quality]:
+def _to_measured(
+    bundle: Bundle, scores: NDArray[np.float64], data_set: str, labelled: bool
+) -> Measured:
+    n, mean = len(scores), float(scores.mean())
+    quality: Quality
     if labelled:
-        shares = {name: Top1(int(hits), n) for name, hits in total.items()}
-        return {
-            name: Accuracy(top1=s.value, n=n, interval=s.interval, data_set=data_set)
-            for name, s in shares.items()
-        }
-    if bundle.answers == "logits":
-        return {
-            name: Agreement(share=same / n, n=n, data_set=data_set) for name, same in total.items()
-        }
-    return {
-        name: Fidelity(cosine=min(1.0, near / n), n=n, data_set=data_set)
-        for name, near in total.items()
-    }
+        top1 = Top1(int(scores.sum()), n)
+        quality = Accuracy(top1=top1.value, n=n, interval=top1.interval, data_set=data_set)
+    elif bundle.answers == "features":
+        quality = Fidelity(cosine=min(1.0, mean), n=n, data_set=data_set)
+    else:
+        quality = Agreement(share=mean, n=n, data_set=data_set)
+    return Measured(quality, scores)

@@ -19,8 +19,10 @@ import onnxscript
 import torch
 
 from pcae_export import card, graph, int8, weights
-from pcae_export.measure import Quality
+from pcae_export.half_precision import Half
+from pcae_export.measure import Measured
 from pcae_export.progress import Progress
+from pcae_export.ranking import rank_tiers
 from pcae_export.verify import Parity
 from pcae_serve import atomic
 from pcae_serve.bundle.manifest import (
@@ -28,20 +30,19 @@ from pcae_serve.bundle.manifest import (
     INT8_GRAPH,
     MANIFEST,
     WEIGHTS,
+    HalfRange,
     Manifest,
     Model,
     Tier,
 )
-from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
 from pcae_serve.bundle.reader import Bundle, file_sha256, load_bundle
 from pcae_serve.bundle.tokens import KeepRatio, parse_keep_ratio
 from pcae_serve.errors import PcaeError
 from pcae_serve.version import __version__
-from pcae_training.checkpoint import Checkpoint, to_config
+from pcae_training.checkpoint import Checkpoint
+from pcae_training.model_config import to_config
 
 CARD = "README.md"
-
-Half = Literal["float16", "bfloat16"]
 
 #: The PCAE paper's five keep ratios, by tier name.
 DEFAULT_TIERS: Mapping[str, KeepRatio] = {
@@ -66,6 +67,8 @@ class Part:
 
     checkpoint: Checkpoint
     tiers: Mapping[str, TierSpec] = field(default_factory=lambda: DEFAULT)
+    half: Half | None = None  # precision of the graphs for GPUs; None writes none
+    half_range: HalfRange | None = None  # what `half` was chosen by
 
 
 class PackError(PcaeError):
@@ -76,7 +79,7 @@ class PackError(PcaeError):
 class Evaluation:
     """Measurements of a draft; empty for bundles that are only used to measure speed."""
 
-    quality: Mapping[str, Quality] = field(default_factory=dict)  # by tier
+    measured: Mapping[str, Measured] = field(default_factory=dict)  # by tier
     parity: Mapping[str, Parity] = field(default_factory=dict)  # by model
 
 
@@ -90,17 +93,15 @@ def write_bundle(
     out: Path,
     *,
     name: str | None = None,
-    half: Half | None = None,
     evaluate: Evaluate = lambda draft, stored: Evaluation(),
     note: str = "",
     force: bool = False,
 ) -> Bundle:
     """Export `parts` (by model id) to a bundle at `out`.
 
-    half: precision of the graphs for GPUs; None writes none. Without `evaluate` nothing is verified
-    or measured, as for benchmarks on random weights. Raises PackError if `out` exists (unless it is
-    a bundle and `force` is set), a tier leaves no patch, or the parts cannot share a bundle; also
-    what `evaluate` raises. Nothing is left behind then.
+    Without `evaluate` nothing is verified or measured, as for benchmarks on random weights. Raises
+    PackError if `out` exists (unless it is a bundle and `force` is set), a tier leaves no patch, or
+    the parts cannot share a bundle; also what `evaluate` raises. Nothing is left behind then.
     """
     out = out.absolute()
     check_output(out, force)
@@ -110,19 +111,21 @@ def write_bundle(
         for model_id, checkpoint in stored.items():
             folder = fresh / "models" / model_id
             folder.mkdir(parents=True)
-            config = to_config(checkpoint.model.config, checkpoint.labels) | {"dtype": "float16"}
-            _write_json(folder / "config.json", config)
+            multi_label = checkpoint.multi_label
+            config = to_config(checkpoint.model.config, checkpoint.labels, multi_label)
+            _write_json(folder / "config.json", config | {"dtype": "float16"})
             _write_json(folder / "preprocessor_config.json", checkpoint.preprocess.to_config())
             weights.write(weights.to_half(checkpoint.model.state_dict()), folder / WEIGHTS)
             tiers = [tier for tier in planned if tier.model == model_id]
-            _graphs(name or out.name, checkpoint, tiers, half, folder)
+            _graphs(name or out.name, checkpoint, tiers, parts[model_id].half, folder)
         (fresh / CARD).write_text("")
-        draft = _seal(fresh, name or out.name, stored, half, planned)
+        models = {id_: _describe_model(stored[id_], part) for id_, part in parts.items()}
+        draft = _seal(fresh, name or out.name, stored, models, planned)
         evaluation = evaluate(draft, stored)
-        final = rank_tiers(planned, evaluation.quality)
+        final = rank_tiers(planned, evaluation.measured)
         text = card.render(draft.manifest, final, stored, evaluation.parity, note)
         (fresh / CARD).write_text(text)
-        _seal(fresh, name or out.name, stored, half, final)
+        _seal(fresh, name or out.name, stored, models, final)
         atomic.replace_folder(fresh, out)
     return load_bundle(out)
 
@@ -182,6 +185,8 @@ def _check_together(checkpoints: Mapping[str, Checkpoint]) -> None:
             )
     for model_id, checkpoint in others:
         both = f"models {first_id!r} and {model_id!r} cannot share a bundle"
+        if checkpoint.answers != first.answers:
+            raise PackError(f"{both}: one gives {first.answers}, one {checkpoint.answers}")
         if checkpoint.labels != first.labels:
             raise PackError(
                 f"{both}: their labels differ ({len(first.labels)} and"
@@ -191,29 +196,6 @@ def _check_together(checkpoints: Mapping[str, Checkpoint]) -> None:
             raise PackError(f"{both}: their image sizes or resizing differ")
         if not first.labels and checkpoint.model.config.width != first.model.config.width:
             raise PackError(f"{both}: their features have different widths")
-
-
-def rank_tiers(tiers: list[Tier], quality: Mapping[str, Quality]) -> list[Tier]:
-    """Return the tiers in the same order with their quality, marking dominated ones.
-
-    A tier is dominated if a cheaper one is at least as good. Without labels only tiers of the same
-    model are compared, because agreement is with that model at keep ratio 1.
-    """
-    fields = {Accuracy: "accuracy", Agreement: "agreement", Fidelity: "fidelity"}
-    ranked: list[Tier] = []
-    best: dict[str, float] = {}
-    for tier in tiers:
-        found = quality.get(tier.name)
-        if found is None:
-            ranked.append(tier)
-            continue
-        measured = tier.model_copy(update={fields[type(found)]: found})
-        value, group = measured.quality, "" if measured.accuracy else tier.model
-        assert value is not None
-        dominated = value <= best.get(group, -1.0)
-        best[group] = max(best.get(group, -1.0), value)
-        ranked.append(measured.model_copy(update={"dominated": dominated}))
-    return ranked
 
 
 def _stored(checkpoint: Checkpoint) -> Checkpoint:
@@ -271,7 +253,7 @@ def describe_graph(
         "precision": precision,
         "pixels": "uint8 RGB [batch, height, width, 3], not yet scaled or normalised",
         "image_size": config.image_size,
-        "resize": "squash" if preprocess.squash else f"shorter side to {preprocess.resize}",
+        "resize": f"{'both sides' if preprocess.squash else 'shorter side'} to {preprocess.resize}",
         "resample": preprocess.resample.name.lower(),
         "mean": preprocess.mean,
         "std": preprocess.std,
@@ -280,6 +262,7 @@ def describe_graph(
         "reduction": config.reduction,
         "reduction_points": config.reduction_points,
         "token_counts": "an input" if tier is None else tier.token_counts,
+        "answers": checkpoint.answers,
         "labels": checkpoint.labels,
     }
     if tier is not None:
@@ -294,7 +277,7 @@ def _seal(
     root: Path,
     name: str,
     stored: Mapping[str, Checkpoint],
-    half: Half | None,
+    models: Mapping[str, Model],
     tiers: list[Tier],
 ) -> Bundle:
     """Write the manifest of all files in `root`, and load the bundle as the server would."""
@@ -311,7 +294,7 @@ def _seal(
             "python": platform.python_version(),
         },
         labels=tuple(first.labels),
-        models={model_id: _describe_model(c, half) for model_id, c in stored.items()},
+        models=dict(models),
         tiers=tuple(tiers),
         files={file.relative_to(root).as_posix(): file_sha256(file) for file in files},
     )
@@ -319,7 +302,7 @@ def _seal(
     return load_bundle(root)
 
 
-def _describe_model(checkpoint: Checkpoint, half: Half | None) -> Model:
+def _describe_model(checkpoint: Checkpoint, part: Part) -> Model:
     config = checkpoint.model.config
     return Model(
         image_size=config.image_size,
@@ -331,8 +314,9 @@ def _describe_model(checkpoint: Checkpoint, half: Half | None) -> Model:
         reduction_points=config.reduction_points,
         reduction=config.reduction,
         pooling=config.pooling,
-        answers="logits" if config.classes else "features",
-        half=half,
+        answers=checkpoint.answers,
+        half=part.half,
+        half_range=part.half_range,
     )
 
 

@@ -4,7 +4,6 @@ Overrides replace what the file contains. A value that neither contains is an er
 except class names: classes are then numbered.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,12 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import Rule
 from pcae_serve.errors import PcaeError
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.import_weights import LoadedCheckpoint, initialise, load_checkpoint
+from pcae_training.import_weights import (
+    LoadedCheckpoint,
+    WeightsChoice,
+    initialise,
+    load_checkpoint,
+)
 from pcae_training.model import VisionTransformer
 
 #: Mean and std of the pixel values that published ViTs were trained on.
@@ -44,6 +48,8 @@ class SourceOverrides:
     reduction_points: Sequence[int] | None = None
     reduction: Rule | None = None
     features: bool = False  # drop the head
+    weights: WeightsChoice | None = None
+    answers: Literal["classes", "labels"] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,12 @@ class Source:
 
 def read_source(path: Path, overrides: SourceOverrides) -> Source:
     """Open a checkpoint of any format. Raises PcaeError with one line on what is missing."""
-    found = load_checkpoint(path, heads=overrides.heads)
+    found = load_checkpoint(path, heads=overrides.heads, weights=overrides.weights)
     ignored = [name for name in found.ignored if not name.endswith("mask_token")]
-    notes = [f"ignored in {path}: {', '.join(ignored)}"] if ignored else []
+    notes = [*found.notes, *([f"ignored in {path}: {', '.join(ignored)}"] if ignored else [])]
     if overrides.features:
         found = found.drop_head()
+    multi_label = _multi_label(path, found, overrides)
     preprocess = _preprocess(path, found, overrides)
     if (size := preprocess.image_size) != found.config.image_size:
         notes.append(
@@ -84,10 +91,26 @@ def read_source(path: Path, overrides: SourceOverrides) -> Source:
     adapted = initialise(model, found)
     if adapted.missing:
         raise SourceError(f"{path} lacks weights: {', '.join(adapted.missing)}")
-    checkpoint = Checkpoint(model.eval(), preprocess, labels, found.training)
+    checkpoint = Checkpoint(model.eval(), preprocess, labels, found.training, multi_label)
     return Source(
         checkpoint, found.reduction_known or overrides.reduction is not None, tuple(notes)
     )
+
+
+def _multi_label(path: Path, found: LoadedCheckpoint, overrides: SourceOverrides) -> bool:
+    """Return whether the labels are independent. Raises PcaeError if that is not known."""
+    if overrides.answers is None:
+        found.check_classes(path)
+        return bool(found.multi_label)
+    if found.head_problem is not None or not found.config.classes:
+        found.check_classes(path)
+        raise SourceError(f"{path} has no head, so --answers does not apply")
+    if overrides.answers == "classes" and found.config.classes == 1:
+        raise SourceError(
+            f"{path} has a single output: as the only class it would always have probability 1;"
+            " give --answers labels if its sigmoid is the probability of a label"
+        )
+    return overrides.answers == "labels"
 
 
 def _preprocess(path: Path, found: LoadedCheckpoint, overrides: SourceOverrides) -> Preprocess:
@@ -105,7 +128,7 @@ def _preprocess(path: Path, found: LoadedCheckpoint, overrides: SourceOverrides)
     try:
         if known is None:
             resize = overrides.resize or max(size, round(size / CROP))
-            return Preprocess(**fields, resize=resize)
+            return Preprocess(**fields, resize=resize, crop_offset="half-even")  # torchvision's
         resize = overrides.resize or round(known.resize * size / known.image_size)
         squash = known.squash and overrides.resize is None
         return replace(known, **fields, resize=resize, squash=squash)
@@ -136,16 +159,17 @@ def _labels(
 
 
 def read_labels(file: Path) -> list[str]:
-    """Read class names from a text file, one per line, or a JSON list. Raises SourceError."""
+    """Read class names from a text file, one per line, or a JSON list. Raises SourceError.
+
+    A byte order mark at the start is not part of a name. Two classes may have the same name, as
+    ImageNet's "crane" and "maillot" do.
+    """
     try:
         raw = read_bounded(file, CONFIG_BYTES)
-        labels = parse_json(raw) if file.suffix == ".json" else raw.decode().splitlines()
+        text = raw.decode("utf-8-sig")
+        labels = parse_json(text.encode()) if file.suffix == ".json" else text.splitlines()
     except (OSError, ValueError) as error:
         raise SourceError(f"cannot read {file}: {error}") from None
     if not isinstance(labels, list) or not all(isinstance(x, str) and x.strip() for x in labels):
         raise SourceError(f"{file} must contain one class name per line, or a JSON list of names")
-    labels = [label.strip() for label in labels]
-    if len(set(labels)) < len(labels):
-        twice, _ = Counter(labels).most_common(1)[0]
-        raise SourceError(f"{file} contains {twice!r} twice")
-    return labels
+    return [label.strip() for label in labels]

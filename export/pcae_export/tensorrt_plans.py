@@ -30,6 +30,7 @@ from pcae_export.verify import AGREEMENT, COSINE
 from pcae_serve import atomic
 from pcae_serve.bounded_file import read_regular
 from pcae_serve.bundle.manifest import ELASTIC_GRAPH, Tier
+from pcae_serve.bundle.probabilities import same_answer
 from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines import plan_cache
 from pcae_serve.engines.base import Output, Pixels
@@ -307,10 +308,12 @@ def compare_outputs(
 
     Raises PlanError if they agree less than AGREEMENT (logits) or COSINE (features).
     """
-    if bundle.answers == "logits":
-        same = found.vectors.argmax(axis=1) == expected.vectors.argmax(axis=1)
+    if bundle.output == "logits":
+        same = same_answer(found.vectors, expected.vectors, bundle.answers)
         same &= np.isfinite(found.vectors).all(axis=1)
         parity_measure, value, least = "top-1 agreement", float(same.mean()), AGREEMENT
+        if bundle.answers == "labels":
+            parity_measure = "label agreement"
     else:
         near = float(cosine(found.vectors, expected.vectors).mean())
         parity_measure, value, least = "mean cosine", near, COSINE

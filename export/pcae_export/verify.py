@@ -31,6 +31,7 @@ from pcae_export.measure import cosine
 from pcae_export.progress import Progress
 from pcae_export.torch_reference import Reference, run_torch
 from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.probabilities import same_answer
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.bundle.tokens import Rule
 from pcae_serve.engines.base import Output, Pixels
@@ -77,7 +78,7 @@ class Compared:
     largest: float  # |difference| of a logit or feature as served, without near ties
     mean: float
     largest_equal: float  # the same with equal sets, over all images
-    agreement: float | None  # share of images with torch's class; None without a head
+    agreement: float | None  # share of images with torch's class or labels; None without a head
     cosine: float  # mean over images, of the answer to torch's
     near_ties: int  # images
     other_sets: int  # images on which the graph keeps other patches than torch
@@ -223,7 +224,7 @@ def compare_outputs(
         equal[other] = np.abs(found.vectors[other] - forced.vectors.numpy()).max(axis=1)
     if checkpoint.model.config.reduction == "merged":
         equal = equal[clear]  # the patch that a dropped one is merged into may be a near tie, too
-    same = found.vectors.argmax(axis=1) == vectors.argmax(axis=1)
+    same = same_answer(found.vectors, vectors, checkpoint.answers)
     return Compared(
         tier=tier,
         graph=graph,
@@ -248,7 +249,7 @@ def check_parity(row: Compared, found: Output, expected: Reference, rule: Rule, 
         allowed = int(binom.ppf(CONFIDENCE, row.images, 1 - AGREEMENT))
         if misses > allowed:
             raise ParityError(
-                f"{where}: {row.precision} predicts another class than torch on {misses} of"
+                f"{where}: {row.precision} gives another answer than torch on {misses} of"
                 f" {row.images} images; at most {allowed} are allowed"
             )
         if not logits and not row.cosine >= COSINE:

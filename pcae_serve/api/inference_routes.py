@@ -234,7 +234,7 @@ async def infer(request: Request) -> Response:
             budget_ms,
             parameters.tier,
             parameters.min_tier,
-            service.bundle.answers,
+            service.bundle.output,
             *callers,
         )
         answers = await unless_disconnected(request, _answers(group, inference, files))

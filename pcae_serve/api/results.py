@@ -6,13 +6,14 @@ import numpy as np
 
 from pcae_serve import schemas
 from pcae_serve.api import server_timing
+from pcae_serve.bundle.probabilities import sigmoid, softmax
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 
 
 def classification(
     answer: InferenceResult, inference: InferenceRequest, top_k: int, explain: bool
 ) -> schemas.Classification:
-    """Return the `top_k` most probable classes of an image; `answer` holds its logits."""
+    """Return the `top_k` most probable classes or labels of an image; `answer` holds its logits."""
     return schemas.Classification(
         predictions=_predictions(answer, top_k), **_common(answer, inference, explain)
     )
@@ -26,9 +27,9 @@ def embedding(
 
 
 def _predictions(answer: InferenceResult, top_k: int) -> list[schemas.Prediction]:
-    exponents = np.exp(answer.vector - answer.vector.max())  # [classes]
-    probabilities = exponents / exponents.sum()
-    best = np.argsort(-probabilities, kind="stable")[:top_k]
+    convert = sigmoid if answer.bundle.answers == "labels" else softmax
+    probabilities = convert(answer.vector)  # [labels]
+    best = np.argsort(-answer.vector, kind="stable")[:top_k]
     return [
         schemas.Prediction(
             label=answer.bundle.labels[index],

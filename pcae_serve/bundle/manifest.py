@@ -8,15 +8,16 @@ models/<id>/           config.json, preprocessor_config.json, model.safetensors,
 from datetime import datetime
 from itertools import pairwise
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity, wilson_interval
-from pcae_serve.bundle.tokens import Rule
+from pcae_serve.bundle.tokens import Pooling, Rule
 from pcae_serve.frozen_model import FrozenModel
 
-SCHEMA_VERSION = 1
+#: Version 2 says what outputs mean (`answers`); version 1 had logits of classes, or features.
+SCHEMA_VERSION = 2
 MANIFEST = "bundle.json"
 WEIGHTS = "model.safetensors"
 ELASTIC_GRAPH = "elastic.onnx"
@@ -41,6 +42,18 @@ RESERVED_NAMES = {
 }
 
 
+#: What a model's outputs mean: classes by softmax, independent labels by sigmoid, or features.
+Answers = Literal["classes", "labels", "features"]
+
+
+class HalfRange(FrozenModel):
+    """The largest value that a model computes where its graphs for GPUs are in half precision."""
+
+    largest: Annotated[float, Field(ge=0)]
+    tensor: str  # the module that computes it
+    images: Annotated[int, Field(ge=1)]  # that it was measured on
+
+
 class Model(FrozenModel):
     """The properties of one network that the server needs."""
 
@@ -52,9 +65,15 @@ class Model(FrozenModel):
     parameters: Amount
     reduction_points: Stages
     reduction: Rule = "ptr"
-    pooling: Literal["mean", "cls"]
-    answers: Literal["logits", "features"] = "logits"  # features [N, width] without a head
+    pooling: Pooling
+    answers: Answers = "classes"
     half: Literal["float16", "bfloat16"] | None = None  # of its graphs for GPUs; None: no graphs
+    half_range: HalfRange | None = None  # None if it was not measured
+
+    @property
+    def output(self) -> Literal["logits", "features"]:
+        """Return the name of the graphs' first output: logits or features, [N, width]."""
+        return "features" if self.answers == "features" else "logits"
 
 
 class Tier(FrozenModel):
@@ -69,7 +88,7 @@ class Tier(FrozenModel):
     accuracy: Accuracy | None = None
     agreement: Agreement | None = None
     fidelity: Fidelity | None = None
-    dominated: bool = False  # a cheaper tier is at least as good
+    dominated: bool = False  # a cheaper tier is better, by the interval of their difference
 
     @property
     def quality(self) -> float | None:
@@ -119,7 +138,7 @@ class Tier(FrozenModel):
 class Manifest(FrozenModel):
     """The content of bundle.json."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     name: Text
     created: datetime
     producer: Annotated[dict[Text, Text], Field(max_length=100)]  # versions of what wrote it
@@ -128,6 +147,23 @@ class Manifest(FrozenModel):
     tiers: Annotated[tuple[Tier, ...], Field(min_length=1, max_length=100)]  # by MACs, ascending
     # path in the bundle -> SHA-256, for every other file
     files: Annotated[dict[Text, Text], Field(max_length=10_000)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_version_1(cls, document: Any) -> Any:
+        if not isinstance(document, dict) or document.get("schema_version") != 1:
+            return document
+        models = document.get("models")
+        if not isinstance(models, dict):
+            return document
+        words = {"logits": "classes", "features": "features"}
+        read = {
+            name: model | {"answers": words.get(model.get("answers", "logits"))}
+            if isinstance(model, dict)
+            else model
+            for name, model in models.items()
+        }
+        return document | {"models": read}
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
@@ -143,10 +179,13 @@ class Manifest(FrozenModel):
             raise ValueError("all models of a bundle must have the same image size")
         answers = {(m.answers, m.answers == "features" and m.width) for m in self.models.values()}
         if len(answers) > 1:
-            raise ValueError("all models of a bundle must compute logits, or features of one width")
-        if bool(self.labels) != (answers.pop()[0] == "logits"):
             raise ValueError(
-                "models that compute logits need labels; models that compute features have none"
+                "all models of a bundle must give classes, labels, or features of one width"
+            )
+        if bool(self.labels) != (answers.pop()[0] != "features"):
+            raise ValueError(
+                "models that give classes or labels need names for them; models that compute"
+                " features have none"
             )
         for tier in self.tiers:
             model = self.models.get(tier.model)

@@ -14,10 +14,9 @@ where that would destroy the picture:
 
 import logging
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +83,8 @@ class Picture(NamedTuple):
 class Preprocess:
     """Resizes the shorter side and crops the centre. mean, std: per channel, of values in [0, 1].
 
-    squash: resize both sides to image_size instead, as for Hugging Face's ViTs.
+    squash: resize both sides to `resize` instead, as for Hugging Face's ViTs and DeiT. crop_offset:
+    how half a pixel at the crop's edge is rounded, half-even as in torchvision.
     """
 
     image_size: int
@@ -93,36 +93,11 @@ class Preprocess:
     std: tuple[float, ...]
     resample: Image.Resampling = Image.Resampling.BICUBIC
     squash: bool = False
+    crop_offset: Literal["floor", "half-even"] = "floor"
 
     def __post_init__(self) -> None:
         if not 0 < self.image_size <= self.resize:
             raise ValueError(f"cannot crop {self.image_size} pixels out of {self.resize}")
-        if self.squash and self.image_size != self.resize:
-            raise ValueError("squash requires resize to equal image_size")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Preprocess":
-        """Read a Hugging Face preprocessor_config.json.
-
-        Raises KeyError if a field is missing, and ValueError if a value is not supported.
-        """
-        size = config["size"]
-        squash = "shortest_edge" not in size and not config.get("do_center_crop", False)
-        side = size["shortest_edge"] if "shortest_edge" in size else size["height"]
-        crop = size if squash else config.get("crop_size", {"height": side, "width": side})
-        if crop["height"] != crop["width"]:
-            raise ValueError("only square image sizes are supported")
-        if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-            raise ValueError(f"rescale_factor must be 1/255, not {config['rescale_factor']}")
-        plain = not config.get("do_normalize", True)
-        return cls(
-            image_size=int(crop["height"]),
-            resize=int(side),
-            mean=(0.0,) * 3 if plain else tuple(config["image_mean"]),
-            std=(1.0,) * 3 if plain else tuple(config["image_std"]),
-            resample=Image.Resampling(config["resample"]),
-            squash=squash,
-        )
 
     def to_config(self) -> dict[str, Any]:
         """Return the content of a Hugging Face preprocessor_config.json."""
@@ -134,14 +109,14 @@ class Preprocess:
             if self.squash
             else {"shortest_edge": self.resize},
             "resample": int(self.resample),
-            "do_center_crop": not self.squash,
+            "do_center_crop": not self.squash or self.image_size != self.resize,
             "crop_size": {"height": self.image_size, "width": self.image_size},
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
-        }
+        } | ({} if self.crop_offset == "floor" else {"crop_offset": self.crop_offset})
 
     def same_pixels(self, other: "Preprocess") -> bool:
         """Return whether both produce the same pixels, which do not depend on mean and std."""
@@ -150,15 +125,18 @@ class Preprocess:
     def __call__(self, body: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """Decode an image file to pixels uint8 [H, W, 3], H = W = image_size.
 
-        A JPEG at least 2 * REDUCED times as large as `resize` is decoded at a reduced scale. In
+        A JPEG at least 2 * REDUCED times as large as `resize` is decoded at a reduced scale, unless
+        the nearest pixel is taken. In
         photographs, at most one value in 1,000 then differs by more than 5 of 255, the largest
         observed difference is 11, and the mean is at most 0.7; for lines two pixels apart, the
         worst case, values differ by up to 32 (benchmarks/records/2026-11-24_input).
         """
-        return self.crop(read_picture(body, max_pixels, REDUCED * self.resize))
+        nearest = self.resample == Image.Resampling.NEAREST  # it would pick other pixels
+        short = None if nearest else REDUCED * self.resize
+        return self.crop(read_picture(body, max_pixels, short))
 
     def crop(self, image: "Image.Image | Picture") -> NDArray[np.uint8]:
-        """Resize an RGB image's shorter side to `resize` and crop the centre: uint8 [H, W, 3].
+        """Resize an RGB image and crop the centre: uint8 [H, W, 3].
 
         Only the centre is resized, because a long strip, resized whole, could fill the memory. The
         crop is computed from the file's own size, so it does not depend on the scale of decoding.
@@ -166,22 +144,31 @@ class Preprocess:
         picture = Picture.whole(image) if isinstance(image, Image.Image) else image
         image, size, (left, top, right, bottom) = picture
         sides = (self.image_size, self.image_size)
-        if self.squash:
-            return np.asarray(image.resize(sides, self.resample, picture.box), dtype=np.uint8)
-        short = min(size)
-        resized = [s * self.resize // short for s in size]  # rounded down, as in torchvision
-        x, y = ((side - self.image_size) // 2 for side in resized)
+        resized = self._resized(size)
+        x, y = (self._offset(side) for side in resized)
         centre = (x, y, x + self.image_size, y + self.image_size)
-        if short == self.resize:
+        if resized == size:
             return np.asarray(image.crop(centre), dtype=np.uint8)
         across, down = (right - left) / resized[0], (bottom - top) / resized[1]
         box = (
             left + centre[0] * across,
             top + centre[1] * down,
-            left + centre[2] * across,
-            top + centre[3] * down,
+            min(right, left + centre[2] * across),  # rounding must not put it outside
+            min(bottom, top + centre[3] * down),
         )
         return np.asarray(image.resize(sides, self.resample, box), dtype=np.uint8)
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return width and height of the whole image after resizing."""
+        if self.squash:
+            return self.resize, self.resize
+        width, height = (s * self.resize // min(size) for s in size)  # down, as in torchvision
+        return width, height
+
+    def _offset(self, side: int) -> int:
+        """Return where the crop of a resized side begins."""
+        spare = side - self.image_size
+        return round(spare / 2) if self.crop_offset == "half-even" else spare // 2
 
 
 def decode_image(body: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

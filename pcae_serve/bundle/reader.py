@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from pcae_serve.bounded_file import open_regular, read_regular
 from pcae_serve.bounded_json import parse_json, read_json
+from pcae_serve.bundle import processor_config
 from pcae_serve.bundle.graph_files import external_files
-from pcae_serve.bundle.manifest import MANIFEST, SCHEMA_VERSION, Manifest, Tier
+from pcae_serve.bundle.manifest import MANIFEST, SCHEMA_VERSION, Answers, Manifest, Tier
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import BundleError, InvalidParameter, one_line, shown
 
@@ -68,9 +69,14 @@ class Bundle:
         return next(iter(self.manifest.models.values())).image_size
 
     @property
-    def answers(self) -> Literal["logits", "features"]:
-        """Return what the models compute."""
+    def answers(self) -> Answers:
+        """Return what the models' outputs mean."""
         return next(iter(self.manifest.models.values())).answers
+
+    @property
+    def output(self) -> Literal["logits", "features"]:
+        """Return what the models compute."""
+        return next(iter(self.manifest.models.values())).output
 
     @property
     def width(self) -> int:
@@ -99,9 +105,9 @@ class Bundle:
         return first
 
     def _preprocess(self, model: str) -> Preprocess:
-        path = self.file(model, "preprocessor_config.json")
+        path = self.file(model, processor_config.FILE)
         try:
-            return Preprocess.from_config(read_json(path))
+            return processor_config.read_own_processor(read_json(path))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise BundleError(f"{path} is not a valid preprocessor config: {error}") from None
 

@@ -15,6 +15,10 @@ KeepRatio = float | str | Decimal | Fraction
 #: How patches are ranked and reduced; see `pcae_training.reduction`.
 Rule = Literal["ptr", "ptr-normalised", "weighted", "merged", "random", "attention"]
 
+#: What the head reads: the norm of the mean over patches (MAE), the normed CLS token (DeiT), the
+#: mean over normed patches, or the normed CLS token followed by that mean (DINOv2's classifiers).
+Pooling = Literal["mean", "cls", "normed-mean", "cls-mean"]
+
 #: Blocks, counted from 0, after which a 12-block classifier drops tokens (PCAE paper, section 3.4).
 REDUCTION_POINTS = (0, 7, 10)
 
@@ -60,6 +64,7 @@ class Geometry:
     patch_values: int  # numbers in one patch: channels * patch_size**2
     classes: int
     prefix_tokens: int = 1  # CLS
+    pooled_tokens: int = 1  # vectors of the width that the head reads
     mlp_ratio: float = 4.0
     reduction_points: tuple[int, ...] = REDUCTION_POINTS
 
@@ -92,7 +97,8 @@ class Geometry:
         """
         d, per_token = self.width, (4 + 2 * self.mlp_ratio) * self.width**2
         blocks = sum(per_token * n + 2 * n * n * d for n in self.tokens_per_block(counts))
-        return round(self.patches * self.patch_values * d + blocks + d * self.classes)
+        head = self.pooled_tokens * d * self.classes
+        return round(self.patches * self.patch_values * d + blocks + head)
 
     def check(self, counts: Sequence[int]) -> None:
         """Raise ValueError unless `counts` are possible patch counts of this model's stages."""

@@ -53,7 +53,7 @@ class Classify(BaseModel):
         description="cheapest tier that auto may use; if it cannot meet the budget, the image is"
         " refused",
     )
-    top_k: int = Field(1, ge=1, description="number of classes to print for each image")
+    top_k: int = Field(1, ge=1, description="number of classes or labels to print for each image")
     json_: bool = Field(
         False, alias="json", description="print JSON lines with the server's complete answers"
     )

@@ -97,7 +97,7 @@ def check_engine(engine: Engine, bundle: Bundle, batches: Sequence[int] = (1,)) 
             width, counts = output.vectors.shape[1], tuple(k.shape[1] for k in output.kept)
             if width != bundle.width:
                 raise StartError(
-                    f"tier {tier.name!r} computes {width} {bundle.answers}, but the manifest has"
+                    f"tier {tier.name!r} computes {width} {bundle.output}, but the manifest has"
                     f" {bundle.width}; export the bundle again"
                 )
             if counts != tier.token_counts:

@@ -72,7 +72,7 @@ class PlanParity(FrozenModel):
 
     images: Annotated[int, Field(ge=1)]
     data_set: str
-    measure: Literal["top-1 agreement", "mean cosine"]  # for logits, for features
+    measure: Literal["top-1 agreement", "label agreement", "mean cosine"]  # by what outputs mean
     value: float
     largest_difference: float  # of an output value
     same_patches: float  # share of kept patches that both keep, over all stages

@@ -129,7 +129,7 @@ class TensorRtEngine:
 def to_output(bundle: Bundle, tier: Tier, answers: Mapping[str, NDArray[Any]]) -> Output:
     """Convert a plan's outputs by name to an engine's Output."""
     stages = range(len(tier.token_counts))
-    return Output(answers[bundle.answers], tuple(answers[f"kept_{stage}"] for stage in stages))
+    return Output(answers[bundle.output], tuple(answers[f"kept_{stage}"] for stage in stages))
 
 
 @dataclass

@@ -183,7 +183,7 @@ class LiveServer:
     def request(self, budget_s: float, image: bytes) -> bytes:
         """Return a whole HTTP request for one image."""
         query = {"budget_ms": f"{1e3 * budget_s:.3f}"}
-        if self.info["answers"] == "logits":
+        if self.info["answers"] != "features":
             route, query = "classify", query | {"top_k": "1"}
         else:
             route = "embed"

@@ -21,6 +21,7 @@ from PIL import Image
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from pcae_serve.bundle.probabilities import sigmoid
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.errors import MalformedRequest, TooLarge, shown
 from pcae_serve.open_inference.schema import INPUT, InferRequest, RequestInput
@@ -168,8 +169,14 @@ def _bitmap(pixels: memoryview, height: int, width: int) -> bytes:
 
 def offered_outputs(bundle: Bundle) -> dict[str, tuple[str, list[int]]]:
     """Return the outputs of a bundle by name, with datatype and shape for one image."""
-    vectors = {bundle.answers: ("FP32", [bundle.width])}
-    return vectors | ({"label": ("BYTES", list[int]())} if bundle.labels else {})
+    vectors: dict[str, tuple[str, list[int]]] = {bundle.output: ("FP32", [bundle.width])}
+    match bundle.answers:
+        case "classes":
+            return vectors | {"label": ("BYTES", list[int]())}
+        case "labels":  # independent, so there may be none or several
+            return vectors | {"probabilities": ("FP32", [bundle.width])}
+        case "features":
+            return vectors
 
 
 def require_outputs(request: InferRequest, bundle: Bundle) -> None:
@@ -213,6 +220,9 @@ def output_tensor(
     vectors: [N, width] logits or features. classes: return this number of best
     classes as 'logit:index:label' instead of the logits.
     """
+    if name == "probabilities":
+        probabilities = sigmoid(vectors)
+        return OutputTensor("FP32", list(vectors.shape), probabilities.ravel().tolist())
     if name == "label":
         best_labels = [labels[i] for i in vectors.argmax(axis=1)]
         return OutputTensor("BYTES", [len(vectors)], best_labels)

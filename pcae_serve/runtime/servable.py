@@ -136,7 +136,7 @@ class Servable:
         The request ends with the context: it is counted once, and the scheduler forgets it. Raises
         TaskNotSupported, InvalidParameter, or the RequestError that it is refused with.
         """
-        if request.answers is not None and request.answers != self.bundle.answers:
+        if request.answers is not None and request.answers != self.bundle.output:
             raise refusals.wrong_kind(request.answers)
         scheduled = self._scheduled(request, next(self._ids))
         offered = OfferedRequest(

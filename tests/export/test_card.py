@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pcae_export import card
-from pcae_export.measure import Quality
-from pcae_export.pack import Part, TierSpec, plan_tiers, rank_tiers
+from pcae_export.measure import Measured, Quality
+from pcae_export.pack import Part, TierSpec, plan_tiers
+from pcae_export.ranking import rank_tiers
 from pcae_export.verify import Compared, Parity
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
@@ -29,7 +31,8 @@ def rendered(made: Any) -> Callable[..., str]:
 
     def render(models: Mapping[str, Part], worth: Quality | None = None, **fields: Any) -> str:
         tiers = plan_tiers(models)
-        found = {tier.name: worth for tier in tiers} if worth else {}
+        n = worth.n if worth else 0
+        found = {t.name: Measured(worth, np.zeros(n)) for t in tiers} if worth else {}
         checkpoints = {model: part.checkpoint for model, part in models.items()}
         parity = fields.pop("parity", {})
         return card.render(
@@ -49,10 +52,14 @@ def rows(text: str) -> dict[str, list[str]]:
     return {cells[0]: cells for cells in (line.strip("| ").split(" | ") for line in table)}
 
 
-def test_a_tier_no_better_than_a_cheaper_one_is_said_to_be_so(
-    rendered: Callable[..., str], tiny: Tiny
-) -> None:
-    table = rows(rendered(one(tiny()), TOP1))
+def test_a_tier_worse_than_a_cheaper_one_is_marked(made: Any, tiny: Tiny) -> None:
+    models = one(tiny())
+    tiers = [
+        tier.model_copy(update={"accuracy": TOP1, "dominated": tier.name == "full"})
+        for tier in plan_tiers(models)
+    ]
+    checkpoints = {model: part.checkpoint for model, part in models.items()}
+    table = rows(card.render(made.bundle.manifest, tiers, checkpoints, {}))
     assert table["low"][-1] == "75.00 % [40.00, 95.00] of 8"
     assert table["full"][-1] == "75.00 % [40.00, 95.00] of 8, dominated"
 

@@ -120,7 +120,7 @@ def test_state_dicts_answer_as_they_did(
 ) -> None:
     file = saved(written(vit(config).state_dict()), tmp_path)
     bundle = bundled(file, tmp_path / "out", *GIVEN, *FULL)
-    assert bundle.answers == ("logits" if config.classes else "features")
+    assert bundle.answers == ("classes" if config.classes else "features")
     same(answers(bundle), expected(config))
 
 
@@ -340,9 +340,9 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": {"height": 24, "width": 32}}, "only square image sizes are supported"),
-        ({"rescale_factor": 1.0}, "rescale_factor must be 1/255, not 1.0"),
-        ({"image_std": None}, "its preprocessing cannot be used"),
+        ({"size": {"height": 24, "width": 32}}, 'size is {"height": 24, "width": 32}; supported'),
+        ({"do_resize": False}, "preprocessor_config.json: do_resize is false; supported: true"),
+        ({"do_pad": True}, "preprocessor_config.json: do_pad is true; supported: false"),
     ],
 )
 def test_a_preprocessing_that_is_unknown(

@@ -50,8 +50,10 @@ def images(data: Path) -> LabelledImages:
 def found(bundle: Bundle, images: LabelledImages, labelled: bool) -> dict[str, Quality]:
     measured = measure_quality(bundle, Known(bundle), images, ROWS, labelled)
     assert set(measured) == {"low", "mid", "full"}
-    assert {(q.n, q.data_set) for q in measured.values()} == {(len(ROWS), images.name)}
-    return measured
+    worth = {name: each.quality for name, each in measured.items()}
+    assert {(q.n, q.data_set) for q in worth.values()} == {(len(ROWS), images.name)}
+    assert {each.scores.shape for each in measured.values()} == {(len(ROWS),)}
+    return worth
 
 
 def by_hand(bundle: Bundle, images: LabelledImages, name: str) -> tuple[Any, Any, Any]:
@@ -93,6 +95,18 @@ def test_cosine_to_k_1_where_there_is_no_head(made: Any, images: LabelledImages)
         assert near.cosine == pytest.approx(float(cosine(ours, whole).mean()), abs=1e-6)
     assert worth["full"].cosine == pytest.approx(1)  # type: ignore[union-attr]
     assert worth["full"].cosine <= 1  # type: ignore[union-attr]
+
+
+def test_independent_labels_agree_if_the_same_ones_apply(made: Any, images: LabelledImages) -> None:
+    manifest = made.bundle.manifest
+    model = manifest.models["vit"].model_copy(update={"answers": "labels"})
+    bundle = replace(made.bundle, manifest=manifest.model_copy(update={"models": {"vit": model}}))
+    worth = found(bundle, images, False)
+    for name, share in worth.items():
+        ours, whole, _ = by_hand(bundle, images, name)
+        assert isinstance(share, Agreement)
+        assert share.share == pytest.approx(((ours >= 0) == (whole >= 0)).all(axis=1).mean())
+    assert worth["low"].share < worth["full"].share == 1  # type: ignore[union-attr]
 
 
 def test_k_1_is_the_models_own_in_float32_whether_or_not_it_is_a_tier(

@@ -9,13 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
 
 from pcae_export import graph, pack, weights
-from pcae_export.pack import Evaluation, Half, Part, TierSpec
-from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
+from pcae_export.half_precision import Half
+from pcae_export.measure import Measured
+from pcae_export.pack import Evaluation, Part, TierSpec
+from pcae_serve.bundle.quality import Agreement
 from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.errors import BundleError, PcaeError
 from pcae_training.checkpoint import Checkpoint
@@ -47,7 +50,7 @@ def test_the_bundle_is_what_the_server_reads(made: Any, tiny: Tiny) -> None:
         assert tier.accuracy.n == 72
         assert tier.accuracy.data_set.endswith("/test")
     model = bundle.manifest.models["vit"]
-    assert (model.answers, model.half, model.reduction) == ("logits", "float16", "ptr")
+    assert (model.answers, model.half, model.reduction) == ("classes", "float16", "ptr")
     listed = {bundle.root / path for path in bundle.manifest.files}
     assert listed | {bundle.root / "bundle.json"} == {
         p for p in bundle.root.rglob("*") if p.is_file()
@@ -75,7 +78,8 @@ def test_graphs_of_a_tier_for_every_runtime(made: Any) -> None:
 def test_graphs_for_gpus_are_written_where_they_are_wanted(
     tiny: Tiny, tmp_path: Path, half: Half | None
 ) -> None:
-    bundle = pack.write_bundle(one(tiny(**QUICK), full=1.0), tmp_path / "out", half=half)
+    parts = {"vit": Part(tiny(**QUICK), FULL, half)}
+    bundle = pack.write_bundle(parts, tmp_path / "out")
     assert bundle.manifest.models["vit"].half == half
     folder = bundle.root / "models" / "vit"
     assert graphs(folder) == {"elastic.onnx", "full.onnx"} | (
@@ -129,7 +133,7 @@ def test_the_judge_sees_the_weights_as_they_are_stored(tiny: Tiny, tmp_path: Pat
         assert not (tmp_path / "out").exists()
         seen.update(stored["vit"].model.state_dict())
         worth = Agreement(share=0.5, n=2, data_set="toys")
-        return Evaluation({"full": worth})
+        return Evaluation({"full": Measured(worth, np.array([0.0, 1.0]))})
 
     bundle = pack.write_bundle(one(checkpoint, full=1.0), tmp_path / "out", evaluate=evaluate)
     for name, tensor in checkpoint.model.state_dict().items():
@@ -312,36 +316,3 @@ def test_a_preprocessor_of_another_size(tiny: Tiny) -> None:
     larger = replace(checkpoint.preprocess, image_size=32, resize=32)
     with pytest.raises(pack.PackError, match="makes images of 32 pixels, but its model takes 16"):
         pack.plan_tiers(one(replace(checkpoint, preprocess=larger), full=1.0))
-
-
-# Which tiers are worth their cost
-
-
-def test_tiers_not_better_than_a_cheaper_one_are_dominated(tiny: Tiny) -> None:
-    tiers = pack.plan_tiers(one(tiny(), d=1.0, b=0.5, a=0.4, c=0.8))
-    shares = {"a": 0.7, "b": 0.6, "c": 0.7, "d": 0.8}
-    accuracy = {
-        name: Accuracy(top1=share, n=10, interval=(0, 1), data_set="toys")
-        for name, share in shares.items()
-    }
-    ranked = pack.rank_tiers(tiers, accuracy)
-    assert [tier.name for tier in ranked] == ["a", "b", "c", "d"]
-    assert [tier.dominated for tier in ranked] == [False, True, True, False]
-    assert not any(tier.dominated for tier in pack.rank_tiers(tiers, {}))
-    cosines = {n: Fidelity(cosine=s, n=10, data_set="toys") for n, s in shares.items()}
-    assert [t.dominated for t in pack.rank_tiers(tiers, cosines)] == [False, True, True, False]
-
-
-@pytest.mark.parametrize("labelled", [True, False])
-def test_models_are_compared_by_labels_alone(tiny: Tiny, labelled: bool) -> None:
-    """What a tier agrees with is its own model."""
-    parts = one(tiny(width=16), small=1.0) | {"large": Part(tiny(), FULL)}
-    tiers = pack.plan_tiers(parts)
-    assert [tier.name for tier in tiers] == ["small", "full"]
-    worth = {
-        name: Accuracy(top1=share, n=10, interval=(0, 1), data_set="toys")
-        if labelled
-        else Agreement(share=share, n=10, data_set="toys")
-        for name, share in (("small", 0.9), ("full", 0.8))
-    }
-    assert [tier.dominated for tier in pack.rank_tiers(tiers, worth)] == [False, labelled]

@@ -139,7 +139,7 @@ def test_normalisation_that_nobody_tells_is_asked_for(file: Path) -> None:
 def test_what_is_told_goes_before_what_lies_beside(file: Path, name: Any) -> None:
     mean, std = NORMALISE[name]
     assert read_source(file, replace(HALF, normalise=name)).checkpoint.preprocess == Preprocess(
-        24, 27, mean, std  # 24 / 0.875, rounded
+        24, 27, mean, std, crop_offset="half-even"  # 24 / 0.875, rounded
     )  # fmt: skip
     write_preprocessor(file, CROPPED)
     found = read_source(file, SourceOverrides(heads=2)).checkpoint.preprocess
@@ -223,7 +223,6 @@ def test_classes_without_names_are_numbered_and_it_is_said(file: Path) -> None:
     ("name", "content", "message"),
     [
         ("x.txt", "a\nb\n", r"x\.txt has 2 names, but .*x\.pth has 5 classes"),
-        ("x.txt", "a\nb\nc\nb\nd\n", r"x\.txt contains 'b' twice"),
         ("x.txt", "a\n\nb\nc\nd\n", "one class name per line, or a JSON list"),
         ("x.json", '{"0": "a"}', "one class name per line, or a JSON list"),
         ("x.json", "[1, 2, 3, 4, 5]", "one class name per line, or a JSON list"),

@@ -22,7 +22,7 @@ def tier(name: str, top1: float, ms: float, **changes: Any) -> dict[str, Any]:
 
 TIERS: dict[str, Any] = {
     "bundle": "toy", "backend": "scripted", "backend_version": "1", "device": "cpu",
-    "policy": "its-own", "answers": "logits", "labels": ["dark", "bright"],
+    "policy": "its-own", "answers": "classes", "labels": ["dark", "bright"],
     "tiers": [tier("fast", 0.6, 5.0), tier("full", 0.8, FULL_MS)],
 }  # fmt: skip
 

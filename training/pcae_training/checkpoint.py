@@ -25,12 +25,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pcae_serve import atomic, bounded_json
+from pcae_serve.bundle import processor_config
+from pcae_serve.bundle.manifest import Answers
 from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.processor_config import read_own_processor
 from pcae_serve.errors import PcaeError
-from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.model import VisionTransformer
+from pcae_training.model_config import from_config, to_config
 from pcae_training.weights_file import check_safetensors
 
-MODEL_TYPE = "pcae_vit"
 #: Characters of what torch says about weights that do not fit: it lists every tensor.
 MAX_REASON = 400
 #: Name of the checkpoint inside the folder of a training run.
@@ -49,55 +52,14 @@ class Checkpoint:
     preprocess: Preprocess
     labels: list[str]
     training: dict[str, Any] = field(default_factory=dict)  # how it was trained, for the model card
+    multi_label: bool = False  # labels are independent: a sigmoid each, instead of a softmax
 
-
-def to_config(config: ViTConfig, labels: list[str]) -> dict[str, Any]:
-    """Return the content of config.json, with Hugging Face's field names for those it shares."""
-    return {
-        "model_type": MODEL_TYPE,
-        "architectures": ["VisionTransformer"],
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": config.channels,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.hidden,
-        "layer_norm_eps": config.norm_eps,
-        "pooling": config.pooling,
-        "reduction_points": list(config.reduction_points),
-        "reduction": config.reduction,
-        "qkv_bias": config.qkv_bias,
-        "layer_scale": config.layer_scale,
-        "distilled": config.distilled,
-        "num_register_tokens": config.registers,
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
-
-
-def from_config(config: dict[str, Any]) -> tuple[ViTConfig, list[str]]:
-    """Invert `to_config`. Raise KeyError if a field is missing."""
-    labels = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
-    return ViTConfig(
-        image_size=config["image_size"],
-        patch_size=config["patch_size"],
-        channels=config["num_channels"],
-        width=config["hidden_size"],
-        depth=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        mlp_ratio=config["intermediate_size"] / config["hidden_size"],
-        classes=len(labels),
-        pooling=config["pooling"],
-        norm_eps=config["layer_norm_eps"],
-        reduction_points=tuple(config["reduction_points"]),
-        # checkpoints of version 0.1 do not have the fields below
-        reduction=config.get("reduction", "ptr"),
-        qkv_bias=config.get("qkv_bias", True),
-        layer_scale=config.get("layer_scale", False),
-        distilled=config.get("distilled", False),
-        registers=config.get("num_register_tokens", 0),
-    ), labels
+    @property
+    def answers(self) -> Answers:
+        """Return what the model's outputs mean."""
+        if not self.model.config.classes:
+            return "features"
+        return "labels" if self.multi_label else "classes"
 
 
 def save(checkpoint: Checkpoint, folder: Path, state: dict[str, Tensor] | None = None) -> None:
@@ -113,7 +75,7 @@ def save(checkpoint: Checkpoint, folder: Path, state: dict[str, Tensor] | None =
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(fresh, ignore_errors=True)  # left by a writer that was killed
         fresh.mkdir()
-        config = to_config(checkpoint.model.config, checkpoint.labels)
+        config = to_config(checkpoint.model.config, checkpoint.labels, checkpoint.multi_label)
         _write_json(fresh / "config.json", config)
         _write_json(fresh / "preprocessor_config.json", checkpoint.preprocess.to_config())
         _write_json(fresh / "training.json", checkpoint.training)
@@ -148,14 +110,10 @@ def load(folder: Path) -> Checkpoint:
     """
     found = find_checkpoint(folder)
     content = read_json(found / "config.json")
-    if content.get("model_type") != MODEL_TYPE:
-        kind = content.get("model_type")
-        raise CheckpointError(
-            f"{found / 'config.json'}: model_type is {kind!r}, not {MODEL_TYPE!r}"
-        )
     try:
-        config, labels = from_config(content)
-        preprocess = Preprocess.from_config(read_json(found / "preprocessor_config.json"))
+        config, labels, multi_label = from_config(content, str(found / "config.json"))
+        file = found / processor_config.FILE
+        preprocess = read_own_processor(read_json(file), str(file))
     except KeyError as error:
         raise CheckpointError(f"{folder}: its configuration has no field {error}") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
@@ -173,7 +131,7 @@ def load(folder: Path) -> Checkpoint:
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:MAX_REASON]
         raise CheckpointError(f"{folder}: the weights do not match config.json: {reason}") from None
-    return Checkpoint(model.eval(), preprocess, labels, training)
+    return Checkpoint(model.eval(), preprocess, labels, training, multi_label)
 
 
 def load_state(folder: Path) -> dict[str, Tensor] | None:

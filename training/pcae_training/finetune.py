@@ -414,6 +414,8 @@ def _build_model(
     if isinstance(model.head, nn.Linear) and "head.weight" in fitted.missing:
         nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE: near zero at first
     if report:
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
         unused = [*fitted.unused, *found.ignored]
         print(f"{settings.init}: {len(fitted.weights)} tensors loaded", file=sys.stderr)
         for what, names in (("newly initialised", fitted.missing), ("not used", unused)):

@@ -6,13 +6,13 @@ of patches to keep after each stage.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pcae_serve.bundle.tokens import REDUCTION_POINTS, Geometry, Rule
+from pcae_serve.bundle.tokens import REDUCTION_POINTS, Geometry, Pooling, Rule
 from pcae_training.model_limits import check_sizes
 from pcae_training.reduction import RULES, Tokens, attention_received, reduce_tokens
 
@@ -29,7 +29,7 @@ class ViTConfig:
     heads: int = 12
     mlp_ratio: float = 4.0
     classes: int = 1000  # 0: no head, the model returns features
-    pooling: Literal["mean", "cls"] = "mean"  # mean over patches as in MAE, or CLS as in DeiT
+    pooling: Pooling = "mean"
     norm_eps: float = 1e-6  # timm, MAE and DeiT; torch's own default is 1e-5
     reduction_points: tuple[int, ...] = REDUCTION_POINTS
     reduction: Rule = "ptr"
@@ -77,6 +77,11 @@ class ViTConfig:
         return self.positioned + self.registers
 
     @property
+    def pooled(self) -> int:
+        """Number of vectors of the model's width that the head reads."""
+        return 2 if self.pooling == "cls-mean" else 1
+
+    @property
     def geometry(self) -> Geometry:
         """The sizes that the token arithmetic needs."""
         return Geometry(
@@ -86,6 +91,7 @@ class ViTConfig:
             patch_values=self.channels * self.patch_size**2,
             classes=self.classes,
             prefix_tokens=self.prefix,
+            pooled_tokens=self.pooled,
             mlp_ratio=self.mlp_ratio,
             reduction_points=self.reduction_points,
         )
@@ -225,7 +231,8 @@ class VisionTransformer(nn.Module):
             self.fc_norm = final_norm
         else:
             self.norm = final_norm
-        self.head = nn.Linear(width, config.classes) if config.classes else nn.Identity()
+        read = config.pooled * width
+        self.head = nn.Linear(read, config.classes) if config.classes else nn.Identity()
         if config.distilled:
             self.head_dist = nn.Linear(width, config.classes) if config.classes else nn.Identity()
         self.apply(init_weights)
@@ -354,6 +361,13 @@ class VisionTransformer(nn.Module):
         """Return logits [B, classes] of the last block's tokens; features [B, D] without a head."""
         if self.config.pooling == "mean":
             logits: Tensor = self.head(self.fc_norm(tokens.pool()))
+            return logits
+        if self.config.pooling != "cls":
+            normed = tokens._replace(x=self.norm(tokens.x))
+            pooled = normed.pool()
+            if self.config.pooling == "cls-mean":
+                pooled = torch.cat([normed.x[:, 0], pooled], dim=1)
+            logits = self.head(pooled)
             return logits
         logits = self.head(self.norm(tokens.x[:, 0]))
         if self.config.distilled:  # DeiT at inference: the mean of both heads

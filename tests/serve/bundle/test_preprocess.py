@@ -328,32 +328,6 @@ def test_threads_agree() -> None:
             np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(
-    "preprocess", [SMALL, LARGE, replace(LARGE, resample=Image.Resampling.BILINEAR)]
-)
-def test_config_round_trip(preprocess: Preprocess) -> None:
-    assert Preprocess.from_config(preprocess.to_config()) == preprocess
-
-
-def test_config_of_hugging_faces_vit() -> None:
-    config = LARGE.to_config() | {"size": {"height": 224, "width": 224}}
-    del config["crop_size"]
-    assert Preprocess.from_config(config) == replace(LARGE, resize=224)
-
-
-@pytest.mark.parametrize("field", ["size", "image_mean", "image_std", "resample"])
-def test_a_config_without_a_field_names_it(field: str) -> None:
-    config = LARGE.to_config()
-    del config[field]
-    with pytest.raises(KeyError, match=field):
-        Preprocess.from_config(config)
-
-
-def test_a_config_with_a_size_of_another_kind() -> None:
-    with pytest.raises(KeyError):
-        Preprocess.from_config(LARGE.to_config() | {"size": {"longest_edge": 256}})
-
-
 def test_the_crop_lies_inside() -> None:
     with pytest.raises(ValueError, match="cannot crop 224 pixels out of 200"):
         replace(LARGE, resize=200)

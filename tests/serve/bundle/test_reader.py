@@ -70,7 +70,7 @@ def test_a_manifest_that_is_none_is_refused(bundle_dir: Path, text: str) -> None
 
 
 def test_a_newer_schema_says_to_update(bundle_dir: Path) -> None:
-    edit(bundle_dir, schema_version=2)
+    edit(bundle_dir, schema_version=3)
     assert "update pcae-serve" in refused(bundle_dir)
 
 

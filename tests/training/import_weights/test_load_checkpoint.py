@@ -127,16 +127,21 @@ def test_dinov2_with_registers(hugging_face: Any, as_on_disk: bool, tmp_path: Pa
 
 
 @torch.inference_mode()
-def test_dinov2_classifier_reads_two_tokens_so_it_is_left_out(
-    hugging_face: Any, tmp_path: Path
+@pytest.mark.parametrize("registers", [0, 3])
+def test_dinov2_classifier_reads_cls_and_mean(
+    hugging_face: Any, registers: int, tmp_path: Path
 ) -> None:
-    config = hugging_face.Dinov2Config(**SIZES, mlp_ratio=2, num_labels=5)
-    theirs = randomised(hugging_face.Dinov2ForImageClassification(config))
+    name = "Dinov2WithRegisters" if registers else "Dinov2"
+    more = {"num_register_tokens": registers} if registers else {}
+    config = getattr(hugging_face, f"{name}Config")(**SIZES, mlp_ratio=2, num_labels=5, **more)
+    theirs = randomised(getattr(hugging_face, f"{name}ForImageClassification")(config))
     theirs.save_pretrained(tmp_path)
     found = load_checkpoint(tmp_path)
-    assert (found.config.classes, found.labels) == (0, None)
-    assert {"classifier.weight", "classifier.bias"} < set(found.ignored)
-    close(rebuilt(found)(pixels()), theirs.dinov2(pixels()).pooler_output)
+    assert (found.config.classes, found.config.pooling) == (5, "cls-mean")
+    assert found.labels == [f"LABEL_{i}" for i in range(5)]
+    close(rebuilt(found)(pixels()), theirs(pixels()).logits)
+    encoder = theirs.dinov2_with_registers if registers else theirs.dinov2
+    close(rebuilt(found.drop_head())(pixels()), encoder(pixels()).pooler_output)
 
 
 @torch.inference_mode()
@@ -260,7 +265,12 @@ def test_folder_of_timm(tmp_path: Path) -> None:
     found = load_checkpoint(tmp_path, heads=2)
     assert found.config == TINY
     assert found.preprocess == Preprocess(
-        24, 26, (0.5, 0.5, 0.5), (0.1, 0.2, 0.3), Image.Resampling.BILINEAR
+        24,
+        26,
+        (0.5, 0.5, 0.5),
+        (0.1, 0.2, 0.3),
+        Image.Resampling.BILINEAR,
+        crop_offset="half-even",
     )
 
 
@@ -273,7 +283,7 @@ def test_preprocessing_that_lies_beside(tmp_path: Path) -> None:
     expected = Preprocess(24, 24, (0.1,) * 3, (0.2,) * 3, Image.Resampling.BILINEAR, squash=True)
     assert found.preprocess == expected
     write_json(tmp_path, {"size": 24}, "preprocessor_config.json")
-    refused(source, "its preprocessing cannot be used .*image_mean", heads=2)
+    refused(source, "preprocessor_config.json: image_mean is missing", heads=2)
 
 
 def test_checkpoints_of_our_own(tmp_path: Path) -> None:
@@ -374,17 +384,23 @@ def test_files_that_are_damaged(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "swin"}, "model_type 'swin' is not supported, only vit, deit"),
-        ({"hidden_size": 16}, "model_type None is not supported"),
-        ({"model_type": "vit", "hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
-        ({"model_type": "dinov2", "use_swiglu_ffn": True}, "SwiGLU"),
+        ({"model_type": "swin"}, 'config.json: model_type is "swin"; supported: vit, deit'),
+        ({"hidden_size": 16}, "model_type is null; supported"),
+        (
+            {"model_type": "vit", "hidden_act": "quick_gelu"},
+            'hidden_act is "quick_gelu"',
+        ),
+        (
+            {"model_type": "dinov2", "use_swiglu_ffn": True},
+            "use_swiglu_ffn is true; supported: false",
+        ),
         (
             {"model_type": "vit", "num_attention_heads": "two"},
-            "heads must be a whole number",
+            'config.json: num_attention_heads is "two"; supported: a positive whole number',
         ),
         (
             {"model_type": "vit", "num_attention_heads": 2, "id2label": {"0": "a"}},
-            "names 1 labels for 5 classes",
+            "id2label has no name for class 1 of the head's 5 classes",
         ),
     ],
 )

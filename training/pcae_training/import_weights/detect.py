@@ -7,12 +7,24 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pcae_training.checkpoint import MODEL_TYPE, CheckpointError, read_json
+from pcae_training.checkpoint import CheckpointError, read_json
+from pcae_training.model_config import MODEL_TYPE
 
+#: End of the name of a file that lists the shards of the weights.
+SHARD_INDEX = ".index.json"
 #: Names of the weights file in a folder, in order of preference.
-FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+FOLDER_WEIGHTS = (
+    "model.safetensors",
+    f"model.safetensors{SHARD_INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{SHARD_INDEX}",
+)
 
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+
+_SHARD = re.compile(r"(?:model|pytorch_model)-\d{5}-of-\d{5}\.(?:safetensors|bin)")
+#: A checkpoint in the output folder of Hugging Face's Trainer.
+_TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 _PATCH_KERNEL = re.compile(
     r"(?P<prefix>(?:.*\.)?)"
@@ -35,35 +47,69 @@ class Source:
 
     path: Path  # as error messages name it
     format: Format
-    weights: Path  # the file of tensors; the folder itself if OWN
+    weights: Path  # the file of tensors, or the list of its shards; the folder itself if OWN
     config: Mapping[str, Any] = field(default_factory=dict)  # content of config.json
+    folders: tuple[Path, ...] = ()  # that may contain the preprocessor, the first one first
+    notes: tuple[str, ...] = ()  # what was chosen, for the user
 
 
 def detect_format(path: Path) -> Source:
     """Return the format of `path` and where its weights are. Raise CheckpointError if not found."""
     if path.name in FOLDER_WEIGHTS and (path.parent / "config.json").exists():
         path = path.parent  # config.json has what the tensors do not show
+    elif _SHARD.fullmatch(path.name) and path.is_file():
+        path = path.parent  # a part is not a checkpoint
     if path.is_file():
-        return Source(path, Format.STATE_DICT, path)
+        return Source(path, Format.STATE_DICT, path, folders=(path.parent,))
     if not path.exists() and path.suffix in FILE_SUFFIXES:
         raise CheckpointError(f"checkpoint not found: {path} does not exist")
-    if not (path / "config.json").exists():  # the reader looks for what a killed writer left
-        return Source(path, Format.OWN, path)
-    config = read_json(path / "config.json")
+    saved, notes = _choose_saved(path)
+    folders = (saved,) if saved == path else (saved, path)
+    if not (saved / "config.json").exists():  # the reader looks for what a killed writer left
+        return Source(path, Format.OWN, saved)
+    config = read_json(saved / "config.json")
     if config.get("model_type") == MODEL_TYPE:
-        return Source(path, Format.OWN, path)
+        return Source(path, Format.OWN, saved)
     if not config:
-        return Source(path, Format.STATE_DICT, _find_weights(path))
+        return Source(path, Format.STATE_DICT, _find_weights(saved), {}, folders, notes)
     kind = Format.TIMM if "architecture" in config else Format.HUGGING_FACE
-    return Source(path, kind, _find_weights(path), config)
+    return Source(path, kind, _find_weights(saved), config, folders, notes)
+
+
+def _choose_saved(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """Return the folder with the weights, and a note if it is one of the Trainer's checkpoints.
+
+    If `folder` itself has no weights, the best checkpoint according to trainer_state.json is used,
+    else the last one.
+    """
+    if not folder.is_dir() or any((folder / name).exists() for name in FOLDER_WEIGHTS):
+        return folder, ()
+    numbered = sorted(
+        (int(match[1]), child)
+        for child in folder.iterdir()
+        if (match := _TRAINER_CHECKPOINT.fullmatch(child.name)) and (child / "config.json").exists()
+    )
+    if not numbered:
+        return folder, ()
+    last = numbered[-1][1]
+    state_file = last / "trainer_state.json"
+    state = read_json(state_file) if state_file.exists() else {}
+    best = state.get("best_model_checkpoint")
+    among = f"{folder} has {len(numbered)} checkpoint{'s' * (len(numbered) > 1)} of a Trainer"
+    if isinstance(best, str) and best:
+        name = re.split(r"[/\\]", best.rstrip("/\\"))[-1]  # the folder may have been moved
+        if any(child.name == name for _, child in numbered):
+            return folder / name, (f"{among}; {name} is used, the best according to its state",)
+        return last, (f"{among}; {last.name} is used, the last, as the best ({name}) is missing",)
+    return last, (f"{among}; {last.name} is used, the last",)
 
 
 def _find_weights(folder: Path) -> Path:
     for name in FOLDER_WEIGHTS:
         if (folder / name).exists():
             return folder / name
-    names = " nor ".join(FOLDER_WEIGHTS)
-    raise CheckpointError(f"{folder} contains neither {names}; sharded weights are not supported")
+    names = " nor ".join(name for name in FOLDER_WEIGHTS if not name.endswith(SHARD_INDEX))
+    raise CheckpointError(f"{folder} contains neither {names}, whole or in shards")
 
 
 class Naming(NamedTuple):
@@ -73,15 +119,18 @@ class Naming(NamedTuple):
     hugging_face: bool  # else timm, which MAE, DeiT, DINO and this project follow
 
 
-def detect_naming(names: Iterable[str]) -> Naming:
-    """Return the naming scheme, recognised by the patch kernel's name.
-
-    Raise ValueError if there is no patch kernel or more than one.
-    """
+def find_encoders(names: Iterable[str]) -> list[Naming]:
+    """Return the naming scheme of every encoder, recognised by the patch kernel's name."""
     kernels = [match for name in names if (match := _PATCH_KERNEL.fullmatch(name))]
-    if not kernels:
+    return [Naming(kernel["prefix"], kernel["hugging_face"] is not None) for kernel in kernels]
+
+
+def detect_naming(names: Iterable[str]) -> Naming:
+    """Return the naming scheme. Raise ValueError if there is no encoder or more than one."""
+    encoders = find_encoders(names)
+    if not encoders:
         raise ValueError("not a vision transformer: it has no patch_embed.proj.weight")
-    if len(kernels) > 1:
-        found = ", ".join(match[0] for match in kernels)
+    if len(encoders) > 1:
+        found = ", ".join(f"{naming.prefix}…" for naming in encoders)
         raise ValueError(f"contains more than one encoder ({found}); save one of them separately")
-    return Naming(kernels[0]["prefix"], kernels[0]["hugging_face"] is not None)
+    return encoders[0]

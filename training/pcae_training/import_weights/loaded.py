@@ -24,17 +24,40 @@ class LoadedCheckpoint:
     antialias: bool = False  # whether its model family antialiases when the position grid shrinks
     training: dict[str, Any] = field(default_factory=dict)  # how it was trained, if recorded
     reduction_known: bool = False  # `config.reduction` was recorded, rather than a default
+    multi_label: bool | None = False  # labels are independent; None if the checkpoint does not say
+    head_problem: str | None = None  # why `config` has no classes although it should have some
+    notes: list[str] = field(default_factory=list)  # what was chosen among several, for the user
 
     def drop_head(self) -> "LoadedCheckpoint":
-        """Return a copy without the classification head and labels."""
+        """Return a copy without the classification head and labels, pooled to the model's width."""
         weights = {name: t for name, t in self.weights.items() if not name.startswith("head")}
-        return replace(self, config=replace(self.config, classes=0), weights=weights, labels=None)
+        pooling = "cls" if self.config.pooling == "cls-mean" else self.config.pooling
+        return replace(
+            self,
+            config=replace(self.config, classes=0, pooling=pooling),
+            weights=weights,
+            labels=None,
+            multi_label=False,
+            head_problem=None,
+        )
+
+    def check_classes(self, path: Path) -> None:
+        """Raise CheckpointError, naming `path`, if the classes that it has cannot be used."""
+        if self.head_problem is not None:
+            raise CheckpointError(f"{path}: {self.head_problem}")
+        if self.config.classes == 1 and not self.multi_label:
+            raise CheckpointError(
+                f"{path} has a single output and does not say what it means (problem_type); if its"
+                " sigmoid is the probability of a label, give --answers labels (regression is not"
+                " supported)"
+            )
 
     def build(self, path: Path) -> Checkpoint:
         """Build the model (float32, evaluation mode), with `labels` empty if unknown.
 
-        Raise CheckpointError, naming `path`, if the preprocessing is unknown.
+        Raise CheckpointError, naming `path`, if the preprocessing is unknown or the head unusable.
         """
+        self.check_classes(path)
         if self.preprocess is None:
             raise CheckpointError(
                 f"{path} does not specify how images are preprocessed; place a"
@@ -43,4 +66,10 @@ class LoadedCheckpoint:
         with torch.device("meta"):  # nothing is initialised: every tensor comes from the weights
             model = VisionTransformer(self.config)
         model.load_state_dict(self.weights, assign=True)
-        return Checkpoint(model.eval(), self.preprocess, self.labels or [], self.training)
+        return Checkpoint(
+            model.eval(),
+            self.preprocess,
+            self.labels or [],
+            self.training,
+            multi_label=bool(self.multi_label),
+        )

@@ -1,29 +1,34 @@
 """One reader for each checkpoint format."""
 
-import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
-from PIL import Image
-
+from pcae_serve.bundle import processor_config
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.errors import one_line
+from pcae_serve.bundle.processor_config import read_processor
+from pcae_serve.bundle.tokens import Pooling
 from pcae_training import checkpoint
-from pcae_training.checkpoint import MODEL_TYPE, read_json
+from pcae_training.checkpoint import read_json
+from pcae_training.import_weights import hugging_face, timm
 from pcae_training.import_weights.detect import Format, Source
 from pcae_training.import_weights.loaded import LoadedCheckpoint
-from pcae_training.import_weights.rename import rename_weights
+from pcae_training.import_weights.rename import Renamed, rename_weights
 from pcae_training.import_weights.sizes import check_shapes, infer_config, list_shapes
-from pcae_training.import_weights.tensors import read_state_dict
-
-#: Hugging Face's names of the architectures that are a plain ViT.
-MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae")
+from pcae_training.import_weights.tensors import WeightsChoice, read_state_dict
 
 
-def read_own(source: Source, heads: int | None) -> LoadedCheckpoint:
-    """Read a folder written by pcae-train; `heads` is ignored, as its config.json states them."""
-    stored = checkpoint.load(source.path)
+class Choices(NamedTuple):
+    """What a caller decides where a checkpoint leaves it open."""
+
+    heads: int | None = None
+    weights: WeightsChoice | None = None  # None: the averaged ones, if there are two sets
+
+
+def read_own(source: Source, choices: Choices) -> LoadedCheckpoint:
+    """Read a folder written by pcae-train; its config.json states everything."""
+    if choices.weights == "ema":
+        raise ValueError("contains no averaged weights, which --weights ema asks for")
+    stored = checkpoint.load(source.weights)
     config = stored.model.config
     return LoadedCheckpoint(
         config,
@@ -33,86 +38,107 @@ def read_own(source: Source, heads: int | None) -> LoadedCheckpoint:
         antialias=config.registers > 0,
         training=stored.training,
         reduction_known=True,
+        multi_label=stored.multi_label,
     )
 
 
-def read_hugging_face(source: Source, heads: int | None) -> LoadedCheckpoint:
-    """Read a folder of `transformers`. Raise ValueError if its architecture is not supported."""
-    config = source.config
-    kind, activation = config.get("model_type"), config.get("hidden_act", "gelu")
-    if kind not in MODEL_TYPES:
-        supported = ", ".join((*MODEL_TYPES, MODEL_TYPE))
-        raise ValueError(f"model_type {kind!r} is not supported, only {supported}")
-    if config.get("use_swiglu_ffn"):
-        raise ValueError("SwiGLU MLPs are not supported")
-    if activation != "gelu":
-        raise ValueError(f"activation {activation!r} is not supported, only exact 'gelu'")
-    return read_weights(source, heads)
-
-
-def read_weights(source: Source, heads: int | None) -> LoadedCheckpoint:
-    """Read a timm folder or a state dict; Hugging Face's tensor names are accepted too."""
-    config = source.config
-    weights, ignored, antialias = rename_weights(read_state_dict(source.weights))
-    heads = heads or config.get("num_attention_heads")
-    sizes = infer_config(weights, heads, config.get("layer_norm_eps", 1e-6))
-    check_shapes(weights, list_shapes(sizes))
-    return LoadedCheckpoint(
-        sizes,
-        weights,
-        _read_labels(config, sizes.classes),
-        _read_preprocess(source),
-        ignored,
-        antialias,
+def read_hugging_face(source: Source, choices: Choices) -> LoadedCheckpoint:
+    """Read a folder of `transformers`. Raise ValueError if a field or tensor is not supported."""
+    described = hugging_face.read_config(source.config)
+    loaded = _read(
+        source,
+        choices._replace(heads=choices.heads or described.heads),
+        norm_eps=described.norm_eps,
     )
+    described.check(loaded.config)
+    loaded.labels = described.labels(loaded.config.classes)
+    loaded.multi_label = described.multi_label(loaded.config.classes)
+    if described.has_head and not loaded.config.classes and loaded.head_problem is None:
+        loaded.head_problem = (
+            f"its architecture is {described.architecture}, but its weights have no head; give"
+            " --features to use it without"
+        )
+    processor = _read_processor(source, source.config["model_type"])
+    loaded.preprocess = processor
+    return loaded
 
 
-READERS: dict[Format, Callable[[Source, int | None], LoadedCheckpoint]] = {
+def read_timm(source: Source, choices: Choices) -> LoadedCheckpoint:
+    """Read a folder of `timm`. Raise ValueError if a field or tensor is not supported."""
+    described = timm.read_config(source.config)
+    loaded = _read(
+        source,
+        choices,
+        norm_eps=timm.NORM_EPS,
+        pooling=described.pooling,
+        arrange=described.arrange,
+        heads_of=described.heads,
+    )
+    loaded.antialias = True  # of all its models
+    described.check(loaded.config)
+    loaded.labels = described.labels(loaded.config.classes)
+    loaded.multi_label = False if loaded.config.classes != 1 else None
+    loaded.preprocess = _read_processor(source) or described.preprocess
+    return loaded
+
+
+def read_bare(source: Source, choices: Choices) -> LoadedCheckpoint:
+    """Read a state dict without config.json; Hugging Face's tensor names are accepted too."""
+    loaded = _read(source, choices)
+    loaded.multi_label = False if loaded.config.classes != 1 else None
+    loaded.preprocess = _read_processor(source)
+    return loaded
+
+
+READERS: dict[Format, Callable[[Source, Choices], LoadedCheckpoint]] = {
     Format.OWN: read_own,
     Format.HUGGING_FACE: read_hugging_face,
-    Format.TIMM: read_weights,
-    Format.STATE_DICT: read_weights,
+    Format.TIMM: read_timm,
+    Format.STATE_DICT: read_bare,
 }
 
 
-def _read_labels(config: Mapping[str, Any], classes: int) -> list[str] | None:
-    labels = config.get("id2label")
-    if not classes or not isinstance(labels, dict):
-        return None
-    if set(labels) != {str(i) for i in range(classes)}:
-        raise ValueError(f"config.json names {len(labels)} labels for {classes} classes")
-    return [str(labels[str(i)]) for i in range(classes)]
+def _read(
+    source: Source,
+    choices: Choices,
+    *,
+    norm_eps: float = timm.NORM_EPS,
+    pooling: Pooling | None = None,
+    arrange: Callable[[Renamed], Renamed] = lambda renamed: renamed,
+    heads_of: Callable[[int, int | None], int | None] = lambda width, given: given,
+) -> LoadedCheckpoint:
+    """Read the weights, and derive the sizes from them.
 
-
-def _read_preprocess(source: Source) -> Preprocess | None:
-    """Read preprocessor_config.json next to the weights, else timm's `pretrained_cfg`."""
-    file = source.weights.parent / "preprocessor_config.json"
-    try:
-        if file.exists():
-            return _from_hugging_face(file)
-        if "pretrained_cfg" in source.config:
-            return _from_timm(source.config["pretrained_cfg"])
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        kind = type(error).__name__
-        raise ValueError(f"its preprocessing cannot be used ({kind}: {one_line(error)})") from None
-    return None
-
-
-def _from_hugging_face(file: Path) -> Preprocess:
-    content = read_json(file)
-    if isinstance(size := content.get("size"), int):  # early versions of transformers
-        content["size"] = {"height": size, "width": size}
-    return Preprocess.from_config(content)
-
-
-def _from_timm(content: Mapping[str, Any]) -> Preprocess:
-    if content.get("crop_mode", "center") != "center":
-        raise ValueError(f"crop_mode {content['crop_mode']!r} is not supported")
-    _, size, _ = content["input_size"]
-    return Preprocess(
-        image_size=size,
-        resize=math.floor(size / content["crop_pct"]),
-        mean=tuple(content["mean"]),
-        std=tuple(content["std"]),
-        resample=Image.Resampling[content["interpolation"].upper()],
+    arrange: changes tensors as the configuration asks. heads_of: returns the number of heads for a
+    width and what the caller gave; None for the published models'.
+    """
+    state = read_state_dict(source.weights, choices.weights)
+    renamed = arrange(rename_weights(state.tensors))
+    width = renamed.weights["patch_embed.proj.weight"].shape[0]
+    sizes = infer_config(renamed.weights, heads_of(width, choices.heads), norm_eps, pooling)
+    check_shapes(renamed.weights, list_shapes(sizes))
+    problem = None
+    if renamed.unfit_head is not None and not sizes.classes:
+        problem = (
+            f"its head {renamed.unfit_head} does not read the pooled token; give --features to use"
+            " it without"
+        )
+    return LoadedCheckpoint(
+        sizes,
+        renamed.weights,
+        ignored=renamed.ignored,
+        antialias=renamed.antialias,
+        head_problem=problem,
+        notes=[*source.notes, *(f"{source.path}: {note}" for note in state.notes)],
     )
+
+
+def _read_processor(source: Source, model_type: str | None = None) -> Preprocess | None:
+    """Read the image processor's configuration next to the weights, if there is one."""
+    for folder in source.folders:
+        nested, plain = folder / "processor_config.json", folder / processor_config.FILE
+        if nested.exists() and isinstance(found := read_json(nested).get("image_processor"), dict):
+            return read_processor(found, model_type, nested.name)
+        if plain.exists():
+            return read_processor(read_json(plain), model_type)
+    return None

@@ -42,6 +42,14 @@ _HEADS_HUGGING_FACE = {
     "cls_classifier": "head",
     "distillation_classifier": "head_dist",
 }
+#: The head of DINOv2's own classifiers, next to `backbone`.
+_HEADS_TIMM = {"linear_head": "head"}
+
+#: Weights of a classifier, as opposed to heads that only pretraining uses.
+_CLASSIFIER = re.compile(
+    r"(?:^|\.)(?:heads?|fc|linear|linear_head|classifier|\w+_classifier|cls_head)"
+    r"\.(?:\d+\.|head\.|dense\.|out_proj\.)*weight"
+)
 
 #: Tensors that no prediction of the encoder depends on.
 _IGNORED = re.compile(r"mask_token$|decoder_|decoder\.|pooler\.|(?:dino|ibot)_head\.")
@@ -62,6 +70,7 @@ class Renamed(NamedTuple):
     weights: dict[str, Tensor]  # float32
     ignored: list[str]  # names, as in the file, of tensors that were left out
     antialias: bool  # see `LoadedCheckpoint`
+    unfit_head: str | None  # name and shape of a classifier among them
 
 
 def rename_weights(tensors: Mapping[str, Tensor]) -> Renamed:
@@ -79,19 +88,22 @@ def rename_weights(tensors: Mapping[str, Tensor]) -> Renamed:
             ignored.append(name)
         else:
             weights[new_name], original[new_name] = tensor.float(), name
-    ignored += [original[head] for head in _remove_unfit_head(weights)]
+    removed = [original[head] for head in _remove_unfit_head(weights, naming)]
+    ignored += removed
+    unfit = [name for name in ignored if name in removed or _CLASSIFIER.fullmatch(name)]
+    unfit_head = f"{unfit[0]} {list(tensors[unfit[0]].shape)}" if unfit else None
     antialias = "reg_token" in weights  # DINOv2 with registers does, the other families do not
     weights = _fuse_qkv(weights)
     weights = _pad_prefix_positions(weights)
     weights = _fold_unread_distillation_token(weights)
-    return Renamed(weights, ignored, antialias)
+    return Renamed(weights, ignored, antialias, unfit_head)
 
 
 def _rename(name: str, naming: Naming) -> str | None:
     """Return our name, or None to ignore the tensor. Raise ValueError if it is not supported."""
     if not name.startswith(naming.prefix):  # outside of the encoder
         module, _, kind = name.rpartition(".")
-        head = _HEADS_HUGGING_FACE.get(module) if naming.hugging_face else None
+        head = (_HEADS_HUGGING_FACE if naming.hugging_face else _HEADS_TIMM).get(module)
         return f"{head}.{kind}" if head else None
     inner = name.removeprefix(naming.prefix)
     for pattern, feature in _UNSUPPORTED:
@@ -102,14 +114,17 @@ def _rename(name: str, naming: Naming) -> str | None:
     return None if _IGNORED.match(inner) else inner
 
 
-def _remove_unfit_head(weights: dict[str, Tensor]) -> list[str]:
-    """Remove a head that reads more than one pooled token (DINOv2: CLS and mean), in place.
+def _remove_unfit_head(weights: dict[str, Tensor], naming: Naming) -> list[str]:
+    """Remove a head that does not read the pooled token, in place. Return the names removed.
 
-    Return the names removed.
+    The heads of DINOv2's classifiers (Hugging Face's, and its own) stay: they read the CLS token
+    and the mean patch, twice the width.
     """
     width = require_tensor(weights, "patch_embed.proj.weight", 4).shape[0]
     head = weights.get("head.weight")
-    if head is None or head.shape[1:] == (width,):
+    inputs = None if head is None else head.shape[1:]
+    dinov2 = naming.hugging_face or naming.prefix
+    if inputs is None or inputs == (width,) or (dinov2 and inputs == (2 * width,)):
         return []
     return [name for name in ("head.weight", "head.bias") if weights.pop(name, None) is not None]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pcae_serve.bundle.tokens import REDUCTION_POINTS
+from pcae_serve.bundle.tokens import REDUCTION_POINTS, Pooling
 from pcae_training.model import VisionTransformer, ViTConfig
 
 #: Heads of published models that do not have 64 channels per head: SO400M, ViT-H, -g and -G.
@@ -23,11 +23,17 @@ def require_tensor(weights: Mapping[str, Tensor], name: str, dimensions: int) ->
     return tensor
 
 
-def infer_config(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float) -> ViTConfig:
+def infer_config(
+    weights: Mapping[str, Tensor],
+    heads: int | None,
+    norm_eps: float,
+    pooling: Pooling | None = None,
+) -> ViTConfig:
     """Return the sizes that the shapes of `weights` imply; they do not imply heads and norm_eps.
 
-    heads: None for the published models' number at that width. Raise ValueError if a tensor is
-    missing or its shape does not fit a ViT.
+    heads: None for the published models' number at that width. pooling: None for the one that the
+    names and shapes of norm and head imply. Raise ValueError if a tensor is missing or its shape
+    does not fit a ViT.
     """
     width, channels, patch_size, _ = require_tensor(weights, "patch_embed.proj.weight", 4).shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
@@ -46,7 +52,7 @@ def infer_config(weights: Mapping[str, Tensor], heads: int | None, norm_eps: flo
         heads=heads or _published_heads(width),
         mlp_ratio=hidden / width,
         classes=require_tensor(weights, "head.weight", 2).shape[0] if has_head else 0,
-        pooling="mean" if "fc_norm.weight" in weights else "cls",
+        pooling=pooling or _implied_pooling(weights, width),
         norm_eps=norm_eps,
         reduction_points=REDUCTION_POINTS if depth > max(REDUCTION_POINTS) else (),
         qkv_bias="blocks.0.attn.qkv.bias" in weights,
@@ -54,6 +60,13 @@ def infer_config(weights: Mapping[str, Tensor], heads: int | None, norm_eps: flo
         distilled=distilled,
         registers=require_tensor(weights, "reg_token", 3).shape[1] if has_registers else 0,
     )
+
+
+def _implied_pooling(weights: Mapping[str, Tensor], width: int) -> Pooling:
+    if "fc_norm.weight" in weights:
+        return "mean"
+    head = weights.get("head.weight")
+    return "cls-mean" if head is not None and head.shape[1:] == (2 * width,) else "cls"
 
 
 def _published_heads(width: int) -> int:
