@@ -1,4 +1,4 @@
-"""Decide which tiers are dominated, and whether there were enough images to tell.
+"""Decide which tiers are dominated, and whether there were enough images to distinguish them.
 
 Two tiers are compared on the same images. A tier is dominated if a cheaper one is better and the
 95 % interval of their difference excludes zero; a tie keeps the larger keep ratio.
@@ -82,7 +82,7 @@ def rank_tiers(tiers: list[Tier], measured: Mapping[str, Measured]) -> list[Tier
 
 
 def warn_of_few_images(tiers: list[Tier], measured: Mapping[str, Measured]) -> str | None:
-    """Return a warning if there were too few images to tell neighbouring tiers apart, else None."""
+    """Return a warning if there were too few images to distinguish neighbouring tiers, else None."""
     unclear = []
     for index, tier in enumerate(tiers):
         rivals = list(_rivals(tier, tiers[:index], measured))
@@ -100,7 +100,7 @@ def warn_of_few_images(tiers: list[Tier], measured: Mapping[str, Measured]) -> s
     kind = type(next(iter(measured.values())).quality)
     what = "0.01 of a cosine" if kind is Fidelity else "one point"
     return (
-        f"{n:,} images are too few to tell these tiers apart: {pairs}; about"
+        f"{n:,} images are too few to distinguish these tiers: {pairs}; about"
         f" {_rounded(needed):,} show a difference of {what}"
     )
 

@@ -34,7 +34,7 @@ def test_a_tie_of_few_images_dominates_no_tier(tiers: Any) -> None:
     tied = {name: top1(12, 32) for name in ("fast", "mid", "full")}  # 37.5 % each
     assert dominated(tiers, tied) == []
     assert warn_of_few_images(tiers, tied) == (
-        "32 images are too few to tell these tiers apart: fast and mid, mid and full; about 2,200"
+        "32 images are too few to distinguish these tiers: fast and mid, mid and full; about 2,200"
         " show a difference of one point"
     )
 
