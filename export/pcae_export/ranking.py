@@ -82,7 +82,7 @@ def rank_tiers(tiers: list[Tier], measured: Mapping[str, Measured]) -> list[Tier
 
 
 def warn_of_few_images(tiers: list[Tier], measured: Mapping[str, Measured]) -> str | None:
-    """Return a warning if there were too few images to distinguish neighbouring tiers, else None."""
+    """Return a warning if there were too few images to distinguish tiers, else None."""
     unclear = []
     for index, tier in enumerate(tiers):
         rivals = list(_rivals(tier, tiers[:index], measured))
