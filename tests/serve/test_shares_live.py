@@ -22,7 +22,8 @@ def test_a_greedy_client_does_not_push_a_polite_one_below_its_share(tmp_path: Pa
     keys.touch(0o600)
     keys.write_text(f"{GREEDY} name=greedy\n{POLITE} name=polite\n")
     image, over = image_bytes(), threading.Event()
-    flags = ("--backend", "simulated", "--api-keys-file", str(keys), "--queue-limit", "64")
+    # nothing reads the log here, and a full pipe would stop the server
+    flags = ("--backend", "simulated", "--queue-limit", "64", "--no-access-log")
 
     def greedy(url: str) -> None:
         fields = [("image", (f"{i}.png", image)) for i in range(64)]
@@ -31,7 +32,7 @@ def test_a_greedy_client_does_not_push_a_polite_one_below_its_share(tmp_path: Pa
                 target = f"{url}/classify/batch?budget_ms=60000&tier=full"
                 client.post(target, files=fields)
 
-    with server(*flags, cache=tmp_path / "cache") as (url, _):
+    with server(*flags, "--api-keys-file", str(keys), cache=tmp_path / "cache") as (url, _):
         threads = [threading.Thread(target=greedy, args=(url,)) for _ in range(4)]
         for thread in threads:
             thread.start()
