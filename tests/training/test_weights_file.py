@@ -26,7 +26,10 @@ def refused(file: Path, words: str) -> None:
 
 def test_shared_tensors_are_read(tmp_path: Path) -> None:
     tied = torch.zeros(1000)
-    assert read_state_dict(saved(tmp_path / "x.pth", {"a": {"b": tied}, "c": tied, "d": tied}))
+    assert set(read_state_dict(saved(tmp_path / "x.pth", {"c": tied, "d": tied})).tensors) == {
+        "c",
+        "d",
+    }
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"model": x}, lambda x: {"other": [x]}])
@@ -59,7 +62,7 @@ def test_an_archive_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
 def test_a_pickle_that_contains_itself_or_nests_deeply_is_read_or_refused(tmp_path: Path) -> None:
     itself: dict[str, Any] = {"w": torch.zeros(2)}
     itself["again"] = itself
-    assert set(read_state_dict(saved(tmp_path / "x.pth", itself))) == {"w"}
+    assert set(read_state_dict(saved(tmp_path / "x.pth", itself)).tensors) == {"w"}
 
 
 def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
