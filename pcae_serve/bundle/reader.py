@@ -169,13 +169,20 @@ def _check_references(root: Path, graph: str, manifest: Manifest) -> None:
     except ValueError as error:
         raise BundleError(f"{path} cannot be used: {one_line(error)}") from None
     for location in sorted(locations):
-        if posixpath.normpath(posixpath.join(posixpath.dirname(graph), location)) not in (
-            manifest.files
-        ):
+        name = posixpath.normpath(posixpath.join(posixpath.dirname(graph), location))
+        # opened as it is written, a path through a link to a folder would lead elsewhere
+        if name not in manifest.files or not _same_file(path.parent / location, root / name):
             raise BundleError(
                 f"{path} takes its data from {shown(location)}, which {MANIFEST} does not list;"
                 " export the bundle again"
             )
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):  # ValueError: a null character
+        return False
 
 
 def _check_hash(root: Path, name: str, expected: str) -> None:

@@ -166,6 +166,16 @@ def test_a_graph_whose_data_is_not_sealed_is_refused(bundle_dir: Path, location:
     assert "elastic.onnx takes its data from" in refused(bundle_dir)
 
 
+def test_a_path_through_a_link_to_a_folder_is_refused(bundle_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "inner").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "model.safetensors").write_bytes(b"other weights")
+    graph = bundle_dir / "models" / "vit" / "elastic.onnx"
+    (graph.parent / "link").symlink_to(tmp_path / "elsewhere" / "inner")
+    graph.write_bytes(field(7, field(5, tensor("link/../model.safetensors"))))
+    seal(bundle_dir)
+    assert "takes its data from 'link/../model.safetensors'" in refused(bundle_dir)
+
+
 @pytest.mark.parametrize(
     "location", ["model.safetensors", "./model.safetensors", "../vit/model.safetensors"]
 )
