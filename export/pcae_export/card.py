@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pcae_export.verify import AGREEMENT, COSINE, LEGEND, MARGIN, TOLERANCE, Parity
-from pcae_serve.bundle.manifest import Manifest, Tier
+from pcae_serve.bundle.manifest import Manifest, Model, Tier
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.model import ViTConfig
 
@@ -47,6 +47,7 @@ def render(
     for model_id in checkpoints:
         parts += [f"**{model_id}**"] if several else []
         parts.append(_parity(parity.get(model_id)))
+        parts += [_half(manifest.models[model_id])] if model_id in manifest.models else []
     made = ", ".join(f"{tool} {version}" for tool, version in manifest.producer.items())
     parts += ["## Made with", f"{made}, on {manifest.created:%Y-%m-%d}."]
     return "\n\n".join(parts) + "\n"
@@ -56,11 +57,10 @@ def _about(checkpoint: Checkpoint) -> str:
     config, labels = checkpoint.model.config, checkpoint.labels
     parameters = sum(p.numel() for p in checkpoint.model.parameters())
     some = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
-    purpose = (
-        f"classifies images into {len(labels)} classes ({some})"
-        if labels
-        else f"computes {config.width} features per image"
-    )
+    verb = f"classifies images into {len(labels)} classes"
+    if checkpoint.answers == "labels":
+        verb = f"gives the probability of each of {len(labels)} independent labels"
+    purpose = f"{verb} ({some})" if labels else f"computes {config.width} features per image"
     return (
         f"A vision transformer ({parameters / 1e6:.2f} million parameters, width {config.width},"
         f" depth {config.depth}) that {purpose}. Images have {config.image_size} x"
@@ -208,6 +208,17 @@ def _parity(parity: Parity | None) -> str:
         " equal sets. Limits in other precisions: the same class on"
         f" {100 * AGREEMENT:.1f} % of images, as far as this number of images can show it, or a"
         f" mean cosine of {COSINE:g}.\n\n" + "\n".join(parity.format_table()) + f"\n\n{LEGEND}"
+    )
+
+
+def _half(model: Model) -> str:
+    """Return a sentence on the precision of the graphs for GPUs and what it was chosen by."""
+    found = model.half_range
+    if model.half is None or found is None:
+        return "The range of half precision was not measured."
+    return (
+        f"The graphs for GPUs are in {model.half}. The largest value that they compute in it is"
+        f" {found.largest:,.1f} ({found.tensor}, on {found.images} images); float16 ends at 65,504."
     )
 
 

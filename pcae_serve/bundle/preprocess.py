@@ -125,15 +125,20 @@ class Preprocess:
     def __call__(self, body: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """Decode an image file to pixels uint8 [H, W, 3], H = W = image_size.
 
-        A JPEG at least 2 * REDUCED times as large as `resize` is decoded at a reduced scale, unless
-        the nearest pixel is taken. In
+        A JPEG at least 2 * REDUCED times as large as `resize` is decoded at a reduced scale. In
         photographs, at most one value in 1,000 then differs by more than 5 of 255, the largest
         observed difference is 11, and the mean is at most 0.7; for lines two pixels apart, the
         worst case, values differ by up to 32 (benchmarks/records/2026-11-24_input).
         """
-        nearest = self.resample == Image.Resampling.NEAREST  # it would pick other pixels
-        short = None if nearest else REDUCED * self.resize
-        return self.crop(read_picture(body, max_pixels, short))
+        return self.crop(read_picture(body, max_pixels, self.decoded_short))
+
+    @property
+    def decoded_short(self) -> int | None:
+        """Return the pixels that a decoded JPEG's shorter side needs; None: all that it has.
+
+        Taking the nearest pixel of a reduced image would take another pixel.
+        """
+        return None if self.resample == Image.Resampling.NEAREST else REDUCED * self.resize
 
     def crop(self, image: "Image.Image | Picture") -> NDArray[np.uint8]:
         """Resize an RGB image and crop the centre: uint8 [H, W, 3].

@@ -5,6 +5,7 @@ The bundle is the contract between export and server; the server never writes to
 
 import hashlib
 import posixpath
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -59,6 +60,14 @@ class Bundle:
             return (pinned,)
         tiers = range(lowest, len(names))
         return tuple(i for i in tiers if i == lowest or not self.tiers[i].dominated)
+
+    def dominated_above(self, allowed: Sequence[int]) -> tuple[str, ...]:
+        """Return the names of dominated tiers left out of `allowed`, above its cheapest."""
+        return tuple(
+            tier.name
+            for i, tier in enumerate(self.tiers)
+            if tier.dominated and i > allowed[0] and i not in allowed
+        )
 
     @property
     def labels(self) -> tuple[str, ...]:

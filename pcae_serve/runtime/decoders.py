@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pcae_serve.bundle import decode_cost, image_limits
 from pcae_serve.bundle.decode_cost import DecodeCost
-from pcae_serve.bundle.preprocess import REDUCED, Preprocess
+from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.runtime import refusals
 from pcae_serve.runtime.decode_call import decode_image
 from pcae_serve.runtime.decode_processes import DecodeProcesses
@@ -49,7 +49,7 @@ class Decoders:
         Raises UnreadableImage, UnsupportedType or TooLarge.
         """
         layout = image_limits.read_layout(body, self._max_pixels)
-        return decode_cost.predict(layout, len(body), REDUCED * preprocess.resize)
+        return decode_cost.predict(layout, len(body), preprocess.decoded_short)
 
     def idle_s(self, cost: DecodeCost) -> float:
         """Return the least seconds that decoding an image takes, on an idle server.

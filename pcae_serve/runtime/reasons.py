@@ -3,6 +3,8 @@
 Policies do not explain themselves; this is derived from what the forecast allowed.
 """
 
+from collections.abc import Sequence
+
 from pcae_serve.scheduling.event_log import Setup
 from pcae_serve.scheduling.latency import Forecast
 from pcae_serve.scheduling.policies.registry import weighs_waiting
@@ -17,14 +19,19 @@ def explain_tier(
     now_s: float,
     setup: Setup,
     policy: str,
+    dominated: Sequence[str] = (),
 ) -> str:
     """Return why `request`, which could choose its tier, runs on `tier` in a batch of `batch`.
 
-    policy: name of the policy that chose it.
+    policy: name of the policy that chose it. dominated: tiers that were left out because a cheaper
+    one is better.
     """
     tiers = request.tiers
     left_s = request.deadline_s - now_s
     left = f"the {left_s * 1e3:.0f} ms left" + (f", in a batch of {batch}" if batch > 1 else "")
+    if len(tiers) == 1 and dominated:
+        are = "is" if len(dominated) == 1 else "are"
+        return f"a cheaper tier is better than {', '.join(dominated)}, which {are} left out"
     if len(tiers) == 1:
         return "the only tier allowed"
     if forecast.p99(tier, batch) > left_s:

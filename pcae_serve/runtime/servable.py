@@ -276,6 +276,7 @@ class Servable:
                     now_s,
                     self.setup,
                     self.policy,
+                    self.bundle.dominated_above(admitted.scheduled.tiers),
                 )
         worker = self._workers[dispatch.device]
         worker.run(

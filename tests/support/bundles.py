@@ -14,7 +14,7 @@ def manifest(files: dict[str, str], **changes: Any) -> dict[str, Any]:
     """A valid bundle.json: 16 patches, three tiers of 1000, 2000 and 4000 MACs."""
     counts = {0.6: (9, 5, 3), 0.8: (12, 9, 7), 1.0: (16, 16, 16)}
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "test",
         "created": "2026-11-23T00:00:00Z",
         "producer": {"test": "1"},

@@ -31,6 +31,14 @@ def headless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def multi_label(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A server whose model gives 4 independent labels."""
+    models = {"vit": manifest({})["models"]["vit"] | {"answers": "labels"}}
+    with _served(tmp_path_factory.mktemp("labels"), models=models) as client:
+        yield client
+
+
 @contextmanager
 def _served(folder: Path, **changes: Any) -> Iterator[TestClient]:
     served = load_bundle(write_bundle(folder / "bundle", **changes))

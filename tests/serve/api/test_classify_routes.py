@@ -4,6 +4,7 @@ import gzip
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
@@ -200,3 +201,12 @@ def test_a_batch_that_cannot_be_read_is_refused(
 ) -> None:
     response = client.post("/classify/batch", files=files, headers=headers)
     assert words in problem(response, status)["detail"]
+
+
+def test_independent_labels_have_probabilities_of_their_own(multi_label: TestClient) -> None:
+    answer = multi_label.post("/classify?top_k=3", content=image_bytes()).json()
+    first, *others = answer["predictions"]
+    assert first["probability"] == pytest.approx(1 / (1 + np.exp(-5.0)), abs=1e-6)
+    assert [each["probability"] for each in others] == [0.5, 0.5]  # they need not sum to 1
+    assert multi_label.get("/tiers").json()["answers"] == "labels"
+    assert multi_label.post("/embed", content=image_bytes()).status_code == 404

@@ -12,6 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pcae_serve.api.app import create_app
+from pcae_serve.api.inference_routes import EXAMPLES
 from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.engines.simulated import SimulatedEngine
@@ -468,3 +469,14 @@ def test_the_documentation_is_complete_and_its_examples_work(client: TestClient)
         for example in body["application/json"]["examples"].values():
             answer = client.post(INFER, json=example["value"])
             assert "logits" in outputs(answer)
+
+
+def test_independent_labels_have_probabilities_in_place_of_a_label(
+    multi_label: TestClient,
+) -> None:
+    metadata = multi_label.get("/v2/models/test").json()
+    assert [output["name"] for output in metadata["outputs"]] == ["logits", "probabilities"]
+    by_name = outputs(multi_label.post(INFER, json=EXAMPLES["an image file"]))
+    logits, found = (np.array(by_name[n]["data"]) for n in ("logits", "probabilities"))
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits)), atol=1e-6)
+    assert by_name["probabilities"]["shape"] == [1, 4]

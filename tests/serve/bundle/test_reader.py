@@ -260,3 +260,30 @@ def test_a_model_of_an_absurd_size_is_refused(bundle_dir: Path, name: str, value
 def test_absurd_amounts_are_refused(bundle_dir: Path, changes: dict[str, Any], words: str) -> None:
     edit(bundle_dir, **changes)
     assert words in refused(bundle_dir)
+
+
+def test_a_bundle_of_version_1_is_read(bundle_dir: Path) -> None:
+    edit(bundle_dir, schema_version=1)
+    assert load_bundle(bundle_dir).answers == "classes"
+    document = json.loads((bundle_dir / "bundle.json").read_text())
+    for word, answers in (("logits", "classes"), ("features", "features")):
+        document["models"]["vit"]["answers"] = word
+        labels = document["labels"] if word == "logits" else []
+        edit(bundle_dir, schema_version=1, models=document["models"], labels=labels)
+        loaded = load_bundle(bundle_dir)
+        assert (loaded.answers, loaded.output) == (answers, word)
+    document["models"]["vit"]["answers"] = "labels"
+    edit(bundle_dir, schema_version=1, models=document["models"], labels=["a"])
+    assert "answers" in refused(bundle_dir)
+
+
+def test_dominated_tiers_that_were_left_out_are_named(bundle_dir: Path) -> None:
+    document = json.loads((bundle_dir / "bundle.json").read_text())
+    for tier in document["tiers"][1:]:
+        tier["dominated"] = True
+    edit(bundle_dir, tiers=document["tiers"])
+    loaded = load_bundle(bundle_dir)
+    allowed = loaded.allowed_tiers()
+    assert allowed == (0,)
+    assert loaded.dominated_above(allowed) == ("balanced", "full")
+    assert loaded.dominated_above(loaded.allowed_tiers(min_tier="full")) == ()

@@ -55,3 +55,9 @@ def test_the_reason_says_what_decided(setup: Setup, tier: int, budget_s: float, 
 def test_the_only_tier_allowed_is_no_choice() -> None:
     request, forecast = Request(0, 0.0, 1.0, (1,)), LATENCY.forecast(0.0)
     assert explain_tier(request, 1, 1, forecast, 0.0, SETUP, "pace") == "the only tier allowed"
+
+
+def test_domination_is_named_if_it_decides() -> None:
+    request, forecast = Request(0, 0.0, 1.0, (0,)), LATENCY.forecast(0.0)
+    reason = explain_tier(request, 0, 1, forecast, 0.0, SETUP, "pace", ("mid", "full"))
+    assert reason == "a cheaper tier is better than mid, full, which are left out"
