@@ -130,15 +130,7 @@ class Preprocess:
         observed difference is 11, and the mean is at most 0.7; for lines two pixels apart, the
         worst case, values differ by up to 32 (benchmarks/records/2026-11-24_input).
         """
-        return self.crop(read_picture(body, max_pixels, self.decoded_short))
-
-    @property
-    def decoded_short(self) -> int | None:
-        """Return the pixels that a decoded JPEG's shorter side needs; None: all that it has.
-
-        Taking the nearest pixel of a reduced image would take another pixel.
-        """
-        return None if self.resample == Image.Resampling.NEAREST else REDUCED * self.resize
+        return self.crop(read_picture(body, max_pixels, REDUCED * self.resize))
 
     def crop(self, image: "Image.Image | Picture") -> NDArray[np.uint8]:
         """Resize an RGB image and crop the centre: uint8 [H, W, 3].

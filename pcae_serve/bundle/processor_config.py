@@ -92,8 +92,8 @@ FIELDS = FieldTable(
         ),
         "default_to_square": BOOLEAN,
         "resample": Field(
-            "0 to 5, Pillow's filters",
-            lambda value: type(value) is int and value in set(Image.Resampling),
+            "1 to 5, Pillow's filters except the nearest pixel",  # which differs for a part
+            lambda value: type(value) is int and value in set(Image.Resampling) - {0},
         ),
         "do_center_crop": BOOLEAN,
         "crop_size": Field('a number, [n, n] or {"height": n, "width": n}', _is_square),

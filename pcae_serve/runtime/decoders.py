@@ -49,7 +49,7 @@ class Decoders:
         Raises UnreadableImage, UnsupportedType or TooLarge.
         """
         layout = image_limits.read_layout(body, self._max_pixels)
-        return decode_cost.predict(layout, len(body), preprocess.decoded_short)
+        return decode_cost.predict(layout, len(body), REDUCED * preprocess.resize)
 
     def idle_s(self, cost: DecodeCost) -> float:
         """Return the least seconds that decoding an image takes, on an idle server.
