@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pcae_serve.bundle import decode_cost, image_limits
 from pcae_serve.bundle.decode_cost import DecodeCost
-from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.preprocess import REDUCED, Preprocess
 from pcae_serve.runtime import refusals
 from pcae_serve.runtime.decode_call import decode_image
 from pcae_serve.runtime.decode_processes import DecodeProcesses
