@@ -114,7 +114,8 @@ def _run(
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:  # of --help and --version, or of a command with its own exit code
-        return int(stop.code or 0)
+        left = _reader_left(sys.stdout)  # argparse ignores it if a long --help cannot be written
+        return int(stop.code or left)
     return 0
 
 
