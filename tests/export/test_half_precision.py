@@ -80,6 +80,7 @@ def test_outputs_that_rounding_destroys_are_refused(tiny: Tiny) -> None:
         choose_half(checkpoint, PIXELS, [(64, 64, 64)], "float16")
 
 
+@pytest.mark.slow
 def test_the_reference_evaluator_agrees(tiny: Tiny, tmp_path: Any) -> None:
     """onnx's evaluator computes the graph for TensorRT in float16: NaN if it overflows."""
     sizes: Any = {"depth": 3, "reduction_points": ()}
