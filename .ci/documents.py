@@ -86,7 +86,7 @@ def row(name: str) -> str:
 def shown(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "none" if value is None else f"`{value}`"
+    return f"`{value}`" if value not in (None, "") else "none"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Read files within a size, and only regular ones where a folder could hold anything.
+"""Read files up to a size; from folders that others may have written, only regular files.
 
 Opening a FIFO waits for a writer, and a device can deliver bytes without end.
 """

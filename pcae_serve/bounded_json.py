@@ -1,4 +1,4 @@
-"""Parse JSON from files that somebody else wrote, within bounds.
+"""Parse JSON from untrusted files, within bounds.
 
 Python's parser accepts more than JSON: NaN, numbers beyond every range, duplicate names, half
 characters. Each of these, and nesting beyond any use, raises ValueError with one line.

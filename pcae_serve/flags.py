@@ -87,6 +87,10 @@ class _Flag:
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Wrap a help text, but not inside names such as --api-keys-file."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
     def _format_action_invocation(self, action: Action) -> str:
         """Show a switch that is off by default as --json, without its --no-json."""
         if getattr(action, "is_off", False):
@@ -201,7 +205,13 @@ def _listed(commands: Mapping[str, str]) -> str:
     for name, about in commands.items():
         first = f"  {name:<{column - 2}}"
         lines.append(
-            textwrap.fill(about, width, initial_indent=first, subsequent_indent=" " * column)
+            textwrap.fill(
+                about,
+                width,
+                initial_indent=first,
+                subsequent_indent=" " * column,
+                break_on_hyphens=False,
+            )
         )
     return "\n".join(lines)
 
@@ -209,7 +219,8 @@ def _listed(commands: Mapping[str, str]) -> str:
 def _wrapped(text: str) -> str:
     """Wrap the paragraphs of a docstring at the width of the terminal."""
     width = shutil.get_terminal_size().columns - 2
-    return "\n\n".join(textwrap.fill(each, width) for each in inspect.cleandoc(text).split("\n\n"))
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(textwrap.fill(each, width, break_on_hyphens=False) for each in paragraphs)
 
 
 def _value_type(annotation: Any) -> Any:

@@ -143,9 +143,9 @@ class Settings(BaseSettings):
 
     callers: Literal["auto", "key", "address", "off"] = Field(
         "auto",
-        description="what distinguishes the callers that share a busy server: their API key, or"
-        " their address (IPv6: network of 64 bits); auto: the key if --api-keys-file is set, else"
-        " the address; off: nothing, as behind a proxy that hides addresses",
+        description="what distinguishes the callers that share a busy server: key: their API key;"
+        " address: their IPv4 address or IPv6 network of 64 bits; auto: key if --api-keys-file is"
+        " set, else address; off: nothing, for a proxy that hides addresses",
     )
 
     root_path: Annotated[str | None, Metavar("PATH")] = Field(
@@ -162,8 +162,8 @@ class Settings(BaseSettings):
 
     allowed_hosts: Annotated[str, Metavar("NAMES")] = Field(
         "",
-        description="comma-separated names that requests may address besides localhost and --host"
-        " (header Host); * for all; by default others are refused only on loopback without API"
+        description="comma-separated names that the header Host may have, in addition to localhost"
+        " and --host; * for all; by default, other names are refused only on loopback without API"
         " keys",
     )
     allowed_origins: Annotated[str, Metavar("ORIGINS")] = Field(
@@ -210,19 +210,19 @@ class Settings(BaseSettings):
         0,
         ge=0,
         description="memory that all requests may take together (bodies, decoding, pixels); what"
-        " does not fit gets 503; 0: a share of the memory that the control group or the machine"
-        " has, less what the server uses at rest",
+        " does not fit gets 503; 0: 80 % of the control group's limit, or half of the machine's"
+        " memory if there is none, less what the server uses at rest",
     )
     max_uploads: int = Field(
         0,
         ge=0,
-        description="maximum number of bodies received at once; beyond it, the one that is furthest"
+        description="maximum number of uploads in progress; beyond it, the one that is furthest"
         " behind is dropped (503); 0: half the connections, at most 1,024",
     )
     upload_s: float = Field(
         30, gt=0, description="maximum time to receive a request body; then 408"
     )
-    min_upload_kb_s: float = Field(
+    min_upload_kb_s: Annotated[float, Metavar("KB_S")] = Field(
         10,
         gt=0,
         description="minimum rate of a request body in kB/s; one that is 5 s behind it gets 408",

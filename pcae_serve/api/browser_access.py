@@ -1,10 +1,11 @@
-"""What web pages may do with the server, through the browser of somebody who can reach it.
+"""Checks of requests that a browser sends for web pages of other sites.
 
-A server on loopback without API keys trusts everyone on its machine, and that includes the browser,
-which runs pages of everyone. Two checks keep those out:
+A server on loopback without API keys trusts all programs on its machine, the browser included,
+and that runs pages of any site. Two checks refuse their requests:
 
-    Host                      a page whose name was rebound to 127.0.0.1 names itself, not localhost
-    Origin, Sec-Fetch-Site    a page from elsewhere that sends a POST is refused
+    Host                      must be loopback or allowed: a page sends its own name, also if that
+                              was rebound to 127.0.0.1
+    Origin, Sec-Fetch-Site    must not state another site, for a POST
 
 Other clients send neither Origin nor Sec-Fetch-Site. `allowed_origins` admits pages, and lets them
 read the answers (CORS).
@@ -23,7 +24,7 @@ from pcae_serve.settings import Settings, is_loopback
 ANY = "*"
 #: Methods that change nothing and compute nothing.
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-#: Sec-Fetch-Site of requests by a page of this server, or by the person in front of the browser.
+#: Sec-Fetch-Site of requests by a page of this server, or by the user of the browser.
 OWN_SITES = frozenset({"same-origin", "none"})
 #: Headers of answers that pages may read; the names of all others are hidden from them.
 EXPOSED_HEADERS = ("Retry-After", "Server-Timing", "X-Request-ID")
@@ -77,7 +78,7 @@ class RefuseOtherHosts:
         if is_loopback(name) or name.endswith(".localhost"):  # browsers resolve it to loopback
             return None
         return UnknownHost(
-            f"this server is not known as {shown(header)}; use localhost, or start it with"
+            f"{shown(header)} is not a name of this server; use localhost, or start the server with"
             " --allowed-hosts"
         )
 

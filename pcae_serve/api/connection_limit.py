@@ -113,8 +113,7 @@ class RefuseSurplus:
             await self._app(scope, receive, send)
             return
         error = TooManyConnections(
-            "the server has as many connections as it may, all with a request in progress; retry"
-            " later",
+            "the limit of connections is reached, and all have a request in progress; retry later",
             retry_after_s=1,
         )
         await refusal(error, scope)(scope, receive, send)

@@ -17,7 +17,7 @@ from pcae_serve.runtime.memory_budget import MemoryBudget
 log = logging.getLogger(__name__)
 
 #: Blocks of at least this size are returned to the system when they are freed. To get their pages
-#: anew costs about 0.1 ms per MB.
+#: again costs about 0.1 ms per MB.
 MMAP_BYTES = 1 << 20
 #: Interval of the check whether a burst is over.
 CHECK_S = 1.0

@@ -1,4 +1,4 @@
-"""How much memory requests may take: what the machine or its control group has, less our own."""
+"""The memory budget of requests: a share of what the machine or its control group has."""
 
 import logging
 import os

@@ -68,8 +68,8 @@ def rejected(reject: Reject, request: Request, fastest: str, queue_limit: int) -
             return queue_full(queue_limit, reject.retry_after_s)
         case "share":
             over_share = OverShare(
-                "the server is too busy and this caller has used its share; retry later, or send"
-                " fewer requests at a time",
+                "the server is too busy, and this caller has more work waiting than its share;"
+                " retry later, or send fewer requests at a time",
                 retry_after_s=reject.retry_after_s,
             )
             return Refusal(over_share, Outcome.REJECTED_SHARE)
@@ -85,7 +85,8 @@ def queue_full(queue_limit: int, retry_after_s: float) -> Refusal:
 
 def rate_limited(rate: float, retry_after_s: float) -> Refusal:
     error = RateLimited(
-        f"this API key may send {rate:g} images per second; retry later or send fewer images",
+        f"the rate limit of this API key is {rate:g} images per second; retry later or send fewer"
+        " images",
         retry_after_s=retry_after_s,
     )
     return Refusal(error, Outcome.REJECTED_RATE)
@@ -114,7 +115,7 @@ def upload_dropped() -> Refusal:
 
 def uploads_full(limit: int) -> Refusal:
     error = Overloaded(
-        f"the server is receiving {limit} bodies, as many as it may; retry later",
+        f"the server is receiving {limit} bodies, which is its limit; retry later",
         retry_after_s=SHORT_RETRY_S,
     )
     return Refusal(error, Outcome.REJECTED_FULL)
@@ -122,7 +123,7 @@ def uploads_full(limit: int) -> Refusal:
 
 def memory_full() -> Refusal:
     error = Overloaded(
-        "the requests in progress take as much memory as they may; retry later",
+        "the requests in progress use all memory that requests may take; retry later",
         retry_after_s=SHORT_RETRY_S,
     )
     return Refusal(error, Outcome.REJECTED_FULL)
@@ -130,7 +131,7 @@ def memory_full() -> Refusal:
 
 def over_memory(needed_bytes: int, limit_bytes: int) -> Refusal:
     error = TooLarge(
-        f"this request takes {needed_bytes:,} bytes of memory, over the limit of {limit_bytes:,};"
+        f"this request needs {needed_bytes:,} bytes of memory, over the limit of {limit_bytes:,};"
         " send a smaller image"
     )
     return Refusal(error, Outcome.UNREADABLE)

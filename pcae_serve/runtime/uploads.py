@@ -1,4 +1,4 @@
-"""Bodies that are being received: how many at once, how fast, and which one makes room for another.
+"""Uploads, the bodies that are being received: how many, how fast, and which one is dropped.
 
 An upload takes no place in the queue and does not count as work. Two rates apply to it: the minimum
 rate, and the rate that completes its body in time. One that falls behind the first by more than

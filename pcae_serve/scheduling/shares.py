@@ -1,7 +1,7 @@
 """Caller shares: under contention, a caller over its share leaves room for callers below theirs.
 
-Admitted requests are never removed for another caller, so a refusal falls on the request that
-arrives. A caller over its share may therefore only have work waiting that leaves others room:
+Admitted requests are never removed for another caller, so only a request that arrives can be
+rejected. A caller over its share may therefore only have work waiting that leaves others room:
 
     demand   part of the machine that a caller's waiting requests need: the work due by one of its
              deadlines over the time until then, the largest over its deadlines; or its part of the
@@ -9,12 +9,12 @@ arrives. A caller over its share may therefore only have work waiting that leave
     limit    of the demand: what remains if the others get what they offer, by weighted max-min,
              less room for the highest recent demand of another caller; but not below the part that
              the caller's weight gives it. A caller whose offered work and demand are below it on
-             average is not refused for its share
+             average is not rejected for its share
     ahead    work of a caller that ran while others waited, beyond its share: short deadlines run
              first, also those of a greedy caller. The limit holds for it, too
 
 A limit bounds what waits, not what runs: no device idles for a caller that sends nothing. Shares
-act only while requests are refused for load and several callers are active.
+apply only while requests are rejected for load and several callers are active.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ from math import exp, inf
 from pcae_serve.scheduling.admission import DeviceCapacity
 from pcae_serve.scheduling.request_queue import Queue, Request, urgency
 
-#: Shares act for this many seconds after a request was refused for load.
+#: Shares apply for this many seconds after a request was rejected for load.
 HOLD_S = 10.0
 #: Time constants, in seconds, of the average of offered work and of the decay of a peak.
 AVERAGE_S, PEAK_S = 2.0, 10.0
@@ -43,7 +43,7 @@ MAX_CALLERS = 256
 
 @dataclass(slots=True)
 class _Caller:
-    """What is known of a caller, from the requests that it offered, refused ones included."""
+    """What is known of a caller, from the requests that it offered, rejected ones included."""
 
     weight: float
     seen_s: float  # time of its last request
@@ -86,7 +86,7 @@ class Shares:
         return len(self._callers)
 
     def is_over(self, request: Request, capacity: DeviceCapacity) -> bool:
-        """Return whether to refuse a new request for its caller's share. Changes no state."""
+        """Return whether to reject a new request for its caller's share. Changes no state."""
         now_s, caller = capacity.now_s, self._callers.get(request.caller)
         if caller is None or not self._act(now_s):
             return False
@@ -99,7 +99,7 @@ class Shares:
         return demand > limit and (now_s < caller.paid_s or bool(self._waiting(request.caller)))
 
     def arrived(self, request: Request, capacity: DeviceCapacity) -> None:
-        """Record an offered request, before it is admitted or refused."""
+        """Record an offered request, before it is admitted or rejected."""
         now_s, name = capacity.now_s, request.caller
         caller = self._callers.pop(name, None)
         caller = caller or _Caller(self._weights.get(name, 1.0), now_s, now_s)
@@ -122,7 +122,7 @@ class Shares:
             self._callers[request.caller].paid_s = now_s + pays_s
 
     def refused(self, now_s: float) -> None:
-        """Record that a request was refused for load: shares act from now on."""
+        """Record that a request was rejected for load: shares apply from now on."""
         self._contended_until_s = now_s + HOLD_S
 
     def limit(self, name: str, now_s: float) -> float:

@@ -368,7 +368,7 @@ def test_what_does_not_fit_into_memory_is_refused_at_once(
         await service.start()
         with service._resources.memory.reserve() as others:
             assert others.try_resize(99_990_000)
-            with pytest.raises(Overloaded, match="as much memory as they may") as full:
+            with pytest.raises(Overloaded, match="use all memory that requests may take") as full:
                 await classify(service, 1, 60_000)
             assert full.value.headers["Retry-After"] == "1"
         assert (await classify(service, 1, 60_000)).met_budget
