@@ -29,6 +29,9 @@ class Bake(BaseModel):
     hours: tuple[int, ...] = (1,)
     fan: bool = True
     rest_s: float = Field(5, description="pause before slicing")
+    rack: str = Field(
+        "low", description="any, but for bread the lowest that the --oven-heat allows"
+    )
     shape: Literal["round", "long"] | None = None
     recipe: Annotated[Path | None, Metavar("CARD")] = None
     log_file: Path | None = None
@@ -125,3 +128,12 @@ def test_help_groups_flags_and_names_their_values(capsys: pytest.CaptureFixture[
     assert re.search(r"--rest-s SECONDS +pause before slicing \(default: 5\)", loaf)
     assert "--shape {round,long}" in loaf
     assert "null" not in shown
+
+
+def test_help_breaks_no_name_at_its_hyphens(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for columns in range(60, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert run(Kitchen, ["bake", "--help"]) == 0
+        assert "the --oven-heat allows" in re.sub(r"\s+", " ", capsys.readouterr().out)
