@@ -24,8 +24,16 @@ def small_bundle(bundle_dir: Path) -> Bundle:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Callable[..., Settings]:
-    """Settings that keep their cache in the test's own folder."""
-    defaults: dict[str, Any] = {"cache_dir": tmp_path / "cache", "profile_s": 0.3}
+    """Settings that keep their cache in the test's own folder.
+
+    Waiting costs nothing: on a busy machine, quick requests look like load, and a price would give
+    them a cheaper tier than the test expects.
+    """
+    defaults: dict[str, Any] = {
+        "cache_dir": tmp_path / "cache",
+        "profile_s": 0.3,
+        "waiting_price": 0.0,
+    }
     return lambda **changes: Settings(**(defaults | changes))
 
 
