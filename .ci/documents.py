@@ -59,7 +59,7 @@ def fields() -> str:
         lines += [f"### {title}", "", "| field | supported |", "| --- | --- |"]
         lines += [f"| `{name}` | {field.supported} |" for name, field in table.understood.items()]
         ignored = ", ".join(f"`{name}`" for name in sorted(table.ignorable))
-        lines += ["", f"Change no answer: {ignored}.", ""]
+        lines += ["", f"Ignored, because they change no answer: {ignored}.", ""]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Prove in half precision that a model can run in it, before graphs for GPUs are written.
+"""Check that a model can run in half precision, before graphs for GPUs are written.
 
 ONNX Runtime computes half-precision graphs in float32 on a CPU, so comparing them with torch shows
 nothing about overflow. Here the traced computation (`graph.Elastic`) runs in torch with the tensors

@@ -1,9 +1,9 @@
 """The number of open connections, kept below the limit of file descriptors.
 
-Beyond `capacity`, the connection that has waited longest for a request is closed for each new one:
-flooding a server with idle connections then costs those who flood, and probes get through. If every
-connection has a request in progress, a few surplus ones may still ask for the server's health;
-their other requests get 503. Waiting to accept until a connection closes would hold up probes, too.
+Beyond `capacity`, each new connection closes the one that has waited longest for a request, so a
+flood of idle connections closes its own, and probes get through. If every connection has a request
+in progress, a few surplus ones may still send probes; their other requests get 503. To accept only
+once a connection has closed would delay probes, too.
 """
 
 import asyncio
@@ -120,7 +120,7 @@ class RefuseSurplus:
 
 
 class AcceptErrors:
-    """Handler of the event loop's errors: those of accept are logged as one line now and then.
+    """Handler of the event loop's errors that logs those of accept as one line, at a limited rate.
 
     asyncio reports each of them with a traceback, thousands in a second, and retries after 1 s.
     """

@@ -1,4 +1,4 @@
-"""The framing of one HTTP/1.1 request: where its parts end, and what they may take on the wire.
+"""The framing of one HTTP/1.1 request: where its parts end, and how many bytes they may have.
 
     HEAD        request line and headers, up to an empty line
     LENGTH      a body of Content-Length bytes

@@ -215,7 +215,7 @@ class Metrics:
             ),
             (
                 "pcae_request_memory_bytes",
-                "Memory that requests take by the server's account: bodies, decoding, pixels.",
+                "Memory that requests hold, as counted by the server: bodies, decoding, pixels.",
                 lambda: self._memory_bytes(),
             ),
             ("pcae_ready", "1 while requests are admitted.", lambda: self._ready()),

@@ -1,4 +1,4 @@
-"""Log records of events that come in floods: the first at once, the others as a number."""
+"""Limit the rate of log records: the first event is logged at once, later ones are counted."""
 
 import logging
 import time
