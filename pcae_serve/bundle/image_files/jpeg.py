@@ -16,6 +16,9 @@ from pcae_serve.errors import UnreadableImage
 #: maps, content credentials) is 10 MB in segments of 64 kB.
 MAX_SEGMENTS = 2_048
 
+#: Maximum bytes between two segments, which decoders skip.
+MAX_JUNK = 1 << 20
+
 #: Maximum scans. A scan of 100 bytes can cover the whole image; programs write 10 to 18.
 MAX_SCANS = 32
 
@@ -80,12 +83,13 @@ def read_layout(body: bytes) -> Layout:
 
 def essential(body: bytes) -> bytes:
     """Return the file without the metadata that its pixels do not depend on."""
-    kept = [body[:2]]
+    view = memoryview(body)  # its slices are no copies
+    kept = [view[:2]]
     for segment in _head(body):
         if segment.marker == _SOS:
-            kept.append(body[segment.start :])
+            kept.append(view[segment.start :])
         elif not _is_metadata(body, segment):
-            kept.append(body[segment.start : segment.end])
+            kept.append(view[segment.start : segment.end])
     return b"".join(kept)
 
 
@@ -124,7 +128,7 @@ def is_complete(body: bytes) -> bool:
 
 def _head(body: bytes) -> Iterator[_Segment]:
     """Yield the segments up to the first scan's header. Raises UnreadableImage if none comes."""
-    for i, segment in enumerate(_segments(body, 2)):
+    for i, segment in enumerate(_segments(body, 2, MAX_JUNK)):
         if i >= MAX_SEGMENTS:
             raise UnreadableImage(
                 f"the JPEG has more than {MAX_SEGMENTS:,} segments before its picture; save it"
@@ -148,7 +152,7 @@ def _scans(body: bytes, at: int) -> list[_Segment]:
     They are found as a decoder finds them.
     """
     scans = []
-    for i, segment in enumerate(_segments(body, at)):
+    for i, segment in enumerate(_segments(body, at, len(body))):
         if segment.marker == _SOS:
             scans.append(segment)
         if i >= MAX_SEGMENTS or len(scans) > MAX_SCANS:
@@ -159,9 +163,12 @@ def _scans(body: bytes, at: int) -> list[_Segment]:
     return scans
 
 
-def _segments(body: bytes, at: int) -> Iterator[_Segment]:
-    """Yield the segments from `at` up to the end marker, skipping what lies between them."""
-    while (found := _MARKER.search(body, at)) and (marker := found[0][1]) != _EOI:
+def _segments(body: bytes, at: int, between: int) -> Iterator[_Segment]:
+    """Yield the segments from `at` up to the end marker.
+
+    between: maximum bytes that are skipped between two of them.
+    """
+    while (found := _MARKER.search(body, at, at + between)) and (marker := found[0][1]) != _EOI:
         start, at = found.start(), found.end()
         if marker not in (_TEM, _SOI):  # all other segments start with their length
             end = min(len(body), at + int.from_bytes(body[at : at + 2]))

@@ -15,13 +15,15 @@ from pcae_serve.errors import UnreadableImage
 
 #: Maximum chunks. Programs put at least 4 kB into a chunk of pixels.
 MAX_CHUNKS = 20_000
-#: Maximum bytes of a compressed text that may hold the orientation, after inflation.
-MAX_TEXT = 1 << 20
+#: Maximum bytes of a text that may hold the orientation, after inflation: EXIF data have 64 kB, in
+#: two digits each.
+MAX_TEXT = 1 << 18
 
 #: Samples per pixel by colour type.
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _START = 8  # bytes of the signature
 _ESSENTIAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+_PROFILE, _XMP = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"  # ImageMagick's, Adobe's
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
 
@@ -36,15 +38,16 @@ def read_layout(body: bytes) -> Layout:
     name, width, height, bits, colour, _, _, interlaced = struct.unpack_from(">4sII5B", body, 12)
     if name != b"IHDR" or colour not in _SAMPLES:
         raise UnreadableImage("the image's header is truncated or damaged")
-    exif, xmp = b"", b""
-    for chunk in _chunks(body):
-        if chunk.name == b"eXIf":
-            exif = exif or body[chunk.at : chunk.end]
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    for chunk in _chunks(body):  # of each, only the first is inflated: a file can have thousands
+        if chunk.name == b"eXIf" and exif is None:
+            exif = body[chunk.at : chunk.end]
         elif chunk.name in _TEXTS:
-            if body.startswith(b"Raw profile type exif\0", chunk.at):  # as ImageMagick writes it
-                exif = exif or _unhex(_text(body, chunk))
-            elif body.startswith(b"XML:com.adobe.xmp\0", chunk.at):
-                xmp = xmp or _text(body, chunk)
+            if exif is None and body.startswith(_PROFILE, chunk.at):
+                exif = _unhex(_text(body, chunk))
+            elif xmp is None and body.startswith(_XMP, chunk.at):
+                xmp = _text(body, chunk)
     return Layout(
         "PNG",
         width,
@@ -52,7 +55,7 @@ def read_layout(body: bytes) -> Layout:
         samples=_SAMPLES[colour],
         bits=bits,
         codec="PNG interlaced" if interlaced else "PNG",
-        orientation=find_orientation([exif], xmp),
+        orientation=find_orientation([exif or b""], xmp or b""),
     )
 
 
@@ -61,12 +64,13 @@ def essential(body: bytes) -> bytes:
 
     Of several headers or palettes, the first counts, as it does for `read_layout`.
     """
-    kept, once, end = [body[:_START]], {b"IHDR", b"PLTE"}, _START
+    view = memoryview(body)  # its slices are no copies
+    kept, once, end = [view[:_START]], {b"IHDR", b"PLTE"}, _START
     for name, start, end in _chunks(body):
         if name in _ESSENTIAL and (name in once or name not in (b"IHDR", b"PLTE")):
-            kept.append(body[start - 8 : end + 4])
+            kept.append(view[start - 8 : end + 4])
             once.discard(name)
-    kept.append(body[end + 4 :])  # a chunk that is cut off
+    kept.append(view[end + 4 :])  # a chunk that is cut off
     return b"".join(kept)
 
 

@@ -85,6 +85,7 @@ def read_layout(body: bytes) -> Layout:
 def essential(body: bytes) -> bytes:
     """Return the file with a directory of only the tags that its pixels depend on."""
     order, tags = _tags(body)
+    view = memoryview(body)  # its slices are no copies
     kept = {number: tag for number, tag in tags.items() if number in _ESSENTIAL}
     turned = read_layout(body).orientation
     kept[_ORIENTATION] = _Tag(_SHORT, 1, struct.pack(order + "H2x", turned))
@@ -95,7 +96,7 @@ def essential(body: bytes) -> bytes:
     ]
     directory = struct.pack(order + "H", len(rows)) + b"".join(rows) + bytes(4)
     return b"".join(
-        (body[:4], struct.pack(order + "I", at), body[8:], bytes(at - len(body)), directory)
+        (view[:4], struct.pack(order + "I", at), view[8:], bytes(at - len(body)), directory)
     )
 
 
