@@ -85,8 +85,7 @@ def queue_full(queue_limit: int, retry_after_s: float) -> Refusal:
 
 def rate_limited(rate: float, retry_after_s: float) -> Refusal:
     error = RateLimited(
-        f"the rate limit of this API key is {rate:g} images per second; retry later or send fewer"
-        " images",
+        f"the rate limit of this API key is {rate:g} images/s; retry later or send fewer images",
         retry_after_s=retry_after_s,
     )
     return Refusal(error, Outcome.REJECTED_RATE)
@@ -115,7 +114,7 @@ def upload_dropped() -> Refusal:
 
 def uploads_full(limit: int) -> Refusal:
     error = Overloaded(
-        f"the server is receiving {limit} bodies, which is its limit; retry later",
+        f"the limit of uploads in progress, {limit}, is reached; retry later",
         retry_after_s=SHORT_RETRY_S,
     )
     return Refusal(error, Outcome.REJECTED_FULL)

@@ -189,7 +189,7 @@ class Shares:
         parts_s = water_fill(sum(batch_s.values()), owed)
         for (name, caller), part_s in zip(callers, parts_s, strict=True):
             caller.ahead_s += batch_s.get(name, 0.0) - part_s
-        # what callers are behind is lost if they leave or expire: nobody is ahead of them then
+        # what callers are behind is lost if they leave or expire: no caller is ahead of them then
         ahead_s = sum(caller.ahead_s for _, caller in callers if caller.ahead_s > 0)
         behind_s = -sum(caller.ahead_s for _, caller in callers if caller.ahead_s < 0)
         for _, caller in callers:

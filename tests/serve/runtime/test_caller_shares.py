@@ -130,7 +130,7 @@ def test_each_image_beyond_the_rate_of_its_key_is_refused(
         with service.offer_group(slow) as group:
             with group.offer(slow):
                 pass
-            with pytest.raises(RateLimited, match=r"is 0\.001 images per second") as refused:
+            with pytest.raises(RateLimited, match=r"is 0\.001 images/s") as refused:
                 group.offer(slow)
         assert 900 < int(refused.value.headers["Retry-After"]) <= 1000
         with pytest.raises(RateLimited), service.offer_group(slow):
