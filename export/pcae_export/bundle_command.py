@@ -30,8 +30,7 @@ from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.class_folders import Layout
 from pcae_training.data import DataError, LabelledImages, load
-from pcae_training.inventory import print_inventory
-from pcae_training.settings import (
+from pcae_training.data_settings import (
     CLASSES_HELP,
     IMAGE_COLUMN_HELP,
     LABEL_COLUMN_HELP,
@@ -39,6 +38,7 @@ from pcae_training.settings import (
     MAX_UNREADABLE_HELP,
     ClassNames,
 )
+from pcae_training.inventory import print_inventory
 from pcae_training.skipped import MAX_UNREADABLE
 
 
@@ -86,7 +86,7 @@ class WriteBundle(BaseModel):
         None, description=f"images: {IMAGES_HELP} (default: generated images)"
     )
     eval_split: str = Field("test", description="split of --eval-data")
-    eval_layout: Layout = Field("auto", description=LAYOUT_HELP.replace("--data", "--eval-data"))
+    eval_layout: Layout = Field("auto", description=LAYOUT_HELP)
     eval_image_column: str | None = Field(None, description=IMAGE_COLUMN_HELP)
     eval_label_column: str | None = Field(None, description=LABEL_COLUMN_HELP)
     eval_classes: ClassNames = Field(None, description=CLASSES_HELP)

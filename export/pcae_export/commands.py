@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand
 
 from pcae_export.bundle_command import WriteBundle
-from pcae_export.images import IMAGES_HELP, decode, generate, shuffle_rows
+from pcae_export.images import IMAGES_HELP, generate, parity_pixels, shuffle_rows
 from pcae_export.profiling import Profile
 from pcae_export.tensorrt_plans import TensorRt
 from pcae_export.verify import LEGEND, MIN_IMAGES, verify_model
@@ -18,6 +18,7 @@ from pcae_serve.flags import Metavar
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import load
+from pcae_training.inventory import print_inventory
 
 
 class Verify(BaseModel):
@@ -43,7 +44,9 @@ class Verify(BaseModel):
         if self.data is None:
             return generate(self.images, stored.preprocess.image_size)
         found = load(self.data, self.split, stored.preprocess, labelled=False)
-        return decode(found, shuffle_rows(len(found))[: self.images])
+        print_inventory(found.inventory)
+        some = found.subset(shuffle_rows(len(found))[: self.images]).readable()
+        return parity_pixels(some, self.images, stored.preprocess.image_size, MIN_IMAGES)
 
 
 class Export(BaseSettings):

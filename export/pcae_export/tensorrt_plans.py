@@ -23,7 +23,7 @@ from pydantic_settings import CliPositionalArg
 from tqdm import tqdm
 
 from pcae_export.cpu_session import GraphError, run_graph
-from pcae_export.images import IMAGES_HELP, decode, generate
+from pcae_export.images import IMAGES_HELP, generate, parity_pixels
 from pcae_export.measure import cosine
 from pcae_export.progress import Progress
 from pcae_export.verify import AGREEMENT, COSINE
@@ -41,6 +41,7 @@ from pcae_serve.errors import PcaeError, StartError
 from pcae_serve.flags import Metavar
 from pcae_serve.settings import MAX_BATCH, Settings
 from pcae_training.data import load
+from pcae_training.inventory import print_inventory
 
 MIN_IMAGES = 64
 #: Prefix of TensorRT's name for the kernel that computes a whole attention block.
@@ -135,14 +136,11 @@ class TensorRt(BaseModel):
     def _pixels(self, bundle: Bundle) -> tuple[Pixels, str]:
         if self.eval_data is None:
             return generate(self.parity_images, bundle.image_size), "generated images"
-        data = load(self.eval_data, self.eval_split, bundle.preprocess)
-        if len(data) < self.parity_images:
-            raise PlanError(
-                f"{data.name} has only {len(data)} images of the {self.parity_images} to verify on;"
-                " provide more, or lower --parity-images"
-            )
+        data = load(self.eval_data, self.eval_split, bundle.preprocess, labelled=False)
+        print_inventory(data.inventory)
         rows = np.random.default_rng(0).permutation(len(data))[: self.parity_images]
-        return decode(data, rows.tolist()), data.name
+        some = data.subset(rows.tolist()).readable()
+        return parity_pixels(some, self.parity_images, bundle.image_size, MIN_IMAGES), data.name
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_folders_without_images_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "1.xml").write_text("<a/>")
     found = listed(tmp_path)
-    assert list(found.splits) == ["test", "train"]
+    assert list(found.splits) == ["train", "test"]
     assert found.left_out == {("not images", ".xml"): 1}
 
 

@@ -276,7 +276,7 @@ def test_unreadable_images_are_counted_and_left_out(
     assert evaluation is not None
     assert evaluation.n == 11
     printed = capsys.readouterr().err
-    assert "cannot be read: 1 HEIC (.heic 1)" in printed
+    assert "cannot be read: HEIC: 1 (.heic 1)" in printed
     assert "images/test: 2 of 13 images cannot be read and are skipped; the first one: " in printed
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["inventory"]["unreadable_types"] == {"HEIC": {".heic": 1}}

@@ -1,5 +1,6 @@
 """What fine-tuning minimises, what it starts from, and what it leaves behind."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,38 @@ def test_measured_on_images_of_another_data_set(settings: Any, class_folders: An
     accuracy = finetune(settings(epochs=1, eval_data=folder))
     assert accuracy is not None
     assert accuracy[1.0].n == 6
+
+
+def test_sizes_fit_a_small_data_set_by_default(
+    settings: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = settings(epochs=1, holdout=None)
+    _, images, holdout = prepare(run)
+    assert (len(images), len(holdout)) == (32, 8)
+    assert holdout.labels.tolist().count(0) == 4
+    printed = capsys.readouterr().err
+    assert "data images: 40 images of train, 2 classes" in printed
+    assert "held out: 8 of 40 images (--holdout)" in printed
+
+
+def test_the_run_records_its_data(settings: Any) -> None:
+    run = settings(epochs=1)
+    finetune(run)
+    (data,) = json.loads((run.folder / "data.json").read_text())
+    assert data["images"] == {"train": {"bright": 20, "dark": 20}}
+
+
+def test_classes_of_other_evaluation_images_are_matched_by_name(
+    settings: Any, tmp_path: Path, class_folders: Any
+) -> None:
+    other = tmp_path / "other" / "dark"
+    other.mkdir(parents=True)
+    for file in (Path(settings().data) / "train" / "dark").iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "other" / "bright").mkdir()
+    _, images, holdout = prepare(settings(eval_data=str(tmp_path / "other")))
+    assert images.classes == holdout.classes == ["bright", "dark"]
+    assert set(holdout.labels.tolist()) == {1}
 
 
 def test_a_dry_run_says_what_would_be_done(

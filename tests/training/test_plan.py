@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pcae_serve.errors import PcaeError
-from pcae_training.plan import Plan, describe
+from pcae_training.plan import Plan, describe, fit_batch_size
 from pcae_training.pretrain import PretrainSettings, build
 from pcae_training.settings import RunSettings
 from pcae_training.world import World
@@ -58,3 +58,21 @@ def test_in_words() -> None:
     assert "2 epochs x 234 steps of 256 images (60,000 images per epoch) = 468 steps" in text
     assert "learning rate 0.00015 after 5% warm-up" in text
     assert "writes     runs/one" in text
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "accumulate", "fitted"),
+    [(10_000, 1, 1, 64), (256, 1, 1, 64), (255, 1, 1, 32), (51, 1, 1, 8), (3, 1, 1, 1),
+     (51, 3, 1, 12), (51, 2, 2, 8), (9, 4, 1, 8)],
+)  # fmt: skip
+def test_the_default_batch_size_fits_the_images(
+    images: int, size: int, accumulate: int, fitted: int
+) -> None:
+    settings = RunSettings(data="x", out=Path("y"), accumulate=accumulate)
+    world = World(torch.device("cpu"), 0, size)
+    note = fit_batch_size(settings, world, images)
+    assert (settings.batch_size, note is not None) == (fitted, fitted != 64)
+    assert fitted % (size * accumulate) == 0
+    given = RunSettings(data="x", out=Path("y"), batch_size=64)
+    assert fit_batch_size(given, world, images) is None
+    assert given.batch_size == 64

@@ -110,6 +110,13 @@ def split_name(folder: str) -> str | None:
     return next((name for name, words in _SPLITS.items() if words.fullmatch(folder)), None)
 
 
+def _split_order(folder: str) -> tuple[int, str]:
+    """Return the place of a split: training first, the test last."""
+    usual = list(_SPLITS)
+    name = split_name(folder)
+    return (usual.index(name) if name else len(usual), folder)
+
+
 def list_class_folders(root: Path, layout: Layout = "auto") -> ClassFolders | None:
     """List the images below `root`.
 
@@ -171,7 +178,7 @@ def _sort_into_splits(
     level = 0 if splits is None else 1  # where the class is
     names: dict[tuple[str, ...], str] = {}  # of classes, by folder
     below = set()  # folders named as splits, in class folders
-    for name in sorted(splits or {""}):
+    for name in sorted(splits or {""}, key=_split_order):
         found.splits[name] = SplitFiles(name)
     for entry in sorted(entries, key=lambda entry: (entry.parts[:-1], entry.parts[-1])):
         parts, is_folder = entry.parts, entry.type is None

@@ -32,7 +32,7 @@ class Pretrain(PretrainSettings):
             print(f"wrote {out}")
             _print_next(
                 "fine-tune it with",
-                *("pcae-train", "finetune", "--data", self.data),
+                *("pcae-train", "finetune", "--data", self.data, *self.data_flags),
                 *("--init", str(out), "--out", f"{out}-finetuned"),
             )
 
@@ -54,12 +54,14 @@ class Finetune(FinetuneSettings):
             _print_next(
                 "evaluate it on test images with",
                 *("pcae-train", "evaluate", str(out), "--data", self.eval_data or self.data),
+                *self.data_flags,
             )
             _print_next(
                 "export it with",
                 *("pcae-export", "bundle", str(out), f"{out}-bundle"),
                 *("--eval-data", self.eval_data or self.data),
                 *(("--eval-split", self.eval_split) if self.eval_data else ()),
+                *_eval_flags(self.data_flags),
             )
 
 
@@ -74,6 +76,7 @@ class Evaluate(EvaluateSettings):
                 "export it with",
                 *("pcae-export", "bundle", str(self.checkpoint), f"{self.checkpoint}-bundle"),
                 *("--eval-data", self.data, "--eval-split", self.split),
+                *_eval_flags(self.data_flags),
             )
 
 
@@ -97,6 +100,12 @@ class Train(BaseSettings):
 
     def cli_cmd(self) -> None:
         CliApp.run_subcommand(self)
+
+
+def _eval_flags(flags: list[str]) -> list[str]:
+    """Return flags on --data as those of `pcae-export bundle` on --eval-data."""
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return [text for flag, value in pairs for text in (f"--eval-{flag[2:]}", value)]
 
 
 def _print_next(purpose: str, *command: str) -> None:

@@ -156,6 +156,14 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         fewer._skipped.seen = min(self._skipped.seen, len(indices))
         return fewer
 
+    def decoded_by(self, preprocess: Preprocess) -> "LabelledImages":
+        """Return the same images, to be decoded in another way."""
+        other = copy.copy(self)
+        other.preprocess, other._pixels = preprocess, None
+        other._skipped = copy.copy(self._skipped)
+        other._skipped.reasons = dict(self._skipped.reasons)
+        return other
+
     def align(self, classes: Sequence[str]) -> None:
         """Renumber the labels as those of `classes`, such as a model's, by their names.
 

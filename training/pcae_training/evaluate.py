@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_settings import CliPositionalArg, NoDecode
 from torch import Tensor
 
@@ -21,8 +21,8 @@ from pcae_serve.bundle.tokens import Geometry, parse_keep_ratio
 from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.class_folders import Layout
 from pcae_training.data import LabelledImages, load
+from pcae_training.data_settings import DataSettings
 from pcae_training.import_weights import load_checkpoint
 from pcae_training.inventory import print_inventory
 from pcae_training.model import VisionTransformer, ViTConfig
@@ -30,15 +30,6 @@ from pcae_training.output import check_writable, write_whole
 from pcae_training.progress import Progress
 from pcae_training.sample_rng import generator
 from pcae_training.score import MIN_CLASSES_FOR_TOP5, Difference, Score, Top1
-from pcae_training.settings import (
-    CLASSES_HELP,
-    IMAGE_COLUMN_HELP,
-    LABEL_COLUMN_HELP,
-    LAYOUT_HELP,
-    MAX_UNREADABLE_HELP,
-    ClassNames,
-)
-from pcae_training.skipped import MAX_UNREADABLE
 from pcae_training.world import World, join
 
 #: The keep ratios of the paper's tables.
@@ -127,7 +118,7 @@ def read_ratios(value: object) -> tuple[float, ...]:
 Ratios = Annotated[tuple[float, ...] | None, NoDecode, BeforeValidator(read_ratios)]
 
 
-class EvaluateSettings(BaseModel):
+class EvaluateSettings(DataSettings):
     """Evaluate a checkpoint at several token budgets on labelled images."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
@@ -137,11 +128,6 @@ class EvaluateSettings(BaseModel):
     )
     data: str = Field(description="class folders, parquet files or a name on the Hugging Face hub")
     split: str = Field("test", description="split of --data")
-    layout: Layout = Field("auto", description=LAYOUT_HELP)
-    image_column: str | None = Field(None, description=IMAGE_COLUMN_HELP)
-    label_column: str | None = Field(None, description=LABEL_COLUMN_HELP)
-    classes: ClassNames = Field(None, description=CLASSES_HELP)
-    max_unreadable: float = Field(MAX_UNREADABLE, ge=0, le=1, description=MAX_UNREADABLE_HELP)
     budgets: Ratios = Field(
         None, description="keep ratios separated by commas; default: those trained for"
     )
@@ -265,10 +251,7 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
         settings.split,
         checkpoint.preprocess,
         max_unreadable=settings.max_unreadable,
-        layout=settings.layout,
-        image_column=settings.image_column,
-        label_column=settings.label_column,
-        classes=settings.classes,
+        **settings.columns,
     )
     check_labels(checkpoint, images)
     print_inventory(images.inventory)

@@ -300,7 +300,8 @@ def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
             raise PcaeError(one_line(error)) from None
         decay = settings.layer_decay or (0.65 if settings.init else 1.0)
         groups = parameter_groups(objective, objective.model, settings.weight_decay, decay)
-        trainer = Trainer(settings, objective, groups, (0.9, 0.999), data, world)
+        used = [data.inventory, *([holdout.inventory] if settings.eval_data else [])]
+        trainer = Trainer(settings, objective, groups, (0.9, 0.999), data, world, used)
         if settings.mixup or settings.cutmix:
             trainer.plan.check_pairs()
         if settings.dry_run:
@@ -353,8 +354,7 @@ def prepare(
         if settings.holdout is None and report:
             print_lines(f"held out: {count:,} of {len(labelled):,} images (--holdout)")
         images = labelled.subset(split.train)
-        same = labelled if source == preprocess else load_labelled(settings, preprocess)
-        holdout = same.subset(split.holdout)
+        holdout = labelled.decoded_by(preprocess).subset(split.holdout)
     model = _build_model(settings, found, images.classes, report)
     training = {} if found is None else found.training
     return Checkpoint(model, preprocess, images.classes, training), images, holdout.readable()

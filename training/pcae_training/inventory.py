@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pcae_training.class_folders import ClassFolders
+from pcae_training.duplicates import Duplicates, ImageFile, find_duplicates
 from pcae_training.image_files import Use, display, suffix
 
 #: Classes that the table lists; of more, the smallest ones.
@@ -18,6 +19,9 @@ MAX_CLASSES = 30
 
 #: Suffixes, and names in notes, that are listed of each kind.
 MAX_LISTED = 8
+
+#: Name of the only split of a folder without split folders.
+ALL = "all"
 
 Counts = Mapping[str, int]
 
@@ -34,6 +38,7 @@ class Inventory:
     unreadable: Mapping[str, Counts] = field(default_factory=dict)  # files by suffix, by type
     converted: Mapping[str, Counts] = field(default_factory=dict)  # the same
     notes: Sequence[str] = ()
+    duplicates: Duplicates = field(default_factory=Duplicates)
 
     def with_classes(self, classes: Sequence[str]) -> "Inventory":
         """Return the inventory with all of these classes in the split to use, also without images.
@@ -53,6 +58,7 @@ class Inventory:
             "left_out": {reason: dict(counts) for reason, counts in self.left_out.items()},
             "unreadable_types": {kind: dict(counts) for kind, counts in self.unreadable.items()},
             "converted_types": {kind: dict(counts) for kind, counts in self.converted.items()},
+            "duplicates": self.duplicates.to_json(),
             "notes": list(self.remarks()),
         }
 
@@ -71,6 +77,7 @@ class Inventory:
             if alone and any(any(other.values()) for other in others):
                 yield f"images in {display(split)} only of {_names(alone)}"
         yield from self.notes
+        yield from self.duplicates.notes
 
     def lines(self) -> Iterator[str]:
         """Yield the report, line by line."""
@@ -85,10 +92,10 @@ class Inventory:
         for title, kinds in (
             ("left out", self.left_out),
             ("cannot be read", self.unreadable),
-            ("converted to PNG; the server does not accept", self.converted),
+            ("converted to PNG, not accepted by the server", self.converted),
         ):
             for kind, counts in kinds.items():
-                yield f"  {title}: {sum(counts.values()):,} {kind} ({_suffixes(counts)})"
+                yield f"  {title}: {kind}: {sum(counts.values()):,} ({_suffixes(counts)})"
         for remark in self.remarks():
             yield f"  note: {remark}"
 
@@ -136,20 +143,33 @@ def count_folders(found: ClassFolders, name: str, split: str, labelled: bool) ->
         for entry in files.unclassed if labelled else ():
             outside = left_out.setdefault("images outside class folders", Counter())
             outside[suffix(entry.parts[-1])] += 1
-        splits[files.folder or "all"] = table
+        splits[files.folder or ALL] = table
     notes = list(found.notes)
     if "" in found.splits:
         notes.append("there are no split folders: every split is all of these images")
     return Inventory(
         name,
-        used.folder or "all",
+        used.folder or ALL,
         "folders SPLIT/CLASS" if used.folder else "folders CLASS, one split",
         splits,
         left_out,
         kinds[Use.UNREADABLE],
         kinds[Use.CONVERTED],
         notes,
+        find_duplicates(_image_files(found), used.folder or ALL),
     )
+
+
+def _image_files(found: ClassFolders) -> list[ImageFile]:
+    """Return the files of all splits that can be read."""
+    files = []
+    for split in found.splits.values():
+        labels = [*split.names, *[""] * len(split.unclassed)]
+        for entry, label in zip(split.files + split.unclassed, labels, strict=True):
+            if entry.type and entry.type.use is not Use.UNREADABLE:
+                path = str(found.root.joinpath(*entry.parts))
+                files.append(ImageFile(path, split.folder or ALL, label))
+    return files
 
 
 def count_rows(name: str, split: str, classes: Sequence[str], labels: Sequence[int]) -> Inventory:

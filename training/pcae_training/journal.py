@@ -1,6 +1,7 @@
 """Record a training run: metrics.jsonl, TensorBoard events, progress on standard error.
 
     RUN/run.json        the whole configuration, versions and hardware of the last start
+    RUN/data.json       the images used, by split and class, and the files left out
     RUN/metrics.jsonl   a line per report: step, epoch, loss, learning rate, images/s …
     RUN/tensorboard/    the same figures as curves
 
@@ -12,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,21 +24,32 @@ from pcae_training.output import write_whole
 from pcae_training.progress import Progress
 
 METRICS, CONFIGURATION, EVENTS = "metrics.jsonl", "run.json", "tensorboard"
+DATA = "data.json"
 
 
 class Journal:
     """The records of one run. Lines of steps after `step`, left by a killed run, are dropped."""
 
     def __init__(
-        self, folder: Path, configuration: Mapping[str, Any], *, step: int, images: int, total: int
+        self,
+        folder: Path,
+        configuration: Mapping[str, Any],
+        *,
+        step: int,
+        images: int,
+        total: int,
+        data: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Open the records to continue after `step`.
 
-        images: images processed up to `step`. total: images processed when the run ends.
+        data: inventories, as JSON. images: images processed up to `step`. total: images processed
+        when the run ends.
         """
         folder.mkdir(parents=True, exist_ok=True)
         content = {"settings": dict(configuration), "started": now(), **describe_machine()}
         write_whole(folder / CONFIGURATION, (json.dumps(content, indent=2) + "\n").encode())
+        if data:
+            write_whole(folder / DATA, (json.dumps(data, indent=2) + "\n").encode())
         file = folder / METRICS
         lines = file.read_bytes().splitlines() if file.exists() and step else []
         write_whole(file, b"".join(line + b"\n" for line in lines if _step(line) <= step))

@@ -22,7 +22,8 @@ def fit_batch_size(settings: RunSettings, world: World, images: int) -> str | No
     default, parts = settings.batch_size, world.size * settings.accumulate
     if "batch_size" in settings.model_fields_set or images >= MIN_STEPS_PER_EPOCH * default:
         return None
-    each = max(1, images // MIN_STEPS_PER_EPOCH // parts)
+    smallest = 2 if parts > 1 else 1  # mixing needs pairs
+    each = max(smallest, images // MIN_STEPS_PER_EPOCH // parts)
     size = parts * 2 ** (each.bit_length() - 1)
     if size >= default:
         return None

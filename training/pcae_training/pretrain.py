@@ -421,7 +421,9 @@ def pretrain(settings: PretrainSettings) -> bool:
         except ValueError as error:  # flags that only fit larger images
             raise PcaeError(one_line(error)) from None
         groups = parameter_groups(objective, objective.model, settings.weight_decay)
-        trainer = Trainer(settings, objective, groups, (0.9, 0.95), images, world)
+        trainer = Trainer(
+            settings, objective, groups, (0.9, 0.95), images, world, [images.inventory]
+        )
         if settings.dry_run:
             estimate = trainer.estimate()
             if world.main:

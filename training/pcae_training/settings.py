@@ -3,40 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
-from pydantic_settings import NoDecode
+from pydantic import Field, model_validator
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training.checkpoint import find_checkpoint
-from pcae_training.class_folders import Layout
-from pcae_training.columns import DataChoice
+from pcae_training.data_settings import DataSettings
 from pcae_training.model import ViTConfig
-from pcae_training.skipped import MAX_UNREADABLE
-
-#: Descriptions of flags that several commands have.
-LAYOUT_HELP = (
-    "what the first level of folders in --data is: splits, classes, or auto to decide by their"
-    " names"
-)
-IMAGE_COLUMN_HELP = "column of images, if the data set has more than one"
-LABEL_COLUMN_HELP = "column of labels (words or integers), if it is not found by its name"
-CLASSES_HELP = (
-    "all class names separated by commas; for labels that are numbers, in their order from 0 on,"
-    " or as NUMBER=NAME"
-)
-
-MAX_UNREADABLE_HELP = "stop if a larger share of the images cannot be read"
-
-
-def _split_names(classes: object) -> object:
-    return classes.split(",") if isinstance(classes, str) else classes
-
-
-#: Class names of a flag.
-ClassNames = Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_split_names)]
 
 #: Settings of where and how a run is computed, which do not change its result: a resumed run may
 #: have other values.
@@ -46,7 +21,7 @@ PLACE = {
 }  # fmt: skip
 
 
-class RunSettings(BaseModel):
+class RunSettings(DataSettings):
     """Settings of a training run."""
 
     #: Sections of --help: title to fields.
@@ -85,15 +60,10 @@ class RunSettings(BaseModel):
     )
 
     split: str = Field("train", description="split of --data to train on")
-    layout: Layout = Field("auto", description=LAYOUT_HELP)
     stream: bool = Field(False, description="read the data sequentially, without loading it whole")
     epoch_size: int | None = Field(
         None, ge=1, description="images per epoch; required with --stream"
     )
-    image_column: str | None = Field(None, description=IMAGE_COLUMN_HELP)
-    label_column: str | None = Field(None, description=LABEL_COLUMN_HELP)
-    classes: ClassNames = Field(None, description=CLASSES_HELP)
-    max_unreadable: float = Field(MAX_UNREADABLE, ge=0, le=1, description=MAX_UNREADABLE_HELP)
 
     image_size: int | None = Field(
         None,
@@ -218,16 +188,6 @@ class RunSettings(BaseModel):
         if not self.crop:
             return preprocess
         return replace(preprocess, image_size=preprocess.resize)
-
-    @property
-    def columns(self) -> DataChoice:
-        """The columns of the data, as far as flags choose them."""
-        return DataChoice(
-            layout=self.layout,
-            image_column=self.image_column,
-            label_column=self.label_column,
-            classes=self.classes,
-        )
 
     @property
     def peak_lr(self) -> float:

@@ -1,10 +1,11 @@
-"""Open a data set by name: class folders, parquet files, tar shards or a name on the hub.
+"""Open tables by name: parquet files, tar shards or a name on the hub.
 
-Reads through Hugging Face `datasets`, whose cache and locks let several processes open the same
-source at once.
+Class folders are not read here (see `class_folders`). Reads through Hugging Face `datasets`, whose
+cache and locks let several processes open the same source at once.
 """
 
 import glob
+import re
 import tarfile
 from pathlib import Path
 from typing import Literal, overload
@@ -22,6 +23,9 @@ READ_ERRORS = (
     tarfile.TarError,
     datasets.exceptions.DatasetsError,
 )
+
+#: What may be a name on the hub: OWNER/NAME or NAME.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 #: Suffixes of files given by name or pattern, and the builder of `datasets` that reads them.
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -44,12 +48,16 @@ def open_source(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Open the rows of `source` at `split`, to be read sequentially if `stream`.
 
-    source: class folders, a folder of parquet files or tar shards, .parquet or .tar files (one, or
-    a pattern such as shards/*.tar, which is used for any split), or a name on the hub. Raise
-    DataError if it cannot be read.
+    source: a folder of parquet files or tar shards, .parquet or .tar files (one, or a pattern such
+    as shards/*.tar, which is used for any split), or a name on the hub. Raise DataError if it
+    cannot be read.
     """
     options = {"streaming": True} if stream else {}
     builder = BUILDERS.get(Path(source).suffix)
+    if builder is None and not _HUB_NAME.fullmatch(source) and not Path(source).exists():
+        raise DataError(
+            f"cannot read split {split!r} of data set {source!r}: there is no such folder or file"
+        )
     try:
         if builder is None:
             return datasets.load_dataset(source, split=split, **options)

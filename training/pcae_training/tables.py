@@ -212,10 +212,18 @@ def open_folders(
                 f"{place} contains {len(files.unclassed):,} images, but no class folders with"
                 f" images; put each class into a folder: {place}/CLASS/FILE"
                 + _hint(found, files.folder)
+                + _metadata(found.root / files.folder)
             )
         raise DataError(f"{place} contains no images")
     labels = encode_names(files.names, found.classes(files), name, classes)
     return FileTable(found.root, files.files, name, labels, inventory)
+
+
+def _metadata(folder: Path) -> str:
+    """Return a hint if the folder has a table of labels in the convention of `datasets`."""
+    names = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+    found = next((name for name in names if (folder / name).exists()), None)
+    return f"; labels in {found} are not read" if found else ""
 
 
 def _hint(found: ClassFolders, folder: str) -> str:

@@ -11,7 +11,7 @@ been stopped.
 import platform
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any, Protocol, Unpack
@@ -29,6 +29,7 @@ from pcae_training.checkpoint import Checkpoint
 from pcae_training.columns import DataChoice
 from pcae_training.data import LabelledImages, TrainingData, load
 from pcae_training.estimate import TIME_LIMIT_S, TIMED_STEPS, describe_time, measure_step, wait_for
+from pcae_training.inventory import Inventory
 from pcae_training.journal import Journal
 from pcae_training.model import Block, VisionTransformer
 from pcae_training.plan import Plan
@@ -87,8 +88,13 @@ class Trainer:
         betas: tuple[float, float],
         data: TrainingData,
         world: World,
+        inventories: Iterable[Inventory | None] = (),
     ) -> None:
-        """groups: parameter groups, each with a "scale" on the learning rate."""
+        """groups: parameter groups, each with a "scale" on the learning rate.
+
+        inventories: of the data that the run uses.
+        """
+        self.inventories = [inventory for inventory in inventories if inventory is not None]
         self.settings, self.objective, self.data, self.world = settings, objective, data, world
         self.plan = Plan(settings, world, len(data))
         self.optimizer = torch.optim.AdamW(groups, lr=settings.peak_lr, betas=betas, fused=True)
@@ -125,6 +131,7 @@ class Trainer:
                     step=self.step,
                     images=seen,
                     total=total,
+                    data=[inventory.to_json() for inventory in self.inventories],
                 )
             with journal as log:
                 while self.step < plan.last_step and not self._stopped():
