@@ -248,6 +248,14 @@ def test_other_labels_are_refused(settings: Any, labels: tuple[str, ...], messag
     assert "\n" not in str(caught.value)
 
 
+def test_independent_labels_have_no_top1(settings: Any) -> None:
+    run = settings()
+    saved = checkpoints.load(run.checkpoint)
+    checkpoints.save(replace(saved, multi_label=True), run.checkpoint)
+    with pytest.raises(PcaeError, match="has independent labels, and these images have one class"):
+        run_evaluation(run)
+
+
 @pytest.mark.parametrize("labels", [("dark", "bright"), ("bright", "dim", "dark")])
 def test_classes_are_matched_by_name(
     settings: Any, labels: tuple[str, ...], capsys: pytest.CaptureFixture[str]

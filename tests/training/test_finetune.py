@@ -228,6 +228,27 @@ def test_from_a_state_dict_of_another_project(
     assert set(unused.split(": ")[1].split(", ")) == {"head.weight", "head.bias", "mask_token"}
 
 
+@pytest.mark.parametrize(("choice", "taken"), [(None, "ema"), ("ema", "ema"), ("raw", "raw")])
+def test_raw_or_averaged_weights_to_start_from(
+    settings: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    choice: str | None,
+    taken: str,
+) -> None:
+    models = {
+        kind: VisionTransformer(ViTConfig(16, 4, width=8, heads=2, classes=2)).state_dict()
+        for kind in ("raw", "ema")
+    }
+    file = tmp_path / "both.pth"
+    torch.save({"state_dict": models["raw"], "state_dict_ema": models["ema"]}, file)
+    run = settings(init=file, weights=choice, heads=2, patch_size=None, image_size=16)
+    start, _, _ = prepare(run)
+    name = "blocks.3.mlp.fc1.weight"
+    assert torch.equal(start.model.get_parameter(name), models[taken][name])
+    assert "state_dict_ema" in capsys.readouterr().err
+
+
 def test_a_budget_the_checkpoint_cannot_serve(settings: Any) -> None:
     first = settings("first", patch_size=4, epochs=1, budgets=(1.0,))
     finetune(first)

@@ -6,6 +6,7 @@ depend on an image's row alone.
 """
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
 from pcae_training.data_settings import DataSettings
-from pcae_training.import_weights import load_checkpoint
+from pcae_training.import_weights import WeightsChoice, load_checkpoint
 from pcae_training.inventory import print_inventory
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.output import check_writable, write_whole
@@ -127,6 +128,11 @@ class EvaluateSettings(DataSettings):
         description="run or checkpoint of pcae-train, or a Hugging Face or timm folder"
     )
     data: str = Field(description="class folders, parquet files or a name on the Hugging Face hub")
+    weights: WeightsChoice | None = Field(
+        None,
+        description="which weights to take from a file with raw and averaged ones; default:"
+        " the averaged ones, ema",
+    )
     split: str = Field("test", description="split of --data")
     budgets: Ratios = Field(
         None, description="keep ratios separated by commas; default: those trained for"
@@ -242,7 +248,12 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    checkpoint = load_checkpoint(settings.checkpoint).build(settings.checkpoint)
+    checkpoint = open_checkpoint(settings.checkpoint, settings.weights)
+    if checkpoint.multi_label:
+        raise PcaeError(
+            f"{settings.checkpoint} has independent labels, and these images have one class each;"
+            " top-1 does not measure it"
+        )
     budgets = choose_ratios(checkpoint, settings.budgets)
     if settings.json_file is not None:
         check_writable(settings.json_file)
@@ -268,6 +279,17 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
         content["inventory"] = images.inventory.to_json()
         write_whole(settings.json_file, (json.dumps(content, indent=2) + "\n").encode())
     return evaluation
+
+
+def open_checkpoint(path: Path, weights: WeightsChoice | None) -> Checkpoint:
+    """Load a checkpoint of any format, and print what was chosen in it.
+
+    Raise CheckpointError if it cannot be used.
+    """
+    found = load_checkpoint(path, weights=weights)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return found.build(path)
 
 
 def describe_precision(model: VisionTransformer, precision: torch.dtype) -> str:

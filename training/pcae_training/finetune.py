@@ -26,7 +26,12 @@ from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, TrainingData, load
 from pcae_training.evaluate import evaluate, join_scores, normalise, read_ratios
 from pcae_training.holdout import default_holdout, hold_out
-from pcae_training.import_weights import LoadedCheckpoint, initialise, load_checkpoint
+from pcae_training.import_weights import (
+    LoadedCheckpoint,
+    WeightsChoice,
+    initialise,
+    load_checkpoint,
+)
 from pcae_training.inventory import print_inventory, print_lines
 from pcae_training.model import VisionTransformer
 from pcae_training.plan import describe, fit_batch_size
@@ -53,7 +58,7 @@ class FinetuneSettings(RunSettings):
 
     flag_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **RunSettings.flag_groups,
-        "run": ("init", *RunSettings.flag_groups["run"]),
+        "run": ("init", "weights", *RunSettings.flag_groups["run"]),
         "evaluation": ("eval_data", "eval_split", "holdout"),
         "token reduction": (
             "keep", "budgets", "sampling", "between", "distil", "ramp_start", "ramp_length",
@@ -71,6 +76,11 @@ class FinetuneSettings(RunSettings):
         None,
         description="weights to start from: a run or checkpoint of pcae-train, a Hugging Face or"
         " timm folder, a .pth or .safetensors file",
+    )
+    weights: WeightsChoice | None = Field(
+        None,
+        description="which weights to take from an --init with raw and averaged ones; default: the"
+        " averaged ones, ema",
     )
     pooling: Literal["mean", "cls"] | None = Field(
         None,
@@ -326,7 +336,7 @@ def prepare(
     found = None
     if settings.init is not None:
         heads = settings.heads if "heads" in settings.model_fields_set else None
-        found = load_checkpoint(settings.init, heads=heads)
+        found = load_checkpoint(settings.init, heads=heads, weights=settings.weights)
     if found is None:
         preprocess = settings.preprocess(settings.image_size or 224)
     else:

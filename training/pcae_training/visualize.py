@@ -19,8 +19,14 @@ from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import load, to_pixels
 from pcae_training.diversity import measure_layers
-from pcae_training.evaluate import Ratios, choose_ratios, normalise, row_noise
-from pcae_training.import_weights import load_checkpoint
+from pcae_training.evaluate import (
+    Ratios,
+    choose_ratios,
+    normalise,
+    open_checkpoint,
+    row_noise,
+)
+from pcae_training.import_weights import WeightsChoice
 from pcae_training.output import check_writable, write_whole
 from pcae_training.progress import Progress
 from pcae_training.world import join
@@ -74,6 +80,11 @@ class VisualizeSettings(BaseModel):
     )
     image: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)] = Field(
         (), description="image files, separated by commas or by repeating the flag"
+    )
+    weights: WeightsChoice | None = Field(
+        None,
+        description="which weights to take from a file with raw and averaged ones; default:"
+        " the averaged ones, ema",
     )
     data: str | None = Field(None, description="also draw images of this data set, see --rows")
     split: str = Field("test", description="split of --data")
@@ -136,7 +147,7 @@ def visualize(settings: VisualizeSettings) -> list[Path]:
     Kept patches: all images in one .png, or one each in a folder. Diversity: a chart and a JSON
     file with its figures. Each file is written atomically. Raise PcaeError.
     """
-    checkpoint = load_checkpoint(settings.checkpoint).build(settings.checkpoint)
+    checkpoint = open_checkpoint(settings.checkpoint, settings.weights)
     ratios = choose_ratios(checkpoint, settings.budgets)
     if settings.budgets is None:  # 1.0 drops nothing: it is for curves alone
         smaller = tuple(ratio for ratio in ratios if ratio < 1)

@@ -68,7 +68,7 @@ def test_what_changes_no_answer_is_ignored(folder: Path) -> None:
 
 def test_one_output_of_unknown_meaning_asks_for_it(hugging_face: Any, tmp_path: Path) -> None:
     folder = write(hugging_face, tmp_path / "one", 1)
-    with pytest.raises(CheckpointError, match=r"single output .*give --answers labels"):
+    with pytest.raises(CheckpointError, match=r"single output .*with --answers labels"):
         read_source(folder, SourceOverrides())
     with pytest.raises(SourceError, match="would always have probability 1"):
         read_source(folder, SourceOverrides(answers="classes"))

@@ -47,9 +47,9 @@ class LoadedCheckpoint:
             raise CheckpointError(f"{path}: {self.head_problem}")
         if self.config.classes == 1 and not self.multi_label:
             raise CheckpointError(
-                f"{path} has a single output and does not say what it means (problem_type); if its"
-                " sigmoid is the probability of a label, give --answers labels (regression is not"
-                " supported)"
+                f"{path} has a single output and does not say what it means (problem_type); export"
+                " it with --answers labels if its sigmoid is the probability of a label (regression"
+                " is not supported)"
             )
 
     def build(self, path: Path) -> Checkpoint:
