@@ -5,11 +5,13 @@ of hostile files should not be able to send any.
 """
 
 import asyncio
+import logging
 import os
 import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,8 @@ from pcae_serve.runtime.decode_worker import (
 )
 from pcae_serve.runtime.refusals import Refused
 
+log = logging.getLogger(__name__)
+
 #: Signals that end a process in a decoder's own fault: the file causes them.
 _FAULTS = {
     signal.SIGSEGV,
@@ -34,6 +38,15 @@ _FAULTS = {
     signal.SIGILL,
     signal.SIGABRT,
 }
+#: Run decode_worker with the modules of this process: the current folder must not add any.
+_PROGRAM = """\
+import sys
+sys.path[:] = sys.argv[1:]
+from pcae_serve.runtime.decode_worker import main
+main()
+"""
+#: Seconds after which an idle process ends, unless it is the only one.
+IDLE_S = 60.0
 #: Maximum bytes of an error's text.
 _MAX_TEXT_BYTES = 10_000
 
@@ -57,26 +70,48 @@ class DecodeProcesses:
         Raises Refused if memory or a process is missing, and what decoding raises.
         """
         async with self._free:
-            worker = self._idle.pop() if self._idle else await self._start()
+            worker = self._take_idle() or await self._start()
             start_s = time.monotonic()
             try:
                 kind, content = await worker.ask(request)
             except BaseException:
                 self._remove(worker)
                 raise
-            self._idle.append(worker)
+            self._rest(worker)
             seconds = time.monotonic() - start_s
         return _result(kind, content, request.preprocess.image_size), seconds
 
     async def stop(self) -> None:
         """Kill all processes and wait for their end."""
         workers = list(self._started)
+        for worker in self._idle:
+            worker.wake()
         for worker in workers:
             worker.kill()
         for worker in workers:
             await worker.ended()
         self._started.clear()
         self._idle.clear()
+
+    def _take_idle(self) -> "_Worker | None":
+        """Return an idle process that still runs, if there is one."""
+        while self._idle:
+            worker = self._idle.pop()
+            worker.wake()
+            if worker.runs:
+                return worker
+            self._remove(worker)
+        return None
+
+    def _rest(self, worker: "_Worker") -> None:
+        """Keep a process for the next image; one that is not needed for some time ends."""
+        self._idle.append(worker)
+        worker.rest(IDLE_S, self._retire)
+
+    def _retire(self, worker: "_Worker") -> None:
+        if len(self._idle) > 1:
+            self._idle.remove(worker)
+            self._remove(worker)
 
     def _remove(self, worker: "_Worker") -> None:
         """Kill a process; forget it when it has ended."""
@@ -100,15 +135,21 @@ class _Worker:
         assert process.stdin is not None
         assert process.stdout is not None
         self._process, self._input, self._output = process, process.stdin, process.stdout
+        self._timer: asyncio.TimerHandle | None = None
 
     @classmethod
     async def start(cls) -> "_Worker":
         # numpy's threads take address space, and decoding uses none of them
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        module = "pcae_serve.runtime.decode_worker"
-        command = (sys.executable, "-m", module)
+        command = (sys.executable, "-P", "-c", _PROGRAM, *sys.path)
         return cls(
-            await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment)
+            await asyncio.create_subprocess_exec(
+                *command,
+                stdin=PIPE,
+                stdout=PIPE,
+                env=environment,
+                process_group=0,  # signals to this process's group do not end it, as it starts, too
+            )
         )
 
     async def ask(self, request: Request) -> tuple[int, bytes]:
@@ -130,20 +171,37 @@ class _Worker:
     def _failure(self) -> Exception:
         """Return the error of a process that ended by itself."""
         code = self._process.returncode or 0
+        log.warning("a decoder process ended with %s; the next image gets another", _describe(code))
         if -code == signal.SIGXCPU:
             return UnreadableImage("the image takes too long to decode; save it again")
         if -code in _FAULTS:
             return UnreadableImage("the image cannot be decoded; save it again")
         return Refused(refusals.out_of_memory())  # most likely the system killed it
 
+    def rest(self, limit_s: float, on_limit: Callable[["_Worker"], None]) -> None:
+        """Call `on_limit` after `limit_s`, unless it is woken up before."""
+        self._timer = asyncio.get_running_loop().call_later(limit_s, on_limit, self)
+
+    def wake(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def runs(self) -> bool:
+        return self._process.returncode is None
+
     def kill(self) -> None:
         """Kill the process, if it runs."""
-        if self._process.returncode is None:
+        if self.runs:
             self._process.kill()
 
     async def ended(self) -> None:
         """Wait for the end of the process."""
         await self._process.wait()
+
+
+def _describe(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _result(kind: int, content: bytes, size: int) -> NDArray[np.uint8]:

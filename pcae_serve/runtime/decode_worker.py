@@ -1,7 +1,5 @@
 """A decoder process: a program that reads image files from standard input and writes their pixels.
 
-    python -m pcae_serve.runtime.decode_worker
-
     request   REQUEST: lengths and limits · Preprocess as JSON · image file
     reply     REPLY: kind and length · pixels uint8 [H, W, 3], or text of an error
 
@@ -119,6 +117,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the parent decides when it ends
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
+    # a file that ends its decoder must not fill the disk
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     while (request := Request.read(requests)) is not None:
         kind, content = answer(request)
@@ -126,7 +126,3 @@ def main() -> None:
         with contextlib.suppress(BrokenPipeError):
             replies.write(REPLY.pack(kind, len(content)) + content)
             replies.flush()
-
-
-if __name__ == "__main__":
-    main()

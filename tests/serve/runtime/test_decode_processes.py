@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import RequestError, TooLarge, UnreadableImage, UnsupportedType
-from pcae_serve.runtime import decode_worker
+from pcae_serve.runtime import decode_processes, decode_worker
 from pcae_serve.runtime.decode_processes import DecodeProcesses
 from pcae_serve.runtime.decode_worker import Request
 from pcae_serve.runtime.refusals import Refused
@@ -114,6 +115,36 @@ def test_the_end_of_a_process_is_the_end_of_one_request(
     with_processes(1, scenario)
 
 
+def test_a_process_that_ended_while_it_was_idle_costs_no_request() -> None:
+    async def scenario(processes: DecodeProcesses) -> None:
+        before = children()
+        await processes.decode(request())
+        (pid,) = children() - before
+        os.kill(pid, signal.SIGKILL)
+        while pid in children():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)  # its end is reported to the loop
+        await processes.decode(request())
+
+    with_processes(1, scenario)
+
+
+def test_processes_that_are_not_needed_end_except_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_processes, "IDLE_S", 0.1)
+
+    async def scenario(processes: DecodeProcesses) -> None:
+        before = children()
+        await asyncio.gather(processes.decode(request()), processes.decode(request()))
+        assert len(children() - before) == 2
+        while len(children() - before) > 1:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        assert len(children() - before) == 1
+        await processes.decode(request())
+
+    with_processes(2, scenario)
+
+
 def test_signals_of_a_terminal_are_for_the_parent() -> None:
     async def scenario(processes: DecodeProcesses) -> None:
         before = children()
@@ -125,6 +156,32 @@ def test_signals_of_a_terminal_are_for_the_parent() -> None:
         assert children() - before == {pid}
         await processes.stop()
         assert children() == before
+
+    with_processes(1, scenario)
+
+
+def test_the_current_folder_adds_no_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a file that is named as a module would run, or break the decoder."""
+    (tmp_path / "json.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+
+    async def scenario(processes: DecodeProcesses) -> None:
+        await processes.decode(request())
+
+    with_processes(1, scenario)
+
+
+def test_a_process_is_no_member_of_the_servers_group() -> None:
+    """A terminal sends Ctrl-C to a group, when a process is about to start, too."""
+
+    async def scenario(processes: DecodeProcesses) -> None:
+        before = children()
+        await processes.decode(request())
+        (pid,) = children() - before
+        assert os.getpgid(pid) == pid != os.getpgrp()
 
     with_processes(1, scenario)
 
