@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -22,6 +23,8 @@ from pcae_serve.runtime.uploads import Upload
 IMAGE = "image"
 #: Maximum text fields of a form; more than there are parameters, as one may be repeated.
 MAX_FIELDS = 32
+#: Encodings of text in a form.
+CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1"})
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ async def read_images(
     """Return the images in the fields `image` of a form, in order. Raises like `read_image`."""
     if not is_form(request):
         raise UnsupportedType(f"send multipart/form-data with each image in a file field {IMAGE!r}")
+    _require_plain_text(request.headers["content-type"])
     chunks = limited(request, limit, upload)
     parser = MultiPartParser(request.headers, chunks, max_files=max_images, max_fields=MAX_FIELDS)
     parser.spool_max_size = limit + 1  # keep files in memory, which `limit` bounds
@@ -84,6 +88,18 @@ async def read_images(
         return await _sort(form, kind)
     finally:
         await form.close()
+
+
+def _require_plain_text(content_type: str) -> None:
+    """Raise UnsupportedType if a form's text is in another encoding than UTF-8 and the like.
+
+    Python's decoders include some that take minutes for a megabyte, such as punycode.
+    """
+    given = parse_options_header(content_type)[1].get(b"charset", b"utf-8").decode("latin-1")
+    if given.lower() not in CHARSETS:
+        raise UnsupportedType(
+            f"charset {shown(given)} of the form is not supported; send its text in UTF-8"
+        )
 
 
 async def _sort(form: FormData, kind: type[ImageParameters]) -> Form:

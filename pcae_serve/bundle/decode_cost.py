@@ -7,6 +7,7 @@ benchmarks/records/2026-11-24_input; the server corrects them by what it measure
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pcae_serve.bundle.image_files import jpeg
 from pcae_serve.bundle.image_files.layout import Layout
 
 
@@ -42,6 +43,8 @@ BASE_S = 0.3e-3
 BASE_BYTES = 1 << 20
 #: Factor on predicted bytes, for allocators and rows of buffers.
 BYTES_MARGIN = 1.15
+#: Copies of the file while it is decoded, where there are several: Pillow's and the library's.
+FILE_COPIES = {"WEBP": 3, "TIFF": 2}
 #: Nanoseconds per pixel and scan of a JPEG that is decoded in several scans.
 SCAN_NS = 0.4
 #: Nanoseconds per pixel for turning a picture upright.
@@ -75,7 +78,7 @@ def predict(layout: Layout, length: int, short: int | None = None) -> DecodeCost
     scale; None: it is decoded at full scale.
     """
     rate, pixels = RATES[layout.codec or layout.kind], layout.pixels
-    scale = _jpeg_scale(layout, short)
+    scale = _jpeg_scale(layout, short) if layout.ended else 1
     turned = layout.orientation != 1
     grey_16_bit = layout.bits > 8 and layout.samples == 1
     shown = pixels / scale**2  # pixels of the decoded picture
@@ -84,6 +87,8 @@ def predict(layout: Layout, length: int, short: int | None = None) -> DecodeCost
     if layout.kind == "JPEG":
         pixel_ns = 0.3 + 3.3 / scale
         pixel_ns += SCAN_NS * layout.scans if layout.coefficients else 0.0
+    elif layout.codec == "TIFF JPEG":
+        pixel_ns += SCAN_NS * layout.scans * layout.samples
     elif layout.kind == "PNG":
         raw_bytes = pixels * layout.samples * layout.bits / 8
         pixel_ns += 3.2 * max(0.0, raw_bytes / max(pixels, 1) - 3)
@@ -95,14 +100,19 @@ def predict(layout: Layout, length: int, short: int | None = None) -> DecodeCost
     nanoseconds += shown * TURN_NS if turned else 0.0
     part_s = RAW_PART_S if layout.codec == "TIFF" else PART_S
     copies = 1 + (layout.samples != 3) + turned
+    pictures, files = min(copies, 2), FILE_COPIES.get(layout.kind, 1)
+    if not layout.ended:  # see preprocess: decoded again, and the difference is computed
+        nanoseconds *= jpeg.DECODINGS
+        pictures += 2
+        files += jpeg.DECODINGS
     memory = (
-        shown * RGB_BYTES * min(copies, 2)
+        shown * RGB_BYTES * pictures
         + pixels * (rate.pixel_bytes + 2 * layout.coefficients)
         + (pixels * GREY_16_BIT_BYTES if grey_16_bit else 0)
     )
     return DecodeCost(
         seconds=BASE_S + nanoseconds * 1e-9 + layout.parts * part_s,
-        bytes=int(BASE_BYTES + length + BYTES_MARGIN * memory),
+        bytes=int(BASE_BYTES + files * length + BYTES_MARGIN * memory),
         pixels=pixels,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pcae_serve.bundle.image_files.layout import Layout
-from pcae_serve.bundle.image_files.orientation import find_orientation
+from pcae_serve.bundle.image_files.orientation import MAX_BYTES, find_orientation
 from pcae_serve.errors import UnreadableImage
 
 #: Maximum segments before the first scan. The most metadata that cameras and phones write (depth
@@ -22,6 +22,9 @@ MAX_JUNK = 1 << 20
 #: Maximum scans. A scan of 100 bytes can cover the whole image; programs write 10 to 18.
 MAX_SCANS = 32
 
+#: How many times a JPEG that lacks its end marker is decoded.
+DECODINGS = 3
+
 #: Bytes that decode to different coefficients, whatever the position in a code they begin at.
 _NOISE = b"\x5a\xa5\x3c\x96\x0f" * 20, b"\xa5\x12\xc3\x69\xf0" * 20, b"\x00\x9d\x47\x2e\xb1" * 20
 
@@ -33,6 +36,7 @@ _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _END = bytes([0xFF, _EOI])
 _RESTARTS = range(0xD0, 0xD8)
 _COEFFICIENTS = 64  # per block
+_MAX_EXIF_SEGMENTS = MAX_BYTES >> 16
 
 
 class _Segment(NamedTuple):
@@ -56,7 +60,8 @@ def read_layout(body: bytes) -> Layout:
             frame = segment
         elif segment.marker == _APP1:
             if body.startswith(b"Exif\0\0", segment.at):
-                exif.append(body[segment.at + 6 : segment.end])
+                if len(exif) < _MAX_EXIF_SEGMENTS:
+                    exif.append(body[segment.at + 6 : segment.end])
             elif body.startswith(b"http://ns.adobe.com/xap/1.0/\0", segment.at):
                 xmp = body[segment.at : segment.end]
     scan = segment  # there is at least one, and the last one is a scan

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 #: Maximum number of tags that are looked at; cameras write fewer than 100.
 MAX_TAGS = 4_096
 
+#: Maximum bytes of EXIF or XMP data that are looked at, decompressed; the tag is near their start.
+MAX_BYTES = 1 << 20
+
 _TAG = 274
 _FORMATS = {1: "B", 3: "H", 4: "I"}  # by type of value
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')

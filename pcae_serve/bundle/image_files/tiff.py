@@ -5,16 +5,19 @@ all tags, which may overlap, and creates an object for each rational number.
 """
 
 import struct
+from math import inf
 from typing import NamedTuple
 
 from pcae_serve.bundle.image_files.layout import Layout
-from pcae_serve.bundle.image_files.orientation import find_orientation
+from pcae_serve.bundle.image_files.orientation import MAX_BYTES, find_orientation
 from pcae_serve.errors import UnreadableImage
 
 #: Maximum tags of a page; common programs write fewer than 100.
 MAX_TAGS = 4_096
 #: Maximum strips or tiles: Pillow creates an object for each.
 MAX_PARTS = 65_536
+#: Maximum scans of a JPEG in a TIFF that libtiff decodes.
+MAX_SCANS = 100
 
 #: Codec by the compression tag; any other is taken for the slowest.
 _CODECS = {
@@ -75,7 +78,7 @@ def read_layout(body: bytes) -> Layout:
         samples=max(1, values.get(_SAMPLES, 1)),
         bits=max(1, values.get(_BITS, 1)),
         codec=codec,
-        scans=body.count(b"\xff\xda") // max(parts, 1) if codec == "TIFF JPEG" else 1,
+        scans=_scans(body, order, tags, parts) if codec == "TIFF JPEG" else 1,
         parts=parts,
         part_pixels=values.get(_TILE_WIDTH, 0) * values.get(_TILE_LENGTH, 0),
         orientation=_orientation(body, order, tags, values),
@@ -114,6 +117,31 @@ def _tags(body: bytes) -> tuple[str, dict[int, _Tag]]:
     return order, tags
 
 
+def _scans(body: bytes, order: str, tags: dict[int, _Tag], parts: int) -> int:
+    """Return at least the number of scans of each part, which is a JPEG; parts may overlap."""
+    scans = body.count(b"\xff\xda")
+    if _part_bytes(body, order, tags) <= len(body):
+        scans -= parts - 1  # each has one at least
+    return min(MAX_SCANS, max(1, scans))
+
+
+def _part_bytes(body: bytes, order: str, tags: dict[int, _Tag]) -> float:
+    """Return the length of all strips or tiles together, infinity if it is unknown."""
+    tag = tags.get(_STRIP_BYTES) or tags.get(_TILE_BYTES)
+    if tag is None or tag.kind not in (_SHORT, _LONG):
+        return inf
+    form = f"{order}{tag.values}{'H' if tag.kind == _SHORT else 'I'}"
+    inline = struct.calcsize(form) <= 4
+    (at,) = struct.unpack(order + "I", tag.field)
+    try:
+        counts: tuple[int, ...] = struct.unpack_from(
+            form, *((tag.field, 0) if inline else (body, at))
+        )
+        return sum(counts)
+    except struct.error:
+        return inf
+
+
 def _first_value(body: bytes, order: str, tag: _Tag) -> int:
     """Return the first value of a tag of 16- or 32-bit numbers, 0 of others."""
     if tag.kind not in (_SHORT, _LONG) or tag.values < 1:
@@ -135,4 +163,4 @@ def _orientation(body: bytes, order: str, tags: dict[int, _Tag], values: dict[in
     if _XMP not in tags:
         return 1
     (at,) = struct.unpack(order + "I", tags[_XMP].field)
-    return find_orientation(xmp=body[at : at + tags[_XMP].values])
+    return find_orientation(xmp=body[at : at + min(tags[_XMP].values, MAX_BYTES)])

@@ -4,7 +4,7 @@ import struct
 from collections.abc import Iterator
 
 from pcae_serve.bundle.image_files.layout import Layout
-from pcae_serve.bundle.image_files.orientation import find_orientation
+from pcae_serve.bundle.image_files.orientation import MAX_BYTES, find_orientation
 from pcae_serve.errors import UnreadableImage
 
 #: Maximum chunks, one for each frame of an animation included.
@@ -43,9 +43,9 @@ def read_layout(body: bytes) -> Layout:
             name = b"VP8 " if name == b"ALPH" else name
         codec = codec or _CODECS.get(name, "")
         if name == b"EXIF":
-            exif = exif or body[at:end]
+            exif = exif or body[at : min(end, at + MAX_BYTES)]
         elif name == b"XMP ":
-            xmp = xmp or body[at:end]
+            xmp = xmp or body[at : min(end, at + MAX_BYTES)]
         if codec and not flags & _EXIF_OR_XMP:
             break
     return Layout(

@@ -203,6 +203,15 @@ def test_a_batch_that_cannot_be_read_is_refused(
     assert words in problem(response, status)["detail"]
 
 
+@pytest.mark.parametrize("charset", ["punycode", "undefined", "utf-16", "none-such"])
+def test_the_text_of_a_form_is_utf_8(client: TestClient, charset: str) -> None:
+    """Python decodes a megabyte of punycode for minutes, and fails to decode `undefined`."""
+    body = b'--B\r\nContent-Disposition: form-data; name="tier"\r\n\r\nauto\r\n--B--\r\n'
+    headers = {"Content-Type": f"multipart/form-data; boundary=B; charset={charset}"}
+    response = client.post("/classify", content=body, headers=headers)
+    assert charset in problem(response, 415)["detail"]
+
+
 def test_independent_labels_have_probabilities_of_their_own(multi_label: TestClient) -> None:
     answer = multi_label.post("/classify?top_k=3", content=image_bytes()).json()
     first, *others = answer["predictions"]

@@ -53,6 +53,24 @@ def test_a_reduced_scale_is_cheap_and_progressive_scans_are_not() -> None:
     assert predict(progressive).bytes > predict(body).bytes + 2 * 1_800_000
 
 
+def test_a_jpeg_without_its_end_is_decoded_in_full_and_again() -> None:
+    """It was taken for one at a reduced scale: 5 MB were predicted, and 579 MB used."""
+    body = save(LARGE, "JPEG")
+    whole, cut = predict(body, 100), predict(body[:-2], 100)
+    assert cut.seconds > 3 * whole.seconds
+    assert cut.bytes > 3 * 4 * 1_800_000
+
+
+def test_strips_of_a_tiff_may_share_a_jpeg_of_many_scans() -> None:
+    body = save(Image.new("L", (800, 800)), "TIFF", compression="jpeg", tiffinfo={278: 8})
+    cost = predict(body)
+    assert cost.seconds < 0.02  # 100 strips with one scan each
+    entry = body.index(struct.pack("<H", 279), int.from_bytes(body[4:8], "little"))
+    shared = bytearray(body)
+    shared[entry + 2 : entry + 4] = struct.pack("<H", 2)  # StripByteCounts of an unknown type
+    assert predict(bytes(shared)).seconds > 5 * cost.seconds
+
+
 def test_a_tiny_file_that_is_a_large_picture() -> None:
     """38 bytes that took a second and 786 MB."""
     body = bytearray(save(Image.new("RGB", (8, 8)), "WEBP", lossless=True))
