@@ -85,9 +85,16 @@ class RequestError(PcaeError):
     title: ClassVar[str]
 
     def __init__(self, detail: str, **members: float | str | list[str]) -> None:
-        """`members` are added to the problem document, for example needed_ms or retry_after_s."""
+        """`members` are added to the problem document, for example needed_ms or retry_after_s.
+
+        Numbers are rounded to a thousandth.
+        """
         super().__init__(detail)
-        self.detail, self.members = detail, members
+        self.detail = detail
+        self.members = {
+            name: round(value, 3) if isinstance(value, float) else value
+            for name, value in members.items()
+        }
 
     @property
     def type(self) -> str:
