@@ -29,8 +29,10 @@ def of_key_lines(lines: Sequence[KeyLine], label: str = "key") -> list[Caller]:
     """Return the caller of each line of a keys file; `label` and the line number name the unnamed.
 
     Keys of one name are one caller, so that a key can be replaced without a gap. Raises ValueError
-    with the line if an option is not valid, or keys of one name have different terms.
+    with the line if an option is not valid, a key is there twice or as a name, or keys of one name
+    have different terms.
     """
+    _require_distinct(lines)
     known = dict[str, Caller]()
     callers = []
     for line in lines:
@@ -52,6 +54,19 @@ def of_key_lines(lines: Sequence[KeyLine], label: str = "key") -> list[Caller]:
             )
         callers.append(caller)
     return callers
+
+
+def _require_distinct(lines: Sequence[KeyLine]) -> None:
+    """Raise ValueError if a key is there twice, or is also a name, which logs and metrics show."""
+    first = dict[str, int]()
+    for line in lines:
+        if first.setdefault(line.key, line.number) != line.number:
+            raise ValueError(f"line {line.number}: the key of line {first[line.key]} again")
+    for line in lines:
+        if line.options.get("name") in first:
+            raise ValueError(
+                f"line {line.number}: name= is a key, and names appear in logs and metrics"
+            )
 
 
 def of_address(host: str) -> str:

@@ -40,6 +40,8 @@ def read_keys(path: Path) -> list[KeyLine]:
     ):
         words = line.split()
         if words and not words[0].startswith("#"):
+            if words[0].startswith(tuple(f"{name}=" for name in OPTIONS)):
+                raise ValueError(f"line {number}: the key comes first, options follow it")
             found.append(KeyLine(number, words[0], _options(number, words[1:])))
     return found
 

@@ -9,7 +9,7 @@ KEY = "3f9a-0123456789abcdef"
 
 
 def line(number: int, **options: str) -> KeyLine:
-    return KeyLine(number, KEY, options)
+    return KeyLine(number, f"{KEY}-{number}", options)
 
 
 def test_a_key_has_a_name_a_weight_and_a_rate() -> None:
@@ -27,6 +27,15 @@ def test_keys_of_one_name_are_one_caller() -> None:
     assert old == new
     with pytest.raises(ValueError, match=r"^line 2: keys of one name .* same weight= and rate="):
         of_key_lines([line(1, name="web", weight="2"), line(2, name="web")])
+
+
+def test_a_key_is_there_once_and_is_no_name() -> None:
+    with pytest.raises(ValueError, match=r"^line 9: the key of line 2 again$"):
+        of_key_lines([line(2, name="web"), KeyLine(9, line(2).key, {"name": "other"})])
+    for other in (line(1, name=line(2).key), line(1, name=line(1).key)):
+        with pytest.raises(ValueError, match=r"^line 1: name= is a key") as raised:
+            of_key_lines([other, line(2)])
+        assert KEY not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,13 @@ def test_another_form_is_refused_without_showing_it(tmp_path: Path, rest: str) -
     assert "secret" not in str(raised.value)
 
 
+def test_an_option_is_not_taken_for_a_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{KEY}\nname=ingest-of-photographs {OTHER}\n")
+    with pytest.raises(ValueError, match=r"^line 2: the key comes first"):
+        read_keys(file)
+
+
 def test_the_client_sends_a_key_that_the_server_accepts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
