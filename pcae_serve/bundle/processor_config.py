@@ -77,6 +77,13 @@ def _is_per_channel(value: Any) -> bool:
     )
 
 
+#: Fields in which null is a value of its own in `transformers`: no default takes its place.
+_NULLABLE = frozenset((
+    "size", "default_to_square", "resample", "crop_size", "rescale_factor", "image_mean",
+    "image_std",
+))  # fmt: skip
+
+
 _NAME = Field(
     ", ".join(f"{name}ImageProcessor" for name in PROCESSORS)
     + "; the same with Fast, or with FeatureExtractor in place of ImageProcessor",
@@ -92,8 +99,9 @@ FIELDS = FieldTable(
         ),
         "default_to_square": BOOLEAN,
         "resample": Field(
-            "1 to 5, Pillow's filters except the nearest pixel",  # which differs for a part
-            lambda value: type(value) is int and value in set(Image.Resampling) - {0},
+            # the others take whole pixels, and so give other values for a part of an image
+            "1, 2, 3 or 5, Pillow's filters except the nearest pixel and the box",
+            lambda value: type(value) is int and value in (1, 2, 3, 5),
         ),
         "do_center_crop": BOOLEAN,
         "crop_size": Field('a number, [n, n] or {"height": n, "width": n}', _is_square),
@@ -139,7 +147,8 @@ def read_processor(
     model_type: of the model's config.json, which implies the processor if `content` names none.
     Raise ValueError with one line that names the field and its value.
     """
-    found = FIELDS.check(file, content)
+    found = FIELDS.check(file, {name: _switch(name, value) for name, value in content.items()})
+    found |= {name: None for name in _NULLABLE & content.keys() if content[name] is None}
     defaults = _defaults(found, model_type)
     image_size, resize, squash = _sizes(found, defaults, file)
     mean, std = _normalisation(found, defaults, file)
@@ -159,6 +168,11 @@ def read_processor(
         raise ValueError(f"{file}: {error}") from None
 
 
+def _switch(name: str, value: Any) -> Any:
+    """Return a field's value; null switches a step off, as in `transformers`."""
+    return False if value is None and name.startswith("do_") else value
+
+
 def _defaults(found: Mapping[str, Any], model_type: str | None) -> Defaults | None:
     name = found.get("image_processor_type", found.get("feature_extractor_type"))
     if name is not None:
@@ -169,7 +183,9 @@ def _defaults(found: Mapping[str, Any], model_type: str | None) -> Defaults | No
 
 def _required(value: Any, name: str, file: str) -> Any:
     if value is None:
-        raise ValueError(f"{file}: {name} is missing, and no image_processor_type implies it")
+        raise ValueError(
+            f"{file}: {name} is missing or null, and no image_processor_type implies it"
+        )
     return value
 
 
@@ -202,7 +218,9 @@ def _normalisation(
     found: Mapping[str, Any], defaults: Defaults | None, file: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and std of pixels divided by 255 that give what the processor gives."""
-    factor = found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 1
+    factor = 1
+    if found.get("do_rescale", True):
+        factor = _required(found.get("rescale_factor", 1 / 255), "rescale_factor", file)
     if found.get("do_normalize", True):
         mean = _per_channel(found.get("image_mean", defaults and defaults.mean), "image_mean", file)
         std = _per_channel(found.get("image_std", defaults and defaults.std), "image_std", file)

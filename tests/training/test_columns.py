@@ -108,8 +108,9 @@ def test_values() -> None:
     assert Columns("a", ("label",)).value({"label": float("nan")}) == -1
     words = Columns("a", ("label",), words=True)
     assert [words.value({"label": cell}) for cell in ("cat", "", None)] == ["cat", -1, -1]
-    with pytest.raises(DataError, match=r"label 0.5 in column label is not an integer"):
-        Columns("a", ("label",)).value({"label": 0.5})
+    for cell in (0.5, float("inf"), 1e30, 2**63):
+        with pytest.raises(DataError, match=r"label .* in column label is not an integer of 64"):
+            Columns("a", ("label",)).value({"label": cell})
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])  # as datasets names what is not local
@@ -119,7 +120,8 @@ def test_bodies(prefix: str, tmp_path: Path) -> None:
     file.write_bytes(b"abc")
     assert columns.body({"a": {"bytes": b"de", "path": "nowhere"}}) == b"de"
     assert columns.body({"a": {"bytes": None, "path": f"{prefix}{file}"}}) == b"abc"
-    with pytest.raises(OSError, match="the row has no image"):
-        columns.body({"a": None})
+    for cell in (None, {"bytes": None, "path": None}):
+        with pytest.raises(OSError, match="the row has no image"):
+            columns.body({"a": cell})
     with pytest.raises(FileNotFoundError):
         columns.body({"a": {"bytes": None, "path": f"{prefix}{tmp_path}/nowhere"}})

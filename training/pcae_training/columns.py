@@ -43,7 +43,7 @@ class Columns:
     def body(self, row: Mapping[str, Any]) -> bytes:
         """Return the image file's bytes of a row with undecoded images. Raise OSError."""
         cell = row[self.image]
-        if cell is None:
+        if cell is None or cell["bytes"] is cell["path"] is None:
             raise OSError("the row has no image")
         if cell["bytes"] is not None:
             return cast(bytes, cell["bytes"])
@@ -61,8 +61,9 @@ class Columns:
             return UNLABELLED
         if self.words:
             return str(cell)
-        if int(cell) != cell:
-            raise DataError(f"label {cell!r} in column {'.'.join(self.label)} is not an integer")
+        if not -(2**63) <= cell < 2**63 or int(cell) != cell:  # infinity too
+            column = ".".join(self.label)
+            raise DataError(f"label {cell!r} in column {column} is not an integer of 64 bits")
         return int(cell)
 
 

@@ -66,6 +66,14 @@ def test_rescaling_is_folded_into_mean_and_std() -> None:
     assert plain.std == pytest.approx((0.5,) * 3)
 
 
+def test_null_switches_a_step_off_as_in_transformers() -> None:
+    raw = read_processor(VIT | {"do_rescale": None, "crop_size": None, "do_center_crop": None})
+    assert raw == read_processor(VIT | {"do_rescale": False})
+    assert read_processor(VIT | {"do_normalize": None}).std == (1.0,) * 3
+    with pytest.raises(ValueError, match="do_center_crop is false with"):
+        read_processor({"image_processor_type": "BitImageProcessor", "do_center_crop": None})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -77,16 +85,26 @@ def test_rescaling_is_folded_into_mean_and_std() -> None:
         ({"size": 0}, "size is 0"),
         ({"size": True}, "size is true"),
         ({"crop_size": {"shortest_edge": 224}, "do_center_crop": True}, "crop_size is"),
-        ({"do_center_crop": True}, "crop_size is missing"),
+        ({"do_center_crop": True}, "crop_size is missing or null"),
         ({"do_center_crop": True, "crop_size": 300}, "cannot crop 300 pixels out of 224"),
         ({"size": {"shortest_edge": 256}}, "do_center_crop is false with"),
-        ({"resample": "bicubic"}, 'resample is "bicubic"; supported: 1 to 5'),
+        ({"resample": "bicubic"}, 'resample is "bicubic"; supported: 1, 2, 3 or 5'),
+        ({"resample": 4}, "resample is 4; supported: 1, 2, 3 or 5"),
         ({"resample": 9}, "resample is 9"),
-        ({"resample": 0}, "resample is 0; supported: 1 to 5, Pillow's filters except the nearest"),
+        (
+            {"resample": 0},
+            "resample is 0; supported: 1, 2, 3 or 5, Pillow's filters except the nearest",
+        ),
         ({"rescale_factor": 0}, "rescale_factor is 0; supported: a positive number"),
         ({"rescale_offset": True}, "rescale_offset is true; supported: false"),
         ({"image_mean": [0.5]}, r"image_mean is \[0.5\]; supported"),
         ({"image_std": 0.0}, "image_std is 0.0; supported: a positive number"),
+        ({"do_resize": None}, "do_resize is false; supported: true"),
+        ({"size": None}, "size is missing or null"),
+        ({"resample": None}, "resample is missing or null"),
+        ({"rescale_factor": None}, "rescale_factor is missing or null"),
+        ({"image_mean": None}, "image_mean is missing or null"),
+        ({"do_center_crop": True, "crop_size": None}, "crop_size is missing or null"),
         ({"do_pad": True}, "do_pad is true; supported: false"),
         ({"do_thumbnail": True}, r'field "do_thumbnail" \(true\) is not known'),
         ({"image_processor_type": "CLIPImageProcessor"}, "image_processor_type is"),
@@ -101,5 +119,5 @@ def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], messa
 
 
 def test_a_processor_that_nothing_names_has_no_defaults() -> None:
-    with pytest.raises(ValueError, match="size is missing, and no image_processor_type"):
+    with pytest.raises(ValueError, match="size is missing or null, and no image_processor_type"):
         read_processor({"image_mean": 0.5})

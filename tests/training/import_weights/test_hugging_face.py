@@ -44,6 +44,7 @@ def edited(folder: Path, **changes: Any) -> LoadedCheckpoint:
         ({"num_labels": 4}, "num_labels is 4, but the weights have 5"),
         ({"id2label": {"0": "a", "1": "b", "3": "c", "4": "d"}}, "no name for class 2 of"),
         ({"id2label": {str(i): "x" for i in range(6)}}, 'names class "5", but the head has'),
+        ({"id2label": dict.fromkeys("01234")}, "id2label is .*; supported: the names of classes"),
         ({"architectures": ["Mine"]}, r'architectures is \["Mine"\]; supported: one of'),
         ({"architectures": ["DeiTModel"]}, "has \"DeiTModel\", which is not of model_type 'vit'"),
         ({"quantization_config": {"bits": 4}}, 'field "quantization_config"'),

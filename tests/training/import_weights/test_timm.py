@@ -101,6 +101,7 @@ def test_average_pooling_with_the_norm_before_it(tmp_path: Path) -> None:
         ({"pretrained_cfg": {"crop_mode": "border"}}, 'crop_mode is "border"; supported'),
         ({"pretrained_cfg": {"crop_pct": 1.1}}, "crop_pct is 1.1; supported"),
         ({"pretrained_cfg": {"interpolation": "random"}}, 'interpolation is "random"'),
+        ({"pretrained_cfg": {"interpolation": "box"}}, 'interpolation is "box"'),
         ({"pretrained_cfg": {"input_size": [3, 24, 48]}}, "input_size is"),
         ({"pretrained_cfg": {"mystery": 1}}, 'pretrained_cfg: field "mystery"'),
         ({"mystery": 1}, r'config.json: field "mystery" \(1\) is not known'),

@@ -79,7 +79,11 @@ FIELDS = FieldTable(
         "num_labels": WHOLE,
         "_num_labels": WHOLE,
         "id2label": Field(
-            "the names of classes 0, 1, 2, …, by number", lambda value: isinstance(value, dict)
+            "the names of classes 0, 1, 2, …, by number",
+            lambda value: (
+                isinstance(value, dict)
+                and all(isinstance(name, str | int | float) for name in value.values())
+            ),
         ),
         "add_cross_attention": Field.only(False),
         "is_decoder": Field.only(False),

@@ -132,7 +132,7 @@ PRETRAINED_CFG = FieldTable(
                 and value[1] == value[2]
             ),
         ),
-        "interpolation": Field.only("bicubic", "bilinear", "lanczos", "box", "hamming"),
+        "interpolation": Field.only("bicubic", "bilinear", "lanczos", "hamming"),
         "label_names": _NAMES,
         "mean": _CHANNELS,
         "num_classes": WHOLE,
