@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pcae_serve.api.health_routes import HEALTH_PATHS
+from pcae_serve.api.health_routes import is_probe
 from pcae_serve.api.problems import refusal
 from pcae_serve.errors import CrossSiteRequest, RequestError, UnknownHost, shown
 from pcae_serve.settings import Settings, is_loopback
@@ -73,7 +73,7 @@ class RefuseOtherHosts:
     def _check(self, scope: Scope) -> RequestError | None:
         header = Headers(scope=scope).get("host", "")
         name, _ = split_host(header)
-        if not name or name in self._hosts or ANY in self._hosts or scope["path"] in HEALTH_PATHS:
+        if not name or name in self._hosts or ANY in self._hosts or is_probe(scope):
             return None
         if is_loopback(name) or name.endswith(".localhost"):  # browsers resolve it to loopback
             return None

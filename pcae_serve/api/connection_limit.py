@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pcae_serve.api.health_routes import HEALTH_PATHS
+from pcae_serve.api.health_routes import is_probe
 from pcae_serve.api.problems import refusal
 from pcae_serve.descriptors import DESCRIPTOR_RESERVE
 from pcae_serve.errors import TooManyConnections
@@ -109,7 +109,7 @@ class RefuseSurplus:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         surplus = scope["type"] == "http" and scope.get("state", {}).get(SURPLUS)
-        if not surplus or scope["path"] in HEALTH_PATHS:
+        if not surplus or is_probe(scope):
             await self._app(scope, receive, send)
             return
         error = TooManyConnections(

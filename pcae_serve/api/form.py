@@ -37,7 +37,8 @@ class Form:
 
 def is_form(request: Request) -> bool:
     """Return whether the body is a multipart form."""
-    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    return kind.strip().lower() == "multipart/form-data"
 
 
 def require_plain_body(request: Request) -> None:

@@ -1,15 +1,22 @@
 """GET /livez and /readyz: probes for an orchestrator."""
 
 from fastapi import APIRouter, Request
+from starlette.types import Scope
 
 from pcae_serve import schemas
 from pcae_serve.api import problems
+from pcae_serve.api.request_line import route_path
 from pcae_serve.api.state import service_of
 
 #: Paths of probes, which are answered whatever the state of the server; those of /v2 included.
-HEALTH_PATHS = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
+_PATHS = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 
 router = APIRouter(tags=["Server"])
+
+
+def is_probe(scope: Scope) -> bool:
+    """Return whether a request is a probe, also behind the prefix of a proxy."""
+    return route_path(scope) in _PATHS
 
 
 @router.get(

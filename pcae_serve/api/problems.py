@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
 from pcae_serve import schemas
+from pcae_serve.api.request_line import route_path
 from pcae_serve.errors import (
     InternalError,
     InvalidParameter,
@@ -75,7 +76,7 @@ def refusal(error: RequestError, scope: Scope) -> Response:
     Ends the error: its traceback is lost.
     """
     _forget_frames(error)
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = route_path(scope)
     if path == PROTOCOL or path.startswith(f"{PROTOCOL}/"):
         return JSONResponse({"error": error.detail}, error.status, error.headers)
     content = {

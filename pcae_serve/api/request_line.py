@@ -7,6 +7,15 @@ trailing slash  ignored: /classify/ is /classify; a redirect would cost clients 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
+def route_path(scope: Scope) -> str:
+    """Return a request's path without the prefix of a proxy and trailing slashes."""
+    path: str = scope["path"]
+    root_path: str = scope.get("root_path", "")
+    if root_path and path.startswith(f"{root_path}/"):
+        path = path[len(root_path) :]
+    return path.rstrip("/") or "/"
+
+
 class NormaliseRequestLine:
     """ASGI middleware that rewrites method and path of each request."""
 

@@ -4,7 +4,8 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
-from pcae_serve.api.request_line import NormaliseRequestLine
+from pcae_serve.api.health_routes import is_probe
+from pcae_serve.api.request_line import NormaliseRequestLine, route_path
 
 
 @pytest.fixture
@@ -44,3 +45,21 @@ def test_head_of_other_routes(client: TestClient, path: str, status: int) -> Non
 def test_a_trailing_slash_is_ignored(client: TestClient, path: str) -> None:
     response = client.post(path, content=b"12345", follow_redirects=False)
     assert response.json() == 5
+
+
+@pytest.mark.parametrize(
+    ("path", "root_path", "expected"),
+    [
+        ("/livez", "", "/livez"),
+        ("/livez//", "", "/livez"),
+        ("/", "", "/"),
+        ("/vision/livez/", "/vision", "/livez"),
+        ("/livez", "/vision", "/livez"),  # the proxy has removed it
+        ("/visions/livez", "/vision", "/visions/livez"),
+        ("/vision/", "/vision", "/"),
+    ],
+)
+def test_the_path_that_routes_see(path: str, root_path: str, expected: str) -> None:
+    scope = {"path": path, "root_path": root_path}
+    assert route_path(scope) == expected
+    assert is_probe(scope) == (expected == "/livez")
