@@ -64,22 +64,27 @@ class DecodeProcesses:
         """Whether a process waits for an image."""
         return bool(self._idle)
 
-    async def decode(self, request: Request) -> tuple[NDArray[np.uint8], float]:
-        """Decode an image: return pixels uint8 [H, W, 3] and seconds. To cancel it kills a process.
+    async def decode(
+        self, request: Request, on_seconds: Callable[[float, bool], None] = lambda *_: None
+    ) -> NDArray[np.uint8]:
+        """Decode an image to pixels uint8 [H, W, 3]. To cancel it kills a process.
 
-        Raises Refused if memory or a process is missing, and what decoding raises.
+        on_seconds: called with the time that a process took for it, and whether it finished. Raises
+        Refused if memory or a process is missing, and what decoding raises.
         """
         async with self._free:
             worker = self._take_idle() or await self._start()
-            start_s = time.monotonic()
+            start_s, finished = time.monotonic(), False
             try:
                 kind, content = await worker.ask(request)
-            except BaseException:
-                self._remove(worker)
-                raise
-            self._rest(worker)
-            seconds = time.monotonic() - start_s
-        return _result(kind, content, request.preprocess.image_size), seconds
+                finished = True
+            finally:
+                on_seconds(time.monotonic() - start_s, finished)
+                if finished:
+                    self._rest(worker)
+                else:
+                    self._remove(worker)
+        return _result(kind, content, request.preprocess.image_size)
 
     async def stop(self) -> None:
         """Kill all processes and wait for their end."""

@@ -114,9 +114,13 @@ class Decoders:
         cpu_s = LIMIT_S + LIMIT_TIMES * cost.seconds
         request = Request(preprocess, body, self._max_pixels, cost.bytes, cpu_s)
         del body
-        pixels, seconds = await self._processes.decode(request)
-        self._large.speed.add(cost.seconds, seconds)
-        return pixels
+        return await self._processes.decode(request, partial(self._took, cost))
+
+    def _took(self, cost: DecodeCost, seconds: float, finished: bool) -> None:
+        """Learn from a large image; one that was cut off took at least this long."""
+        speed = self._large.speed
+        if finished or seconds > speed.factor * cost.seconds:
+            speed.add(cost.seconds, seconds)
 
 
 class _Lane:

@@ -48,11 +48,14 @@ def children() -> set[int]:
 
 
 def test_a_process_gives_the_pixels_and_errors_of_a_thread() -> None:
+    times: list[tuple[float, bool]] = []
+
     async def scenario(processes: DecodeProcesses) -> None:
         for _ in range(2):  # the second time, it is the same process
-            pixels, seconds = await processes.decode(request())
+            pixels = await processes.decode(request(), lambda *took: times.append(took))
             np.testing.assert_array_equal(pixels, PREPROCESS(BODY))
-            assert seconds > 0
+            assert times[-1][0] > 0
+            assert times[-1][1]
             assert processes.warm
         for bad, kind in (
             (request(DAMAGED), UnreadableImage),
@@ -75,11 +78,14 @@ def test_cancelling_kills_the_process_and_the_next_call_gets_another() -> None:
         await processes.decode(request())
         (pid,) = children() - before
         os.kill(pid, signal.SIGSTOP)  # a decoder that takes for ever
-        call = asyncio.create_task(processes.decode(request()))
+        times: list[tuple[float, bool]] = []
+        call = asyncio.create_task(processes.decode(request(), lambda *took: times.append(took)))
         await asyncio.sleep(0.05)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
+        assert len(times) == 1
+        assert not times[0][1]
         await processes.decode(request())
         while pid in children():
             await asyncio.sleep(0.01)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pcae_serve.bundle.decode_cost import DecodeCost
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import UnreadableImage, UnsupportedType
 from pcae_serve.runtime.decoders import Decoders
@@ -75,6 +76,17 @@ def test_predictions_follow_what_is_measured(monkeypatch: pytest.MonkeyPatch) ->
         await subject.shutdown(5.0)
 
     asyncio.run(scenario())
+
+
+def test_a_large_image_that_is_cut_off_took_at_least_that_long() -> None:
+    """Otherwise images that never finish would be admitted again and again."""
+    subject = decoders()
+    large = DecodeCost(seconds=1.0, bytes=1 << 30)
+    subject._took(large, 0.5, finished=False)  # its client left
+    assert subject.wait_s(large) == pytest.approx(1.0)
+    subject._took(large, 7.0, finished=False)
+    assert subject.wait_s(large) > 2
+    assert subject.idle_s(large) == 1.0
 
 
 def test_an_unreadable_header_is_refused_before_decoding() -> None:
