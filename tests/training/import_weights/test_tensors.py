@@ -36,6 +36,9 @@ AVERAGED = prefixed(EMA, "module.") | {"n_averaged": torch.tensor(3)}
         {"state_dict": prefixed(RAW, "model.") | prefixed(EMA, "ema_model.")},
         {"state_dict": prefixed(RAW, "net.") | prefixed(EMA, "net_ema.module.")},
         RAW | prefixed(EMA, "ema."),
+        {"model": RAW, "swa_model": AVERAGED},
+        {"state_dict": RAW, "ema_model": {"state_dict": EMA}},
+        {"model": RAW, "ema": {"decay": 0.9, "shadow": EMA}},
     ],
 )
 def test_the_average_is_taken_unless_raw_weights_are_asked_for(
@@ -50,6 +53,30 @@ def test_the_average_is_taken_unless_raw_weights_are_asked_for(
         kind, other = ("raw", "ema") if weights == "raw" else ("averaged", "raw")
         assert f"its {kind} weights (" in note
         assert f"--weights {other} uses" in note
+
+
+def test_weights_that_are_passed_over_are_named(tmp_path: Path) -> None:
+    file = saved({"model": RAW, "best": EMA, "optimizer": {"state": {0: {"step": 1}}}}, tmp_path)
+    found = load_checkpoint(file, heads=2)
+    assert torch.equal(found.weights["norm.weight"], RAW["norm.weight"])
+    assert found.notes == [f"{file}: its weights (model) are used, not those in best"]
+    with pytest.raises(CheckpointError, match="contains no averaged weights"):
+        load_checkpoint(file, heads=2, weights="ema")
+
+
+def test_a_counter_of_averaged_models_tells_that_they_are(tmp_path: Path) -> None:
+    file = saved(AVERAGED, tmp_path)
+    [note] = load_checkpoint(file, heads=2).notes
+    assert "its averaged weights (n_averaged) are used, as it contains no others" in note
+    with pytest.raises(CheckpointError, match="contains only averaged weights"):
+        load_checkpoint(file, heads=2, weights="raw")
+
+
+def test_a_wrapper_that_contains_itself_ends(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"a": torch.zeros(1)}
+    content["model"] = content
+    with pytest.raises(CheckpointError, match="its state dict is nested too deeply"):
+        load_checkpoint(saved(content, tmp_path), heads=2)
 
 
 def test_an_average_alone_is_taken_and_named(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ WeightsChoice = Literal["raw", "ema"]
 
 #: Keys under which training programs keep the state dict, outermost first; of DINO's two networks
 #: the teacher is used, which is the published one.
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher")
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "shadow")
 
 #: Keys of raw weights and of their average in one file.
 PAIRS = (
@@ -42,8 +42,11 @@ PAIRS = (
 #: Keys of averaged weights that have no other meaning.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model_state_dict", "ema")
 
-#: A part of a tensor's name that marks averaged weights next to raw ones.
-_AVERAGED_PREFIX = re.compile(r"(?:^|[._])(?:ema|teacher|averaged?|swa)(?=[._]|$)")
+#: A part of a name that marks averaged weights next to raw ones.
+_AVERAGED_NAME = re.compile(r"(?:^|[._])(?:ema|teacher|averaged?|swa|shadow)(?=[._]|$)")
+
+#: A counter among the tensors of torch's AveragedModel.
+_COUNTER = "n_averaged"
 
 
 class StateDict(NamedTuple):
@@ -63,11 +66,16 @@ def read_state_dict(file: Path, choice: WeightsChoice | None = None) -> StateDic
     """
     notes: list[str] = []
     read = _read_shards if file.name.endswith(SHARD_INDEX) else _read
-    content = _unwrap(read(file), choice, notes)
+    try:
+        content = _unwrap(read(file), choice, notes)
+    except RecursionError:  # pickles can contain themselves
+        raise ValueError("its state dict is nested too deeply") from None
+    if _COUNTER in content and not notes:
+        _take_only_averaged(_COUNTER, choice, notes)
     tensors = {
         str(name): value
         for name, value in content.items()
-        if isinstance(value, Tensor) and name != "n_averaged"  # of torch's AveragedModel
+        if isinstance(value, Tensor) and name != _COUNTER
     }
     tensors = _choose_encoder(_strip_common_prefix(tensors), choice, notes)
     if choice == "ema" and not notes:
@@ -137,14 +145,39 @@ def _unwrap(
             return _unwrap(content[_taken(raw, averaged, choice, notes)], choice, notes)
     for averaged in AVERAGED:
         if _is_filled(content.get(averaged)):
-            if choice == "raw":
-                raise ValueError(f"contains only averaged weights ({averaged}), not raw ones")
-            notes.append(f"its averaged weights ({averaged}) are used, as it contains no others")
+            _take_only_averaged(averaged, choice, notes)
             return _unwrap(content[averaged], choice, notes)
     for key in WRAPPERS:
         if isinstance(content.get(key), dict):
-            return _unwrap(content[key], choice, notes)
+            return _unwrap(content[_choose_wrapped(content, key, choice, notes)], choice, notes)
     return content
+
+
+def _choose_wrapped(
+    content: Mapping[Any, Any], key: str, choice: WeightsChoice | None, notes: list[str]
+) -> str:
+    """Return which of several encoders to use: that at `key`, or its average of any name."""
+    others = [name for name, value in content.items() if name != key and _holds_encoder(value)]
+    if len(others) == 1 and _AVERAGED_NAME.search(str(others[0])):
+        return _taken(key, others[0], choice, notes)
+    if others and choice != "ema":
+        notes.append(f"its weights ({key}) are used, not those in {', '.join(map(str, others))}")
+    return key
+
+
+def _holds_encoder(value: object, depth: int = 3) -> bool:
+    """Return whether a value is a state dict of an encoder, in at most `depth` wrappers."""
+    if not isinstance(value, dict):
+        return False
+    inner = depth > 0 and any(_holds_encoder(value.get(key), depth - 1) for key in WRAPPERS)
+    return inner or bool(find_encoders(name for name in value if isinstance(name, str)))
+
+
+def _take_only_averaged(name: str, choice: WeightsChoice | None, notes: list[str]) -> None:
+    """Note that the only weights are averaged ones. Raise ValueError if `choice` is raw."""
+    if choice == "raw":
+        raise ValueError(f"contains only averaged weights ({name}), not raw ones")
+    notes.append(f"its averaged weights ({name}) are used, as it contains no others")
 
 
 def _is_filled(value: object) -> bool:
@@ -174,7 +207,7 @@ def _choose_encoder(
 ) -> dict[str, Tensor]:
     """Keep one of two encoders if one is the other's average, such as model.… and ema_model.…"""
     prefixes = [naming.prefix for naming in find_encoders(tensors)]
-    averaged = [prefix for prefix in prefixes if _AVERAGED_PREFIX.search(prefix)]
+    averaged = [prefix for prefix in prefixes if _AVERAGED_NAME.search(prefix)]
     if len(prefixes) != 2 or len(averaged) != 1:
         return tensors
     (raw,) = set(prefixes) - set(averaged)
