@@ -17,7 +17,9 @@ from pcae_serve.engines.base import Pixels
 from pcae_serve.flags import Metavar
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
+from pcae_training.class_folders import Layout
 from pcae_training.data import load
+from pcae_training.data_settings import LAYOUT_HELP
 from pcae_training.inventory import print_inventory
 
 
@@ -29,6 +31,7 @@ class Verify(BaseModel):
     )
     data: str | None = Field(None, description=f"images: {IMAGES_HELP} (default: generated images)")
     split: str = Field("test", description="split of --data")
+    layout: Layout = Field("auto", description=LAYOUT_HELP)
     images: int = Field(64, ge=MIN_IMAGES, description="number of images")
 
     def cli_cmd(self) -> None:
@@ -43,7 +46,7 @@ class Verify(BaseModel):
     def _pixels(self, stored: Checkpoint) -> Pixels:
         if self.data is None:
             return generate(self.images, stored.preprocess.image_size)
-        found = load(self.data, self.split, stored.preprocess, labelled=False)
+        found = load(self.data, self.split, stored.preprocess, labelled=False, layout=self.layout)
         print_inventory(found.inventory)
         some = found.subset(shuffle_rows(len(found))[: self.images]).readable()
         return parity_pixels(some, self.images, stored.preprocess.image_size, MIN_IMAGES)

@@ -40,7 +40,9 @@ from pcae_serve.engines.tensorrt import Library, Runner, load_library, to_output
 from pcae_serve.errors import PcaeError, StartError
 from pcae_serve.flags import Metavar
 from pcae_serve.settings import MAX_BATCH, Settings
+from pcae_training.class_folders import Layout
 from pcae_training.data import load
+from pcae_training.data_settings import LAYOUT_HELP
 from pcae_training.inventory import print_inventory
 
 MIN_IMAGES = 64
@@ -83,6 +85,7 @@ class TensorRt(BaseModel):
         None, description=f"images: {IMAGES_HELP} (default: generated images)"
     )
     eval_split: str = Field("test", description="split of --eval-data")
+    eval_layout: Layout = Field("auto", description=LAYOUT_HELP)
     parity_images: int = Field(256, ge=MIN_IMAGES, description="number of images to verify on")
     dry_run: bool = Field(
         False, description="build every plan and discard it; needs no GPU with tensorrt_rtx"
@@ -136,7 +139,13 @@ class TensorRt(BaseModel):
     def _pixels(self, bundle: Bundle) -> tuple[Pixels, str]:
         if self.eval_data is None:
             return generate(self.parity_images, bundle.image_size), "generated images"
-        data = load(self.eval_data, self.eval_split, bundle.preprocess, labelled=False)
+        data = load(
+            self.eval_data,
+            self.eval_split,
+            bundle.preprocess,
+            labelled=False,
+            layout=self.eval_layout,
+        )
         print_inventory(data.inventory)
         rows = np.random.default_rng(0).permutation(len(data))[: self.parity_images]
         some = data.subset(rows.tolist()).readable()

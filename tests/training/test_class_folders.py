@@ -100,6 +100,13 @@ def test_a_split_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     assert "has no split 'test'; its splits are train, val; choose one" in fails(tmp_path, "test")
 
 
+@pytest.mark.parametrize("split", ["train[:10%]", "train+test"])
+@pytest.mark.parametrize("above", ["", "train/"])
+def test_slices_are_refused(split: str, above: str, tmp_path: Path) -> None:
+    write(tmp_path, f"{above}cat/1.png", f"{above}dog/1.png")
+    assert f"no slices or sums of splits, such as '{split}'" in fails(tmp_path, split)
+
+
 def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "train/cat/1.png", "Training/cat/1.png", "val/cat/1.png", "dev/cat/1.png")
     assert "2 folders for the split 'train': Training, train; rename" in fails(tmp_path)

@@ -301,7 +301,7 @@ def test_the_run_records_its_data(settings: Any) -> None:
 
 
 def test_classes_of_other_evaluation_images_are_matched_by_name(
-    settings: Any, tmp_path: Path, class_folders: Any
+    settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other" / "dark"
     other.mkdir(parents=True)
@@ -309,6 +309,7 @@ def test_classes_of_other_evaluation_images_are_matched_by_name(
         (other / file.name).write_bytes(file.read_bytes())
     (tmp_path / "other" / "bright").mkdir()
     _, images, holdout = prepare(settings(eval_data=str(tmp_path / "other")))
+    assert "images of --data that are also in another split: 20, such as" in capsys.readouterr().err
     assert images.classes == holdout.classes == ["bright", "dark"]
     assert set(holdout.labels.tolist()) == {1}
 

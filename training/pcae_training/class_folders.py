@@ -83,6 +83,8 @@ class ClassFolders:
         Without split folders, all images are any split. Raise DataError if there is no such split,
         or several.
         """
+        if split not in self.splits and re.search(r"[\[+]", split):
+            raise DataError(f"class folders have no slices or sums of splits, such as {split!r}")
         if "" in self.splits:
             return self.splits[""]
         wanted = split_name(split)
@@ -164,7 +166,7 @@ def _guess_layout(root: Path, images: Sequence[Entry]) -> Layout:
     raise DataError(
         f"{display(root)} has folders named as splits ({', '.join(sorted(map(display, splits)))})"
         f" that contain folders, next to others ({others}); state which they are with --layout"
-        " splits or --layout classes"
+        " splits or --layout classes (--eval-layout for --eval-data of pcae-export)"
     )
 
 

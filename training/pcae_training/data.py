@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import RequestError
 from pcae_training.columns import DataChoice
+from pcae_training.duplicates import ImageFile
 from pcae_training.image_files import accepted_body
 from pcae_training.inventory import Inventory, print_lines
 from pcae_training.labels import Labels, align
@@ -155,6 +156,15 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         fewer._skipped.reasons = {n: known[n] for n in fewer._numbers if n in known}
         fewer._skipped.seen = min(self._skipped.seen, len(indices))
         return fewer
+
+    def files(self, split: str) -> list[ImageFile]:
+        """Return the image files, as those of `split`; none of tables."""
+        paths = [
+            (self._table.path(row), label)
+            for row, label in zip(self._numbers, self.labels, strict=False)
+        ]
+        names = self.classes or [""]
+        return [ImageFile(str(path), split, names[int(label)]) for path, label in paths if path]
 
     def decoded_by(self, preprocess: Preprocess) -> "LabelledImages":
         """Return the same images, to be decoded in another way."""

@@ -74,7 +74,7 @@ def find_duplicates(files: Sequence[ImageFile], used: str) -> Duplicates:
     }
     notes = (
         f"byte-identical {texts[kind]}, such as {display(one.path)} and {display(other.path)}"
-        for kind, (one, other) in examples.items()
+        for kind, (one, other) in sorted(examples.items())
     )
     return Duplicates(across, within, classes, tuple(notes))
 

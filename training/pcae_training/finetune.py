@@ -24,6 +24,7 @@ from pcae_serve.errors import PcaeError, one_line
 from pcae_training.augment import Augmentation, Mixing
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, TrainingData, load
+from pcae_training.duplicates import find_duplicates
 from pcae_training.evaluate import evaluate, join_scores, normalise, read_ratios
 from pcae_training.holdout import default_holdout, hold_out
 from pcae_training.import_weights import (
@@ -356,6 +357,8 @@ def prepare(
         holdout.align(images.classes)
         print_inventory(images.inventory)
         print_inventory(holdout.inventory)
+        if isinstance(images, LabelledImages) and settings.eval_data != settings.data:
+            _report_shared(images, holdout)
     else:
         labelled = load_labelled(settings, source)
         print_inventory(labelled.inventory)
@@ -368,6 +371,13 @@ def prepare(
     model = _build_model(settings, found, images.classes, report)
     training = {} if found is None else found.training
     return Checkpoint(model, preprocess, images.classes, training), images, holdout.readable()
+
+
+def _report_shared(images: LabelledImages, holdout: LabelledImages) -> None:
+    """Report files of the training data that are also among the images to evaluate on."""
+    found = find_duplicates([*images.files("--data"), *holdout.files("--eval-data")], "--data")
+    if found.across:
+        print_lines(f"  note: {found.notes[0]}")
 
 
 def load_labelled(settings: FinetuneSettings, preprocess: Preprocess) -> LabelledImages:

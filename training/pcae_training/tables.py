@@ -36,6 +36,9 @@ class ImageTable(Protocol):
     def body(self, row: int) -> bytes:
         """Return the image file of a row. Raise OSError if it cannot be read."""
 
+    def path(self, row: int) -> Path | None:
+        """Return the row's file, or None if it is bytes in a table."""
+
     def place(self, row: int) -> str:
         """Return where the row's image comes from, such as its path."""
 
@@ -62,6 +65,9 @@ class RowTable:
 
     def body(self, row: int) -> bytes:
         return self._columns.body(self._rows[row])
+
+    def path(self, row: int) -> Path | None:
+        return None
 
     def place(self, row: int) -> str:
         path = self._rows[row][self._columns.image]["path"]

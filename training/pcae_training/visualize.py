@@ -17,7 +17,9 @@ from pcae_serve.bundle.preprocess import MAX_PIXELS, Preprocess
 from pcae_serve.errors import PcaeError, RequestError
 from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
+from pcae_training.class_folders import Layout
 from pcae_training.data import load, to_pixels
+from pcae_training.data_settings import LAYOUT_HELP
 from pcae_training.diversity import measure_layers
 from pcae_training.evaluate import (
     Ratios,
@@ -88,6 +90,7 @@ class VisualizeSettings(BaseModel):
     )
     data: str | None = Field(None, description="also draw images of this data set, see --rows")
     split: str = Field("test", description="split of --data")
+    layout: Layout = Field("auto", description=LAYOUT_HELP)
     rows: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_rows)] = Field(
         (0, 1, 2, 3), min_length=1, description="rows of --data, such as 0-3,17"
     )
@@ -296,7 +299,7 @@ def _pictures(settings: VisualizeSettings, preprocess: Preprocess) -> Iterator[P
         yield Picture(number, path.stem, str(path), path.read_bytes)
     if settings.data is None:
         return
-    images = load(settings.data, settings.split, preprocess, labelled=False)
+    images = load(settings.data, settings.split, preprocess, labelled=False, layout=settings.layout)
     for number, row in enumerate(settings.rows, start=len(settings.image)):
         if row >= len(images):
             raise PcaeError(f"--rows: {images.name} has {len(images)} rows, but no row {row}")
