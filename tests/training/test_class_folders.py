@@ -71,6 +71,18 @@ def test_a_class_may_be_named_as_a_split_without_splits(tmp_path: Path) -> None:
         assert counts(tmp_path, split) == {"bus": 1, "test": 1, "train": 2}
 
 
+def test_folders_that_may_be_no_classes_are_named(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain", "cat/1.png", "dog/1.png", "test/1.png")
+    assert listed(plain).notes == [
+        "folders named as splits count as classes: test; move them elsewhere if they are none"
+    ]
+    foreign = write(tmp_path / "a", *(f"{s}/{c}/1.png" for s in ("Lernen", "Prüfen") for c in "xy"))
+    [note] = listed(foreign).notes
+    assert note.startswith("all class folders contain the same folders (x, y); if these are the")
+    assert counts(foreign, "Lernen", "splits") == {"x": 1, "y": 1}
+    assert not listed(write(tmp_path / "b", "cat/x/1.png", "dog/y/1.png", "dog/2.png")).notes
+
+
 def test_file_names_and_folders_above_mean_nothing(tmp_path: Path) -> None:
     root = tmp_path / "test" / "train"
     write(root, "cat/train.png", "cat/my_test_3.png", "dog/eval.png", "dog/1/test/2.png")

@@ -150,7 +150,29 @@ def list_class_folders(root: Path, layout: Layout = "auto") -> ClassFolders | No
         _sort_into_splits(found, entries, splits=folders | named)
     else:
         _sort_into_splits(found, entries, splits=None)
+        if layout == "auto":
+            found.notes.extend(_doubts(found.splits[""].classes, entries))
     return found
+
+
+def _doubts(classes: Sequence[str], entries: Iterable[Entry]) -> Iterator[str]:
+    """Yield what suggests that folders of the first level are no classes."""
+    if named := [name for name in classes if split_name(name)]:
+        yield (
+            f"folders named as splits count as classes: {', '.join(map(display, named))}; move them"
+            " elsewhere if they are none"
+        )
+    below: dict[str, set[str]] = {}
+    for entry in entries:
+        if entry.is_image and len(entry.parts) > 1:
+            below.setdefault(entry.parts[0], set()).update(entry.parts[1:-1][:1])
+    shared, *others = below.values() or [set()]
+    if others and len(shared) > 1 and all(folders == shared for folders in others):
+        few = ", ".join(sorted(map(display, shared))[:3])
+        yield (
+            f"all class folders contain the same folders ({few}); if these are the classes, give"
+            " --layout splits"
+        )
 
 
 def _guess_layout(root: Path, images: Sequence[Entry]) -> Layout:
