@@ -78,6 +78,7 @@ def predict(layout: Layout, length: int, short: int | None = None) -> DecodeCost
     scale; None: it is decoded at full scale.
     """
     rate, pixels = RATES[layout.codec or layout.kind], layout.pixels
+    length -= layout.skipped_bytes
     scale = _jpeg_scale(layout, short) if layout.ended else 1
     turned = layout.orientation != 1
     grey_16_bit = layout.bits > 8 and layout.samples == 1

@@ -47,6 +47,8 @@ main()
 """
 #: Seconds after which an idle process ends, unless it is the only one.
 IDLE_S = 60.0
+#: Bytes that are written to a process at a time.
+_PIECE_BYTES = 1 << 18
 #: Maximum bytes of an error's text.
 _MAX_TEXT_BYTES = 10_000
 
@@ -161,8 +163,10 @@ class _Worker:
         """Return kind and content of the reply. Raises if the process ends before."""
         try:
             for part in request.to_bytes():
-                self._input.write(part)
-                await self._input.drain()
+                view = memoryview(part)
+                for at in range(0, len(view), _PIECE_BYTES):  # other connections take their turn
+                    self._input.write(view[at : at + _PIECE_BYTES])
+                    await self._input.drain()
             kind, length = REPLY.unpack(await self._output.readexactly(REPLY.size))
             size = request.preprocess.image_size
             if length > max(3 * size * size, _MAX_TEXT_BYTES):

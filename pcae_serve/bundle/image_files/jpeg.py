@@ -83,6 +83,7 @@ def read_layout(body: bytes) -> Layout:
         coefficients=sum(areas) / max(areas, default=1) if buffered else 0.0,
         orientation=find_orientation(exif, xmp),
         ended=body.rfind(_END, scan.start) >= 0,
+        skipped_bytes=scan.start,
     )
 
 

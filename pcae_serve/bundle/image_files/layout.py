@@ -18,6 +18,7 @@ class Layout:
     part_pixels: int = 0  # of a tile, which is decoded whole even if the image uses little of it
     coefficients: float = 0.0  # per pixel, if the codec keeps all of them at once
     orientation: int = 1  # as in EXIF
+    skipped_bytes: int = 0  # before the pixels, nearly all of it metadata that no decoder sees
     ended: bool = True  # False: the file lacks its end marker
 
     @property

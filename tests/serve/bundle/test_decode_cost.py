@@ -10,7 +10,7 @@ from pcae_serve.bundle import decode_cost, image_limits
 from pcae_serve.bundle.decode_cost import DecodeCost
 from pcae_serve.bundle.preprocess import MAX_PIXELS, decode_image
 from pcae_serve.errors import RequestError, TooLarge
-from tests.support.odd_images import CASES, noise, png, save
+from tests.support.odd_images import CASES, noise, photo, png, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")  # as preprocess has it
 
@@ -98,3 +98,15 @@ def test_what_can_be_decoded_can_be_predicted() -> None:
             assert predict(body).pixels == size[0] * size[1], name
         else:
             refused(predict, body)
+
+
+def test_metadata_costs_nothing() -> None:
+    plain = save(photo(), "JPEG")
+    segments = b"".join(b"\xff\xe1" + (60_002).to_bytes(2) + bytes(60_000) for _ in range(100))
+    heavy = plain[:2] + segments + plain[2:]
+    light, other = (
+        decode_cost.predict(image_limits.read_layout(body, 10**6), len(body))
+        for body in (plain, heavy)
+    )
+    assert other.seconds == pytest.approx(light.seconds, rel=0.1)
+    assert other.bytes == pytest.approx(light.bytes, rel=0.1)
