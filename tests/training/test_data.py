@@ -335,3 +335,16 @@ def test_a_gpu_lends_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
     assert data._room_bytes(torch.device("cuda")) == 500
     assert data._room_bytes(CPU) == data.MEMORY_LIMIT_BYTES
+
+
+def test_classes_without_a_readable_image_are_named_and_suffixes_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png", "owl/1.JPG", "owl/2.jpg", "cat/3.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(9) if name.endswith("png") else b"damaged")
+    images = load(str(tmp_path), "train", PREPROCESS, max_unreadable=0.9).in_memory()
+    assert images.unreadable == 3
+    printed = capsys.readouterr().err
+    assert "3 of 6 images cannot be read and are skipped (.jpg 2, .gif 1); the first" in printed
+    assert "/train: note: no image can be read of class owl\n" in printed

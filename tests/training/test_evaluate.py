@@ -285,7 +285,7 @@ def test_unreadable_images_are_counted_and_left_out(
     assert evaluation.n == 11
     printed = capsys.readouterr().err
     assert "cannot be read: HEIC: 1 (.heic 1)" in printed
-    assert "images/test: 2 of 13 images cannot be read and are skipped; the first one: " in printed
+    assert "2 of 13 images cannot be read and are skipped (.heic 1, .png 1); the" in printed
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["inventory"]["unreadable_types"] == {"HEIC": {".heic": 1}}
     assert all(0 not in budget["wrong"] for budget in written["budgets"])  # rows of the data

@@ -7,6 +7,7 @@ that fit into memory are decoded once and stay on the training device.
 import copy
 import math
 import os
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,8 +21,8 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import RequestError
 from pcae_training.columns import DataChoice
 from pcae_training.duplicates import ImageFile
-from pcae_training.image_files import accepted_body
-from pcae_training.inventory import Inventory, print_lines
+from pcae_training.image_files import accepted_body, suffix
+from pcae_training.inventory import Inventory, list_classes, list_suffixes, print_lines
 from pcae_training.labels import Labels, align
 from pcae_training.progress import Progress
 from pcae_training.sample_rng import generator
@@ -283,10 +284,22 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
                 progress.update(len(chunk))
         self._skipped.add(reasons, len(self))
         if reasons:
+            bad = (number for number in self._numbers if number in reasons)
+            endings = Counter(suffix(self._table.place(number)) for number in bad)
+            of = f" ({list_suffixes(endings)})" if any(endings) else ""  # tables have no names
             print_lines(
                 f"{self.name}: {len(reasons):,} of {len(self):,} images cannot be read and are"
-                f" skipped; the first one: {next(iter(reasons.values()))}"
+                f" skipped{of}; the first one: {next(iter(reasons.values()))}"
             )
+        if lost := self._lost_classes():
+            print_lines(f"{self.name}: note: no image can be read of {list_classes(lost)}")
+
+    def _lost_classes(self) -> list[str]:
+        """Return the classes that have images, of which none can be read."""
+        bad, classes = self._skipped.reasons, self.labels.tolist()
+        numbers = zip(classes, self._numbers, strict=True)
+        lost = set(classes) - {label for label, number in numbers if number not in bad}
+        return [self.classes[label] for label in sorted(lost) if self.classes]
 
     def _decode(self, pixels: Tensor | None, chunk: range) -> dict[Hashable, str]:
         """Decode the images of `chunk` into `pixels`; return the reasons of the unreadable ones."""

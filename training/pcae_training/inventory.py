@@ -67,7 +67,7 @@ class Inventory:
         used = self.splits[self.used]
         classes = [name for name in used if name]
         if empty := [name for name in classes if not used[name]]:
-            yield f"no image in {display(self.used)} of {_names(empty)}"
+            yield f"no image in {display(self.used)} of {list_classes(empty)}"
         for split, counts in self.splits.items():
             others = [other for name, other in self.splits.items() if name != split]
             alone = [
@@ -75,7 +75,7 @@ class Inventory:
                 if name and counts[name] and not any(other.get(name) for other in others)
             ]  # fmt: skip
             if alone and any(any(other.values()) for other in others):
-                yield f"images in {display(split)} only of {_names(alone)}"
+                yield f"images in {display(split)} only of {list_classes(alone)}"
         yield from self.notes
         yield from self.duplicates.notes
 
@@ -95,7 +95,7 @@ class Inventory:
             ("converted to PNG, not accepted by the server", self.converted),
         ):
             for kind, counts in kinds.items():
-                yield f"  {title}: {kind}: {sum(counts.values()):,} ({_suffixes(counts)})"
+                yield f"  {title}: {kind}: {sum(counts.values()):,} ({list_suffixes(counts)})"
         for remark in self.remarks():
             yield f"  note: {remark}"
 
@@ -197,13 +197,15 @@ def _format(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([name.ljust(widths[0]), *cells])
 
 
-def _suffixes(counts: Counts) -> str:
+def list_suffixes(counts: Counts) -> str:
+    """Return the most frequent suffixes, with the number of files of each."""
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     shown = ", ".join(f"{display(end) or 'no suffix'} {n:,}" for end, n in most[:MAX_LISTED])
     return shown + (", …" if len(most) > MAX_LISTED else "")
 
 
-def _names(names: Sequence[str]) -> str:
+def list_classes(names: Sequence[str]) -> str:
+    """Return the first names of classes, for a message."""
     shown = ", ".join(map(display, names[:MAX_LISTED]))
     more = f", … ({len(names):,} classes)" if len(names) > MAX_LISTED else ""
     return f"class{'es' if len(names) > 1 else ''} {shown}{more}"
