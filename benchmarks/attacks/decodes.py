@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from abc import abstractmethod
 from functools import cached_property
 from typing import Any, ClassVar
@@ -82,6 +83,18 @@ class TiffRationals(DecodeAttack):
         entries += struct.pack("<HHII", 282, 5, len(values) // 8, data)
         head = b"II*\0" + struct.pack("<IH", 8, len(fields) + 2)
         return head + entries + bytes(4) + values + bytes(64)
+
+
+class PngProfiles(DecodeAttack):
+    name = "png-profiles"
+    about = "2 clients, PNG of 10 MB with 5,000 profiles that may hold its orientation, 1 MB each"
+
+    def build(self) -> bytes:
+        profile = b"Raw profile type exif\0\0" + zlib.compress(bytes(1_000_000))
+        chunk = struct.pack(">I", len(profile)) + b"zTXt" + profile
+        chunk += struct.pack(">I", zlib.crc32(b"zTXt" + profile))
+        picture = _save(Image.new("RGB", (64, 64)), "PNG")
+        return picture[:33] + chunk * 5_000 + picture[33:]  # behind the header
 
 
 class LosslessWebp(DecodeAttack):

@@ -8,6 +8,7 @@ _KINDS: tuple[type[Attack], ...] = (
     decodes.LargeExifSegments,
     decodes.ExifRationals,
     decodes.TiffRationals,
+    decodes.PngProfiles,
     decodes.LosslessWebp,
     decodes.ProgressiveScans,
     decodes.LargePhotos,

@@ -49,6 +49,8 @@ main()
 IDLE_S = 60.0
 #: Bytes that are written to a process at a time.
 _PIECE_BYTES = 1 << 18
+#: Seconds that a process has to end after it has closed its output.
+_END_S = 1.0
 #: Maximum bytes of an error's text.
 _MAX_TEXT_BYTES = 10_000
 
@@ -173,8 +175,12 @@ class _Worker:
                 raise asyncio.IncompleteReadError(b"", length)
             return kind, await self._output.readexactly(length)
         except (OSError, asyncio.IncompleteReadError):
-            self.kill()
-            await self.ended()
+            # it is about to end: a signal now would take its exit code from who waits for it
+            try:
+                await asyncio.wait_for(self.ended(), _END_S)
+            except TimeoutError:
+                self.kill()
+                await self.ended()
             raise self._failure() from None
 
     def _failure(self) -> Exception:
