@@ -1,9 +1,10 @@
 """WebP files: codec and metadata."""
 
-import time
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pcae_serve.bundle.image_files import webp
 from pcae_serve.bundle.preprocess import decode_image
@@ -24,13 +25,16 @@ def test_the_orientation_is_found() -> None:
     assert decode_image(save(photo(), "WEBP", xmp=xmp)).size == (30, 40)
 
 
-def test_overlapping_tags_are_not_read() -> None:
+def test_overlapping_tags_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """2,000 tags of the same megabyte."""
+
+    def read(*_: Any) -> None:
+        pytest.fail("Pillow reads all tags")
+
+    monkeypatch.setattr(Image.Exif, "load", read)
     tags = tiff(dict.fromkeys(range(1000, 3000), (7, 1000000, 8)), bytes(1_000_000))
     body = save(photo(), "WEBP", exif=tags)
-    start_s = time.thread_time()
     assert decode_image(body).size == (40, 30)
-    assert time.thread_time() - start_s < 0.5
 
 
 @pytest.mark.parametrize("lossless", [False, True])
