@@ -22,7 +22,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.finetune import FinetuneSettings, Finetuning
+from pcae_training.finetune import Finetuning
+from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.journal import describe_machine
 from pcae_training.model import VisionTransformer
 from pcae_training.pretrain import Pretraining, PretrainSettings, build

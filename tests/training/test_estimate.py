@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training.estimate import describe_time, measure_step
-from pcae_training.finetune import FinetuneSettings, Finetuning, finetune
+from pcae_training.finetune import Finetuning, finetune
+from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.plan import Plan
 from pcae_training.sample_rng import SampleRng
 from pcae_training.settings import RunSettings
@@ -91,9 +92,10 @@ def test_the_expected_cost_is_that_of_the_budgets_that_are_drawn() -> None:
         objective = Finetuning.__new__(Finetuning)
         nn.Module.__init__(objective)
         objective.model, objective.settings = model, settings
+        objective.budgets = settings.budget_choice
         geometry = model.config.geometry
         for progress in (0.0, 0.2, 1.0):
-            drawn = [objective.choose_ratios(rng(step), progress) for step in range(400)]
+            drawn = [objective.budgets.draw(rng(step), progress) for step in range(400)]
             cost = [sum(geometry.macs(geometry.counts(k)) for k in ratios) for ratios in drawn]
             assert objective.macs(progress) == pytest.approx(3 * sum(cost) / 400, rel=0.03)
 

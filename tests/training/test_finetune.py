@@ -16,7 +16,9 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.finetune import FinetuneSettings, Finetuning, finetune, prepare
+from pcae_training.finetune import Finetuning, finetune
+from pcae_training.finetune_settings import FinetuneSettings
+from pcae_training.finetune_start import prepare
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.sample_rng import SampleRng
 
@@ -34,8 +36,10 @@ def settings(class_folders: Any, tmp_path: Path) -> Any:
     def make(out: str = "out", **changes: Any) -> FinetuneSettings:
         sizes = {} if "init" in changes else {"image_size": 8, "width": 8, "heads": 2, "depth": 11}
         fixed: dict[str, Any] = {
-            "patch_size": 2, "epochs": 2, "batch_size": 10, "lr": 3e-3, "holdout": 10,
+            "patch_size": 2, "epochs": 2, "batch_size": 10, "lr": 3e-3,
         }  # fmt: skip
+        if "eval_data" not in changes:
+            fixed["holdout"] = 10
         if "keep" not in changes:
             fixed["budgets"] = (1.0, 0.6)
         return FinetuneSettings(data=data, out=tmp_path / out, **OFF | sizes | fixed | changes)
@@ -132,46 +136,6 @@ def test_one_ratio_is_plain_cross_entropy() -> None:
     torch.testing.assert_close(objective(pixels, labels, SampleRng(0, 0, 4), 1.0), expected)
 
 
-def visits(objective: Finetuning, progress: float) -> list[list[float]]:
-    return [objective.choose_ratios(SampleRng(0, step, 4), progress) for step in range(200)]
-
-
-def test_both_ends_are_always_visited_and_all_between_sometimes() -> None:
-    budgets = (1.0, 0.9, 0.7, 0.5, 0.4)
-    steps = visits(learner(budgets=budgets, between=2), 1.0)
-    assert all(step[0] == 1.0 and step[-1] == 0.4 and len(step) == 4 for step in steps)
-    assert all(step == sorted(set(step), reverse=True) for step in steps)
-    for inner in budgets[1:-1]:
-        assert 90 < sum(inner in step for step in steps) < 180  # two of three
-    assert visits(learner(budgets=budgets, between=9), 1.0) == [list(budgets)] * 200
-
-
-def test_one_budget_per_step() -> None:
-    steps = visits(learner(budgets=(1.0, 0.6), sampling="one"), 1.0)
-    assert 70 < steps.count([1.0]) < 130
-    assert steps.count([1.0]) + steps.count([0.6]) == 200
-
-
-@pytest.mark.parametrize("sampling", ["sandwich", "one"])
-def test_the_ramp_holds_small_budgets_back(sampling: Any) -> None:
-    budgets = (1.0, 0.8, 0.6)
-    objective = learner(budgets=budgets, sampling=sampling)
-    seen = {
-        progress: {ratio for step in visits(objective, progress) for ratio in step}
-        for progress in (0.0, 0.09, 0.2, 0.3, 0.36, 1.0)
-    }
-    assert seen[0.0] == seen[0.09] == {1.0}
-    assert seen[0.3] == {1.0, 0.8}  # the line is at 0.68
-    assert seen[0.36] == seen[1.0] == set(budgets)
-
-
-def test_the_ramp_of_one_ratio_takes_few_steps() -> None:
-    objective = learner(keep=0.6)
-    ratios = [objective.choose_ratios(SampleRng(0, 0, 4), i / 100) for i in range(101)]
-    assert ratios == sorted(ratios, reverse=True)
-    assert {ratio for step in ratios for ratio in step} == {1.0, 0.9, 0.8, 0.7, 0.6}
-
-
 def test_random_dropping_is_drawn_by_sample() -> None:
     objective = learner(keep=0.5, reduction="random", ramp_start=0, ramp_length=0)
     pixels, labels = batch()
@@ -200,7 +164,7 @@ def test_other_labels_get_a_new_head(settings: Any, capsys: pytest.CaptureFixtur
     config = first.out / "checkpoint" / "config.json"
     config.write_text(config.read_text().replace('"dark"', '"dusky"'))
     before = checkpoints.load(first.out).model
-    start, _, _ = prepare(settings("second", init=first.out, patch_size=None))
+    start = prepare(settings("second", init=first.out, patch_size=None)).checkpoint
     assert start.labels == ["bright", "dark"]
     ours, theirs = start.model.state_dict(), before.state_dict()
     assert not torch.equal(ours["head.weight"], theirs["head.weight"])
@@ -215,7 +179,7 @@ def test_from_a_state_dict_of_another_project(
     state = theirs.state_dict() | {"mask_token": torch.zeros(1, 1, 8)}
     save_file(state, tmp_path / "theirs.safetensors")
     run = settings(init=tmp_path / "theirs.safetensors", heads=2, patch_size=None, image_size=20)
-    start, _, _ = prepare(run)
+    start = prepare(run).checkpoint
     assert start.model.config == replace(
         theirs.config, image_size=20, classes=2, reduction_points=(0, 7, 10)
     )
@@ -243,7 +207,7 @@ def test_raw_or_averaged_weights_to_start_from(
     file = tmp_path / "both.pth"
     torch.save({"state_dict": models["raw"], "state_dict_ema": models["ema"]}, file)
     run = settings(init=file, weights=choice, heads=2, patch_size=None, image_size=16)
-    start, _, _ = prepare(run)
+    start = prepare(run).checkpoint
     name = "blocks.3.mlp.fc1.weight"
     assert torch.equal(start.model.get_parameter(name), models[taken][name])
     assert "state_dict_ema" in capsys.readouterr().err
@@ -285,7 +249,7 @@ def test_sizes_fit_a_small_data_set_by_default(
     settings: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = settings(epochs=1, holdout=None)
-    _, images, holdout = prepare(run)
+    _, images, holdout, _ = prepare(run)
     assert (len(images), len(holdout)) == (32, 8)
     assert holdout.labels.tolist().count(0) == 4
     printed = capsys.readouterr().err
@@ -308,7 +272,7 @@ def test_classes_of_other_evaluation_images_are_matched_by_name(
     for file in (Path(settings().data) / "train" / "dark").iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     (tmp_path / "other" / "bright").mkdir()
-    _, images, holdout = prepare(settings(eval_data=str(tmp_path / "other")))
+    _, images, holdout, _ = prepare(settings(eval_data=str(tmp_path / "other")))
     assert "images of --data that are also in another split: 20, such as" in capsys.readouterr().err
     assert images.classes == holdout.classes == ["bright", "dark"]
     assert set(holdout.labels.tolist()) == {1}

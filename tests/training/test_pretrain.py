@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
-from pcae_training.finetune import FinetuneSettings, finetune
+from pcae_training.finetune import finetune
+from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.masking import Mask, hide_patches, patchify
 from pcae_training.pretrain import Pretraining, PretrainSettings, build, embed, pretrain
 from pcae_training.sample_rng import SampleRng

@@ -21,7 +21,8 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.finetune import FinetuneSettings, Finetuning, finetune
+from pcae_training.finetune import Finetuning, finetune
+from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.pretrain import PretrainSettings, build, pretrain
 from pcae_training.sample_rng import SampleRng

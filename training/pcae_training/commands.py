@@ -8,7 +8,8 @@ from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
 from pcae_serve.command import config
 from pcae_training.evaluate import EvaluateSettings, run_evaluation
-from pcae_training.finetune import FinetuneSettings, finetune
+from pcae_training.finetune import finetune
+from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.pretrain import PretrainSettings, pretrain
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import STOPPED

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Protocol, Unpack
 
 import torch
@@ -120,6 +121,18 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     def row(self, index: int) -> int:
         """Return the row of an image in the data set."""
         return self._numbers[index]
+
+    def path(self, index: int) -> Path | None:
+        """Return the image's file, or None if it is bytes in a table."""
+        return self._table.path(self._numbers[index])
+
+    def groups(self, by: str) -> list[str]:
+        """Return the group of each image: `folder`, or the value in a column of a table.
+
+        Raise DataError if the data have no such groups, or an image has none.
+        """
+        every = self._table.groups(by)
+        return [every[number] for number in self._numbers]
 
     def body(self, index: int) -> bytes:
         """Return the bytes of the image file."""

@@ -5,200 +5,54 @@ between. All are trained on the labels, the smaller ones also on the largest one
 sandwich rule and in-place distillation of slimmable networks, arXiv 1903.05134).
 """
 
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from statistics import fmean
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
-from pydantic_settings import NoDecode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.bundle.tokens import REDUCTION_POINTS, Rule
 from pcae_serve.errors import PcaeError, one_line
+from pcae_training import checkpoint as checkpoints
 from pcae_training.augment import Augmentation, Mixing
+from pcae_training.average import WeightAverage
+from pcae_training.best_epoch import BestEpoch
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.data import LabelledImages, TrainingData, load
-from pcae_training.duplicates import find_duplicates
-from pcae_training.evaluate import evaluate, join_scores, normalise, read_ratios
-from pcae_training.holdout import default_holdout, hold_out
-from pcae_training.import_weights import (
-    LoadedCheckpoint,
-    WeightsChoice,
-    initialise,
-    load_checkpoint,
-)
-from pcae_training.inventory import print_inventory, print_lines
+from pcae_training.data import LabelledImages
+from pcae_training.evaluate import evaluate, join_scores, normalise
+from pcae_training.finetune_settings import FinetuneSettings
+from pcae_training.finetune_start import prepare
+from pcae_training.inventory import print_lines
 from pcae_training.model import VisionTransformer
 from pcae_training.plan import describe, fit_batch_size
 from pcae_training.sample_rng import SampleRng, drop_path_factors, to_device
-from pcae_training.schedule import keep_ratio_ramp, lowest_keep_ratio
 from pcae_training.score import Score, Top1
-from pcae_training.settings import RunSettings
-from pcae_training.trainer import Trainer, check_out, parameter_groups, training_data
+from pcae_training.teacher import Teachers, load_teachers
+from pcae_training.trainer import BEST, Trainer, check_out, parameter_groups
 from pcae_training.world import World, join
-
-#: Pixel statistics assumed for weights that come without their preprocessing.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-#: Images held out by default, of large data sets.
-DEFAULT_HOLDOUT = 5000
-
-
-class FinetuneSettings(RunSettings):
-    """Fine-tune on labelled images, for one keep ratio or for all budgets.
-
-    The defaults are MAE's recipe and the paper's ramp.
-    """
-
-    flag_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **RunSettings.flag_groups,
-        "run": ("init", "weights", *RunSettings.flag_groups["run"]),
-        "evaluation": ("eval_data", "eval_split", "holdout"),
-        "token reduction": (
-            "keep", "budgets", "sampling", "between", "distil", "ramp_start", "ramp_length",
-            "reduction",
-        ),
-        "model": (*RunSettings.flag_groups["model"], "pooling"),
-        "augmentation": (
-            *RunSettings.flag_groups["augmentation"], "randaugment", "erase", "mixup", "cutmix",
-            "label_smoothing",
-        ),
-        "optimiser": (*RunSettings.flag_groups["optimiser"], "layer_decay"),
-    }  # fmt: skip
-
-    init: Path | None = Field(
-        None,
-        description="weights to start from: a run or checkpoint of pcae-train, a Hugging Face or"
-        " timm folder, a .pth or .safetensors file",
-    )
-    weights: WeightsChoice | None = Field(
-        None,
-        description="which weights to take from an --init with raw and averaged ones; default: the"
-        " averaged ones, ema",
-    )
-    pooling: Literal["mean", "cls"] | None = Field(
-        None,
-        description="input of the head: mean of the patches or CLS; default: mean, or as --init",
-    )
-    eval_data: str | None = Field(
-        None, description="evaluate on these images instead of images held out of --data"
-    )
-    eval_split: str = Field("validation", description="split of --eval-data")
-    holdout: int | None = Field(
-        None,
-        ge=1,
-        description="number of training images held out for evaluation, from each class by its"
-        f" share; default: {DEFAULT_HOLDOUT:,}, or a fifth of the images if that is less",
-    )
-
-    keep: float | None = Field(
-        None, gt=0, le=1, description="train for one keep ratio, as in the paper"
-    )
-    budgets: Annotated[tuple[float, ...], NoDecode, BeforeValidator(read_ratios)] = Field(
-        (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
-        description="keep ratios to train for, separated by commas",
-    )
-    sampling: Literal["sandwich", "one"] = Field(
-        "sandwich",
-        description="budgets per step; sandwich: the largest, the smallest and some between; one: a"
-        " random one",
-    )
-    between: int = Field(
-        1, ge=0, description="for sandwich: number of random budgets between the ends"
-    )
-    distil: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="share of the smaller budgets' loss that is distilled from the largest budget's"
-        " output; the rest is from the labels",
-    )
-    ramp_start: float = Field(
-        0.10, ge=0, le=1, description="share of the run before anything is dropped"
-    )
-    ramp_length: float = Field(
-        0.25, ge=0, le=1, description="share of the run over which the drop ratio rises"
-    )
-    reduction: Rule = Field("ptr", description="rule that ranks the patches")
-
-    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the run")
-    layer_decay: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="learning rate of a layer over that of the layer above; default: 0.65 with"
-        " --init, else 1",
-    )
-    drop_path: float = Field(
-        0.1, ge=0, lt=1, description="stochastic depth: drop rate of the last block; 0 = off"
-    )
-    crop: float = Field(
-        0.08, ge=0, le=1, description="smallest share of the area a random crop keeps; 0 = off"
-    )
-    randaugment: float = Field(9, ge=0, le=10, description="magnitude of RandAugment; 0 = off")
-    erase: float = Field(
-        0.25, ge=0, le=1, description="share of images with a random rectangle erased; 0 = off"
-    )
-    mixup: float = Field(0.8, ge=0, description="alpha of mixup; 0 = off")
-    cutmix: float = Field(1.0, ge=0, description="alpha of CutMix; 0 = off")
-    label_smoothing: float = Field(
-        0.1, ge=0, lt=1, description="share of a target spread over all classes; 0 = off"
-    )
-
-    @model_validator(mode="after")
-    def _check_combinations(self) -> Self:
-        if self.ramp_start + self.ramp_length > 1:
-            raise ValueError("--ramp-start and --ramp-length together exceed the run (1.0)")
-        if self.keep is not None and "budgets" in self.model_fields_set:
-            raise ValueError("--keep trains for one keep ratio, --budgets for several; omit one")
-        if self.init is None:
-            if self.depth <= max(REDUCTION_POINTS):
-                last = max(REDUCTION_POINTS)
-                raise ValueError(
-                    f"--depth {self.depth} is too small: the last reduction point is after block"
-                    f" {last}, counted from 0"
-                )
-            config = self.config(classes=1)
-            for budget in self.ratios:
-                config.geometry.counts(budget)
-        elif fixed := self.model_fields_set & {"width", "depth"}:
-            flags = ", ".join(f"--{name}" for name in sorted(fixed))
-            raise ValueError(f"--init determines the model's sizes; omit {flags}")
-        if self.stream and self.eval_data is None:
-            raise ValueError("--stream cannot hold images out; give --eval-data")
-        return self
-
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        """The keep ratios to train for, from the largest."""
-        return self.budgets if self.keep is None else (self.keep,)
-
-    @property
-    def ramp(self) -> tuple[float, ...]:
-        """All keep ratios that occur in training, from 1.0 down."""
-        if self.keep is not None:
-            return keep_ratio_ramp(self.keep)
-        return self.budgets if self.budgets[0] == 1.0 else (1.0, *self.budgets)
 
 
 class Finetuning(nn.Module):
     """Mean cross-entropy over the budgets of a step, and held-out evaluation."""
 
     def __init__(
-        self, start: Checkpoint, settings: FinetuneSettings, holdout: LabelledImages
+        self,
+        start: Checkpoint,
+        settings: FinetuneSettings,
+        holdout: LabelledImages,
+        teachers: Teachers | None = None,
     ) -> None:
         """start: the model to train. holdout: the images to evaluate on."""
         super().__init__()
         self.model, self.start, self.settings = start.model, start, settings
-        self.holdout = holdout
+        self.holdout, self.teachers = holdout, teachers
+        self.budgets, self.weights = settings.budget_choice, dict(settings.budget_weights)
+        self.average: WeightAverage | None = None
+        if settings.weight_ema:
+            self.average = WeightAverage(self.model, settings.weight_ema)
         self.final: dict[str, dict[str, float]] = {}  # by keep ratio: top1 and n
+        self.selected: int | None = None  # the epoch whose weights were chosen
         self.augment = Augmentation(
             size=start.model.config.image_size,
             crop=settings.crop,
@@ -211,68 +65,80 @@ class Finetuning(nn.Module):
             mixup=settings.mixup, cutmix=settings.cutmix, smoothing=settings.label_smoothing
         )
 
+    @property
+    def kept(self) -> VisionTransformer:
+        """The model that is evaluated, saved and exported: the average, if there is one."""
+        if self.average is None:
+            return self.model
+        model = self.average.module
+        assert isinstance(model, VisionTransformer)
+        return model
+
+    @property
+    def kept_prefix(self) -> str:
+        """The prefix, in the state dict, of what the checkpoint holds."""
+        return "model." if self.average is None else "average.module."
+
     def forward(self, pixels: Tensor, labels: Tensor, rng: SampleRng, progress: float) -> Tensor:
         """Return the mean loss of uint8 pixels [b, 3, S, S] and labels [b], over the budgets."""
-        config, device = self.model.config, pixels.device
+        config, device, settings = self.model.config, pixels.device, self.settings
         with torch.no_grad():
             images = self.augment(pixels.float() / 255, rng)
             images = self.augment.erase_rectangles(
                 normalise(images * 255, self.start.preprocess), rng
             )
             images, targets = self.mix(images, labels, config.classes, rng)
-        drop_path = drop_path_factors(rng, config.depth, self.settings.drop_path, device)
+            if self.teachers is not None:
+                targets = torch.lerp(targets, self.teachers(images), settings.teacher_share)
+        drop_path = drop_path_factors(rng, config.depth, settings.drop_path, device)
         noise = None
         if config.reduction == "random":
             noise = to_device(rng.uniform("reduction", config.geometry.patches), device)
-        largest, losses = None, []
-        for keep_ratio in self.choose_ratios(rng, progress):
+        ratios = self.budgets.draw(rng, progress)
+        largest, losses = self._learn_from_average(images, ratios, noise), []
+        for keep_ratio in ratios:
             counts = config.geometry.counts(keep_ratio)
             logits = self.model(images, counts, drop_path=drop_path, noise=noise).float()
             loss = F.cross_entropy(logits, targets)
+            if settings.distil and largest is not None and keep_ratio < settings.ratios[0]:
+                distilled = F.cross_entropy(logits, largest)
+                loss = torch.lerp(loss, distilled, settings.distil)
             if largest is None:
                 largest = logits.detach().softmax(dim=-1)
-            elif self.settings.distil:
-                distilled = F.cross_entropy(logits, largest)
-                loss = torch.lerp(loss, distilled, self.settings.distil)
-            losses.append(loss)
+            losses.append(self.weights.get(keep_ratio, 1.0) * loss)
         return torch.stack(losses).mean()
 
-    def choose_ratios(self, rng: SampleRng, progress: float) -> list[float]:
-        """Return the keep ratios of a step, from the largest; the same in every process."""
-        settings = self.settings
-        allowed = self._allowed_ratios(progress)
-        if settings.sampling == "one":
-            return [allowed[int(rng.draw_shared("budget") * len(allowed))]]
-        inner = allowed[1:-1]
-        chosen = {allowed[0], allowed[-1]}
-        for i in range(min(settings.between, len(inner))):
-            chosen.add(inner.pop(int(rng.draw_shared(f"budget {i}") * len(inner))))
-        return sorted(chosen, reverse=True)
-
-    def _allowed_ratios(self, progress: float) -> list[float]:
-        """Return the keep ratios that a step may run, from the largest."""
-        settings, ramp = self.settings, self.settings.ramp
-        lowest = lowest_keep_ratio(ramp, progress, settings.ramp_start, settings.ramp_length)
-        if settings.keep is not None:
-            return [lowest]
-        allowed = [ratio for ratio in ramp if ratio >= lowest and ratio in settings.budgets]
-        return allowed or [lowest]
+    @torch.no_grad()
+    def _learn_from_average(
+        self, images: Tensor, ratios: list[float], noise: Tensor | None
+    ) -> Tensor | None:
+        """Return the average's probabilities at the largest budget, if smaller ones need them."""
+        settings, config = self.settings, self.model.config
+        needed = settings.distil and ratios[-1] < settings.ratios[0]
+        if settings.distil_from != "average" or not needed:
+            return None
+        counts = config.geometry.counts(settings.ratios[0])
+        return torch.softmax(self.kept(images, counts, noise=noise).float(), dim=-1)
 
     def macs(self, progress: float) -> float:
         """Return the expected multiply-adds of a training step for one image.
 
-        Forward and backward count as three forward passes.
+        Forward and backward count as three forward passes. Teachers are not counted.
         """
         geometry, settings = self.model.config.geometry, self.settings
-        costs = [geometry.macs(geometry.counts(k)) for k in self._allowed_ratios(progress)]
-        if settings.sampling == "one" or len(costs) == 1:
-            return 3 * fmean(costs)
-        inner = costs[1:-1]
-        between = min(settings.between, len(inner)) * fmean(inner) if inner else 0.0
-        return 3 * (costs[0] + costs[-1] + between)
+        costs = {k: float(geometry.macs(geometry.counts(k))) for k in settings.ramp}
+        macs = 3 * self.budgets.macs(costs, progress)
+        if settings.distil and settings.distil_from == "average":
+            allowed = self.budgets.allowed(progress)
+            odds = dict(zip(allowed, self.budgets.odds(allowed), strict=True))
+            smaller = 1.0 if settings.sampling == "sandwich" else 1 - odds.get(1.0, 0.0)
+            macs += costs[settings.ramp[0]] * (smaller if len(allowed) > 1 else 0)
+        return macs
 
     def after_step(self) -> None:
-        """Do nothing: there is no moving average to update."""
+        """Update the moving average, if there is one."""
+        if self.average is not None:
+            self.average.update(self.model)
 
     def after_epoch(self, world: World) -> Mapping[str, Mapping[str, float]]:
         """Return held-out top-1 at the largest and the smallest budget."""
@@ -283,13 +149,25 @@ class Finetuning(nn.Module):
     def measure(self, ratios: Iterable[float], world: World) -> dict[float, Score]:
         """Return held-out scores; every process evaluates its share of the rows."""
         rows = range(world.rank, len(self.holdout), world.size)
-        own = evaluate(self.model, self.holdout, rows, ratios, precision=self.settings.dtype)
+        own = evaluate(self.kept, self.holdout, rows, ratios, precision=self.settings.dtype)
         return join_scores(world.gather(own))
 
     def checkpoint(self) -> Checkpoint:
         """Return the classifier, with the record of its training."""
-        training = {"final": self.final, "init": self.start.training or None}
-        return replace(self.start, training=training)
+        weights = "average" if self.average is not None else "raw"
+        training: dict[str, Any] = {
+            "final": self.final,
+            "init": self.start.training or None,
+            "weights": weights,
+        }
+        if self.selected is not None:
+            training["selected_epoch"] = self.selected
+        return replace(self.start, model=self.kept, training=training)
+
+    def take(self, epoch: int, best: VisionTransformer) -> None:
+        """Replace the weights to keep by those of an epoch."""
+        self.kept.load_state_dict(best.state_dict())
+        self.selected = epoch
 
 
 def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
@@ -302,17 +180,20 @@ def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with join(settings.device) as world:
-        start, data, holdout = prepare(settings, report=world.main)
+        start, data, holdout, held_out = prepare(settings, report=world.main)
         if (note := fit_batch_size(settings, world, len(data))) is not None:
             print_lines(note)
         try:
-            objective = Finetuning(start, settings, holdout).to(world.device)
+            teachers = load_teachers(settings.teacher, start.labels, start.preprocess, world.device)
+            objective = Finetuning(start, settings, holdout, teachers).to(world.device)
         except ValueError as error:  # flags that only fit larger images
             raise PcaeError(one_line(error)) from None
         decay = settings.layer_decay or (0.65 if settings.init else 1.0)
         groups = parameter_groups(objective, objective.model, settings.weight_decay, decay)
         used = [data.inventory, *([holdout.inventory] if settings.eval_data else [])]
-        trainer = Trainer(settings, objective, groups, (0.9, 0.999), data, world, used)
+        best = BestEpoch(settings.patience) if settings.select == "best" else None
+        trainer = Trainer(settings, objective, groups, (0.9, 0.999), data, world, used, best)
+        trainer.at_start = held_out.write
         if settings.mixup or settings.cutmix:
             trainer.plan.check_pairs()
         if settings.dry_run:
@@ -323,127 +204,15 @@ def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
             return {}
         if not trainer.run():
             return None
+        if best is not None and trainer.finished:
+            epoch = best.find(trainer.history)
+            assert epoch is not None
+            world.any(False)  # waits until the main process has written it
+            objective.take(epoch, checkpoints.load(settings.folder / BEST).model)
+            if world.main:
+                print_lines(f"kept the weights of epoch {epoch}, the best on the held-out images")
         scores = objective.measure(settings.ratios, world)
         top1 = {ratio: score.top1 for ratio, score in scores.items()}
         objective.final = {str(r): {"top1": t.value, "n": t.n} for r, t in top1.items()}
         trainer.save()
         return top1
-
-
-def prepare(
-    settings: FinetuneSettings, report: bool = True
-) -> tuple[Checkpoint, TrainingData, LabelledImages]:
-    """Return the model to train, the training images and the held-out images."""
-    found = None
-    if settings.init is not None:
-        heads = settings.heads if "heads" in settings.model_fields_set else None
-        found = load_checkpoint(settings.init, heads=heads, weights=settings.weights)
-    if found is None:
-        preprocess = settings.preprocess(settings.image_size or 224)
-    else:
-        preprocess = _choose_preprocess(found, settings)
-    source = settings.decoding(preprocess)
-    images: TrainingData
-    if settings.eval_data is not None:
-        limit = settings.max_unreadable
-        holdout = load(
-            settings.eval_data,
-            settings.eval_split,
-            preprocess,
-            max_unreadable=limit,
-            **settings.columns,
-        )
-        images = training_data(settings, source)
-        holdout.align(images.classes)
-        print_inventory(images.inventory)
-        print_inventory(holdout.inventory)
-        if isinstance(images, LabelledImages) and settings.eval_data != settings.data:
-            _report_shared(images, holdout)
-    else:
-        labelled = load_labelled(settings, source)
-        print_inventory(labelled.inventory)
-        count = settings.holdout or default_holdout(labelled.labels, DEFAULT_HOLDOUT)
-        split = hold_out(labelled.labels, count, labelled.name, settings.seed)
-        if settings.holdout is None and report:
-            print_lines(f"held out: {count:,} of {len(labelled):,} images (--holdout)")
-        images = labelled.subset(split.train)
-        holdout = labelled.decoded_by(preprocess).subset(split.holdout)
-    model = _build_model(settings, found, images.classes, report)
-    training = {} if found is None else found.training
-    return Checkpoint(model, preprocess, images.classes, training), images, holdout.readable()
-
-
-def _report_shared(images: LabelledImages, holdout: LabelledImages) -> None:
-    """Report files of the training data that are also among the images to evaluate on."""
-    found = find_duplicates([*images.files("--data"), *holdout.files("--eval-data")], "--data")
-    if found.across:
-        print_lines(f"  note: {found.notes[0]}")
-
-
-def load_labelled(settings: FinetuneSettings, preprocess: Preprocess) -> LabelledImages:
-    """Open all of --data, decoded by `preprocess`."""
-    images = training_data(settings, preprocess)
-    assert isinstance(images, LabelledImages)  # --stream requires --eval-data
-    return images
-
-
-def _choose_preprocess(found: LoadedCheckpoint, settings: FinetuneSettings) -> Preprocess:
-    """Return the checkpoint's preprocessing at the size asked for, or ImageNet's if unknown."""
-    size = settings.image_size or found.config.image_size
-    own = found.preprocess
-    if own is None:
-        return replace(settings.preprocess(size), mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    if size == own.image_size:
-        return own
-    return replace(own, image_size=size, resize=round(own.resize * size / own.image_size))
-
-
-def _build_model(
-    settings: FinetuneSettings,
-    found: LoadedCheckpoint | None,
-    labels: list[str],
-    report: bool,
-) -> VisionTransformer:
-    """Build the model and load the weights of --init that fit it."""
-    classes = len(labels)
-    if found is None:
-        pooling = settings.pooling or "mean"
-        config = settings.config(classes, pooling=pooling, reduction=settings.reduction)
-        return VisionTransformer(config)
-    if found.labels is not None and found.labels != labels:
-        found = found.drop_head()
-    try:
-        config = replace(
-            found.config,
-            image_size=settings.image_size or found.config.image_size,
-            patch_size=settings.patch_size or found.config.patch_size,
-            classes=classes,
-            pooling=settings.pooling or (found.config.pooling if found.config.classes else "mean"),
-            reduction=settings.reduction,
-        )
-        for ratio in settings.ratios:
-            config.geometry.counts(ratio)
-    except ValueError as error:
-        raise PcaeError(f"{settings.init}: {error}") from None
-    if not config.reduction_points and settings.ratios[-1] < 1:
-        raise PcaeError(
-            f"{settings.init} has {config.depth} blocks; dropping patches needs at least 11"
-        )
-    model = VisionTransformer(config)
-    fitted = initialise(model, found)
-    if isinstance(model.head, nn.Linear) and "head.weight" in fitted.missing:
-        nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE: near zero at first
-    if report:
-        for note in found.notes:
-            print(f"note: {note}", file=sys.stderr)
-        unused = [*fitted.unused, *found.ignored]
-        print(f"{settings.init}: {len(fitted.weights)} tensors loaded", file=sys.stderr)
-        for what, names in (("newly initialised", fitted.missing), ("not used", unused)):
-            if names:
-                print(f"  {what}: {_shorten(names)}", file=sys.stderr)
-    return model
-
-
-def _shorten(names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -308,6 +308,11 @@ class Pretraining(nn.Module):
         if self.teacher is not None:
             self.teacher.follow(self.model)
 
+    @property
+    def kept_prefix(self) -> str:
+        """The prefix, in the state dict, of what the checkpoint holds."""
+        return "model."
+
     def checkpoint(self) -> Checkpoint:
         """Return the encoder, without a head."""
         training = {"method": self.settings.method}

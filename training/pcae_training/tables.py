@@ -42,6 +42,9 @@ class ImageTable(Protocol):
     def place(self, row: int) -> str:
         """Return where the row's image comes from, such as its path."""
 
+    def groups(self, by: str) -> list[str]:
+        """Return the group of each row. Raise DataError if there are no groups `by` this name."""
+
 
 class RowTable:
     """Rows of a data set of `datasets`."""
@@ -56,7 +59,7 @@ class RowTable:
         self.unreadable: Mapping[int, str] = {}
         *_, split = name.rpartition("/")
         self.inventory = count_rows(name, split, self.classes, self.labels.tolist())
-        self._columns = columns
+        self._columns, self._all = columns, rows
         images = rows.select_columns([columns.image])
         self._rows = images.cast_column(columns.image, datasets.Image(decode=False))
 
@@ -73,6 +76,17 @@ class RowTable:
         path = self._rows[row][self._columns.image]["path"]
         return display(path) if path else "bytes in the table"
 
+    def groups(self, by: str) -> list[str]:
+        """Return the values in the column `by`."""
+        others = [name for name in self._all.column_names if name != self._columns.image]
+        if by not in others:
+            names = ", ".join(others) or "none"
+            raise DataError(f"{self.name} has no column {by!r} to group by; its columns: {names}")
+        values = self._all.with_format(None)[by][:]
+        if missing := sum(value is None or value == "" for value in values):
+            raise DataError(f"{self.name}: {missing} of its {len(values)} images have no {by!r}")
+        return [str(value) for value in values]
+
 
 class FileTable:
     """Files below a folder."""
@@ -84,9 +98,11 @@ class FileTable:
         name: str,
         labels: Labels | None,
         inventory: Inventory,
+        class_depth: int = 1,
     ) -> None:
-        """labels: None if the images have none."""
+        """labels: None if the images have none. class_depth: folders down to that of a class."""
         self.name, self._root, self.inventory = name, root, inventory
+        self._class_depth = class_depth
         self.labels = labels.values if labels else unlabelled(len(entries))
         self.classes = labels.classes if labels else []
         self.unreadable: Mapping[int, str] = {
@@ -107,6 +123,24 @@ class FileTable:
 
     def place(self, row: int) -> str:
         return display(self.path(row))
+
+    def groups(self, by: str) -> list[str]:
+        """Return the first folder below that of each file's class, with it; else the file's own.
+
+        Only `folder` can be grouped by.
+        """
+        if by != "folder":
+            raise DataError(f"{self.name} is folders; --group can only be folder, not {by!r}")
+        names: list[str] = []
+        for row in range(len(self)):
+            *folders, file = Path(self._paths[row]).parts
+            below = folders[self._class_depth :]
+            names.append("/".join([*folders[: self._class_depth], *(below[:1] or [file])]))
+        if len(set(names)) == len(names):
+            raise DataError(
+                f"{self.name} has no folders below its classes to group by: CLASS/GROUP/FILE"
+            )
+        return names
 
     def _join(self, entry: Entry) -> str:
         return str(self._root.joinpath(*entry.parts))
@@ -222,7 +256,8 @@ def open_folders(
             )
         raise DataError(f"{place} contains no images")
     labels = encode_names(files.names, found.classes(files), name, classes)
-    return FileTable(found.root, files.files, name, labels, inventory)
+    depth = 2 if files.folder else 1
+    return FileTable(found.root, files.files, name, labels, inventory, depth)
 
 
 def _metadata(folder: Path) -> str:

@@ -2,6 +2,8 @@
 
     RUN/                       --out; also contains the files of `journal`
       checkpoint/              the last complete checkpoint (see `checkpoint`)
+      best/                    that of the best epoch, with --select best
+      holdout.json             the images held out (see `heldout_record`)
 
 An `Objective` gives the loss of a micro-batch. A step depends on the weights, the seed and its
 number alone, so a run that was stopped anywhere continues from its last checkpoint as if it had not
@@ -11,8 +13,9 @@ been stopped.
 import platform
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, Unpack
 
@@ -25,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError, one_line
 from pcae_training import checkpoint as checkpoints
+from pcae_training.best_epoch import BestEpoch
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.columns import DataChoice
 from pcae_training.data import LabelledImages, TrainingData, load
@@ -41,7 +45,7 @@ from pcae_training.world import World
 
 LOCK = "lock"
 STOPPED = 128 + signal.SIGTERM  # exit code of a run that a signal stopped, after saving
-MODEL = "model."  # prefix, in an objective's state dict, of the weights that its checkpoint holds
+BEST = "best"  # folder, in that of a run, of the checkpoint of the best epoch
 
 #: The run's duration is stated at its start if it is at least this long.
 STATED_FROM_S = 60.0
@@ -52,6 +56,11 @@ class Objective(Protocol):
 
     @property
     def model(self) -> VisionTransformer: ...
+
+    @property
+    def kept_prefix(self) -> str:
+        """The prefix, in the state dict, of the weights that the checkpoint holds."""
+        ...
 
     def __call__(self, pixels: Tensor, labels: Tensor, rng: SampleRng, progress: float) -> Tensor:
         """Return the mean loss of a micro-batch: pixels uint8 [b, 3, S, S], labels int64 [b]."""
@@ -89,11 +98,14 @@ class Trainer:
         data: TrainingData,
         world: World,
         inventories: Iterable[Inventory | None] = (),
+        best: BestEpoch | None = None,
     ) -> None:
         """groups: parameter groups, each with a "scale" on the learning rate.
 
-        inventories: of the data that the run uses.
+        inventories: of the data that the run uses. best: keep the best epoch, and may stop early.
         """
+        self.best = best
+        self.at_start: Callable[[Path], None] | None = None  # writes into the run's folder
         self.inventories = [inventory for inventory in inventories if inventory is not None]
         self.settings, self.objective, self.data, self.world = settings, objective, data, world
         self.plan = Plan(settings, world, len(data))
@@ -125,6 +137,8 @@ class Trainer:
             total = plan.last_step * settings.batch_size
             journal: Any = nullcontext(None)
             if self.world.main:
+                if self.at_start is not None:
+                    self.at_start(settings.folder)
                 journal = Journal(
                     settings.folder,
                     settings.model_dump(mode="json"),
@@ -134,9 +148,17 @@ class Trainer:
                     data=[inventory.to_json() for inventory in self.inventories],
                 )
             with journal as log:
-                while self.step < plan.last_step and not self._stopped():
+                while self.step < plan.last_step and not self._exhausted() and not self._stopped():
                     self._epoch(learner, log)
         return self._stop is None
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left, also for a resumed run."""
+        return self.step == self.plan.steps or self._exhausted()
+
+    def _exhausted(self) -> bool:
+        return self.best is not None and self.best.exhausted(self.history)
 
     def estimate(self) -> str | None:
         """Return a text on how long the run will take, from a few steps on random pixels."""
@@ -211,6 +233,9 @@ class Trainer:
             }
         )
         self._epoch_loss, self._epoch_steps, self._epoch_s = 0.0, 0, 0.0
+        if log and self.best is not None and self.best.find(self.history) == epoch:
+            # in front of the run's own checkpoint: a run killed between both repeats this epoch
+            checkpoints.save(self._checkpoint(), self.settings.folder / BEST)
         if log and figures:
             flat = {
                 f"{name}/{case}": value
@@ -299,7 +324,20 @@ class Trainer:
             )
         if not self.world.main:
             return
-        checkpoint = self.objective.checkpoint()
+        checkpoint = self._checkpoint()
+        state = {
+            f"objective/{name}": value
+            for name, value in self.objective.state_dict().items()
+            if not name.startswith(self.objective.kept_prefix)  # in the checkpoint itself
+        }
+        for name, parameter in self.objective.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                state[f"optimizer/{name}/{key}"] = value
+        checkpoints.save(checkpoint, self.settings.folder / checkpoints.RUN_CHECKPOINT, state)
+
+    def _checkpoint(self) -> Checkpoint:
+        """Return the objective's checkpoint with the record of the run."""
+        checkpoint: Checkpoint = self.objective.checkpoint()
         checkpoint.training = checkpoint.training | {
             "settings": self.settings.model_dump(mode="json", exclude={"resume"}),
             "step": self.step,
@@ -309,15 +347,7 @@ class Trainer:
             "current_epoch": [self._epoch_loss, self._epoch_steps, self._epoch_s],
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
-        state = {
-            f"objective/{name}": value
-            for name, value in self.objective.state_dict().items()
-            if not name.startswith(MODEL)  # the checkpoint's own weights
-        }
-        for name, parameter in self.objective.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                state[f"optimizer/{name}/{key}"] = value
-        checkpoints.save(checkpoint, self.settings.folder / checkpoints.RUN_CHECKPOINT, state)
+        return checkpoint
 
     def _resume(self) -> None:
         """Load weights, optimiser state and step from the checkpoint in --out."""
@@ -327,7 +357,14 @@ class Trainer:
         if state is None:
             raise PcaeError(f"cannot resume {out}: its checkpoint has no optimiser state")
         before, now = training.get("settings", {}), self.settings.model_dump(mode="json")
-        if changed := [name for name in now if name not in PLACE and before.get(name) != now[name]]:
+        given = self.settings.model_fields_set  # a run of an earlier version lacks later flags
+        changed = [
+            name
+            for name in now
+            if name not in PLACE
+            and (before[name] != now[name] if name in before else name in given)
+        ]
+        if changed:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
             raise PcaeError(f"cannot resume {out}: it was started with other values of {flags}")
         if training["images"] != self.plan.images:
@@ -336,7 +373,8 @@ class Trainer:
                 f" {self.plan.images} now"
             )
         try:
-            weights = {f"{MODEL}{name}": value for name, value in saved.model.state_dict().items()}
+            prefix, kept = self.objective.kept_prefix, saved.model.state_dict()
+            weights = {f"{prefix}{name}": value for name, value in kept.items()}
             for name, value in state.items():
                 if name.startswith("objective/"):
                     weights[name.removeprefix("objective/")] = value

@@ -1,0 +1,302 @@
+"""Settings of `pcae-train finetune`: its flags, recorded in run.json."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_settings import NoDecode
+
+from pcae_serve.bundle.tokens import REDUCTION_POINTS, Rule
+from pcae_training.budget_choice import BudgetChoice
+from pcae_training.evaluate import read_ratios
+from pcae_training.import_weights import WeightsChoice
+from pcae_training.schedule import keep_ratio_ramp
+from pcae_training.settings import RunSettings
+
+#: Images held out by default, of large data sets.
+DEFAULT_HOLDOUT = 5000
+
+
+def _read_paths(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _read_pairs(value: object) -> object:
+    """Parse RATIO=NUMBER pairs separated by commas. Raise ValueError if a text is none."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.split("=") for part in value.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"must be RATIO=NUMBER, separated by commas, not {value!r}")
+    return pairs
+
+
+def _read_holdout(value: object) -> object:
+    """Return a count or a share. Raise ValueError if it is neither."""
+    if value is None:
+        return None
+    try:
+        number = float(str(value))
+    except ValueError:
+        raise ValueError(f"must be a number of images or a share below 1, not {value!r}") from None
+    if 0 < number < 1:
+        return number
+    if number >= 1 and number == int(number):
+        return int(number)
+    raise ValueError(f"must be a number of images or a share below 1, not {value}")
+
+
+def _read_fold(value: object) -> object:
+    """Parse I/K. Raise ValueError unless 1 <= I <= K and K >= 2."""
+    if value is None:
+        return None
+    parts = value.split("/") if isinstance(value, str) else value
+    try:
+        fold, folds = map(int, parts)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        raise ValueError(f"must be I/K, such as 1/5, not {value!r}") from None
+    if not 1 <= fold <= folds or folds < 2:
+        raise ValueError(f"must be I/K with I from 1 to K, and K at least 2, not {value!r}")
+    return fold, folds
+
+
+#: Numbers by keep ratio, as pairs.
+RatioValues = Annotated[
+    tuple[tuple[float, Annotated[float, Field(ge=0)]], ...], NoDecode, BeforeValidator(_read_pairs)
+]
+
+
+class FinetuneSettings(RunSettings):
+    """Fine-tune on labelled images, for one keep ratio or for all budgets.
+
+    The defaults are MAE's recipe and the paper's ramp.
+    """
+
+    flag_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **RunSettings.flag_groups,
+        "run": ("init", "weights", *RunSettings.flag_groups["run"]),
+        "evaluation": (
+            "eval_data", "eval_split", "holdout", "group", "fold", "select", "patience",
+        ),
+        "token reduction": (
+            "keep", "budgets", "sampling", "budget_probabilities", "between", "budget_weights",
+            "distil", "distil_from", "ramp_start", "ramp_length", "reduction",
+        ),
+        "teachers": ("teacher", "teacher_share"),
+        "model": (*RunSettings.flag_groups["model"], "pooling"),
+        "augmentation": (
+            *RunSettings.flag_groups["augmentation"], "randaugment", "erase", "mixup", "cutmix",
+            "label_smoothing",
+        ),
+        "optimiser": (*RunSettings.flag_groups["optimiser"], "layer_decay", "weight_ema"),
+    }  # fmt: skip
+
+    init: Path | None = Field(
+        None,
+        description="weights to start from: a run or checkpoint of pcae-train, a Hugging Face or"
+        " timm folder, a .pth or .safetensors file",
+    )
+    weights: WeightsChoice | None = Field(
+        None,
+        description="which weights to take from an --init with raw and averaged ones; default: the"
+        " averaged ones, ema",
+    )
+    pooling: Literal["mean", "cls"] | None = Field(
+        None,
+        description="input of the head: mean of the patches or CLS; default: mean, or as --init",
+    )
+    eval_data: str | None = Field(
+        None, description="evaluate on these images instead of images held out of --data"
+    )
+    eval_split: str = Field("validation", description="split of --eval-data")
+    holdout: Annotated[int | float | None, BeforeValidator(_read_holdout)] = Field(
+        None,
+        description="training images held out for evaluation, from each class by its share: a"
+        " number, or a share below 1; default: those that the run of --init held out, else"
+        f" {DEFAULT_HOLDOUT:,}, or a fifth of the images if that is less",
+    )
+    group: str | None = Field(
+        None,
+        description="hold out whole groups, such as all images of a person: a column of a table, or"
+        " folder for CLASS/GROUP/FILE",
+    )
+    fold: Annotated[tuple[int, int] | None, NoDecode, BeforeValidator(_read_fold)] = Field(
+        None,
+        description="hold out part I of K equal parts instead, written I/K; a run for each I is"
+        " K-fold cross-validation",
+    )
+    select: Literal["last", "best"] = Field(
+        "last",
+        description="weights to keep at the end; best: those of the epoch with the highest held-out"
+        " top-1, the mean of the largest and the smallest budget",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after this many epochs without a better one, with --select best",
+    )
+
+    keep: float | None = Field(
+        None, gt=0, le=1, description="train for one keep ratio, as in the paper"
+    )
+    budgets: Annotated[tuple[float, ...], NoDecode, BeforeValidator(read_ratios)] = Field(
+        (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
+        description="keep ratios to train for, separated by commas",
+    )
+    sampling: Literal["sandwich", "one"] = Field(
+        "sandwich",
+        description="budgets per step; sandwich: the largest, the smallest and some between; one: a"
+        " random one",
+    )
+    between: int = Field(
+        1, ge=0, description="for sandwich: number of random budgets between the ends"
+    )
+    distil: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the smaller budgets' loss that is distilled from the largest budget's"
+        " output; the rest is from the labels",
+    )
+    distil_from: Literal["largest", "average"] = Field(
+        "largest",
+        description="what --distil learns from, at the largest budget; largest: the weights of this"
+        " step, which needs --sampling sandwich; average: those of --weight-ema",
+    )
+    budget_probabilities: RatioValues = Field(
+        (),
+        description="how often a budget is drawn, as in 1.0=0.25,0.3=0.2; the others share the rest"
+        " equally",
+    )
+    budget_weights: RatioValues = Field(
+        (), description="factors on the loss of budgets, as in 1.0=2; the others have 1"
+    )
+    ramp_start: float = Field(
+        0.10, ge=0, le=1, description="share of the run before anything is dropped"
+    )
+    ramp_length: float = Field(
+        0.25, ge=0, le=1, description="share of the run over which the drop ratio rises"
+    )
+    reduction: Rule = Field("ptr", description="rule that ranks the patches")
+
+    teacher: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_read_paths)] = Field(
+        (),
+        description="models to learn from, on the same pixels, separated by commas: FILE.onnx, or"
+        " what --init takes; the mean of their probabilities counts",
+    )
+    teacher_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of a target that is the teachers' probabilities; the rest is the label",
+    )
+
+    weight_ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of a moving average of the weights, such as 0.999; the average is"
+        " evaluated, saved and exported; 0 = off",
+    )
+    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the run")
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="learning rate of a layer over that of the layer above; default: 0.65 with"
+        " --init, else 1",
+    )
+    drop_path: float = Field(
+        0.1, ge=0, lt=1, description="stochastic depth: drop rate of the last block; 0 = off"
+    )
+    crop: float = Field(
+        0.08, ge=0, le=1, description="smallest share of the area a random crop keeps; 0 = off"
+    )
+    randaugment: float = Field(9, ge=0, le=10, description="magnitude of RandAugment; 0 = off")
+    erase: float = Field(
+        0.25, ge=0, le=1, description="share of images with a random rectangle erased; 0 = off"
+    )
+    mixup: float = Field(0.8, ge=0, description="alpha of mixup; 0 = off")
+    cutmix: float = Field(1.0, ge=0, description="alpha of CutMix; 0 = off")
+    label_smoothing: float = Field(
+        0.1, ge=0, lt=1, description="share of a target spread over all classes; 0 = off"
+    )
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.ramp_start + self.ramp_length > 1:
+            raise ValueError("--ramp-start and --ramp-length together exceed the run (1.0)")
+        if self.keep is not None and "budgets" in self.model_fields_set:
+            raise ValueError("--keep trains for one keep ratio, --budgets for several; omit one")
+        if self.init is None:
+            if self.depth <= max(REDUCTION_POINTS):
+                last = max(REDUCTION_POINTS)
+                raise ValueError(
+                    f"--depth {self.depth} is too small: the last reduction point is after block"
+                    f" {last}, counted from 0"
+                )
+            config = self.config(classes=1)
+            for budget in self.ratios:
+                config.geometry.counts(budget)
+        elif fixed := self.model_fields_set & {"width", "depth"}:
+            flags = ", ".join(f"--{name}" for name in sorted(fixed))
+            raise ValueError(f"--init determines the model's sizes; omit {flags}")
+        held = {"holdout": self.holdout, "group": self.group, "fold": self.fold}
+        given = [f"--{name}" for name, value in held.items() if value is not None]
+        if given and self.eval_data is not None:
+            raise ValueError(f"--eval-data replaces the hold-out; omit {', '.join(given)}")
+        if self.holdout is not None and self.fold is not None:
+            raise ValueError("--fold determines how many images are held out; omit --holdout")
+        if self.stream and self.eval_data is None:
+            raise ValueError("--stream cannot hold images out; give --eval-data")
+        return self
+
+    @model_validator(mode="after")
+    def _check_learning(self) -> Self:
+        if self.patience is not None and "select" not in self.model_fields_set:
+            self.select = "best"
+        if self.patience is not None and self.select != "best":
+            raise ValueError("--patience looks for the best epoch; it needs --select best")
+        if self.distil_from == "average" and not self.weight_ema:
+            raise ValueError("--distil-from average needs --weight-ema")
+        if self.distil_from == "average" and len(self.ratios) == 1:
+            raise ValueError("--distil-from average needs several --budgets")
+        for flag, pairs in (
+            ("--budget-probabilities", self.budget_probabilities),
+            ("--budget-weights", self.budget_weights),
+        ):
+            for ratio, _ in pairs:
+                if ratio not in self.ratios:
+                    trained = ", ".join(map(str, self.ratios))
+                    raise ValueError(f"{flag}: {ratio} is not a budget of this run ({trained})")
+        total, named = sum(odds for _, odds in self.budget_probabilities), self.budget_probabilities
+        if total > 1 + 1e-9 or (len(named) == len(self.ratios) and total < 1 - 1e-9):
+            raise ValueError(f"--budget-probabilities: they sum to {total:g}, not to 1")
+        return self
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The keep ratios to train for, from the largest."""
+        return self.budgets if self.keep is None else (self.keep,)
+
+    @property
+    def ramp(self) -> tuple[float, ...]:
+        """All keep ratios that occur in training, from 1.0 down."""
+        if self.keep is not None:
+            return keep_ratio_ramp(self.keep)
+        return self.budgets if self.budgets[0] == 1.0 else (1.0, *self.budgets)
+
+    @property
+    def budget_choice(self) -> BudgetChoice:
+        """Which keep ratios a step runs."""
+        return BudgetChoice(
+            self.ramp,
+            self.ratios,
+            self.ramp_start,
+            self.ramp_length,
+            one=self.sampling == "one",
+            between=self.between,
+            single=self.keep is not None,
+            probabilities=dict(self.budget_probabilities),
+        )

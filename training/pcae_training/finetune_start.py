@@ -1,0 +1,199 @@
+"""What fine-tuning starts from: the model with the weights of --init, and the images."""
+
+import sys
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.errors import PcaeError
+from pcae_training import heldout_record
+from pcae_training.checkpoint import Checkpoint
+from pcae_training.data import LabelledImages, TrainingData, load
+from pcae_training.duplicates import find_duplicates
+from pcae_training.finetune_settings import DEFAULT_HOLDOUT, FinetuneSettings
+from pcae_training.heldout_record import HeldOut
+from pcae_training.holdout import Split, default_holdout, hold_out, hold_out_fold
+from pcae_training.import_weights import LoadedCheckpoint, initialise, load_checkpoint
+from pcae_training.inventory import list_classes, print_inventory, print_lines
+from pcae_training.model import VisionTransformer
+from pcae_training.trainer import training_data
+
+#: Pixel statistics assumed for weights that come without their preprocessing.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    checkpoint: Checkpoint  # the model to train
+    images: TrainingData
+    holdout: LabelledImages  # to evaluate on
+    held_out: HeldOut  # the record of `holdout`
+
+
+def prepare(settings: FinetuneSettings, report: bool = True) -> Start:
+    """Load the model of --init or build a new one, and divide the images. Raise PcaeError."""
+    found = None
+    if settings.init is not None:
+        heads = settings.heads if "heads" in settings.model_fields_set else None
+        found = load_checkpoint(settings.init, heads=heads, weights=settings.weights)
+    if found is None:
+        preprocess = settings.preprocess(settings.image_size or 224)
+    else:
+        preprocess = _choose_preprocess(found, settings)
+    source = settings.decoding(preprocess)
+    before = None if settings.init is None else heldout_record.read(settings.init)
+    images: TrainingData
+    if settings.eval_data is not None:
+        limit = settings.max_unreadable
+        holdout = load(
+            settings.eval_data,
+            settings.eval_split,
+            preprocess,
+            max_unreadable=limit,
+            **settings.columns,
+        )
+        images = training_data(settings, source)
+        holdout.align(images.classes)
+        print_inventory(images.inventory)
+        print_inventory(holdout.inventory)
+        if isinstance(images, LabelledImages) and settings.eval_data != settings.data:
+            _report_shared(images, holdout)
+    else:
+        labelled = load_labelled(settings, source)
+        print_inventory(labelled.inventory)
+        split = _divide(settings, labelled, before)
+        images = labelled.subset(split.train)
+        holdout = labelled.decoded_by(preprocess).subset(split.holdout)
+    chosen = settings.eval_data or settings.holdout or settings.fold
+    if before is not None and chosen and isinstance(images, LabelledImages):
+        _report_seen(settings, before, images)
+    model = _build_model(settings, found, images.classes, report)
+    training = {} if found is None else found.training
+    checkpoint = Checkpoint(model, preprocess, images.classes, training)
+    held_out = heldout_record.record(holdout, range(len(holdout)))
+    return Start(checkpoint, images, holdout.readable(), held_out)
+
+
+def _divide(settings: FinetuneSettings, images: LabelledImages, before: HeldOut | None) -> Split:
+    """Divide the images into those to train and those to evaluate on.
+
+    before: what the run of --init held out.
+    """
+    groups = None if settings.group is None else images.groups(settings.group)
+    labels, name, seed = images.labels, images.name, settings.seed
+    if settings.fold is not None:
+        split = hold_out_fold(labels, *settings.fold, name, seed, groups)
+        why = f"fold {settings.fold[0]} of {settings.fold[1]}"
+    elif settings.holdout is None and before is not None and (same := before.find(images)):
+        held = set(same)
+        split = Split([row for row in range(len(images)) if row not in held], same)
+        why = f"those that {settings.init} held out"
+    else:
+        count = _count(settings.holdout, labels)
+        split = hold_out(labels, count, name, seed, groups)
+        why = "--holdout"
+    print_lines(f"held out: {len(split.holdout):,} of {len(images):,} images ({why})")
+    if split.unmeasured:
+        what = "image" if groups is None else "group"
+        single = [images.classes[label] for label in split.unmeasured]
+        print_lines(
+            f"  note: the only {what} of {list_classes(single)} stays in training, so"
+            f" {'they are' if len(single) > 1 else 'it is'} not measured"
+        )
+    return split
+
+
+def _count(holdout: float | None, labels: Tensor) -> int:
+    """Return how many images to hold out, from the flag: a count, a share or none."""
+    if holdout is None:
+        return default_holdout(labels, DEFAULT_HOLDOUT)
+    return max(1, round(holdout * len(labels))) if holdout < 1 else int(holdout)
+
+
+def _report_seen(settings: FinetuneSettings, before: HeldOut, images: LabelledImages) -> None:
+    """Report images to train on that the run of --init had held out."""
+    if seen := len(before.find(images)):
+        print_lines(
+            f"  warning: {seen:,} images to train on are among the {len(before.digests):,} that"
+            f" {settings.init} held out, by which its settings may have been chosen; omit"
+            " --holdout to hold out the same ones"
+        )
+
+
+def _report_shared(images: LabelledImages, holdout: LabelledImages) -> None:
+    """Report files of the training data that are also among the images to evaluate on."""
+    found = find_duplicates([*images.files("--data"), *holdout.files("--eval-data")], "--data")
+    if found.across:
+        print_lines(f"  note: {found.notes[0]}")
+
+
+def load_labelled(settings: FinetuneSettings, preprocess: Preprocess) -> LabelledImages:
+    """Open all of --data, decoded by `preprocess`."""
+    images = training_data(settings, preprocess)
+    assert isinstance(images, LabelledImages)  # --stream requires --eval-data
+    return images
+
+
+def _choose_preprocess(found: LoadedCheckpoint, settings: FinetuneSettings) -> Preprocess:
+    """Return the checkpoint's preprocessing at the size asked for, or ImageNet's if unknown."""
+    size = settings.image_size or found.config.image_size
+    own = found.preprocess
+    if own is None:
+        return replace(settings.preprocess(size), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    if size == own.image_size:
+        return own
+    return replace(own, image_size=size, resize=round(own.resize * size / own.image_size))
+
+
+def _build_model(
+    settings: FinetuneSettings,
+    found: LoadedCheckpoint | None,
+    labels: list[str],
+    report: bool,
+) -> VisionTransformer:
+    """Build the model and load the weights of --init that fit it."""
+    classes = len(labels)
+    if found is None:
+        pooling = settings.pooling or "mean"
+        config = settings.config(classes, pooling=pooling, reduction=settings.reduction)
+        return VisionTransformer(config)
+    if found.labels is not None and found.labels != labels:
+        found = found.drop_head()
+    try:
+        config = replace(
+            found.config,
+            image_size=settings.image_size or found.config.image_size,
+            patch_size=settings.patch_size or found.config.patch_size,
+            classes=classes,
+            pooling=settings.pooling or (found.config.pooling if found.config.classes else "mean"),
+            reduction=settings.reduction,
+        )
+        for ratio in settings.ratios:
+            config.geometry.counts(ratio)
+    except ValueError as error:
+        raise PcaeError(f"{settings.init}: {error}") from None
+    if not config.reduction_points and settings.ratios[-1] < 1:
+        raise PcaeError(
+            f"{settings.init} has {config.depth} blocks; dropping patches needs at least 11"
+        )
+    model = VisionTransformer(config)
+    fitted = initialise(model, found)
+    if isinstance(model.head, nn.Linear) and "head.weight" in fitted.missing:
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE: near zero at first
+    if report:
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
+        unused = [*fitted.unused, *found.ignored]
+        print(f"{settings.init}: {len(fitted.weights)} tensors loaded", file=sys.stderr)
+        for what, names in (("newly initialised", fitted.missing), ("not used", unused)):
+            if names:
+                print(f"  {what}: {_shorten(names)}", file=sys.stderr)
+    return model
+
+
+def _shorten(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

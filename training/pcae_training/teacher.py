@@ -1,0 +1,106 @@
+"""Teachers: models whose probabilities on the same pixels another model learns from."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.errors import PcaeError
+from pcae_training.evaluate import normalise, open_checkpoint
+from pcae_training.model import VisionTransformer
+
+#: A function from pixels, float32 [B, 3, S, S] in [0, 255], to probabilities [B, classes].
+Teacher = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """The mean of several teachers' probabilities."""
+
+    members: Sequence[Teacher]
+    preprocess: Preprocess  # of the model that learns
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return probabilities, float32 [B, classes], of normalised images [B, 3, S, S]."""
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1).to(images.device, non_blocking=True)
+            for values in (self.preprocess.mean, self.preprocess.std)
+        )
+        pixels = (images * std + mean) * 255
+        return torch.stack([member(pixels) for member in self.members]).mean(dim=0)
+
+
+@dataclass(frozen=True)
+class CheckpointTeacher:
+    """A ViT, at keep ratio 1.0, with its own normalisation."""
+
+    model: VisionTransformer
+    preprocess: Preprocess
+    columns: Tensor | None  # of its outputs, for the classes of the images; None: all, in order
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return probabilities, float32 [B, classes], of pixels [B, 3, S, S] in [0, 255]."""
+        logits: Tensor = self.model(normalise(pixels, self.preprocess)).float()
+        if self.columns is not None:
+            logits = logits.index_select(1, self.columns)
+        return logits.softmax(dim=1)
+
+
+def load_teachers(
+    paths: Sequence[Path], classes: Sequence[str], preprocess: Preprocess, device: torch.device
+) -> Teachers | None:
+    """Load the teachers of a run, or return None if there are none.
+
+    classes, preprocess: of the images and of the model that learns. Raise PcaeError if a teacher
+    cannot be read, has other classes or takes images of another size.
+    """
+    if not paths:
+        return None
+    members = [_load(path, classes, preprocess, device) for path in paths]
+    return Teachers(members, preprocess)
+
+
+def _load(
+    path: Path, classes: Sequence[str], preprocess: Preprocess, device: torch.device
+) -> Teacher:
+    if path.suffix == ".onnx":
+        from pcae_training.onnx_teacher import OnnxTeacher  # loads ONNX Runtime
+
+        return OnnxTeacher(path, len(classes), preprocess, device)
+    found = open_checkpoint(path, weights=None)
+    if found.answers != "classes":
+        raise PcaeError(f"--teacher {path} gives {found.answers}; a teacher needs classes")
+    if found.preprocess.image_size != preprocess.image_size:
+        raise PcaeError(
+            f"--teacher {path} takes images of {found.preprocess.image_size} pixels, and the model"
+            f" of {preprocess.image_size}; both see the same pixels, so they must be equal"
+        )
+    columns = _columns(path, found.labels, found.model.config.classes, classes)
+    model = found.model.requires_grad_(False).to(device)
+    return CheckpointTeacher(
+        model, found.preprocess, None if columns is None else columns.to(device)
+    )
+
+
+def _columns(
+    path: Path, labels: Sequence[str], outputs: int, classes: Sequence[str]
+) -> Tensor | None:
+    """Return the teacher's output of each class, or None if they are the same in order."""
+    if not labels and outputs == len(classes):
+        print(f"note: --teacher {path} does not name its classes: taken in order", file=sys.stderr)
+        return None
+    missing = [name for name in classes if name not in labels]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise PcaeError(
+            f"--teacher {path} has other classes than the images: it lacks {missing[0]!r}{more}"
+            f" (it has {outputs}, the images have {len(classes)})"
+        )
+    if list(labels) == list(classes):
+        return None
+    return torch.tensor([list(labels).index(name) for name in classes])
