@@ -79,8 +79,8 @@ class WriteBundle(BaseModel):
     )
     reduction_points: Annotated[tuple[int, ...] | None, NoDecode] = Field(
         None,
-        description="blocks after which patches are reduced, such as 0,7,10 (default: SOURCE's; for"
-        " other weights 0,7,10 with more than 10 blocks, else none)",
+        description="blocks after which patches are reduced, such as 0,7,10 (default: SOURCE's,"
+        " else 0,7,10 of 12 blocks, at the same relative depths of others)",
     )
     eval_data: str | None = Field(
         None, description=f"images: {IMAGES_HELP} (default: generated images)"

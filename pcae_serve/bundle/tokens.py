@@ -23,6 +23,20 @@ Pooling = Literal["mean", "cls", "normed-mean", "cls-mean"]
 REDUCTION_POINTS = (0, 7, 10)
 
 
+def reduction_points(depth: int) -> tuple[int, ...]:
+    """Return the blocks after which a classifier of `depth` blocks drops tokens, counted from 0.
+
+    They lie at the same relative depths as those of 12 blocks; below 3 blocks there are none.
+
+    >>> reduction_points(24)
+    (1, 15, 21)
+    """
+    if depth < len(REDUCTION_POINTS):
+        return ()
+    points = [max(0, round(Fraction((i + 1) * depth, 12)) - 1) for i in REDUCTION_POINTS]
+    return tuple(dict.fromkeys(points))
+
+
 def parse_keep_ratio(keep_ratio: KeepRatio) -> Fraction:
     """Parse a keep ratio as the decimal that was written: 0.7 is 7/10, not 0.69999…
 
@@ -67,6 +81,7 @@ class Geometry:
     pooled_tokens: int = 1  # vectors of the width that the head reads
     mlp_ratio: float = 4.0
     reduction_points: tuple[int, ...] = REDUCTION_POINTS
+    reduction: Rule = "ptr"
 
     def counts(self, keep_ratio: KeepRatio) -> tuple[int, ...]:
         """Return the patches kept after each of this model's stages."""
@@ -75,8 +90,9 @@ class Geometry:
     def tokens_per_block(self, counts: Sequence[int]) -> tuple[int, ...]:
         """Return each block's sequence length.
 
-        It counts prefix tokens, kept patches, and one mean for each stage that dropped patches.
-        Raises ValueError unless `counts` has an entry per stage, decreasing from `patches`.
+        It counts prefix tokens, kept patches, and one mean for each stage that dropped patches
+        (`merged` appends none). Raises ValueError unless `counts` has an entry per stage,
+        decreasing from `patches`.
         """
         self.check(counts)
         left, appended, lengths = self.patches, 0, []
@@ -84,7 +100,7 @@ class Geometry:
         for block in range(self.depth):
             lengths.append(self.prefix_tokens + left + appended)
             if block in after:
-                appended += after[block] < left
+                appended += after[block] < left and self.reduction != "merged"
                 left = after[block]
         return tuple(lengths)
 
@@ -92,13 +108,33 @@ class Geometry:
         """Return the multiply-adds for one image.
 
         A block of N tokens and width D costs (4 + 2r)*N*D^2 + 2*N^2*D, where r is the MLP ratio
-        (12*N*D^2 at r = 4). Norms, softmax and the reduction itself (below 0.02 %) are left out,
-        as in the paper's Table 5.
+        (12*N*D^2 at r = 4). A stage that drops patches adds the matrix products of its rule (see
+        `_stage_macs`). Norms, softmax and cosines with the mean (below 0.02 %) are left out, as in
+        the paper's Table 5.
         """
         d, per_token = self.width, (4 + 2 * self.mlp_ratio) * self.width**2
-        blocks = sum(per_token * n + 2 * n * n * d for n in self.tokens_per_block(counts))
+        tokens = self.tokens_per_block(counts)
+        blocks = sum(per_token * n + 2 * n * n * d for n in tokens)
+        left, stages = self.patches, 0
+        for block, kept in zip(self.reduction_points, counts, strict=True):
+            if kept < left:
+                stages += self._stage_macs(tokens[block], left, kept)
+            left = kept
         head = self.pooled_tokens * d * self.classes
-        return round(self.patches * self.patch_values * d + blocks + head)
+        return round(self.patches * self.patch_values * d + blocks + stages + head)
+
+    def _stage_macs(self, tokens: int, patches: int, kept: int) -> int:
+        """Return the multiply-adds of ranking and merging `patches` after a block of `tokens`.
+
+        `attention` computes the queries, keys and values of the block again, and their products.
+        `merged` compares all patches with the kept ones, and sums by a one-hot product.
+        """
+        d = self.width
+        if self.reduction == "attention":
+            return 3 * tokens * d * d + tokens * tokens * d
+        if self.reduction == "merged":
+            return 2 * patches * kept * d
+        return 0
 
     def check(self, counts: Sequence[int]) -> None:
         """Raise ValueError unless `counts` are possible patch counts of this model's stages."""

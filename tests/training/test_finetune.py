@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,11 +17,13 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
+from pcae_training.data import LabelledImages
 from pcae_training.finetune import Finetuning, finetune
 from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.finetune_start import prepare
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.sample_rng import SampleRng
+from pcae_training.world import join
 
 OFF: dict[str, Any] = {
     "crop": 0, "flip": False, "shift": 0, "randaugment": 0, "erase": 0, "mixup": 0, "cutmix": 0,
@@ -52,7 +55,7 @@ def learner(**changes: Any) -> Finetuning:
     fixed: dict[str, Any] = {"image_size": 12, "patch_size": 2, "width": 8, "heads": 2}
     run = FinetuneSettings(data="x", out=Path("y"), **OFF | fixed | changes)
     torch.manual_seed(0)
-    model = VisionTransformer(run.config(2, reduction=run.reduction))
+    model = VisionTransformer(run.config(2, reduction=run.reduction or "ptr"))
     preprocess = Preprocess(12, 12, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     return Finetuning(Checkpoint(model, preprocess, ["a", "b"]), run, None)  # type: ignore[arg-type]
 
@@ -192,6 +195,108 @@ def test_from_a_state_dict_of_another_project(
     assert set(unused.split(": ")[1].split(", ")) == {"head.weight", "head.bias", "mask_token"}
 
 
+def dinov2(folder: Path, classes: int = 0) -> Path:
+    """A DINOv2 of transformers, with positions for 28 pixels and a processor for 14."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 12, "patch_size": 2,
+        "image_size": 28,
+    }  # fmt: skip
+    if classes:
+        labels = {i: f"class {i}" for i in range(classes)}
+        config = transformers.Dinov2Config(**sizes, id2label=labels)
+        transformers.Dinov2ForImageClassification(config).save_pretrained(folder)
+    else:
+        transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
+    processor = {
+        "image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 16}, "resample": 3,
+        "crop_size": {"height": 14, "width": 14}, "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225], "do_convert_rgb": True,
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.mark.parametrize(("classes", "pooling"), [(0, "cls"), (3, "cls-mean")])
+def test_another_familys_image_size_pooling_and_norm_are_kept(
+    classes: int, pooling: str, settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DINOv2's positions are for 518 pixels, and its images have 224."""
+    folder = dinov2(tmp_path / "dino", classes)
+    start = prepare(settings(init=folder, patch_size=None)).checkpoint
+    assert start.model.config.geometry.patches == 49
+    assert start.preprocess.image_size == 14
+    assert start.model.config.pooling == pooling
+    assert start.model.config.reduction_points == (0, 7, 10)
+    assert "newly initialised: head.weight, head.bias\n" in capsys.readouterr().err
+    larger = prepare(settings(init=folder, patch_size=None, image_size=28)).checkpoint
+    assert larger.model.config.geometry.patches == 196
+    assert larger.preprocess.image_size == 28
+
+
+def test_a_distilled_model_without_a_head(settings: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = ViTConfig(8, 2, width=8, heads=2, classes=0, pooling="cls", distilled=True)
+    weights = {
+        name: value
+        for name, value in VisionTransformer(config).state_dict().items()
+        if not name.startswith("head")
+    }
+    save_file(weights, tmp_path / "deit.safetensors")
+    run = {"init": tmp_path / "deit.safetensors", "heads": 2, "patch_size": None}
+    assert prepare(settings(**run, pooling="cls")).checkpoint.model.config.distilled
+    with pytest.raises(PcaeError, match=r"deit\.safetensors: a distilled .*; give --pooling cls"):
+        prepare(settings(**run, pooling="mean"))
+
+
+def test_the_rule_of_the_checkpoint_is_kept_or_the_change_is_stated(
+    settings: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = settings("first", epochs=1, reduction="merged")
+    finetune(first)
+    same = prepare(settings("same", init=first.out)).checkpoint
+    assert same.model.config.reduction == "merged"
+    assert "--reduction" not in capsys.readouterr().err
+    other = prepare(settings("other", init=first.out, reduction="ptr")).checkpoint
+    assert other.model.config.reduction == "ptr"
+    assert "trained with --reduction merged, and this run trains with ptr" in (
+        capsys.readouterr().err
+    )
+
+
+def test_reduction_points_are_a_flag(settings: Any) -> None:
+    first = settings("first", epochs=1, reduction_points="1,5")
+    finetune(first)
+    assert checkpoints.load(first.out).model.config.reduction_points == (1, 5)
+    kept, changed = (
+        prepare(settings(f"{points}", init=first.out, reduction_points=points)).checkpoint
+        for points in (None, (0, 3, 7))
+    )
+    assert kept.model.config.reduction_points == (1, 5)
+    assert changed.model.config.reduction_points == (0, 3, 7)
+    with pytest.raises(ValidationError, match="outside the 11 blocks"):
+        settings("deep", reduction_points="0,11")
+
+
+def test_held_out_images_are_read_by_the_workers(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def batches(_: Any, rows: Any, size: int, workers: int = 0) -> Any:
+        seen.append(workers)
+        return original(images, rows, size)
+
+    monkeypatch.setattr("pcae_training.data.MEMORY_LIMIT_BYTES", 0)
+    start = prepare(settings(workers=1))
+    images, original = start.holdout, LabelledImages.batches
+    monkeypatch.setattr(LabelledImages, "batches", batches)
+    objective = Finetuning(start.checkpoint, settings(workers=3), start.holdout)
+    with join("cpu") as world:
+        objective.measure([1.0], world)
+    assert seen == [3]
+
+
 @pytest.mark.parametrize(("choice", "taken"), [(None, "ema"), ("ema", "ema"), ("raw", "raw")])
 def test_raw_or_averaged_weights_to_start_from(
     settings: Any,
@@ -320,7 +425,7 @@ def test_budgets_are_read_in_many_forms(written: Any) -> None:
         ({"budgets": "0.01"}, "leaves no patch"),
         ({"image_size": 28}, "patch size 16 does not divide 28"),
         ({"width": 194}, "do not divide width"),
-        ({"depth": 4}, "--depth 4 is too small: the last reduction point"),
+        ({"depth": 2}, "--depth 2 is too small to drop patches; it needs 3"),
         ({"keep": 0.5, "budgets": (0.5,)}, "omit one"),
         ({"stream": True, "epoch_size": 9}, "--eval-data"),
         ({"ramp_start": 0.5, "ramp_length": 0.6}, "together exceed the run"),

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets  # type: ignore[import-untyped]
 import pytest
 from pydantic import ValidationError
 

@@ -323,7 +323,7 @@ def test_a_run_learns_and_can_be_fine_tuned_from(
     finetune(tuned)
     classifier = checkpoints.load(tuned.folder)
     assert classifier.model.config == replace(
-        saved.model.config, classes=2, pooling="mean", reduction_points=(0, 7, 10)
+        saved.model.config, classes=2, pooling="mean", reduction_points=(0, 6, 9)
     )
     encoder, start = classifier.model.state_dict(), saved.model.state_dict()
     torch.testing.assert_close(

@@ -149,7 +149,14 @@ class Finetuning(nn.Module):
     def measure(self, ratios: Iterable[float], world: World) -> dict[float, Score]:
         """Return held-out scores; every process evaluates its share of the rows."""
         rows = range(world.rank, len(self.holdout), world.size)
-        own = evaluate(self.kept, self.holdout, rows, ratios, precision=self.settings.dtype)
+        own = evaluate(
+            self.kept,
+            self.holdout,
+            rows,
+            ratios,
+            precision=self.settings.dtype,
+            workers=self.settings.workers,
+        )
         return join_scores(world.gather(own))
 
     def checkpoint(self) -> Checkpoint:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import NoDecode
 
-from pcae_serve.bundle.tokens import REDUCTION_POINTS, Rule
+from pcae_serve.bundle.tokens import Rule
 from pcae_training.budget_choice import BudgetChoice
 from pcae_training.evaluate import read_ratios
 from pcae_training.import_weights import WeightsChoice
@@ -30,6 +30,10 @@ def _read_pairs(value: object) -> object:
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"must be RATIO=NUMBER, separated by commas, not {value!r}")
     return pairs
+
+
+def _read_points(value: object) -> object:
+    return tuple(value.strip("[]()").split(",")) if isinstance(value, str) else value
 
 
 def _read_holdout(value: object) -> object:
@@ -81,7 +85,7 @@ class FinetuneSettings(RunSettings):
         ),
         "token reduction": (
             "keep", "budgets", "sampling", "budget_probabilities", "between", "budget_weights",
-            "distil", "distil_from", "ramp_start", "ramp_length", "reduction",
+            "distil", "distil_from", "ramp_start", "ramp_length", "reduction", "reduction_points",
         ),
         "teachers": ("teacher", "teacher_share"),
         "model": (*RunSettings.flag_groups["model"], "pooling"),
@@ -178,7 +182,17 @@ class FinetuneSettings(RunSettings):
     ramp_length: float = Field(
         0.25, ge=0, le=1, description="share of the run over which the drop ratio rises"
     )
-    reduction: Rule = Field("ptr", description="rule that ranks the patches")
+    reduction: Rule | None = Field(
+        None, description="rule that ranks the patches; default: as --init, else ptr"
+    )
+    reduction_points: Annotated[tuple[int, ...] | None, NoDecode, BeforeValidator(_read_points)] = (
+        Field(
+            None,
+            description="blocks after which patches are dropped, counted from 0, separated by"
+            " commas; default: as --init, else 0,7,10 of 12 blocks, at the same relative depths of"
+            " others",
+        )
+    )
 
     teacher: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_read_paths)] = Field(
         (),
@@ -230,15 +244,14 @@ class FinetuneSettings(RunSettings):
         if self.keep is not None and "budgets" in self.model_fields_set:
             raise ValueError("--keep trains for one keep ratio, --budgets for several; omit one")
         if self.init is None:
-            if self.depth <= max(REDUCTION_POINTS):
-                last = max(REDUCTION_POINTS)
-                raise ValueError(
-                    f"--depth {self.depth} is too small: the last reduction point is after block"
-                    f" {last}, counted from 0"
-                )
-            config = self.config(classes=1)
+            points = self.reduction_points
+            config = self.config(
+                classes=1, **({} if points is None else {"reduction_points": points})
+            )
             for budget in self.ratios:
                 config.geometry.counts(budget)
+            if not config.reduction_points and self.ratios[-1] < 1:
+                raise ValueError(f"--depth {self.depth} is too small to drop patches; it needs 3")
         elif fixed := self.model_fields_set & {"width", "depth"}:
             flags = ", ".join(f"--{name}" for name in sorted(fixed))
             raise ValueError(f"--init determines the model's sizes; omit {flags}")

@@ -2,11 +2,12 @@
 
 import sys
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.tokens import reduction_points
 from pcae_serve.errors import PcaeError
 from pcae_training import heldout_record
 from pcae_training.checkpoint import Checkpoint
@@ -70,7 +71,7 @@ def prepare(settings: FinetuneSettings, report: bool = True) -> Start:
     chosen = settings.eval_data or settings.holdout or settings.fold
     if before is not None and chosen and isinstance(images, LabelledImages):
         _report_seen(settings, before, images)
-    model = _build_model(settings, found, images.classes, report)
+    model = _build_model(settings, found, images.classes, preprocess.image_size, report)
     training = {} if found is None else found.training
     checkpoint = Checkpoint(model, preprocess, images.classes, training)
     held_out = heldout_record.record(holdout, range(len(holdout)))
@@ -139,8 +140,9 @@ def load_labelled(settings: FinetuneSettings, preprocess: Preprocess) -> Labelle
 
 def _choose_preprocess(found: LoadedCheckpoint, settings: FinetuneSettings) -> Preprocess:
     """Return the checkpoint's preprocessing at the size asked for, or ImageNet's if unknown."""
-    size = settings.image_size or found.config.image_size
     own = found.preprocess
+    known = found.config.image_size if own is None else own.image_size
+    size = settings.image_size or known  # DINOv2 has positions for 518 pixels, and is used at 224
     if own is None:
         return replace(settings.preprocess(size), mean=IMAGENET_MEAN, std=IMAGENET_STD)
     if size == own.image_size:
@@ -152,32 +154,46 @@ def _build_model(
     settings: FinetuneSettings,
     found: LoadedCheckpoint | None,
     labels: list[str],
+    image_size: int,
     report: bool,
 ) -> VisionTransformer:
     """Build the model and load the weights of --init that fit it."""
     classes = len(labels)
     if found is None:
-        pooling = settings.pooling or "mean"
-        config = settings.config(classes, pooling=pooling, reduction=settings.reduction)
-        return VisionTransformer(config)
+        changes: dict[str, Any] = {"pooling": settings.pooling or "mean"}
+        changes["reduction"] = settings.reduction or "ptr"
+        if settings.reduction_points is not None:
+            changes["reduction_points"] = settings.reduction_points
+        return VisionTransformer(settings.config(classes, **changes))
+    pooling = settings.pooling or (found.config.pooling if found.pooling_known else "mean")
     if found.labels is not None and found.labels != labels:
-        found = found.drop_head()
+        dropped = found.drop_head()
+        found = replace(dropped, config=replace(dropped.config, pooling=found.config.pooling))
+    points = settings.reduction_points
+    if points is None:
+        points = found.config.reduction_points or reduction_points(found.config.depth)
     try:
         config = replace(
             found.config,
-            image_size=settings.image_size or found.config.image_size,
+            image_size=image_size,
             patch_size=settings.patch_size or found.config.patch_size,
             classes=classes,
-            pooling=settings.pooling or (found.config.pooling if found.config.classes else "mean"),
-            reduction=settings.reduction,
+            pooling=pooling,
+            reduction=settings.reduction or found.config.reduction,
+            reduction_points=points,
         )
         for ratio in settings.ratios:
             config.geometry.counts(ratio)
     except ValueError as error:
-        raise PcaeError(f"{settings.init}: {error}") from None
+        raise PcaeError(f"{settings.init}: {error}{_hint(found, pooling)}") from None
     if not config.reduction_points and settings.ratios[-1] < 1:
         raise PcaeError(
-            f"{settings.init} has {config.depth} blocks; dropping patches needs at least 11"
+            f"{settings.init} has {config.depth} blocks, too few to drop patches; it needs 3"
+        )
+    if found.reduction_known and config.reduction != found.config.reduction:
+        print_lines(
+            f"note: {settings.init} was trained with --reduction {found.config.reduction}, and this"
+            f" run trains with {config.reduction}"
         )
     model = VisionTransformer(config)
     fitted = initialise(model, found)
@@ -192,6 +208,11 @@ def _build_model(
             if names:
                 print(f"  {what}: {_shorten(names)}", file=sys.stderr)
     return model
+
+
+def _hint(found: LoadedCheckpoint, pooling: str) -> str:
+    """Return what to change if a distilled model cannot be pooled as asked for."""
+    return "; give --pooling cls" if found.config.distilled and pooling != "cls" else ""
 
 
 def _shorten(names: list[str], limit: int = 8) -> str:

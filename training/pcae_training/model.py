@@ -94,6 +94,7 @@ class ViTConfig:
             pooled_tokens=self.pooled,
             mlp_ratio=self.mlp_ratio,
             reduction_points=self.reduction_points,
+            reduction=self.reduction,
         )
 
 

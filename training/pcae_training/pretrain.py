@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.bundle.tokens import REDUCTION_POINTS, Rule, patches_kept
+from pcae_serve.bundle.tokens import Rule, patches_kept
 from pcae_serve.errors import PcaeError, one_line
 from pcae_training.augment import Augmentation
 from pcae_training.checkpoint import Checkpoint
@@ -440,8 +440,7 @@ def pretrain(settings: PretrainSettings) -> bool:
 
 def build(settings: PretrainSettings, preprocess: Preprocess, steps: int) -> Pretraining:
     """Return the objective of a run of `steps` optimiser steps, from random weights."""
-    points = REDUCTION_POINTS if settings.depth > max(REDUCTION_POINTS) else ()
-    config = settings.config(classes=0, pooling="cls", reduction_points=points)
+    config = settings.config(classes=0, pooling="cls")
     model = VisionTransformer(config)
     ema = settings.ema if settings.ema is not None else momentum(steps)
     start = Start(model, preprocess, settings, ema)

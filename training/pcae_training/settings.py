@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.tokens import reduction_points
 from pcae_training.checkpoint import find_checkpoint
 from pcae_training.data_settings import DataSettings
 from pcae_training.model import ViTConfig
@@ -164,6 +165,7 @@ class RunSettings(DataSettings):
 
     def config(self, classes: int, **changes: Any) -> ViTConfig:
         """Return the configuration of a new model with these sizes."""
+        changes.setdefault("reduction_points", reduction_points(self.depth))
         return ViTConfig(
             image_size=self.image_size or 224,
             patch_size=self.patch_size or 16,

@@ -1,11 +1,13 @@
 import math
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pcae_serve.bundle.tokens import Geometry, parse_keep_ratio, patches_kept
+from pcae_serve.bundle.tokens import Geometry, parse_keep_ratio, patches_kept, reduction_points
 
 VIT_B = Geometry(patches=196, width=768, depth=12, patch_values=3 * 16**2, classes=1000)
 
@@ -72,3 +74,34 @@ def test_tokens_per_block_counts_a_mean_per_stage_that_dropped_some() -> None:
 def test_counts_that_cannot_be_are_refused(counts: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="token counts"):
         VIT_B.macs(counts)
+
+
+@pytest.mark.parametrize(
+    ("depth", "points"),
+    [(24, (1, 15, 21)), (12, (0, 7, 10)), (11, (0, 6, 9)), (6, (0, 3, 5)), (40, (2, 26, 36)),
+     (3, (0, 1, 2)), (2, ()), (1, ())],
+)  # fmt: skip
+def test_reduction_points_lie_at_the_same_relative_depth(
+    depth: int, points: tuple[int, ...]
+) -> None:
+    assert reduction_points(depth) == points
+
+
+def test_merging_appends_nothing_and_costs_two_products() -> None:
+    merged, counts = replace(VIT_B, reduction="merged"), (117, 70, 42)
+    assert merged.tokens_per_block(counts) == (197, *[118] * 7, *[71] * 3, 43)
+    blocks = sum(12 * n * 768**2 + 2 * n * n * 768 for n in merged.tokens_per_block(counts))
+    stages = 2 * 768 * (196 * 117 + 117 * 70 + 70 * 42)
+    assert merged.macs(counts) == 196 * 768 * 768 + blocks + stages + 768 * 1000
+
+
+def test_ranking_by_attention_computes_it_again() -> None:
+    counts = (117, 70, 70)  # the last stage drops nothing
+    more = replace(VIT_B, reduction="attention").macs(counts) - VIT_B.macs(counts)
+    assert more == sum(3 * n * 768**2 + n * n * 768 for n in (197, 119))
+
+
+@pytest.mark.parametrize("reduction", ["merged", "attention", "weighted", "random"])
+def test_all_rules_cost_the_same_without_reduction(reduction: Any) -> None:
+    counts = (196, 196, 196)
+    assert replace(VIT_B, reduction=reduction).macs(counts) == VIT_B.macs(counts)

@@ -39,7 +39,7 @@ def load_checkpoint(
     heads: number of attention heads, for files that do not state it; default: config.json's, else
     the published models' for that width. weights: which to take if a file has raw and averaged
     ones; default: the averaged. Without config.json, pooling is "mean" if the file has an
-    `fc_norm`, else "cls". Reduction points are the paper's, or none if the model is too shallow.
+    `fc_norm`, else "cls". Reduction points are the paper's, at the same relative depth.
     Raise CheckpointError with a one-line message that names the file.
     """
     source = detect_format(path)

@@ -24,6 +24,7 @@ class LoadedCheckpoint:
     antialias: bool = False  # whether its model family antialiases when the position grid shrinks
     training: dict[str, Any] = field(default_factory=dict)  # how it was trained, if recorded
     reduction_known: bool = False  # `config.reduction` was recorded, rather than a default
+    pooling_known: bool = True  # `config.pooling` is the family's, rather than a guess
     multi_label: bool | None = False  # labels are independent; None if the checkpoint does not say
     head_problem: str | None = None  # why `config` has no classes although it should have some
     notes: list[str] = field(default_factory=list)  # what was chosen among several, for the user

@@ -38,6 +38,7 @@ def read_own(source: Source, choices: Choices) -> LoadedCheckpoint:
         antialias=config.registers > 0,
         training=stored.training,
         reduction_known=True,
+        pooling_known=config.classes > 0,
         multi_label=stored.multi_label,
     )
 
@@ -58,8 +59,8 @@ def read_hugging_face(source: Source, choices: Choices) -> LoadedCheckpoint:
             f"its architecture is {described.architecture}, but its weights have no head; give"
             " --features to use it without"
         )
-    processor = _read_processor(source, source.config["model_type"])
-    loaded.preprocess = processor
+    loaded.pooling_known = bool(hugging_face.FAMILIES[source.config["model_type"]].with_head)
+    loaded.preprocess = _read_processor(source, source.config["model_type"])
     return loaded
 
 
@@ -85,6 +86,7 @@ def read_timm(source: Source, choices: Choices) -> LoadedCheckpoint:
 def read_bare(source: Source, choices: Choices) -> LoadedCheckpoint:
     """Read a state dict without config.json; Hugging Face's tensor names are accepted too."""
     loaded = _read(source, choices)
+    loaded.pooling_known = loaded.config.classes > 0  # MAE and DINO name their tensors alike
     loaded.multi_label = False if loaded.config.classes != 1 else None
     loaded.preprocess = _read_processor(source)
     return loaded

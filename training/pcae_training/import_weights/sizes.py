@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pcae_serve.bundle.tokens import REDUCTION_POINTS, Pooling
+from pcae_serve.bundle.tokens import Pooling, reduction_points
 from pcae_training.model import VisionTransformer, ViTConfig
 
 #: Heads of published models that do not have 64 channels per head: SO400M, ViT-H, -g and -G.
@@ -54,7 +54,7 @@ def infer_config(
         classes=require_tensor(weights, "head.weight", 2).shape[0] if has_head else 0,
         pooling=pooling or _implied_pooling(weights, width),
         norm_eps=norm_eps,
-        reduction_points=REDUCTION_POINTS if depth > max(REDUCTION_POINTS) else (),
+        reduction_points=reduction_points(depth),
         qkv_bias="blocks.0.attn.qkv.bias" in weights,
         layer_scale="blocks.0.ls1.gamma" in weights,
         distilled=distilled,
