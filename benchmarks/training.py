@@ -50,7 +50,9 @@ class Case:
             self.labels = torch.zeros(settings.batch_size, dtype=torch.int64, device=self.device)
         draws = SampleRng(settings.seed, self.steps, settings.batch_size)
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, settings.dtype, enabled=settings.precision != "fp32"):
+        with torch.autocast(
+            self.device.type, settings.dtype, enabled=settings.dtype != torch.float32
+        ):
             loss = self.objective(self.pixels, self.labels, draws, 1.0)  # after the ramp
         loss.backward()
         self.optimizer.step()

@@ -39,7 +39,7 @@ def measure_step(
     def step(images: int) -> float:
         began = time.monotonic()
         rng = SampleRng(settings.seed, 0, images)
-        with torch.autocast(device.type, settings.dtype, enabled=settings.precision != "fp32"):
+        with torch.autocast(device.type, settings.dtype, enabled=settings.dtype != torch.float32):
             loss = objective(pixels[:images], labels[:images], rng, 1.0)
         loss.backward()
         wait_for(device)

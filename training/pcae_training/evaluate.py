@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -25,8 +25,14 @@ from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
 from pcae_training.data_settings import DataSettings
 from pcae_training.import_weights import WeightsChoice, load_checkpoint
-from pcae_training.inventory import print_inventory
+from pcae_training.inventory import print_inventory, print_lines
 from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.number_format import (
+    PRECISION_HELP,
+    Precision,
+    choose_dtype,
+    describe_slow,
+)
 from pcae_training.output import check_writable, write_whole
 from pcae_training.progress import Progress
 from pcae_training.sample_rng import generator
@@ -142,9 +148,7 @@ class EvaluateSettings(DataSettings):
     )
     batch_size: int = Field(250, ge=1, description="images per batch")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16 uses autocast; weights stay float32"
-    )
+    precision: Precision = Field("fp32", description=PRECISION_HELP)
     threads: int = Field(0, ge=0, description="CPU threads; 0 = torch's default")
     workers: int = Field(
         0, ge=0, description="loader processes, for data that do not fit into memory"
@@ -152,7 +156,8 @@ class EvaluateSettings(DataSettings):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        """The number format of the arithmetic on this device."""
+        return choose_dtype(self.precision, self.device)
 
 
 @dataclass(frozen=True)
@@ -248,6 +253,8 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    if slow := describe_slow(settings.precision, settings.device):
+        print_lines(slow)
     checkpoint = open_checkpoint(settings.checkpoint, settings.weights)
     if checkpoint.multi_label:
         raise PcaeError(

@@ -132,7 +132,8 @@ def describe(plan: Plan, objective: Any, budgets: tuple[float, ...] = ()) -> Ite
     yield (
         f"           {plan.world.size} process{'es' if plan.world.size > 1 else ''} on"
         f" {plan.world.device}, {settings.accumulate} micro-batch"
-        f"{'es' if settings.accumulate > 1 else ''} per step, {settings.precision},"
+        f"{'es' if settings.accumulate > 1 else ''} per step,"
+        f" {str(settings.dtype).removeprefix('torch.')},"
         f" {torch.get_num_threads()} threads"
     )
     yield (

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -13,6 +13,7 @@ from pcae_serve.bundle.tokens import reduction_points
 from pcae_training.checkpoint import find_checkpoint
 from pcae_training.data_settings import DataSettings
 from pcae_training.model import ViTConfig
+from pcae_training.number_format import PRECISION_HELP, Precision, choose_dtype
 
 #: Settings of where and how a run is computed, which do not change its result: a resumed run may
 #: have other values.
@@ -120,9 +121,7 @@ class RunSettings(DataSettings):
         description="random seed of weights, order, crops, masks, budgets and hold-out",
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16 uses autocast; weights stay float32"
-    )
+    precision: Precision = Field("fp32", description=PRECISION_HELP)
     compile: bool = Field(False, description="compile the blocks with torch.compile")
     threads: int = Field(0, ge=0, description="CPU threads; 0 = torch's default")
     workers: int = Field(
@@ -198,4 +197,5 @@ class RunSettings(DataSettings):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        """The number format of the arithmetic on this device."""
+        return choose_dtype(self.precision, self.device)

@@ -33,9 +33,10 @@ from pcae_training.checkpoint import Checkpoint
 from pcae_training.columns import DataChoice
 from pcae_training.data import LabelledImages, TrainingData, load
 from pcae_training.estimate import TIME_LIMIT_S, TIMED_STEPS, describe_time, measure_step, wait_for
-from pcae_training.inventory import Inventory
+from pcae_training.inventory import Inventory, print_lines
 from pcae_training.journal import Journal
 from pcae_training.model import Block, VisionTransformer
+from pcae_training.number_format import describe_slow
 from pcae_training.plan import Plan
 from pcae_training.sample_rng import SampleRng
 from pcae_training.schedule import cosine
@@ -123,6 +124,8 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last step. Return False if a signal stopped the run before."""
         settings, plan = self.settings, self.plan
+        if slow := describe_slow(settings.precision, settings.device):
+            print_lines(slow)
         if settings.compile:
             for block in (m for m in self.objective.modules() if isinstance(m, Block)):
                 block.compile()
@@ -262,7 +265,7 @@ class Trainer:
             alone = self.world.size > 1 and not last  # gradients are reduced once, with the last
             with learner.no_sync() if alone else nullcontext():
                 with torch.autocast(
-                    self.world.device.type, settings.dtype, enabled=settings.precision != "fp32"
+                    self.world.device.type, settings.dtype, settings.dtype != torch.float32
                 ):
                     loss = learner(pixels, labels, rng, progress)
                 (loss / len(parts)).backward()
