@@ -354,7 +354,7 @@ def test_sizes_fit_a_small_data_set_by_default(
     settings: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = settings(epochs=1, holdout=None)
-    _, images, holdout, _ = prepare(run)
+    _, images, holdout, *_ = prepare(run)
     assert (len(images), len(holdout)) == (32, 8)
     assert holdout.labels.tolist().count(0) == 4
     printed = capsys.readouterr().err
@@ -377,7 +377,7 @@ def test_classes_of_other_evaluation_images_are_matched_by_name(
     for file in (Path(settings().data) / "train" / "dark").iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     (tmp_path / "other" / "bright").mkdir()
-    _, images, holdout, _ = prepare(settings(eval_data=str(tmp_path / "other")))
+    _, images, holdout, *_ = prepare(settings(eval_data=str(tmp_path / "other")))
     assert "images of --data that are also in another split: 20, such as" in capsys.readouterr().err
     assert images.classes == holdout.classes == ["bright", "dark"]
     assert set(holdout.labels.tolist()) == {1}

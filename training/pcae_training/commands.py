@@ -11,6 +11,7 @@ from pcae_training.evaluate import EvaluateSettings, run_evaluation
 from pcae_training.finetune import finetune
 from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.pretrain import PretrainSettings, pretrain
+from pcae_training.probe import ProbeSettings, run_probe
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import STOPPED
 from pcae_training.visualize import VisualizeSettings, visualize
@@ -81,6 +82,18 @@ class Evaluate(EvaluateSettings):
             )
 
 
+class Probe(ProbeSettings):
+    __doc__ = ProbeSettings.__doc__
+
+    def cli_cmd(self) -> None:
+        print(run_probe(self))
+        _print_next(
+            "train a classifier on the frozen features with",
+            *("pcae-train", "finetune", "--data", self.data, *self.data_flags),
+            *("--init", str(self.checkpoint), "--freeze", "--out", "runs/frozen"),
+        )
+
+
 class Visualize(VisualizeSettings):
     __doc__ = VisualizeSettings.__doc__
 
@@ -97,6 +110,7 @@ class Train(BaseSettings):
     pretrain: CliSubCommand[Pretrain]
     finetune: CliSubCommand[Finetune]
     evaluate: CliSubCommand[Evaluate]
+    probe: CliSubCommand[Probe]
     visualize: CliSubCommand[Visualize]
 
     def cli_cmd(self) -> None:

@@ -24,7 +24,7 @@ from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
 from pcae_training.data_settings import DataSettings
-from pcae_training.import_weights import WeightsChoice, load_checkpoint
+from pcae_training.import_weights import WeightsChoice, build_checkpoint, load_checkpoint
 from pcae_training.inventory import print_inventory, print_lines
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.number_format import (
@@ -296,7 +296,7 @@ def open_checkpoint(path: Path, weights: WeightsChoice | None) -> Checkpoint:
     found = load_checkpoint(path, weights=weights)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
-    return found.build(path)
+    return build_checkpoint(found, path)
 
 
 def describe_precision(model: VisionTransformer, precision: torch.dtype) -> str:

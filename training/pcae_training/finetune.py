@@ -5,7 +5,7 @@ between. All are trained on the labels, the smaller ones also on the largest one
 sandwich rule and in-place distillation of slimmable networks, arXiv 1903.05134).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,8 +42,12 @@ class Finetuning(nn.Module):
         settings: FinetuneSettings,
         holdout: LabelledImages,
         teachers: Teachers | None = None,
+        new: Collection[str] = (),
     ) -> None:
-        """start: the model to train. holdout: the images to evaluate on."""
+        """start: the model to train. holdout: the images to evaluate on.
+
+        new: names of the parameters that --init does not provide, which are never frozen.
+        """
         super().__init__()
         self.model, self.start, self.settings = start.model, start, settings
         self.holdout, self.teachers = holdout, teachers
@@ -51,6 +55,9 @@ class Finetuning(nn.Module):
         self.average: WeightAverage | None = None
         if settings.weight_ema:
             self.average = WeightAverage(self.model, settings.weight_ema)
+        self.frozen = self._find_frozen(new) if settings.frozen_share else []
+        if settings.freeze:
+            self._set_frozen(progress=0.0)
         self.final: dict[str, dict[str, float]] = {}  # by keep ratio: top1 and n
         self.selected: int | None = None  # the epoch whose weights were chosen
         self.augment = Augmentation(
@@ -79,9 +86,15 @@ class Finetuning(nn.Module):
         """The prefix, in the state dict, of what the checkpoint holds."""
         return "model." if self.average is None else "average.module."
 
+    @property
+    def has_unused(self) -> bool:
+        """Whether a step may leave parameters without a gradient."""
+        return self.settings.freeze_first > 0
+
     def forward(self, pixels: Tensor, labels: Tensor, rng: SampleRng, progress: float) -> Tensor:
         """Return the mean loss of uint8 pixels [b, 3, S, S] and labels [b], over the budgets."""
         config, device, settings = self.model.config, pixels.device, self.settings
+        self._set_frozen(progress)
         with torch.no_grad():
             images = self.augment(pixels.float() / 255, rng)
             images = self.augment.erase_rectangles(
@@ -108,6 +121,18 @@ class Finetuning(nn.Module):
             losses.append(self.weights.get(keep_ratio, 1.0) * loss)
         return torch.stack(losses).mean()
 
+    def _find_frozen(self, new: Collection[str]) -> list[nn.Parameter]:
+        """Return the parameters that --init provides, without the head."""
+        parameters = dict(self.model.named_parameters())
+        trained = [name for name in parameters if name in new or name.startswith("head")]
+        return [value for name, value in parameters.items() if name not in trained]
+
+    def _set_frozen(self, progress: float) -> None:
+        """Freeze or release the weights of --init; the same at any progress of a resumed run."""
+        trained = progress >= self.settings.frozen_share
+        for parameter in self.frozen:
+            parameter.requires_grad_(trained and not self.settings.freeze)
+
     @torch.no_grad()
     def _learn_from_average(
         self, images: Tensor, ratios: list[float], noise: Tensor | None
@@ -123,11 +148,13 @@ class Finetuning(nn.Module):
     def macs(self, progress: float) -> float:
         """Return the expected multiply-adds of a training step for one image.
 
-        Forward and backward count as three forward passes. Teachers are not counted.
+        Forward and backward count as three forward passes, of frozen weights as one. Teachers are
+        not counted.
         """
         geometry, settings = self.model.config.geometry, self.settings
         costs = {k: float(geometry.macs(geometry.counts(k))) for k in settings.ramp}
-        macs = 3 * self.budgets.macs(costs, progress)
+        passes = 1 if progress < settings.frozen_share else 3
+        macs = passes * self.budgets.macs(costs, progress)
         if settings.distil and settings.distil_from == "average":
             allowed = self.budgets.allowed(progress)
             odds = dict(zip(allowed, self.budgets.odds(allowed), strict=True))
@@ -187,12 +214,12 @@ def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with join(settings.device) as world:
-        start, data, holdout, held_out = prepare(settings, report=world.main)
+        start, data, holdout, held_out, new = prepare(settings, report=world.main)
         if (note := fit_batch_size(settings, world, len(data))) is not None:
             print_lines(note)
         try:
             teachers = load_teachers(settings.teacher, start.labels, start.preprocess, world.device)
-            objective = Finetuning(start, settings, holdout, teachers).to(world.device)
+            objective = Finetuning(start, settings, holdout, teachers, new).to(world.device)
         except ValueError as error:  # flags that only fit larger images
             raise PcaeError(one_line(error)) from None
         decay = settings.layer_decay or (0.65 if settings.init else 1.0)

@@ -10,12 +10,10 @@ from pydantic_settings import NoDecode
 from pcae_serve.bundle.tokens import Rule
 from pcae_training.budget_choice import BudgetChoice
 from pcae_training.evaluate import read_ratios
+from pcae_training.holdout_settings import HoldoutSettings
 from pcae_training.import_weights import WeightsChoice
 from pcae_training.schedule import keep_ratio_ramp
 from pcae_training.settings import RunSettings
-
-#: Images held out by default, of large data sets.
-DEFAULT_HOLDOUT = 5000
 
 
 def _read_paths(value: object) -> object:
@@ -36,42 +34,13 @@ def _read_points(value: object) -> object:
     return tuple(value.strip("[]()").split(",")) if isinstance(value, str) else value
 
 
-def _read_holdout(value: object) -> object:
-    """Return a count or a share. Raise ValueError if it is neither."""
-    if value is None:
-        return None
-    try:
-        number = float(str(value))
-    except ValueError:
-        raise ValueError(f"must be a number of images or a share below 1, not {value!r}") from None
-    if 0 < number < 1:
-        return number
-    if number >= 1 and number == int(number):
-        return int(number)
-    raise ValueError(f"must be a number of images or a share below 1, not {value}")
-
-
-def _read_fold(value: object) -> object:
-    """Parse I/K. Raise ValueError unless 1 <= I <= K and K >= 2."""
-    if value is None:
-        return None
-    parts = value.split("/") if isinstance(value, str) else value
-    try:
-        fold, folds = map(int, parts)  # type: ignore[call-overload]
-    except (TypeError, ValueError):
-        raise ValueError(f"must be I/K, such as 1/5, not {value!r}") from None
-    if not 1 <= fold <= folds or folds < 2:
-        raise ValueError(f"must be I/K with I from 1 to K, and K at least 2, not {value!r}")
-    return fold, folds
-
-
 #: Numbers by keep ratio, as pairs.
 RatioValues = Annotated[
     tuple[tuple[float, Annotated[float, Field(ge=0)]], ...], NoDecode, BeforeValidator(_read_pairs)
 ]
 
 
-class FinetuneSettings(RunSettings):
+class FinetuneSettings(HoldoutSettings, RunSettings):
     """Fine-tune on labelled images, for one keep ratio or for all budgets.
 
     The defaults are MAE's recipe and the paper's ramp.
@@ -79,7 +48,7 @@ class FinetuneSettings(RunSettings):
 
     flag_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **RunSettings.flag_groups,
-        "run": ("init", "weights", *RunSettings.flag_groups["run"]),
+        "run": ("init", "weights", "freeze", "freeze_first", *RunSettings.flag_groups["run"]),
         "evaluation": (
             "eval_data", "eval_split", "holdout", "group", "fold", "select", "patience",
         ),
@@ -101,6 +70,14 @@ class FinetuneSettings(RunSettings):
         description="weights to start from: a run or checkpoint of pcae-train, a Hugging Face or"
         " timm folder, a .pth or .safetensors file",
     )
+    freeze: bool = Field(
+        False,
+        description="train only what --init does not provide, such as a new head; the rest stays as"
+        " it is",
+    )
+    freeze_first: float = Field(
+        0.0, ge=0, le=1, description="share of the run before which everything else stays frozen"
+    )
     weights: WeightsChoice | None = Field(
         None,
         description="which weights to take from an --init with raw and averaged ones; default: the"
@@ -109,26 +86,6 @@ class FinetuneSettings(RunSettings):
     pooling: Literal["mean", "cls"] | None = Field(
         None,
         description="input of the head: mean of the patches or CLS; default: mean, or as --init",
-    )
-    eval_data: str | None = Field(
-        None, description="evaluate on these images instead of images held out of --data"
-    )
-    eval_split: str = Field("validation", description="split of --eval-data")
-    holdout: Annotated[int | float | None, BeforeValidator(_read_holdout)] = Field(
-        None,
-        description="training images held out for evaluation, from each class by its share: a"
-        " number, or a share below 1; default: those that the run of --init held out, else"
-        f" {DEFAULT_HOLDOUT:,}, or a fifth of the images if that is less",
-    )
-    group: str | None = Field(
-        None,
-        description="hold out whole groups, such as all images of a person: a column of a table, or"
-        " folder for CLASS/GROUP/FILE",
-    )
-    fold: Annotated[tuple[int, int] | None, NoDecode, BeforeValidator(_read_fold)] = Field(
-        None,
-        description="hold out part I of K equal parts instead, written I/K; a run for each I is"
-        " K-fold cross-validation",
     )
     select: Literal["last", "best"] = Field(
         "last",
@@ -255,18 +212,16 @@ class FinetuneSettings(RunSettings):
         elif fixed := self.model_fields_set & {"width", "depth"}:
             flags = ", ".join(f"--{name}" for name in sorted(fixed))
             raise ValueError(f"--init determines the model's sizes; omit {flags}")
-        held = {"holdout": self.holdout, "group": self.group, "fold": self.fold}
-        given = [f"--{name}" for name, value in held.items() if value is not None]
-        if given and self.eval_data is not None:
-            raise ValueError(f"--eval-data replaces the hold-out; omit {', '.join(given)}")
-        if self.holdout is not None and self.fold is not None:
-            raise ValueError("--fold determines how many images are held out; omit --holdout")
         if self.stream and self.eval_data is None:
             raise ValueError("--stream cannot hold images out; give --eval-data")
         return self
 
     @model_validator(mode="after")
     def _check_learning(self) -> Self:
+        if (self.freeze or self.freeze_first) and self.init is None:
+            raise ValueError("--freeze keeps the weights of --init, which is missing")
+        if self.freeze and self.freeze_first:
+            raise ValueError("--freeze holds for the whole run; omit --freeze-first")
         if self.patience is not None and "select" not in self.model_fields_set:
             self.select = "best"
         if self.patience is not None and self.select != "best":
@@ -299,6 +254,11 @@ class FinetuneSettings(RunSettings):
         if self.keep is not None:
             return keep_ratio_ramp(self.keep)
         return self.budgets if self.budgets[0] == 1.0 else (1.0, *self.budgets)
+
+    @property
+    def frozen_share(self) -> float:
+        """The share of the run in which the weights of --init stay as they are."""
+        return 1.0 if self.freeze else self.freeze_first
 
     @property
     def budget_choice(self) -> BudgetChoice:

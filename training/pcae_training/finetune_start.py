@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import reduction_points
@@ -13,11 +13,11 @@ from pcae_training import heldout_record
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, TrainingData, load
 from pcae_training.duplicates import find_duplicates
-from pcae_training.finetune_settings import DEFAULT_HOLDOUT, FinetuneSettings
+from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.heldout_record import HeldOut
-from pcae_training.holdout import Split, default_holdout, hold_out, hold_out_fold
+from pcae_training.holdout_settings import divide
 from pcae_training.import_weights import LoadedCheckpoint, initialise, load_checkpoint
-from pcae_training.inventory import list_classes, print_inventory, print_lines
+from pcae_training.inventory import print_inventory, print_lines
 from pcae_training.model import VisionTransformer
 from pcae_training.trainer import training_data
 
@@ -32,6 +32,7 @@ class Start(NamedTuple):
     images: TrainingData
     holdout: LabelledImages  # to evaluate on
     held_out: HeldOut  # the record of `holdout`
+    new: frozenset[str]  # names of the parameters that --init does not provide
 
 
 def prepare(settings: FinetuneSettings, report: bool = True) -> Start:
@@ -65,53 +66,17 @@ def prepare(settings: FinetuneSettings, report: bool = True) -> Start:
     else:
         labelled = load_labelled(settings, source)
         print_inventory(labelled.inventory)
-        split = _divide(settings, labelled, before)
+        split = divide(settings, labelled, settings.seed, before, str(settings.init))
         images = labelled.subset(split.train)
         holdout = labelled.decoded_by(preprocess).subset(split.holdout)
     chosen = settings.eval_data or settings.holdout or settings.fold
     if before is not None and chosen and isinstance(images, LabelledImages):
         _report_seen(settings, before, images)
-    model = _build_model(settings, found, images.classes, preprocess.image_size, report)
+    model, new = _build_model(settings, found, images.classes, preprocess.image_size, report)
     training = {} if found is None else found.training
     checkpoint = Checkpoint(model, preprocess, images.classes, training)
     held_out = heldout_record.record(holdout, range(len(holdout)))
-    return Start(checkpoint, images, holdout.readable(), held_out)
-
-
-def _divide(settings: FinetuneSettings, images: LabelledImages, before: HeldOut | None) -> Split:
-    """Divide the images into those to train and those to evaluate on.
-
-    before: what the run of --init held out.
-    """
-    groups = None if settings.group is None else images.groups(settings.group)
-    labels, name, seed = images.labels, images.name, settings.seed
-    if settings.fold is not None:
-        split = hold_out_fold(labels, *settings.fold, name, seed, groups)
-        why = f"fold {settings.fold[0]} of {settings.fold[1]}"
-    elif settings.holdout is None and before is not None and (same := before.find(images)):
-        held = set(same)
-        split = Split([row for row in range(len(images)) if row not in held], same)
-        why = f"those that {settings.init} held out"
-    else:
-        count = _count(settings.holdout, labels)
-        split = hold_out(labels, count, name, seed, groups)
-        why = "--holdout"
-    print_lines(f"held out: {len(split.holdout):,} of {len(images):,} images ({why})")
-    if split.unmeasured:
-        what = "image" if groups is None else "group"
-        single = [images.classes[label] for label in split.unmeasured]
-        print_lines(
-            f"  note: the only {what} of {list_classes(single)} stays in training, so"
-            f" {'they are' if len(single) > 1 else 'it is'} not measured"
-        )
-    return split
-
-
-def _count(holdout: float | None, labels: Tensor) -> int:
-    """Return how many images to hold out, from the flag: a count, a share or none."""
-    if holdout is None:
-        return default_holdout(labels, DEFAULT_HOLDOUT)
-    return max(1, round(holdout * len(labels))) if holdout < 1 else int(holdout)
+    return Start(checkpoint, images, holdout.readable(), held_out, new)
 
 
 def _report_seen(settings: FinetuneSettings, before: HeldOut, images: LabelledImages) -> None:
@@ -156,15 +121,16 @@ def _build_model(
     labels: list[str],
     image_size: int,
     report: bool,
-) -> VisionTransformer:
-    """Build the model and load the weights of --init that fit it."""
+) -> tuple[VisionTransformer, frozenset[str]]:
+    """Build the model, load the weights of --init that fit, and return the names of all others."""
     classes = len(labels)
     if found is None:
         changes: dict[str, Any] = {"pooling": settings.pooling or "mean"}
         changes["reduction"] = settings.reduction or "ptr"
         if settings.reduction_points is not None:
             changes["reduction_points"] = settings.reduction_points
-        return VisionTransformer(settings.config(classes, **changes))
+        model = VisionTransformer(settings.config(classes, **changes))
+        return model, frozenset(name for name, _ in model.named_parameters())
     pooling = settings.pooling or (found.config.pooling if found.pooling_known else "mean")
     if found.labels is not None and found.labels != labels:
         dropped = found.drop_head()
@@ -207,7 +173,7 @@ def _build_model(
         for what, names in (("newly initialised", fitted.missing), ("not used", unused)):
             if names:
                 print(f"  {what}: {_shorten(names)}", file=sys.stderr)
-    return model
+    return model, frozenset(fitted.missing)
 
 
 def _hint(found: LoadedCheckpoint, pooling: str) -> str:

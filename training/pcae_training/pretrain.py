@@ -313,6 +313,11 @@ class Pretraining(nn.Module):
         """The prefix, in the state dict, of what the checkpoint holds."""
         return "model."
 
+    @property
+    def has_unused(self) -> bool:
+        """Whether a step may leave parameters without a gradient."""
+        return False
+
     def checkpoint(self) -> Checkpoint:
         """Return the encoder, without a head."""
         training = {"method": self.settings.method}

@@ -63,6 +63,11 @@ class Objective(Protocol):
         """The prefix, in the state dict, of the weights that the checkpoint holds."""
         ...
 
+    @property
+    def has_unused(self) -> bool:
+        """Whether a step may leave parameters without a gradient."""
+        ...
+
     def __call__(self, pixels: Tensor, labels: Tensor, rng: SampleRng, progress: float) -> Tensor:
         """Return the mean loss of a micro-batch: pixels uint8 [b, 3, S, S], labels int64 [b]."""
         ...
@@ -131,7 +136,9 @@ class Trainer:
                 block.compile()
         learner = self.objective
         if self.world.size > 1:
-            learner = DistributedDataParallel(self.objective, find_unused_parameters=False)
+            learner = DistributedDataParallel(
+                self.objective, find_unused_parameters=self.objective.has_unused
+            )
         with self._lock(), self._signals(), self._compiling():
             if settings.resume:
                 self._resume()

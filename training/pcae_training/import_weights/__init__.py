@@ -8,13 +8,14 @@ takes the state dict out of the file (`tensors`), renames it (`rename`) and deri
 sizes from the tensors' shapes (`sizes`); what shapes do not determine (heads, epsilon, pooling,
 labels) comes from config.json (`hugging_face`, `timm`). A tensor or field that would change an
 answer is never skipped: the checkpoint is refused. `initialise` loads the weights into a model,
-resized if necessary (`resize`).
+resized if necessary (`resize`); `build_checkpoint` returns it as it is.
 """
 
 from pathlib import Path
 
 from pcae_serve.errors import one_line
 from pcae_training.checkpoint import CheckpointError
+from pcae_training.import_weights.build import build_checkpoint
 from pcae_training.import_weights.detect import detect_format
 from pcae_training.import_weights.loaded import LoadedCheckpoint
 from pcae_training.import_weights.readers import READERS, Choices
@@ -25,6 +26,7 @@ __all__ = [
     "FittedWeights",
     "LoadedCheckpoint",
     "WeightsChoice",
+    "build_checkpoint",
     "fit_weights",
     "initialise",
     "load_checkpoint",

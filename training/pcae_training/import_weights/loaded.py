@@ -4,12 +4,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_training.checkpoint import Checkpoint, CheckpointError
-from pcae_training.model import VisionTransformer, ViTConfig
+from pcae_training.checkpoint import CheckpointError
+from pcae_training.model import ViTConfig
 
 
 @dataclass
@@ -52,25 +51,3 @@ class LoadedCheckpoint:
                 " it with --answers labels if its sigmoid is the probability of a label (regression"
                 " is not supported)"
             )
-
-    def build(self, path: Path) -> Checkpoint:
-        """Build the model (float32, evaluation mode), with `labels` empty if unknown.
-
-        Raise CheckpointError, naming `path`, if the preprocessing is unknown or the head unusable.
-        """
-        self.check_classes(path)
-        if self.preprocess is None:
-            raise CheckpointError(
-                f"{path} does not specify how images are preprocessed; place a"
-                " preprocessor_config.json next to the weights"
-            )
-        with torch.device("meta"):  # nothing is initialised: every tensor comes from the weights
-            model = VisionTransformer(self.config)
-        model.load_state_dict(self.weights, assign=True)
-        return Checkpoint(
-            model.eval(),
-            self.preprocess,
-            self.labels or [],
-            self.training,
-            multi_label=bool(self.multi_label),
-        )
