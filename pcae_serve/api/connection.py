@@ -46,17 +46,24 @@ class Connection(HttpToolsProtocol):
     """A connection with a timeout for each phase: an idle connection holds a file descriptor."""
 
     def __init__(
-        self, *args: Any, limit: ConnectionLimit, access_log: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        limit: ConnectionLimit,
+        max_body_bytes: int,
+        access_log: bool = True,
+        **kwargs: Any,
     ) -> None:
         """Take uvicorn's arguments, and those that `functools.partial` adds.
 
-        access_log: log requests that are refused before the application sees them.
+        max_body_bytes: of any route. access_log: log requests that are refused before the
+        application sees them.
         """
         super().__init__(*args, **kwargs)
         self._limit, self._logs_access = limit, access_log
         self.url = b""
         self.body_error: RequestError | None = None  # why the current body cannot be read
-        self._framing = Framing()
+        self._max_body_bytes = max_body_bytes
+        self._framing = Framing(max_body_bytes)
         self._unparsed = b""
         self._upgraded = False  # the parser only reads a body, see `_read_body_after_upgrade`
         self._last = False  # the client has announced that this is its last request
@@ -150,7 +157,7 @@ class Connection(HttpToolsProtocol):
 
     def _await_request(self) -> None:
         """Expect the head of the next request."""
-        self._framing = Framing()
+        self._framing = Framing(self._max_body_bytes)
         if self._upgraded:
             self.parser, self._upgraded = httptools.HttpRequestParser(self), False
         self._limit.set_idle(self)

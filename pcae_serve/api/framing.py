@@ -2,7 +2,8 @@
 
     HEAD        request line and headers, up to an empty line
     LENGTH      a body of Content-Length bytes
-    CHUNKED     a body in chunks, up to an empty line
+    CHUNKED     a body in chunks, up to the line of the last one, whose size is 0
+    TRAILERS    what follows it, up to an empty line
     COMPLETE    nothing more belongs to this request
 
 llhttp parses the bytes, but has no limits, and reads on into the next request without reporting
@@ -13,7 +14,13 @@ import re
 from collections.abc import Sequence
 from enum import Enum
 
-from pcae_serve.errors import HeadersTooLarge, MalformedHttp, TargetTooLong, TooMuchFraming
+from pcae_serve.errors import (
+    HeadersTooLarge,
+    MalformedHttp,
+    TargetTooLong,
+    TooLarge,
+    TooMuchFraming,
+)
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -32,7 +39,13 @@ MIN_CHUNK_BYTES = 64
 FREE_FRAMING_BYTES = 16_384
 PAYLOAD_BYTES_PER_FRAMING_BYTE = 4
 
+#: Chunks that are parsed at a time, before they are counted.
+CHUNKS_PER_PIECE = 256
+
 _EMPTY_LINE = b"\r\n\r\n"
+_SIZE = re.compile(rb"[0-9A-Fa-f]+")
+#: A size that does not fit into 64 bits.
+_TOO_MUCH = 1 << 64
 #: Host: a name, an IPv4 address or an IPv6 address in brackets, and a port; it may be empty.
 _HOST = re.compile(rb"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:\d*)?", re.ASCII)
 _TARGET_FORMS = "the request's target must be a path, or an http:// or https:// address"
@@ -42,30 +55,41 @@ class Part(Enum):
     HEAD = "head"
     LENGTH = "length"
     CHUNKED = "chunked"
+    TRAILERS = "trailers"
     COMPLETE = "complete"
 
 
 class Framing:
     """The progress of one request, and its limits."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_body_bytes: int) -> None:
+        """max_body_bytes: limit of the sizes that chunks announce, together."""
+        self._max_body_bytes = max_body_bytes
         self.part = Part.HEAD
         self._headers = 0
         self._head_bytes = 0
         self._remaining_bytes = 0  # of a body with Content-Length
-        self._wire_bytes = 0  # of a chunked body, as are the next two
+        self._wire_bytes = 0  # of a chunked body, as is all that follows
         self._payload_bytes = 0
         self._chunks = 0
+        self._size_line = b""  # the start of a chunk's line
+        self._chunk_bytes = 0  # of the current chunk that have not been taken, with its line end
+        self._announced_bytes = 0
         self._last = b""  # the last bytes before those that `take` is given
 
     def take(self, data: bytes, start: int) -> bytes:
         """Return bytes of `data` from `start` on that do not pass the end of the current part.
 
-        Raise HeadersTooLarge if they exceed the limit of a head.
+        Raise HeadersTooLarge if they exceed the limit of a head, and TooLarge or TooMuchFraming if
+        a chunk announces too much.
         """
         if self.part is Part.LENGTH:
             piece = data[start : start + self._remaining_bytes]
             self._remaining_bytes -= len(piece)
+            return piece
+        if self.part is Part.CHUNKED:
+            piece = data[start : self._find_chunks_end(data, start)]
+            self._wire_bytes += len(piece)
             return piece
         known = self._last + data[start:] if self._last else data
         begin = 0 if self._last else start
@@ -81,8 +105,46 @@ class Framing:
                 )
         else:
             self._wire_bytes += len(piece)
-            self._chunks += found >= 0  # an empty line inside a chunk costs as much as a chunk
         return piece
+
+    def _find_chunks_end(self, data: bytes, start: int) -> int:
+        """Return where the chunks in `data` from `start` on end, at most CHUNKS_PER_PIECE of them.
+
+        llhttp accepts chunks of 2^64 bytes, and does not report their size.
+        """
+        at = start
+        for _ in range(CHUNKS_PER_PIECE):
+            step = min(self._chunk_bytes, len(data) - at)
+            at += step
+            self._chunk_bytes -= step
+            if self._chunk_bytes or at == len(data):
+                return at
+            end = data.find(b"\n", at) + 1
+            self._size_line += data[at : end or len(data)]
+            at = end or len(data)
+            if len(self._size_line) > FREE_FRAMING_BYTES:
+                raise TooMuchFraming(
+                    f"the line of a chunk has more than {FREE_FRAMING_BYTES:,} bytes"
+                )
+            if not end:
+                return at
+            digits, self._size_line = self._size_line.partition(b";")[0].strip(), b""
+            if not _SIZE.fullmatch(digits):
+                return at  # the parser refuses it
+            size = int(digits, 16)
+            if size >= _TOO_MUCH:
+                return at  # the parser refuses it
+            self._announced_bytes += size
+            if self._announced_bytes > self._max_body_bytes:
+                raise TooLarge(
+                    f"the body is over the limit of {self._max_body_bytes:,} bytes; send a smaller"
+                    " image"
+                )
+            if size == 0:
+                self.part, self._last = Part.TRAILERS, b"\r\n"
+                return at
+            self._chunk_bytes = size + len(b"\r\n")
+        return at
 
     def begin_body(self, headers: Headers) -> None:
         """Leave the head; `headers` have passed `check_headers` and the parser."""

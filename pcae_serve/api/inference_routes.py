@@ -15,7 +15,7 @@ from pcae_serve.api.auth import require_key
 from pcae_serve.api.body import announced_bytes, read_body, unless_disconnected
 from pcae_serve.api.form import require_plain_body
 from pcae_serve.api.image_requests import body_limit, callers_of
-from pcae_serve.api.parameters import MAX_BUDGET_MS
+from pcae_serve.api.parameters import MAX_BUDGET_MS, require_no_query
 from pcae_serve.api.state import service_of
 from pcae_serve.errors import (
     MalformedRequest,
@@ -216,6 +216,7 @@ async def infer(request: Request) -> Response:
     """Answer one or several images, each on its own tier. One refusal refuses the whole request."""
     arrival_s = proxy_delay.arrival_s(request.scope.get("state", {}))
     require_plain_body(request)
+    require_no_query(request)
     service = service_of(request)
     read = partial(read_body, request, body_limit(service.settings))
     callers = callers_of(request)
@@ -237,6 +238,7 @@ async def infer(request: Request) -> Response:
             service.bundle.output,
             *callers,
         )
+        group.take(len(files))
         answers = await unless_disconnected(request, _answers(group, inference, files))
     response = _response(infer_request, inference, answers)
     server_timing.record_timing(request, response, answers)

@@ -57,6 +57,14 @@ class _Given(NamedTuple):
     value: str
 
 
+def require_no_query(request: Request) -> None:
+    """Raise InvalidParameter if a request has a query that its route does not read."""
+    if (name := next(iter(request.query_params), None)) is not None:
+        raise InvalidParameter(
+            f"unknown query parameter {shown(name)}: this route takes its parameters in the body"
+        )
+
+
 def read(kind: type[P], request: Request, fields: Iterable[tuple[str, str]] = ()) -> P:
     """Return the parameters of a request. `fields`: those of its form, once it has been received.
 

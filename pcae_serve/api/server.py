@@ -25,6 +25,7 @@ from pcae_serve.api.connection import Connection, RaiseBodyErrors
 from pcae_serve.api.connection_limit import AcceptErrors, ConnectionLimit, RefuseSurplus
 from pcae_serve.api.draining import CloseWhileDraining, RefuseCancelled
 from pcae_serve.api.forwarded import ForwardedHeaders
+from pcae_serve.api.image_requests import body_limit
 from pcae_serve.descriptors import connection_capacity
 from pcae_serve.errors import RequestError
 from pcae_serve.observability.logs import RequestId
@@ -49,7 +50,12 @@ class Server(uvicorn.Server):
         self._limit = _connection_limit(settings)
         config = uvicorn.Config(
             self._wrap(app, settings),
-            http=partial(Connection, limit=self._limit, access_log=settings.access_log),  # type: ignore[arg-type]
+            http=partial(  # type: ignore[arg-type]
+                Connection,
+                limit=self._limit,
+                max_body_bytes=body_limit(settings),
+                access_log=settings.access_log,
+            ),
             backlog=self._limit.accepts_per_turn,
             log_config=None,
             proxy_headers=False,  # ForwardedHeaders applies them

@@ -157,13 +157,12 @@ class Manifest(FrozenModel):
         if not isinstance(models, dict):
             return document
         words = {"logits": "classes", "features": "features"}
-        read = {
-            name: model | {"answers": words.get(model.get("answers", "logits"))}
-            if isinstance(model, dict)
-            else model
-            for name, model in models.items()
-        }
-        return document | {"models": read}
+
+        def read(model: Any) -> Any:
+            word = model.get("answers", "logits") if isinstance(model, dict) else None
+            return model | {"answers": words.get(word)} if isinstance(word, str) else model
+
+        return document | {"models": {name: read(model) for name, model in models.items()}}
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:

@@ -11,14 +11,15 @@ class Outcome(StrEnum):
     LATE = "late"  # answered after its deadline
     REJECTED_BUDGET = "rejected_budget"  # no allowed tier fits, even on an idle server
     REJECTED_LOAD = "rejected_load"  # too busy
-    REJECTED_FULL = "rejected_full"  # queue_limit reached
+    REJECTED_FULL = "rejected_full"  # the limit of the queue, of uploads or of memory is reached
     REJECTED_SHARE = "rejected_share"  # too busy, and its caller is over its share
     REJECTED_RATE = "rejected_rate"  # beyond the rate of its API key
+    UPLOAD_FAILED = "upload_failed"  # its client sent the body too slowly
     EXPIRED = "expired"  # its deadline passed before a tier ran
     DROPPED = "dropped"  # removed from the queue by the policy
     CANCELLED = "cancelled"  # its client left
     UNREADABLE = "unreadable"  # not an image, or too large
-    FAILED = "failed"  # engine error
+    FAILED = "failed"  # an engine failed, or memory ran out
     DRAINING = "draining"  # the server was starting or stopping
 
 

@@ -191,7 +191,8 @@ class _Worker:
             return UnreadableImage("the image takes too long to decode; save it again")
         if -code in _FAULTS:
             return UnreadableImage("the image cannot be decoded; save it again")
-        return Refused(refusals.out_of_memory())  # most likely the system killed it
+        # most likely the system killed it, or it could not even start for lack of memory
+        return Refused(refusals.out_of_memory())
 
     def rest(self, limit_s: float, on_limit: Callable[["_Worker"], None]) -> None:
         """Call `on_limit` after `limit_s`, unless it is woken up before."""

@@ -53,7 +53,8 @@ class OfferedRequest:
         """
         self.request, self.scheduled = request, scheduled
         self.result: asyncio.Future[InferenceResult] = asyncio.get_running_loop().create_future()
-        self.outcome = Outcome.CANCELLED  # until it has ended otherwise
+        # until it has ended otherwise; None if it is not counted
+        self.outcome: Outcome | None = Outcome.CANCELLED
         self.arrived = False  # at the scheduler
         self.pixels: NDArray[np.uint8] | None = None  # [H, W, 3], once decoded
         self.decode_s = self.queued_s = 0.0
@@ -104,8 +105,7 @@ class OfferedRequest:
     async def run(self, body: bytes) -> InferenceResult:
         """Have the request admitted, decode the image file, queue it and wait for its result.
 
-        Pass the body without keeping it, so that its memory is free once it is decoded. Raises a
-        RequestError.
+        Raises a RequestError.
         """
         self.raise_if_refused()
         decoders, limit_bytes = self._resources.decoders, self._resources.memory.limit_bytes
@@ -120,7 +120,6 @@ class OfferedRequest:
             if not self._bytes.try_resize(max(self._bytes.held_bytes, self._pixels_bytes)):
                 raise Refused(refusals.memory_full())
         await self._decode(body, cost)
-        del body
         if not self.result.done():
             self._enqueue(self)
         return await self.result
@@ -182,7 +181,6 @@ class OfferedRequest:
                     self._bundle.preprocess, body, cost, self._decoder_ended
                 )
             self._decoding = True
-            del body
             self.pixels = await self._bounded(decode, self.deadline_s, self._expired)
         except RequestError:
             raise
@@ -226,6 +224,6 @@ class OfferedRequest:
         except Refused as refused:
             error, self.outcome = refused.refusal
             raise error from None
-        except RequestError:
-            self.outcome = Outcome.UNREADABLE
+        except RequestError as error:
+            self.outcome = refusals.outcome_of(error)
             raise

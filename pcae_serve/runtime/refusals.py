@@ -1,6 +1,7 @@
 """Why a request is not served: the error that its client receives, and the outcome to count."""
 
 from collections.abc import Iterable
+from math import floor
 from typing import Literal, NamedTuple
 
 from pcae_serve.errors import (
@@ -9,6 +10,7 @@ from pcae_serve.errors import (
     Draining,
     Dropped,
     EngineFailed,
+    InvalidParameter,
     OutOfMemory,
     OutOfService,
     Overloaded,
@@ -32,6 +34,14 @@ SHORT_RETRY_S = 1.0
 class Refusal(NamedTuple):
     error: RequestError
     outcome: Outcome
+
+
+def outcome_of(error: RequestError) -> Outcome | None:
+    """Return the outcome of a request whose body was refused; None if it is not counted.
+
+    Requests with invalid parameters are not, wherever the parameters are.
+    """
+    return None if isinstance(error, InvalidParameter) else Outcome.UNREADABLE
 
 
 class Refused(Exception):
@@ -91,16 +101,24 @@ def rate_limited(rate: float, retry_after_s: float) -> Refusal:
     return Refusal(error, Outcome.REJECTED_RATE)
 
 
+def beyond_burst(rate: float, images: int) -> Refusal:
+    error = TooLarge(
+        f"the request has {images} images, and the rate limit of this API key, {rate:g} images/s,"
+        f" never lets more than {max(1, floor(rate))} come at once; send them in several requests"
+    )
+    return Refusal(error, Outcome.REJECTED_RATE)
+
+
 def upload_timeout(upload_s: float, hint: str = "send it faster") -> Refusal:
     error = UploadTimeout(f"the body did not arrive within {upload_s:g} s; {hint}")
-    return Refusal(error, Outcome.EXPIRED)
+    return Refusal(error, Outcome.UPLOAD_FAILED)
 
 
 def upload_too_slow(min_bytes_s: float) -> Refusal:
     error = UploadTimeout(
         f"the body arrives at less than {min_bytes_s / 1e3:g} kB/s; send it faster"
     )
-    return Refusal(error, Outcome.EXPIRED)
+    return Refusal(error, Outcome.UPLOAD_FAILED)
 
 
 def upload_dropped() -> Refusal:
@@ -109,7 +127,7 @@ def upload_dropped() -> Refusal:
         " retry later",
         retry_after_s=SHORT_RETRY_S,
     )
-    return Refusal(error, Outcome.DROPPED)
+    return Refusal(error, Outcome.UPLOAD_FAILED)
 
 
 def uploads_full(limit: int) -> Refusal:

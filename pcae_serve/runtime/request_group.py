@@ -27,16 +27,20 @@ class RequestGroup:
         self,
         upload_s: float,
         count: Callable[[Outcome], None],
+        take: Callable[[int], Refusal | None],
         resources: Resources,
-        offer: Callable[[InferenceRequest], AbstractContextManager[OfferedRequest]],
+        offer: Callable[..., AbstractContextManager[OfferedRequest]],
     ) -> None:
-        """upload_s: maximum time to receive the body. count: counts the request if it is refused
+        """upload_s: maximum time to receive the body. offer: offers one image.
 
-        as a whole. offer: offers one image.
+        count: counts the request as a whole, if it ends before its images are offered. take: counts
+        the images in the rate of the request's key, or refuses them.
         """
-        self._upload_s, self._record, self._resources = upload_s, count, resources
+        self._take, self._taken = take, False
+        self._upload_s, self._count, self._resources = upload_s, count, resources
         self._offer, self._bytes = offer, resources.memory.reserve()
-        self._counted = False  # the request as a whole, or its images
+        self._refusal: Refusal | None = None  # of the request as a whole
+        self._offered = False  # its images, which are counted instead
 
     async def receive(
         self, read: Callable[[Upload], Awaitable[T]], length: int, copies: int = 1
@@ -58,32 +62,41 @@ class RequestGroup:
             raise self._refused(refusals.upload_timeout(self._upload_s, hint)) from None
         except Refused as refused:
             raise self._refused(refused.refusal) from None
-        except RequestError:
-            self._count(Outcome.UNREADABLE)
-            raise
+
+    def take(self, images: int) -> None:
+        """Count all images in the rate of the request's key at once, before they are offered.
+
+        Raises RateLimited or TooLarge.
+        """
+        if (refusal := self._take(images)) is not None:
+            raise self._refused(refusal)
+        self._taken = True
 
     def offer(self, request: InferenceRequest) -> AbstractContextManager[OfferedRequest]:
         """Offer one image of the group, during a drain as well. Raises a RequestError."""
-        self._counted = True
-        return self._offer(request)
+        self._offered = True
+        return self._offer(request, counted=self._taken)
 
     @contextmanager
     def until_end(self) -> Iterator[None]:
         """End the request with the context. Raises OutOfMemory in place of a MemoryError."""
+        outcome: Outcome | None = Outcome.CANCELLED  # unless it ends otherwise
         try:
             yield
+            outcome = None
         except MemoryError:
             log.error("too little memory for a request")
-            raise self._refused(refusals.out_of_memory()) from None
+            refusal = refusals.out_of_memory()
+            outcome = refusal.outcome
+            raise refusal.error from None
+        except RequestError as error:
+            outcome = self._refusal.outcome if self._refusal else refusals.outcome_of(error)
+            raise
         finally:
             self._bytes.release()
+            if not self._offered and outcome is not None:
+                self._count(outcome)
 
     def _refused(self, refusal: Refusal) -> RequestError:
-        self._count(refusal.outcome)
+        self._refusal = refusal
         return refusal.error
-
-    def _count(self, outcome: Outcome) -> None:
-        """Count the request as a whole, unless its images are counted."""
-        if not self._counted:
-            self._counted = True
-            self._record(outcome)

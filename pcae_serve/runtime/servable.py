@@ -162,7 +162,8 @@ class Servable:
         finally:
             del self._offered[scheduled.id]
             offered.end()
-            self._metrics.record_request(offered.outcome, request.key_name)
+            if offered.outcome is not None:
+                self._metrics.record_request(offered.outcome, request.key_name)
             if not offered.result.done() or offered.result.cancelled():
                 self._leave(offered)
             else:

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from math import inf
 from typing import TypeVar
 
 from pcae_serve.bundle.reader import Bundle
@@ -167,15 +168,17 @@ class Service:
         log.info("ready: %s", self._summary())
 
     def offer(
-        self, request: InferenceRequest, *, draining: bool = False
+        self, request: InferenceRequest, *, draining: bool = False, counted: bool = False
     ) -> AbstractContextManager[OfferedRequest]:
         """Offer a request for one image; inside the context, `receive` its body and `run` it.
 
-        draining: accept it during a drain, too. Raises a RequestError, here or when the context is
-        entered, if the request is refused already.
+        draining: accept it during a drain, too. counted: it counts in its key's rate already.
+        Raises a RequestError, here or when the context is entered, if the request is refused
+        already.
         """
         self._refuse_unless_ready(request, draining=draining)
-        self._refuse_beyond_rate(request, self._rate_limits.take)
+        if not counted:
+            self._refuse_beyond_rate(request, self._rate_limits.take)
         assert isinstance(self._current, Servable)  # it is ready
         return self._current.offer(request, self._resources)
 
@@ -195,7 +198,8 @@ class Service:
         self._groups += 1
         offer = partial(self.offer, draining=True)
         count = partial(self.metrics.record_request, key_name=image.key_name)
-        group = RequestGroup(self.settings.upload_s, count, self._resources, offer)
+        take = partial(self._beyond_rate, image, self._rate_limits.take)
+        group = RequestGroup(self.settings.upload_s, count, take, self._resources, offer)
         try:
             with group.until_end():
                 yield group
@@ -227,12 +231,26 @@ class Service:
             self._refuse(refusal, request)
 
     def _refuse_beyond_rate(
-        self, request: InferenceRequest, wait_s: Callable[[str | None, float], float]
+        self, request: InferenceRequest, wait_s: Callable[[str | None, float, int], float]
     ) -> None:
         """Refuse a request if its key has to wait, by a method of the rate limits."""
-        if retry_after_s := wait_s(request.key_name, asyncio.get_running_loop().time()):
-            rate = self._rate_limits.rate(request.key_name)
-            self._refuse(refusals.rate_limited(rate, retry_after_s), request)
+        if (refusal := self._beyond_rate(request, wait_s, 1)) is not None:
+            self._refuse(refusal, request)
+
+    def _beyond_rate(
+        self,
+        request: InferenceRequest,
+        wait_s: Callable[[str | None, float, int], float],
+        images: int,
+    ) -> Refusal | None:
+        """Return why N images are refused if their key has to wait, else None."""
+        retry_after_s = wait_s(request.key_name, asyncio.get_running_loop().time(), images)
+        if not retry_after_s:
+            return None
+        rate = self._rate_limits.rate(request.key_name)
+        if retry_after_s == inf:
+            return refusals.beyond_burst(rate, images)
+        return refusals.rate_limited(rate, retry_after_s)
 
     def _refuse(self, refusal: Refusal, request: InferenceRequest) -> None:
         """Count a refused request, and raise its error."""

@@ -19,6 +19,8 @@ from pcae_serve.api.problems import refusal
 from pcae_serve.errors import RequestError
 
 #: A request after which the server closes the connection, so that its answer ends with it.
+#: Limit of a body, in bytes.
+MAX_BODY_BYTES = 50_000_000
 LAST = b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
@@ -115,7 +117,7 @@ def http_server(app: Any = echo, limit: ConnectionLimit | None = None) -> Iterat
         )
         config.load()
         loop = asyncio.get_running_loop()
-        make = partial(Connection, config, state, {}, limit=limit)
+        make = partial(Connection, config, state, {}, limit=limit, max_body_bytes=MAX_BODY_BYTES)
         listener = await loop.create_server(make, "127.0.0.1", 0)
         servers.append(HttpServer(listener.sockets[0].getsockname()[1], loop, state))
         started.set()

@@ -176,6 +176,14 @@ def test_each_image_of_a_batch_is_answered_or_refused_by_itself(client: TestClie
     assert outcomes(client) - before == {"in_time": 2, "unreadable": 2}
 
 
+@pytest.mark.parametrize("route", ["/classify", "/classify/batch"])
+def test_requests_with_invalid_form_fields_are_not_counted(client: TestClient, route: str) -> None:
+    before = outcomes(client)
+    answer = client.post(route, files=batch(image_bytes()), data={"budget_mz": "50"})
+    problem(answer, 422)
+    assert outcomes(client) - before == {}
+
+
 def test_images_of_a_batch_do_not_slip_past_the_limit(
     small_bundle: Bundle, settings: MakeSettings
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pcae_serve.api.connection_limit import AcceptErrors, ConnectionLimit
+from tests.support.apps import wait_until
 from tests.support.faulty_server import serving
 from tests.support.http_server import Held, bodies, http_server, read_all, statuses
 
@@ -69,9 +70,10 @@ def test_if_all_are_busy_probes_get_through_and_others_get_503() -> None:
             assert bodies(received)[0]["type"] == "urn:pcae-serve:too-many-connections"
             assert b"retry-after: 1" in received
             assert b"connection: close" in received
-        held.open.set()
         with server.connect() as probe:
             probe.sendall(PROBE)
+            wait_until(lambda: held.requests == 2)  # the other one is still in progress
+            held.open.set()
             received = read_all(probe)
             assert statuses(received) == [200]
             assert b"connection: close" in received

@@ -4,7 +4,7 @@ import pytest
 
 from pcae_serve.api import framing
 from pcae_serve.api.framing import Framing, Part, check_headers, split_target
-from pcae_serve.errors import HeadersTooLarge, MalformedHttp, TooMuchFraming
+from pcae_serve.errors import HeadersTooLarge, MalformedHttp, TooLarge, TooMuchFraming
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -14,7 +14,7 @@ def pieces(framing: Framing, *received: bytes) -> list[bytes]:
     taken, part = [], framing.part
     for data in received:
         start = 0
-        while start < len(data) and framing.part is part:
+        while start < len(data) and framing.part in (part, Part.TRAILERS):
             taken.append(framing.take(data, start))
             start += len(taken[-1])
     return taken
@@ -23,20 +23,20 @@ def pieces(framing: Framing, *received: bytes) -> list[bytes]:
 def test_a_head_ends_at_the_empty_line_wherever_reads_are_cut() -> None:
     data = HEAD + b"body"
     for cut in range(1, len(HEAD)):
-        begun = Framing()
+        begun = Framing(10**9)
         assert begun.take(data[:cut], 0) == data[:cut]
         assert begun.take(data, cut) == HEAD[cut:]
-    single = Framing()
+    single = Framing(10**9)
     assert b"".join(single.take(HEAD[i : i + 1], 0) for i in range(len(HEAD))) == HEAD
 
 
 def test_a_body_of_known_length_ends_after_it() -> None:
-    known = Framing()
+    known = Framing(10**9)
     known.begin_body([(b"content-length", b"6")])
     assert known.part is Part.LENGTH
     assert known.take(b"abcd", 1) == b"bcd"
     assert known.take(b"efgh", 0) == b"efg"
-    none = Framing()
+    none = Framing(10**9)
     none.begin_body([(b"content-length", b"0")])
     assert none.part is Part.HEAD  # the parser completes it at once
 
@@ -45,7 +45,7 @@ def test_a_body_of_known_length_ends_after_it() -> None:
 def test_a_chunked_body_is_never_taken_beyond_its_end(tail: bytes) -> None:
     data = b"3\r\nabc\r\n" + b"4\r\n\r\n\r\n\r\n" + tail
     for cut in range(len(data) + 1):
-        chunked = Framing()
+        chunked = Framing(10**9)
         chunked.begin_body([(b"transfer-encoding", b"chunked")])
         taken = pieces(chunked, data[:cut], data[cut:] + b"GET / HTTP/1.1")
         assert b"".join(taken) == data + b"GET / HTTP/1.1"
@@ -54,10 +54,10 @@ def test_a_chunked_body_is_never_taken_beyond_its_end(tail: bytes) -> None:
 
 
 def test_a_head_of_too_many_bytes_or_headers_is_refused() -> None:
-    large = Framing()
+    large = Framing(10**9)
     with pytest.raises(HeadersTooLarge, match="32,768 bytes"):
         pieces(large, *[b"x" * 1000] * 33)
-    many = Framing()
+    many = Framing(10**9)
     for _ in range(framing.MAX_HEADERS):
         many.add_header()
     with pytest.raises(HeadersTooLarge, match="100 headers"):
@@ -66,7 +66,7 @@ def test_a_head_of_too_many_bytes_or_headers_is_refused() -> None:
 
 def chunked(size: int, count: int, line: bytes = b"") -> Framing:
     """Return the framing of a body of `count` chunks of `size` bytes."""
-    body = Framing()
+    body = Framing(10**9)
     body.begin_body([(b"transfer-encoding", b"chunked")])
     for _ in range(count):
         body.take(b"%x%s\r\n%s\r\n" % (size, line, b"x" * size), 0)
@@ -85,13 +85,46 @@ def test_chunks_may_be_small_or_many_but_not_both() -> None:
         chunked(100, 1000, b";" + b"x" * 200)
 
 
-def test_bytes_that_end_a_piece_count_as_chunks() -> None:
-    """A payload of empty lines is parsed in many pieces."""
-    body = Framing()
+def test_a_payload_of_empty_lines_is_one_chunk() -> None:
+    body = Framing(10**9)
     body.begin_body([(b"transfer-encoding", b"chunked")])
-    assert len(pieces(body, b"ffff\r\n" + b"\r\n" * 10_000)) > 4000
-    with pytest.raises(TooMuchFraming):
-        body.check_chunks()
+    payload = b"\r\n" * 40_000
+    assert len(pieces(body, b"%x\r\n%s\r\n0\r\n\r\n" % (len(payload), payload))) == 2
+    body.add_payload(len(payload))
+    body.check_chunks()
+
+
+@pytest.mark.parametrize("size", [b"FFFFFFFFFFFFFFFF", b"3E9", b"0000000000000000000003e9"])
+def test_a_chunk_that_announces_too_much_is_refused_at_once(size: bytes) -> None:
+    for line in (size, size + b";name=value", size + b" "):
+        for cut in range(1, len(line)):
+            body = Framing(1000)
+            body.begin_body([(b"transfer-encoding", b"chunked")])
+            with pytest.raises(TooLarge, match="1,000 bytes"):
+                pieces(body, line[:cut], line[cut:] + b"\r\nabc")
+
+
+def test_chunks_announce_together() -> None:
+    body = Framing(1000)
+    body.begin_body([(b"transfer-encoding", b"chunked")])
+    chunk = b"190\r\n" + b"x" * 400 + b"\r\n"
+    assert b"".join(pieces(body, chunk, chunk)) == 2 * chunk
+    with pytest.raises(TooLarge):
+        pieces(body, chunk)
+
+
+def test_the_line_of_a_chunk_has_a_limit() -> None:
+    body = Framing(1000)
+    body.begin_body([(b"transfer-encoding", b"chunked")])
+    with pytest.raises(TooMuchFraming, match="line of a chunk"):
+        pieces(body, *[b"0" * 1000] * 17)
+
+
+def test_what_is_no_size_is_left_to_the_parser() -> None:
+    for line in (b"xyz\r\n", b"\r\n", b"-1\r\n", b"0x10\r\n"):
+        body = Framing(1000)
+        body.begin_body([(b"transfer-encoding", b"chunked")])
+        assert pieces(body, line) == [line]
 
 
 def test_what_the_parser_accepts_and_the_standard_does_not() -> None:

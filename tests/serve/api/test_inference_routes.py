@@ -19,7 +19,7 @@ from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.open_inference.schema import InferResponse
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
-from tests.support.apps import MakeSettings, busy, fail, quick, serving, wait_until
+from tests.support.apps import MakeSettings, busy, fail, outcomes, quick, serving, wait_until
 from tests.support.bundles import manifest, write_bundle
 from tests.support.gate import Gate
 from tests.support.images import image_bytes
@@ -325,6 +325,21 @@ def test_max_images_is_the_limit(
 def test_a_compressed_body_is_refused(client: TestClient) -> None:
     headers = {"content-encoding": "gzip"}
     assert "'gzip'" in error(client.post(INFER, content=b"\x1f\x8b", headers=headers), 415)
+
+
+def test_a_malformed_request_has_one_outcome(client: TestClient) -> None:
+    before = outcomes(client)
+    error(client.post(INFER, content=b"{"), 400)
+    assert outcomes(client) - before == {"unreadable": 1}
+    request = files(image_bytes(), parameters={"tier": "slowest"})
+    error(client.post(INFER, json=request), 422)
+    assert outcomes(client) - before == {"unreadable": 1}  # invalid parameters are not counted
+
+
+def test_a_query_is_refused(client: TestClient) -> None:
+    """A budget in the query would be ignored."""
+    answer = client.post(f"{INFER}?budget_ms=50", json=files(image_bytes()))
+    assert "unknown query parameter 'budget_ms'" in error(answer, 422)
 
 
 # --- one for all

@@ -262,6 +262,13 @@ def test_absurd_amounts_are_refused(bundle_dir: Path, changes: dict[str, Any], w
     assert words in refused(bundle_dir)
 
 
+@pytest.mark.parametrize("answers", [["logits"], {"logits": 1}, None, 5, "words"])
+def test_a_damaged_bundle_of_version_1_is_refused(bundle_dir: Path, answers: object) -> None:
+    models = json.loads((bundle_dir / "bundle.json").read_text())["models"]
+    edit(bundle_dir, schema_version=1, models={"vit": models["vit"] | {"answers": answers}})
+    assert "answers" in refused(bundle_dir)
+
+
 def test_a_bundle_of_version_1_is_read(bundle_dir: Path) -> None:
     edit(bundle_dir, schema_version=1)
     assert load_bundle(bundle_dir).answers == "classes"

@@ -237,6 +237,7 @@ REFUSALS = {
     ],
     "queue_full": [refusals.queue_full(256, 1)],
     "rate_limited": [refusals.rate_limited(5.0, 0.2)],
+    "beyond_burst": [refusals.beyond_burst(5.0, 6)],
     "upload_timeout": [refusals.upload_timeout(30)],
     "upload_too_slow": [refusals.upload_too_slow(1e4)],
     "upload_dropped": [refusals.upload_dropped()],

@@ -244,8 +244,8 @@ def test_clients_that_send_no_body_do_not_keep_others_out(tmp_path: Path) -> Non
         time.sleep(0.3)  # a client is dropped only if it has had time to send
         assert [running.ask().status_code for _ in range(20)] == [200] * 20
         metrics = running.get("/metrics").text
-        [dropped] = re.findall(r'requests_total{outcome="dropped"} ([0-9.]+)', metrics)
-        assert float(dropped) >= 1
+        [failed] = re.findall(r'requests_total{outcome="upload_failed"} ([0-9.]+)', metrics)
+        assert float(failed) >= 1
 
 
 def test_a_head_that_dribbles_is_cut_off(running: Running) -> None:

@@ -1,5 +1,7 @@
 """Rate limits of API keys, on a clock of their own."""
 
+import math
+
 import pytest
 
 from pcae_serve.callers import Caller
@@ -35,3 +37,12 @@ def test_a_caller_without_a_rate_is_not_limited(name: str | None) -> None:
 def test_over_time_the_rate_is_exact() -> None:
     limits = RateLimits(LIMITED)
     assert sum(not limits.take("slow", i / 100) for i in range(10_000)) == pytest.approx(201, abs=1)
+
+
+def test_images_that_belong_together_are_counted_together_or_not_at_all() -> None:
+    limits = RateLimits([Caller("five", rate=5.0)])
+    assert limits.take("five", 100.0, 4) == 0
+    assert limits.take("five", 100.0, 3) == pytest.approx(0.4)
+    assert limits.take("five", 100.0, 1) == 0  # the three have taken nothing
+    assert limits.take("five", 200.0, 6) == math.inf
+    assert limits.take("five", 200.0, 5) == 0

@@ -1,6 +1,7 @@
 """The service without HTTP: its start, its devices, its end."""
 
 import asyncio
+import contextlib
 import re
 import struct
 import threading
@@ -12,6 +13,7 @@ import pytest
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.reader import Bundle
+from pcae_serve.callers import Caller
 from pcae_serve.engines import nvidia
 from pcae_serve.engines.base import Engine, Output, Pixels
 from pcae_serve.engines.loader import check_engine
@@ -22,6 +24,7 @@ from pcae_serve.errors import (
     Draining,
     OutOfMemory,
     Overloaded,
+    RateLimited,
     RequestError,
     Starting,
     TooLarge,
@@ -255,6 +258,46 @@ def test_a_group_is_refused_at_its_headers_if_the_load_refuses_one_image(
     counts = asyncio.run(scenario())
     assert re.search(r'requests_total\{.*outcome="rejected_load".*\} 1.0', counts)
     assert not re.search(r'requests_total\{.*outcome="cancelled".*\} [1-9]', counts)
+
+
+def test_a_group_whose_client_leaves_during_the_upload_is_counted(
+    small_bundle: Bundle, settings: MakeSettings
+) -> None:
+    class Left(Exception):
+        pass
+
+    async def leave(_: Upload) -> bytes:
+        raise Left
+
+    async def scenario() -> str:
+        service = Service(settings(), small_bundle, [Gate()])
+        await service.start()
+        image = InferenceRequest(asyncio.get_running_loop().time(), 60_000)
+        with pytest.raises(Left), service.offer_group(image) as group:
+            await group.receive(leave, 100)
+        await service.stop()
+        return service.metrics.exposition()[0].decode()
+
+    assert 'requests_total{outcome="cancelled"} 1.0' in asyncio.run(scenario())
+
+
+def test_a_group_takes_its_rate_at_once_or_not_at_all(
+    small_bundle: Bundle, settings: MakeSettings
+) -> None:
+    async def scenario() -> str:
+        service = Service(settings(), small_bundle, [Gate()])
+        service.set_callers([Caller("ingest", rate=4.0)])
+        await service.start()
+        now_s = asyncio.get_running_loop().time()
+        image = InferenceRequest(now_s, 60_000, caller="ingest", key_name="ingest")
+        for images, refusal in ((5, TooLarge), (3, None), (3, RateLimited)):
+            expected = pytest.raises(refusal) if refusal else contextlib.nullcontext()
+            with expected, service.offer_group(image) as group:
+                group.take(images)
+        await service.stop()
+        return service.metrics.exposition()[0].decode()
+
+    assert 'requests_total{outcome="rejected_rate"} 2.0' in asyncio.run(scenario())
 
 
 def test_requests_hold_their_bytes_until_they_end_and_no_longer(

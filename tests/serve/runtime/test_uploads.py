@@ -126,7 +126,7 @@ def test_a_new_upload_drops_the_one_that_is_furthest_behind(
         idle = begin(registry, never)
         await asyncio.sleep(0.01)
         new = begin(registry, half_done, 1_000_000)
-        assert await refusal(idle) == (Dropped, Outcome.DROPPED)
+        assert await refusal(idle) == (Dropped, Outcome.UPLOAD_FAILED)
         go_on.set()
         assert await diligent == await new == b"body"
 
@@ -163,7 +163,7 @@ def test_an_upload_below_the_minimum_rate_is_ended(monkeypatch: pytest.MonkeyPat
             return await never(upload)
 
         idle, fast = begin(registry, never), begin(registry, fast_enough)
-        assert await refusal(idle) == (UploadTimeout, Outcome.EXPIRED)
+        assert await refusal(idle) == (UploadTimeout, Outcome.UPLOAD_FAILED)
         assert not fast.done()
         fast.cancel()
         await asyncio.wait([fast])
@@ -245,7 +245,7 @@ def test_uploads_that_lag_are_dropped_first_if_memory_runs_short(
             assert memory.reserve().try_resize(3000)
         else:
             assert await begin(registry, whole, 500, memory.reserve()) == b"body"
-        assert await refusal(idle) == (Dropped, Outcome.DROPPED)
+        assert await refusal(idle) == (Dropped, Outcome.UPLOAD_FAILED)
         assert not later.done()
         later.cancel()
 
