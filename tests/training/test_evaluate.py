@@ -182,7 +182,9 @@ def test_a_run_tells_what_a_loop_finds(settings: Any, slow_score: Any, tmp_path:
 
 def test_scores_of_processes_are_put_together_by_budget() -> None:
     def score(*right: bool) -> Score:
-        return Score(torch.tensor(right), None, torch.ones(len(right)))
+        return Score(
+            torch.zeros(len(right)), (~torch.tensor(right)).long(), None, torch.ones(len(right))
+        )
 
     parts = [
         {1.0: score(True), 0.5: score(False)},

@@ -11,6 +11,12 @@ from torch import Tensor
 from pcae_training.score import Difference, Score, Top1
 
 
+def scored(right: Any, confidence: Tensor) -> Score:
+    """The score of two classes, of images that are all of class 0."""
+    wrong = (~torch.tensor(right).bool()).long()
+    return Score(torch.zeros_like(wrong), wrong, None, confidence)
+
+
 def random_answers(n: int = 400, classes: int = 7) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     return 2 * torch.randn(n, classes), torch.randint(classes, (n,))
@@ -36,7 +42,7 @@ def test_a_score_agrees_with_a_slow_one(slow_score: Any) -> None:
 
 def test_calibration_error_where_it_is_known() -> None:
     def error(confidence: list[float], right: list[bool]) -> float:
-        return Score(torch.tensor(right), None, torch.tensor(confidence)).calibration_error
+        return scored(right, torch.tensor(confidence)).calibration_error
 
     assert error([0.75] * 4, [True, True, True, False]) == pytest.approx(0)
     assert error([1.0] * 3, [False] * 3) == pytest.approx(1)
@@ -67,7 +73,7 @@ def test_scores_of_parts_add_up() -> None:
 
 def test_a_difference_counts_the_images_that_one_alone_gets() -> None:
     def score(right: list[int]) -> Score:
-        return Score(torch.tensor(right).bool(), None, torch.ones(len(right)))
+        return scored(right, torch.ones(len(right)))
 
     difference = score([1, 1, 0, 0, 1]).against(score([1, 0, 1, 1, 0]))
     assert difference == Difference(gained=2, lost=2, n=5)

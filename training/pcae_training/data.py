@@ -126,6 +126,10 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         """Return the image's file, or None if it is bytes in a table."""
         return self._table.path(self._numbers[index])
 
+    def place(self, index: int) -> str:
+        """Return where an image comes from, such as its path."""
+        return self._table.place(self._numbers[index])
+
     def groups(self, by: str) -> list[str]:
         """Return the group of each image: `folder`, or the value in a column of a table.
 

@@ -22,6 +22,8 @@ from pcae_serve.bundle.tokens import Geometry, parse_keep_ratio
 from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
+from pcae_training.class_report import ClassReport
+from pcae_training.confusion_image import draw_confusion
 from pcae_training.data import LabelledImages, load
 from pcae_training.data_settings import DataSettings
 from pcae_training.import_weights import WeightsChoice, build_checkpoint, load_checkpoint
@@ -34,6 +36,7 @@ from pcae_training.number_format import (
     describe_slow,
 )
 from pcae_training.output import check_writable, write_whole
+from pcae_training.predictions import check_predictions, write_predictions
 from pcae_training.progress import Progress
 from pcae_training.sample_rng import generator
 from pcae_training.score import MIN_CLASSES_FOR_TOP5, Difference, Score, Top1
@@ -146,6 +149,14 @@ class EvaluateSettings(DataSettings):
     json_file: Path | None = Field(
         None, alias="json", description="also write the figures to this JSON file"
     )
+    confusion: Path | None = Field(
+        None,
+        description="also draw the confusion matrix of the largest budget into this .png file",
+    )
+    predictions: Path | None = Field(
+        None,
+        description="also write the answer to each image into this .parquet or .csv file",
+    )
     batch_size: int = Field(250, ge=1, description="images per batch")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
     precision: Precision = Field("fp32", description=PRECISION_HELP)
@@ -169,6 +180,7 @@ class Evaluation:
     scores: dict[float, Score]  # from the largest keep ratio, which the others are compared with
     precision: str = ""  # a line on the number formats of weights and arithmetic
     rows: Sequence[int] | None = None  # each image's row in the data; default: all rows in order
+    names: Sequence[str] = ()  # of the classes
 
     @property
     def n(self) -> int:
@@ -188,7 +200,7 @@ class Evaluation:
         `wrong` lists the misclassified images by their row in the data.
         """
         rows = range(self.n) if self.rows is None else self.rows
-        differences = self.differences()
+        differences, names = self.differences(), list(self.names)
         return {
             "data": self.data,
             "n": self.n,
@@ -202,6 +214,7 @@ class Evaluation:
                     "top5": _share(score.top5),
                     "calibration_error": score.calibration_error,
                     "top1_difference": _share(differences.get(ratio)),
+                    **({"by_class": ClassReport.of(score, names).to_json()} if names else {}),
                     "wrong": [rows[i] for i in (~score.correct).nonzero().flatten().tolist()],
                 }
                 for ratio, score in self.scores.items()
@@ -243,6 +256,9 @@ class Evaluation:
             lines.append(f"top-5 is not meaningful with {self.geometry.classes} classes")
         if self.precision:
             lines.append(self.precision)
+        if self.names:
+            lines += ["", f"by class, at keep {largest:g}:"]
+            lines += ClassReport.of(self.scores[largest], self.names).lines()
         return "\n".join([f"{self.n:,} images of {self.data}", *lines])
 
 
@@ -262,8 +278,13 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
             " top-1 does not measure it"
         )
     budgets = choose_ratios(checkpoint, settings.budgets)
-    if settings.json_file is not None:
-        check_writable(settings.json_file)
+    for file in (settings.json_file, settings.confusion):
+        if file is not None:
+            check_writable(file)
+    if settings.confusion is not None and settings.confusion.suffix.lower() != ".png":
+        raise PcaeError(f"--confusion {settings.confusion} must end with .png")
+    if settings.predictions is not None:
+        check_predictions(settings.predictions)
     images = load(
         settings.data,
         settings.split,
@@ -280,7 +301,16 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
         if not world.main:
             return None
     rows = [images.row(index) for index in range(len(images))]
-    evaluation = Evaluation(images.name, checkpoint.model.config.geometry, scores, precision, rows)
+    names = checkpoint.labels
+    geometry = checkpoint.model.config.geometry
+    evaluation = Evaluation(images.name, geometry, scores, precision, rows, names)
+    if settings.predictions is not None:
+        places = [images.place(index) for index in range(len(images))]
+        write_predictions(settings.predictions, scores, names, rows, places)
+    if settings.confusion is not None:
+        ratio, score = next(iter(scores.items()))
+        title = f"{images.name}, keep {ratio:g}"
+        write_whole(settings.confusion, draw_confusion(ClassReport.of(score, names), title))
     if settings.json_file is not None:
         content = {"checkpoint": str(settings.checkpoint)} | evaluation.to_json()
         content["inventory"] = images.inventory.to_json()

@@ -5,6 +5,7 @@ between. All are trained on the labels, the smaller ones also on the largest one
 sandwich rule and in-place distillation of slimmable networks, arXiv 1903.05134).
 """
 
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,18 +20,23 @@ from pcae_training.augment import Augmentation, Mixing
 from pcae_training.average import WeightAverage
 from pcae_training.best_epoch import BestEpoch
 from pcae_training.checkpoint import Checkpoint
+from pcae_training.class_report import ClassReport
 from pcae_training.data import LabelledImages
 from pcae_training.evaluate import evaluate, join_scores, normalise
 from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.finetune_start import prepare
 from pcae_training.inventory import print_lines
 from pcae_training.model import VisionTransformer
+from pcae_training.output import write_whole
 from pcae_training.plan import describe, fit_batch_size
 from pcae_training.sample_rng import SampleRng, drop_path_factors, to_device
 from pcae_training.score import Score, Top1
 from pcae_training.teacher import Teachers, load_teachers
 from pcae_training.trainer import BEST, Trainer, check_out, parameter_groups
 from pcae_training.world import World, join
+
+#: File in a run's folder: precision, recall and confusion of the held-out images by class.
+CLASSES = "classes.json"
 
 
 class Finetuning(nn.Module):
@@ -247,6 +253,10 @@ def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
                 print_lines(f"kept the weights of epoch {epoch}, the best on the held-out images")
         scores = objective.measure(settings.ratios, world)
         top1 = {ratio: score.top1 for ratio, score in scores.items()}
+        reports = {str(r): ClassReport.of(s, start.labels).to_json() for r, s in scores.items()}
+        if world.main:
+            content = {"data": holdout.name, "by_keep_ratio": reports}
+            write_whole(settings.folder / CLASSES, (json.dumps(content) + "\n").encode())
         objective.final = {str(r): {"top1": t.value, "n": t.n} for r, t in top1.items()}
         trainer.save()
         return top1

@@ -100,8 +100,8 @@ class Features:
         predicted = predict(
             method, self.train.numpy(), self.labels.numpy(), self.held.numpy(), neighbours
         )
-        correct = torch.from_numpy(np.asarray(predicted)) == self.held_labels
-        return Score(correct, None, torch.ones(len(correct)))
+        answers = torch.from_numpy(np.asarray(predicted))
+        return Score(self.held_labels, answers, None, torch.ones(len(answers)))
 
 
 @dataclass(frozen=True)

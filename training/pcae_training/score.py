@@ -72,7 +72,8 @@ class Difference:
 class Score:
     """One budget's results, image by image; `+` concatenates the scores of different images."""
 
-    correct: Tensor  # [n] bool: the label has the highest logit
+    labels: Tensor  # int64 [n]
+    predicted: Tensor  # int64 [n]: the class of the highest logit
     among_five: Tensor | None  # [n] bool: one of the five highest; None below six classes
     confidence: Tensor  # [n] float32: probability of the predicted class
 
@@ -83,7 +84,7 @@ class Score:
         if logits.shape[1] >= MIN_CLASSES_FOR_TOP5:
             among_five = (logits.topk(5, dim=1).indices == labels[:, None]).any(dim=1)
         confidence = logits.float().softmax(dim=1).amax(dim=1)
-        return cls(logits.argmax(dim=1) == labels, among_five, confidence)
+        return cls(labels.long(), logits.argmax(dim=1), among_five, confidence)
 
     @classmethod
     def join(cls, parts: Sequence["Score"]) -> "Score":
@@ -92,7 +93,8 @@ class Score:
             raise ValueError("no scores to join")
         five = [part.among_five for part in parts if part.among_five is not None]
         return cls(
-            torch.cat([part.correct for part in parts]).cpu(),
+            torch.cat([part.labels for part in parts]).cpu(),
+            torch.cat([part.predicted for part in parts]).cpu(),
             torch.cat(five).cpu() if five else None,
             torch.cat([part.confidence for part in parts]).cpu(),
         )
@@ -102,7 +104,12 @@ class Score:
 
     @property
     def n(self) -> int:
-        return len(self.correct)
+        return len(self.labels)
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether each label has the highest logit, [n] bool."""
+        return self.predicted == self.labels
 
     @property
     def top1(self) -> Top1:
