@@ -254,11 +254,11 @@ class Evaluation:
         ]
         if self.geometry.classes < MIN_CLASSES_FOR_TOP5:
             lines.append(f"top-5 is not meaningful with {self.geometry.classes} classes")
-        if self.precision:
-            lines.append(self.precision)
         if self.names:
             lines += ["", f"by class, at keep {largest:g}:"]
             lines += ClassReport.of(self.scores[largest], self.names).lines()
+        if self.precision:
+            lines.append(self.precision)
         return "\n".join([f"{self.n:,} images of {self.data}", *lines])
 
 
