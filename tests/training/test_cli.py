@@ -134,7 +134,8 @@ def test_the_whole_way(
     assert run(Train, ["evaluate", str(second), "--data", data, "--json", str(result)]) == 0
     printed = capsys.readouterr().out
     assert "12 images of images/test" in printed
-    assert printed.splitlines()[-2].startswith("computed in float32 with float32 weights; a bundle")
+    assert "\ncomputed in float32 with float32 weights; a bundle stores" in printed
+    assert "\nby class, at keep 0.5:\n" in printed
     assert printed.splitlines()[-1] == (
         f"export it with: pcae-export bundle {second} {second}-bundle --eval-data {data}"
         " --eval-split test"

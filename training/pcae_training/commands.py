@@ -73,7 +73,7 @@ class Evaluate(EvaluateSettings):
     def cli_cmd(self) -> None:
         evaluation = run_evaluation(self)
         if evaluation is not None:
-            print(evaluation)
+            print(evaluation, evaluation.by_class(), sep="\n\n")
             _print_next(
                 "export it with",
                 *("pcae-export", "bundle", str(self.checkpoint), f"{self.checkpoint}-bundle"),

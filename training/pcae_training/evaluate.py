@@ -221,6 +221,12 @@ class Evaluation:
             ],
         }
 
+    def by_class(self) -> str:
+        """Return a table of the classes of lowest recall at the largest keep ratio."""
+        ratio, score = next(iter(self.scores.items()))
+        lines = ClassReport.of(score, self.names).lines()
+        return "\n".join([f"by class, at keep {ratio:g}:", *lines])
+
     def __str__(self) -> str:
         largest, differences = next(iter(self.scores)), self.differences()
         rows = [
@@ -254,9 +260,6 @@ class Evaluation:
         ]
         if self.geometry.classes < MIN_CLASSES_FOR_TOP5:
             lines.append(f"top-5 is not meaningful with {self.geometry.classes} classes")
-        if self.names:
-            lines += ["", f"by class, at keep {largest:g}:"]
-            lines += ClassReport.of(self.scores[largest], self.names).lines()
         if self.precision:
             lines.append(self.precision)
         return "\n".join([f"{self.n:,} images of {self.data}", *lines])
