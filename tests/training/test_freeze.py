@@ -7,7 +7,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pcae_serve.command import run
 from pcae_training import checkpoint as checkpoints
+from pcae_training.commands import Train
 from pcae_training.finetune import Finetuning, finetune
 from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.finetune_start import prepare
@@ -90,6 +92,19 @@ def test_what_is_frozen_costs_one_pass_and_is_not_counted(tune: Any) -> None:
     frozen = Finetuning(start.checkpoint, run, start.holdout, new=start.new)
     groups = parameter_groups(frozen, frozen.model, 0.05)
     assert sum(p.numel() for group in groups for p in group["params"]) == 8 * 2 + 2
+
+
+def test_a_preset_is_other_defaults(class_folders: Any, tmp_path: Path) -> None:
+    fixed: dict[str, Any] = {"data": "x", "out": tmp_path, "preset": "small-data"}
+    preset = FinetuneSettings(**fixed, init=tmp_path / "vit")
+    assert (preset.epochs, preset.mixup, preset.select) == (30, 0.0, "best")
+    assert preset.freeze_first == 0.2
+    given = FinetuneSettings(**fixed, init=tmp_path / "vit", epochs=5, freeze=True)
+    assert (given.epochs, given.freeze, given.freeze_first) == (5, True, 0.0)
+    assert FinetuneSettings(**fixed).freeze_first == 0.0  # there is nothing to freeze
+    data = ["--data", str(class_folders(4)), "--preset", "small-data", "--dry-run"]
+    sizes = ["--image-size", "8", "--patch-size", "2", "--width", "8", "--heads", "2"]
+    assert run(Train, ["finetune", *data, *sizes, "--holdout", "2", "--keep", "0.6"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import NoDecode
@@ -40,6 +40,18 @@ RatioValues = Annotated[
 ]
 
 
+#: Defaults of --preset; flags that are given override them.
+PRESETS: dict[str, dict[str, Any]] = {
+    # hundreds to a few thousand photographs and pretrained weights: little that distorts an image,
+    # the head first, and the best epoch of an averaged model
+    "small-data": {
+        "epochs": 30, "blr": 1e-3, "layer_decay": 0.75, "freeze_first": 0.2, "crop": 0.5,
+        "randaugment": 0.0, "erase": 0.1, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0,
+        "weight_ema": 0.99, "select": "best",
+    },
+}  # fmt: skip
+
+
 class FinetuneSettings(HoldoutSettings, RunSettings):
     """Fine-tune on labelled images, for one keep ratio or for all budgets.
 
@@ -48,7 +60,9 @@ class FinetuneSettings(HoldoutSettings, RunSettings):
 
     flag_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **RunSettings.flag_groups,
-        "run": ("init", "weights", "freeze", "freeze_first", *RunSettings.flag_groups["run"]),
+        "run": (
+            "preset", "init", "weights", "freeze", "freeze_first", *RunSettings.flag_groups["run"],
+        ),
         "evaluation": (
             "eval_data", "eval_split", "holdout", "group", "fold", "select", "patience",
         ),
@@ -65,6 +79,11 @@ class FinetuneSettings(HoldoutSettings, RunSettings):
         "optimiser": (*RunSettings.flag_groups["optimiser"], "layer_decay", "weight_ema"),
     }  # fmt: skip
 
+    preset: Literal["small-data"] | None = Field(
+        None,
+        description="other defaults; small-data: for a few thousand photographs or fewer, with"
+        " --init",
+    )
     init: Path | None = Field(
         None,
         description="weights to start from: a run or checkpoint of pcae-train, a Hugging Face or"
@@ -193,6 +212,18 @@ class FinetuneSettings(HoldoutSettings, RunSettings):
     label_smoothing: float = Field(
         0.1, ge=0, lt=1, description="share of a target spread over all classes; 0 = off"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, given: Any) -> Any:
+        """Add the defaults of --preset to what is given."""
+        preset = PRESETS.get(str(given.get("preset"))) if isinstance(given, dict) else None
+        if preset is None:
+            return given
+        preset = dict(preset)
+        if given.get("freeze") or given.get("init") is None:
+            del preset["freeze_first"]
+        return preset | given
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
