@@ -137,8 +137,7 @@ def test_a_run_leaves_the_figures_of_its_held_out_images(
         heads=2, depth=3, batch_size=8, epochs=1, holdout=6, budgets=(1.0, 0.6), crop=0,
         randaugment=0, mixup=0, cutmix=0,
     )  # fmt: skip
-    top1 = finetune(settings)
-    assert top1 is not None
+    top1: Any = finetune(settings)
     content = json.loads((tmp_path / "run" / "classes.json").read_text())
     for ratio, report in content["by_keep_ratio"].items():
         correct = sum(each["correct"] for each in report["classes"])

@@ -73,7 +73,7 @@ def test_class_folders(class_folders: Any) -> None:
     assert images.classes == ["bright", "dark"]
     assert images.labels.tolist() == [0] * 4 + [1] * 4
     pixels, label = images[0]
-    assert (pixels.shape, pixels.dtype, label) == ((3, 8, 8), torch.uint8, 0)
+    assert (pixels.shape, pixels.dtype, int(label)) == ((3, 8, 8), torch.uint8, 0)
 
 
 def test_one_parquet_file(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_every_budget_is_measured_on_the_rows_asked_for(
     images: LabelledImages, model: VisionTransformer, slow_score: Any
 ) -> None:
     rows, budgets = [0, 3, 7, 8, 11], (1.0, 0.6)
-    scores = evaluate(model, images, rows, budgets, batch_size=2)
+    scores: Any = evaluate(model, images, rows, budgets, batch_size=2)
     assert list(scores) == [1.0, 0.6]
     for budget in budgets:
         counts = model.config.geometry.counts(budget)
@@ -102,7 +102,8 @@ def test_a_budget_named_twice_counts_once(images: LabelledImages, model: VisionT
 def test_no_rows_are_a_score_that_adds_nothing(
     images: LabelledImages, model: VisionTransformer
 ) -> None:
-    some, none = (evaluate(model, images, range(n), (0.6,))[0.6] for n in (12, 0))
+    both: Any = [evaluate(model, images, range(n), (0.6,))[0.6] for n in (12, 0)]
+    some, none = both
     assert none.n == 0
     assert torch.equal((none + some).confidence, some.confidence)
 
@@ -115,7 +116,7 @@ def test_random_reduction_is_by_row_and_not_by_batch(images: LabelledImages) -> 
     logits = model(normalise(pixels, PREPROCESS), counts, noise=noise)
     expected = logits.softmax(dim=1).amax(dim=1).detach()
     for batch_size in (1, 3, 4):
-        score = evaluate(model, images, rows, (0.6,), batch_size=batch_size)[0.6]
+        score: Any = evaluate(model, images, rows, (0.6,), batch_size=batch_size)[0.6]
         torch.testing.assert_close(score.confidence, expected)
 
 
@@ -186,11 +187,12 @@ def test_scores_of_processes_are_put_together_by_budget() -> None:
             torch.zeros(len(right)), (~torch.tensor(right)).long(), None, torch.ones(len(right))
         )
 
-    parts = [
+    parts: list[Any] = [
         {1.0: score(True), 0.5: score(False)},
         {1.0: score(True, False), 0.5: score(True, True)},
     ]
-    whole = {budget: joined.correct.tolist() for budget, joined in join_scores(parts).items()}
+    scores: Any = join_scores(parts)
+    whole = {budget: joined.correct.tolist() for budget, joined in scores.items()}
     assert whole == {1.0: [True, True, False], 0.5: [False, True, True]}
 
 
@@ -198,7 +200,7 @@ def test_processes_share_the_images_and_keep_their_order(
     settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, parts = settings(budgets=(0.6,)), []
-    whole = run_evaluation(asked)
+    whole: Any = run_evaluation(asked)
 
     class Together(World):
         """Three processes, one after the other."""
@@ -211,9 +213,8 @@ def test_processes_share_the_images_and_keep_their_order(
         place = Together(torch.device("cpu"), rank, 3)
         monkeypatch.setattr("pcae_training.evaluate.join", lambda _, at=place: nullcontext(at))
         assert (run_evaluation(asked) is None) == (rank > 0)
-    shared = join_scores(parts)[0.6]
+    shared: Any = join_scores(parts)[0.6]
     assert [part[0.6].n for part in parts] == [4, 4, 4]
-    assert whole is not None
     assert torch.equal(shared.correct, whole.scores[0.6].correct)
 
 
@@ -315,8 +316,7 @@ def test_a_checkpoint_of_another_project(
         run_evaluation(settings)
     content = json.dumps(PREPROCESS.to_config())
     (tmp_path / "vit" / "preprocessor_config.json").write_text(content)
-    evaluation = run_evaluation(settings)
-    assert evaluation is not None
+    evaluation: Any = run_evaluation(settings)
     images = load(data, "test", PREPROCESS)
     pixels = torch.stack([images[i][0] for i in range(12)])
     with torch.inference_mode():

@@ -53,7 +53,7 @@ def in_their_values(images: Tensor) -> Tensor:
 
 
 def load(*paths: Path, classes: list[str] = LABELS) -> Teachers:
-    teachers = load_teachers(paths, classes, OURS, CPU)
+    teachers = load_teachers(paths, Checkpoint(vit(len(classes)), OURS, classes), CPU)
     assert teachers is not None
     return teachers
 
@@ -123,7 +123,7 @@ def test_the_mean_of_several(tmp_path: Path) -> None:
     two = export(tmp_path / "two.onnx", torch.zeros(2, 3, 8, 8), channels_last=False)
     both = (load(one)(images()) + load(two)(images())) / 2
     torch.testing.assert_close(load(one, two)(images()), both)
-    assert load_teachers((), LABELS, OURS, CPU) is None
+    assert load_teachers((), Checkpoint(vit(), OURS, LABELS), CPU) is None
 
 
 def test_a_student_learns_labels_and_teacher(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Mixing:
 
     mixup: float = 0.0  # alpha of the Beta distribution of mixing weights; 0 = off
     cutmix: float = 0.0  # the same for CutMix
-    smoothing: float = 0.0  # share of a target that is spread over all classes
+    smoothing: float = 0.0  # share of a target that is spread over all classes, or yes and no
 
     def __post_init__(self) -> None:
         _check("mixup", self.mixup, 0, math.inf)
@@ -129,12 +129,16 @@ class Mixing:
     def __call__(
         self, images: Tensor, labels: Tensor, classes: int, rng: SampleRng
     ) -> tuple[Tensor, Tensor]:
-        """Return mixed images [B, 3, S, S] and targets float32 [B, classes], which sum to one.
+        """Return mixed images [B, 3, S, S] and targets float32 [B, classes].
 
-        images: float [B, 3, S, S]. labels: int64 [B].
+        images: float [B, 3, S, S]. labels: int64 [B], whose targets sum to one; or sets of labels,
+        bool [B, classes], each a target of its own.
         """
-        targets = F.one_hot(labels, classes).float()
-        targets = targets * (1 - self.smoothing) + self.smoothing / classes
+        if labels.ndim == 2:
+            targets, spread = labels.float(), 1 / 2
+        else:
+            targets, spread = F.one_hot(labels, classes).float(), 1 / classes
+        targets = targets * (1 - self.smoothing) + self.smoothing * spread
         pairs, side = len(images) // 2, images.shape[3]
         if not pairs or not (self.mixup or self.cutmix):
             return images, targets

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-#: The figure of an epoch that is its score: top-1 by keep ratio.
-SCORE = "holdout_top1"
+#: The figure of an epoch that is its score, by keep ratio: top-1 or mean average precision.
+SCORES = ("holdout_top1", "holdout_map")
 
 
 @dataclass(frozen=True)
 class BestEpoch:
     """Which epoch's weights a run keeps, and when it stops early.
 
-    The score is the mean of the held-out top-1 at the budgets that are measured after each epoch.
+    The score is the mean of the held-out score at the budgets that are measured after each epoch.
     Of equal epochs the first is the best.
     """
 
@@ -23,7 +23,7 @@ class BestEpoch:
         """Return the number of the best epoch, or None before the first."""
         if not history:
             return None
-        best = max(history, key=lambda row: fmean(row[SCORE].values()))
+        best = max(history, key=_score)
         return int(best["epoch"])
 
     def exhausted(self, history: Sequence[Mapping[str, Any]]) -> bool:
@@ -34,3 +34,9 @@ class BestEpoch:
             and best is not None
             and int(history[-1]["epoch"]) - best >= self.patience
         )
+
+
+def _score(row: Mapping[str, Any]) -> float:
+    """Return the score of an epoch."""
+    found = next(row[name] for name in SCORES if name in row)
+    return fmean(found.values())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pcae_serve.bundle.quality import wilson_interval
 from pcae_training.score import Score
+from pcae_training.text_table import align_columns
 
 #: Classes that the text lists, and pairs of confused classes.
 MAX_LISTED = 10
@@ -115,14 +116,10 @@ class ClassReport:
         rows = [("class", "images", "recall % [95 %]", "precision %", "F1 %")]
         for each in worst:
             low, high = (100 * bound for bound in each.recall_interval or (0.0, 0.0))
-            recall = f"{_percent(each.recall)} [{low:.1f}, {high:.1f}]"
-            row = (each.name, f"{each.images:,}", recall, _percent(each.precision))
-            rows.append((*row, _percent(each.f1)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+            recall = f"{percent(each.recall)} [{low:.1f}, {high:.1f}]"
+            row = (each.name, f"{each.images:,}", recall, percent(each.precision))
+            rows.append((*row, percent(each.f1)))
+        lines = align_columns(rows)
         if len(measured) > MAX_LISTED:
             lines.append(f"({MAX_LISTED} of {len(measured):,} classes, those of lowest recall)")
         pairs = [f"{true} as {taken} {count:,}" for true, taken, count in self.confused(5)]
@@ -140,5 +137,6 @@ def _mean(values: Sequence[float | None]) -> float:
     return sum(known) / len(known) if known else 0.0
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """Return a share as a number of percent, with one decimal; a dash for None."""
     return "-" if value is None else f"{100 * value:.1f}"

@@ -17,6 +17,9 @@ LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target", "
 #: Types of labels that are words.
 _WORDS = ("string", "large_string")
 
+#: Types of columns that hold a list of labels per row.
+_LISTS = (datasets.List, datasets.LargeList)
+
 #: The label of an image without one.
 UNLABELLED = -1
 
@@ -27,7 +30,7 @@ class DataChoice(TypedDict, total=False):
     layout: Literal["auto", "splits", "classes"]  # what the first level of folders is
     labelled: bool  # False: images alone, for pretraining
     image_column: str | None
-    label_column: str | None  # of words or integers; json.label is a field in a column
+    label_column: str | None  # words, integers or lists; json.label is a field in a column
     classes: Sequence[str] | None  # all names in the order of their numbers, or VALUE=NAME
 
 
@@ -39,6 +42,7 @@ class Columns:
     label: tuple[str, ...] = ()  # column, then fields in it; empty: unlabelled
     classes: tuple[str, ...] = ()  # names of a ClassLabel; empty for words and plain integers
     words: bool = False  # the labels are words
+    several: bool = False  # a row has a list of labels, which may be empty
 
     def body(self, row: Mapping[str, Any]) -> bytes:
         """Return the image file's bytes of a row with undecoded images. Raise OSError."""
@@ -54,9 +58,22 @@ class Columns:
 
     def value(self, row: Mapping[str, Any]) -> int | str:
         """Return the row's label, or UNLABELLED if it has none. Raise DataError for other types."""
+        return self._value(self._cell(row))
+
+    def values(self, row: Mapping[str, Any]) -> list[int | str] | None:
+        """Return the row's list of labels, or None if it has none. Raise DataError."""
+        cell = self._cell(row)
+        return None if cell is None else [self._value(label) for label in cell]
+
+    def _cell(self, row: Mapping[str, Any]) -> Any:
+        """Return what is in the label column of a row, or None."""
         cell: Any = row if self.label else None
         for key in self.label:
             cell = None if cell is None else cell[key]
+        return cell
+
+    def _value(self, cell: Any) -> int | str:
+        """Return a label, or UNLABELLED if there is none."""
         if cell is None or cell == "" or cell != cell:  # NaN, as of pandas
             return UNLABELLED
         if self.words:
@@ -85,8 +102,10 @@ def choose_columns(
         return Columns(image)
     label = _label(features, name, label_column)
     kind = _kind(features, label)
+    several = isinstance(kind, _LISTS)
+    kind = kind.feature if several else kind
     own = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else ()
-    return Columns(image, label, own, words=not own and kind.dtype in _WORDS)
+    return Columns(image, label, own, words=not own and kind.dtype in _WORDS, several=several)
 
 
 def check_classes(classes: Sequence[str], name: str) -> None:
@@ -139,10 +158,12 @@ def _label(features: Mapping[str, Any], name: str, chosen: str | None) -> tuple[
             )
         return path
     paths: list[tuple[str, ...]]
-    paths = [(key,) for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    paths = [(key,) for key, kind in features.items() if _names_classes(kind)]
     if not paths:
         known = (_path(features, column) for column in LABEL_NAMES)
         paths = [path for path in known if _holds_labels(_kind(features, path))]
+    one = [path for path in paths if not isinstance(_kind(features, path), _LISTS)]
+    paths = one or paths  # a label comes before a list of labels
     if len(paths) > 1:
         raise DataError(
             f"{name} has {len(paths)} label columns, {', '.join('.'.join(p) for p in paths)};"
@@ -168,7 +189,13 @@ def _kind(features: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     return kind
 
 
+def _names_classes(kind: Any) -> bool:
+    """Return whether the type is a class of `datasets`, or a list of them."""
+    return isinstance(kind.feature if isinstance(kind, _LISTS) else kind, datasets.ClassLabel)
+
+
 def _holds_labels(kind: Any) -> bool:
+    kind = kind.feature if isinstance(kind, _LISTS) else kind
     if isinstance(kind, datasets.ClassLabel):
         return True
     return isinstance(kind, datasets.Value) and kind.dtype.startswith(

@@ -12,6 +12,7 @@ from pcae_training.finetune import finetune
 from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.pretrain import PretrainSettings, pretrain
 from pcae_training.probe import ProbeSettings, run_probe
+from pcae_training.score import Top1
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import STOPPED
 from pcae_training.visualize import VisualizeSettings, visualize
@@ -50,9 +51,10 @@ class Finetune(FinetuneSettings):
             _exit_stopped(self)
         elif MAIN:
             out = self.folder
-            print(f"wrote {out}; top-1 on held-out images:")
-            for budget, top1 in accuracy.items():
-                print(f"  keep {budget:<4} {top1}")
+            name = next(iter(accuracy.values())).name
+            print(f"wrote {out}; {name} on held-out images:")
+            for budget, score in accuracy.items():
+                print(f"  keep {budget:<4} {score}")
             _print_next(
                 "evaluate it on test images with",
                 *("pcae-train", "evaluate", str(out), "--data", self.eval_data or self.data),
@@ -64,6 +66,7 @@ class Finetune(FinetuneSettings):
                 *("--eval-data", self.eval_data or self.data),
                 *(("--eval-split", self.eval_split) if self.eval_data else ()),
                 *_eval_flags(self.data_flags),
+                *(() if name == Top1.name else ("--agreement",)),
             )
 
 
@@ -79,6 +82,7 @@ class Evaluate(EvaluateSettings):
                 *("pcae-export", "bundle", str(self.checkpoint), f"{self.checkpoint}-bundle"),
                 *("--eval-data", self.data, "--eval-split", self.split),
                 *_eval_flags(self.data_flags),
+                *(("--agreement",) if evaluation.several else ()),
             )
 
 

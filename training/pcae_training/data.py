@@ -16,6 +16,7 @@ from typing import Protocol, Unpack
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from pcae_serve.bundle.preprocess import Preprocess
@@ -24,6 +25,7 @@ from pcae_training.columns import DataChoice
 from pcae_training.duplicates import ImageFile
 from pcae_training.image_files import accepted_body, suffix
 from pcae_training.inventory import Inventory, list_classes, list_suffixes, print_lines
+from pcae_training.label_sets import align_sets
 from pcae_training.labels import Labels, align
 from pcae_training.progress import Progress
 from pcae_training.sample_rng import generator
@@ -70,14 +72,15 @@ class TrainingData(Protocol):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pixels uint8 [b, 3, S, S] and labels int64 [b] for each of the ascending `slices`.
 
-        Both are on `device`; labels are -1 if the data have none. The order depends on `seed` and
-        `epoch` alone: processes take slices of the same order, and a resumed run takes later ones.
+        Both are on `device`; labels are -1 if the data have none, and bool [b, classes] if an image
+        has any number of them. The order depends on `seed` and `epoch` alone: processes take slices
+        of the same order, and a resumed run takes later ones.
         An unreadable image is replaced by the next readable one in that order. Raise DataError if
         too many are unreadable.
         """
 
 
-class LabelledImages(Dataset[tuple[Tensor, int]]):
+class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
     """Pixels uint8 [3, S, S] and labels, decoded on access, or all at once by `in_memory`.
 
     Indices count the images of this object, of which `subset` returns fewer.
@@ -107,6 +110,11 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     @property
     def image_size(self) -> int:
         return self.preprocess.image_size
+
+    @property
+    def several(self) -> bool:
+        """Whether an image has any number of labels: `labels` is bool [len, classes]."""
+        return self.labels.ndim == 2
 
     @property
     def inventory(self) -> Inventory:
@@ -146,16 +154,19 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         except OSError as error:
             raise DataError(f"{self.name}, row {number}: {error}") from None
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return pixels [3, S, S] and label. Raise DataError if the image cannot be read."""
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return pixels uint8 [3, S, S], and a label int64 [] or a set of labels bool [classes].
+
+        Raise DataError if the image cannot be read.
+        """
         number = self._numbers[index]
         if number in self._skipped.reasons:
             raise DataError(self._skipped.reasons[number])
         if self._pixels is not None:
-            return self._pixels[index], int(self.labels[index])
+            return self._pixels[index], self.labels[index]
         body = self.body(index)
         try:
-            return to_pixels(self.preprocess, body), int(self.labels[index])
+            return to_pixels(self.preprocess, body), self.labels[index]
         except RequestError as error:
             place = self._table.place(number)
             raise DataError(f"{self.name}, row {number} ({place}): {error}") from None
@@ -198,8 +209,9 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         Raise DataError if the class of an image is not one of them.
         """
         if self.classes:
+            number = align_sets if self.several else align
             labels = Labels(self.labels, self.classes)
-            self.labels, self.classes = align(labels, classes, self.name)
+            self.labels, self.classes = number(labels, classes, self.name)
 
     def in_memory(self, device: torch.device | None = None) -> "LabelledImages":
         """Decode all images now and keep them on `device` (default: the CPU), if they fit.
@@ -230,8 +242,9 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pixels [B, 3, S, S] uint8 and labels [B] int64 in `order`; the last may be short.
 
-        Labels are on the CPU, pixels where `in_memory` put them. Raise DataError for an unreadable
-        image: a score must be that of exactly these images.
+        Labels are bool [B, classes] if an image has any number of them. They are on the CPU, pixels
+        where `in_memory` put them. Raise DataError for an unreadable image: a score must be that of
+        exactly these images.
         """
         if self._pixels is None:
             slices = [slice(i, i + batch_size) for i in range(0, len(order), batch_size)]
@@ -313,10 +326,19 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     def _lost_classes(self) -> list[str]:
         """Return the classes that have images, of which none can be read."""
-        bad, classes = self._skipped.reasons, self.labels.tolist()
-        numbers = zip(classes, self._numbers, strict=True)
-        lost = set(classes) - {label for label, number in numbers if number not in bad}
-        return [self.classes[label] for label in sorted(lost) if self.classes]
+        bad = self._skipped.reasons
+        readable = torch.tensor([number not in bad for number in self._numbers])
+        pairs = zip(self.classes, self._count(), self._count(readable), strict=False)
+        return [name for name, every, left in pairs if every and not left]
+
+    def _count(self, chosen: Tensor | None = None) -> list[int]:
+        """Return the number of images of each class, of all or those `chosen`, bool [len]."""
+        labels = self.labels if chosen is None else self.labels[chosen]
+        if not self.classes:
+            return []
+        every = labels.sum(dim=0) if self.several else torch.bincount(labels)
+        counts: list[int] = F.pad(every, (0, len(self.classes) - len(every))).tolist()
+        return counts
 
     def _decode(self, pixels: Tensor | None, chunk: range) -> dict[Hashable, str]:
         """Decode the images of `chunk` into `pixels`; return the reasons of the unreadable ones."""

@@ -8,9 +8,8 @@ depend on an image's row alone.
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -18,7 +17,7 @@ from pydantic_settings import CliPositionalArg, NoDecode
 from torch import Tensor
 
 from pcae_serve.bundle.preprocess import Preprocess
-from pcae_serve.bundle.tokens import Geometry, parse_keep_ratio
+from pcae_serve.bundle.tokens import parse_keep_ratio
 from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
@@ -26,6 +25,7 @@ from pcae_training.class_report import ClassReport
 from pcae_training.confusion_image import draw_confusion
 from pcae_training.data import LabelledImages, load
 from pcae_training.data_settings import DataSettings
+from pcae_training.evaluation import Evaluation
 from pcae_training.import_weights import WeightsChoice, build_checkpoint, load_checkpoint
 from pcae_training.inventory import print_inventory, print_lines
 from pcae_training.model import VisionTransformer, ViTConfig
@@ -39,7 +39,8 @@ from pcae_training.output import check_writable, write_whole
 from pcae_training.predictions import check_predictions, write_predictions
 from pcae_training.progress import Progress
 from pcae_training.sample_rng import generator
-from pcae_training.score import MIN_CLASSES_FOR_TOP5, Difference, Score, Top1
+from pcae_training.score import Score
+from pcae_training.task import AnyScore, choose_task, join_parts
 from pcae_training.world import World, join
 
 #: The keep ratios of the paper's tables.
@@ -77,14 +78,13 @@ def evaluate(
     batch_size: int = 250,
     precision: torch.dtype = torch.float32,
     workers: int = 0,
-) -> dict[float, Score]:
+) -> dict[float, AnyScore]:
     """Return the scores of `model` at every keep ratio in `budgets` on the given rows of `images`.
 
     Each image is decoded once. workers: loader processes for images that are not in memory.
     """
-    config, device = model.config, model.pos_embed.device
-    no_logits, no_labels = torch.empty(0, config.classes), torch.empty(0)
-    none = Score.from_logits(no_logits.to(device), no_labels.to(device))
+    config, device, task = model.config, model.pos_embed.device, choose_task(images.several)
+    none = task.score(torch.empty(0, config.classes).to(device), images.labels[:0].to(device))
     parts = {budget: [none] for budget in budgets}  # a process may have no rows
     was_training, done = model.training, 0
     model.eval()
@@ -99,17 +99,17 @@ def evaluate(
                     counts = config.geometry.counts(budget)
                     with torch.autocast(device.type, precision, precision != torch.float32):
                         logits = model(batch, counts, noise=noise)
-                    scores.append(Score.from_logits(logits, labels))
+                    scores.append(task.score(logits, labels))
                 done += len(labels)
                 progress.update(len(labels))
     finally:
         model.train(was_training)
-    return {budget: Score.join(scores) for budget, scores in parts.items()}
+    return {budget: join_parts(scores) for budget, scores in parts.items()}
 
 
-def join_scores(parts: Sequence[dict[float, Score]]) -> dict[float, Score]:
+def join_scores(parts: Sequence[dict[float, AnyScore]]) -> dict[float, AnyScore]:
     """Concatenate the scores of several processes, by budget, in the order of `parts`."""
-    return {budget: Score.join([part[budget] for part in parts]) for budget in parts[0]}
+    return {budget: join_parts([part[budget] for part in parts]) for budget in parts[0]}
 
 
 def read_ratios(value: object) -> tuple[float, ...]:
@@ -171,100 +171,6 @@ class EvaluateSettings(DataSettings):
         return choose_dtype(self.precision, self.device)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The scores of a model; as text, a table with a line per budget."""
-
-    data: str
-    geometry: Geometry
-    scores: dict[float, Score]  # from the largest keep ratio, which the others are compared with
-    precision: str = ""  # a line on the number formats of weights and arithmetic
-    rows: Sequence[int] | None = None  # each image's row in the data; default: all rows in order
-    names: Sequence[str] = ()  # of the classes
-
-    @property
-    def n(self) -> int:
-        return next(iter(self.scores.values())).n
-
-    def differences(self) -> dict[float, Difference]:
-        """Return the top-1 of every smaller budget minus that of the largest."""
-        largest, *smaller = self.scores
-        return {ratio: self.scores[ratio].against(self.scores[largest]) for ratio in smaller}
-
-    def macs(self, ratio: float) -> int:
-        return self.geometry.macs(self.geometry.counts(ratio))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures as JSON: shares and differences in [0, 1], a list entry per budget.
-
-        `wrong` lists the misclassified images by their row in the data.
-        """
-        rows = range(self.n) if self.rows is None else self.rows
-        differences, names = self.differences(), list(self.names)
-        return {
-            "data": self.data,
-            "n": self.n,
-            "precision": self.precision,
-            "budgets": [
-                {
-                    "keep_ratio": ratio,
-                    "patches": self.geometry.counts(ratio),
-                    "macs": self.macs(ratio),
-                    "top1": _share(score.top1),
-                    "top5": _share(score.top5),
-                    "calibration_error": score.calibration_error,
-                    "top1_difference": _share(differences.get(ratio)),
-                    **({"by_class": ClassReport.of(score, names).to_json()} if names else {}),
-                    "wrong": [rows[i] for i in (~score.correct).nonzero().flatten().tolist()],
-                }
-                for ratio, score in self.scores.items()
-            ],
-        }
-
-    def by_class(self) -> str:
-        """Return a table of the classes of lowest recall at the largest keep ratio."""
-        ratio, score = next(iter(self.scores.items()))
-        lines = ClassReport.of(score, self.names).lines()
-        return "\n".join([f"by class, at keep {ratio:g}:", *lines])
-
-    def __str__(self) -> str:
-        largest, differences = next(iter(self.scores)), self.differences()
-        rows = [
-            (
-                "keep",
-                "patches left",
-                "GMACs",
-                "top-1 % [95 %]",
-                "top-5 %",
-                "ECE %",
-                f"top-1 minus keep {largest:g} [95 %]",
-            )
-        ]
-        for ratio, score in self.scores.items():
-            low, high = (100 * bound for bound in score.top1.interval)
-            rows.append(
-                (
-                    f"{ratio:g}",
-                    ", ".join(map(str, self.geometry.counts(ratio))),
-                    f"{self.macs(ratio) / 1e9:.3f}",
-                    f"{100 * score.top1.value:.2f} [{low:.2f}, {high:.2f}]",
-                    "-" if score.top5 is None else f"{100 * score.top5.value:.2f}",
-                    f"{100 * score.calibration_error:.2f}",
-                    str(differences.get(ratio, "-")),
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        if self.geometry.classes < MIN_CLASSES_FOR_TOP5:
-            lines.append(f"top-5 is not meaningful with {self.geometry.classes} classes")
-        if self.precision:
-            lines.append(self.precision)
-        return "\n".join([f"{self.n:,} images of {self.data}", *lines])
-
-
 def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
     """Evaluate a checkpoint. Return None in processes of torchrun other than the main one.
 
@@ -275,11 +181,6 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
     if slow := describe_slow(settings.precision, settings.device):
         print_lines(slow)
     checkpoint = open_checkpoint(settings.checkpoint, settings.weights)
-    if checkpoint.multi_label:
-        raise PcaeError(
-            f"{settings.checkpoint} has independent labels, and these images have one class each;"
-            " top-1 does not measure it"
-        )
     budgets = choose_ratios(checkpoint, settings.budgets)
     for file in (settings.json_file, settings.confusion):
         if file is not None:
@@ -296,6 +197,8 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
         **settings.columns,
     )
     check_labels(checkpoint, images)
+    if images.several and settings.confusion is not None:
+        raise PcaeError(f"{images.name} has lists of labels, which --confusion cannot draw")
     print_inventory(images.inventory)
     images = images.readable()
     with join(settings.device) as world:
@@ -312,6 +215,7 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
         write_predictions(settings.predictions, scores, names, rows, places)
     if settings.confusion is not None:
         ratio, score = next(iter(scores.items()))
+        assert isinstance(score, Score)  # checked above
         title = f"{images.name}, keep {ratio:g}"
         write_whole(settings.confusion, draw_confusion(ClassReport.of(score, names), title))
     if settings.json_file is not None:
@@ -369,6 +273,10 @@ def check_labels(checkpoint: Checkpoint, images: LabelledImages) -> None:
         raise PcaeError("the checkpoint does not name its classes (id2label in its config.json)")
     if not wanted:
         raise PcaeError("the checkpoint has no classes; fine-tune it before evaluating it")
+    if checkpoint.multi_label != images.several:
+        kinds = ("one class", "any number of labels")
+        own, theirs = kinds if images.several else reversed(kinds)
+        raise PcaeError(f"the checkpoint gives {own} an image, and {images.name} has {theirs}")
     images.align(wanted)
 
 
@@ -378,7 +286,7 @@ def _measure(
     budgets: Sequence[float],
     settings: EvaluateSettings,
     world: World,
-) -> dict[float, Score]:
+) -> dict[float, AnyScore]:
     """Return the scores on all images in order; every process evaluates a contiguous part."""
     first, end = (len(images) * rank // world.size for rank in (world.rank, world.rank + 1))
     own = evaluate(
@@ -391,7 +299,3 @@ def _measure(
         workers=settings.workers,
     )
     return join_scores(world.gather(own))
-
-
-def _share(share: Top1 | Difference | None) -> dict[str, Any] | None:
-    return None if share is None else {"value": share.value, "interval": share.interval}

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pcae_serve.errors import PcaeError, one_line
 from pcae_training import checkpoint as checkpoints
@@ -20,9 +19,9 @@ from pcae_training.augment import Augmentation, Mixing
 from pcae_training.average import WeightAverage
 from pcae_training.best_epoch import BestEpoch
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.class_report import ClassReport
 from pcae_training.data import LabelledImages
 from pcae_training.evaluate import evaluate, join_scores, normalise
+from pcae_training.evaluation import report_classes
 from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.finetune_start import prepare
 from pcae_training.inventory import print_lines
@@ -30,7 +29,7 @@ from pcae_training.model import VisionTransformer
 from pcae_training.output import write_whole
 from pcae_training.plan import describe, fit_batch_size
 from pcae_training.sample_rng import SampleRng, drop_path_factors, to_device
-from pcae_training.score import Score, Top1
+from pcae_training.task import AnyScore, Headline, choose_task
 from pcae_training.teacher import Teachers, load_teachers
 from pcae_training.trainer import BEST, Trainer, check_out, parameter_groups
 from pcae_training.world import World, join
@@ -64,7 +63,8 @@ class Finetuning(nn.Module):
         self.frozen = self._find_frozen(new) if settings.frozen_share else []
         if settings.freeze:
             self._set_frozen(progress=0.0)
-        self.final: dict[str, dict[str, float]] = {}  # by keep ratio: top1 and n
+        self.task = choose_task(start.multi_label)
+        self.final: dict[str, dict[str, float]] = {}  # by keep ratio: top1 or map, and n
         self.selected: int | None = None  # the epoch whose weights were chosen
         self.augment = Augmentation(
             size=start.model.config.image_size,
@@ -98,7 +98,10 @@ class Finetuning(nn.Module):
         return self.settings.freeze_first > 0
 
     def forward(self, pixels: Tensor, labels: Tensor, rng: SampleRng, progress: float) -> Tensor:
-        """Return the mean loss of uint8 pixels [b, 3, S, S] and labels [b], over the budgets."""
+        """Return the mean loss of uint8 pixels [b, 3, S, S] and labels, over the budgets.
+
+        labels: int64 [b], or sets of labels bool [b, classes].
+        """
         config, device, settings = self.model.config, pixels.device, self.settings
         self._set_frozen(progress)
         with torch.no_grad():
@@ -118,12 +121,12 @@ class Finetuning(nn.Module):
         for keep_ratio in ratios:
             counts = config.geometry.counts(keep_ratio)
             logits = self.model(images, counts, drop_path=drop_path, noise=noise).float()
-            loss = F.cross_entropy(logits, targets)
+            loss = self.task.loss(logits, targets)
             if settings.distil and largest is not None and keep_ratio < settings.ratios[0]:
-                distilled = F.cross_entropy(logits, largest)
+                distilled = self.task.loss(logits, largest)
                 loss = torch.lerp(loss, distilled, settings.distil)
             if largest is None:
-                largest = logits.detach().softmax(dim=-1)
+                largest = self.task.probabilities(logits.detach())
             losses.append(self.weights.get(keep_ratio, 1.0) * loss)
         return torch.stack(losses).mean()
 
@@ -149,7 +152,7 @@ class Finetuning(nn.Module):
         if settings.distil_from != "average" or not needed:
             return None
         counts = config.geometry.counts(settings.ratios[0])
-        return torch.softmax(self.kept(images, counts, noise=noise).float(), dim=-1)
+        return self.task.probabilities(self.kept(images, counts, noise=noise).float())
 
     def macs(self, progress: float) -> float:
         """Return the expected multiply-adds of a training step for one image.
@@ -174,12 +177,14 @@ class Finetuning(nn.Module):
             self.average.update(self.model)
 
     def after_epoch(self, world: World) -> Mapping[str, Mapping[str, float]]:
-        """Return held-out top-1 at the largest and the smallest budget."""
+        """Return the held-out score at the largest and the smallest budget."""
         ends = dict.fromkeys((self.settings.ratios[0], self.settings.ratios[-1]))
         scores = self.measure(ends, world)
-        return {"holdout_top1": {str(ratio): score.top1.value for ratio, score in scores.items()}}
+        key = next(iter(scores.values())).key
+        values = {str(ratio): score.headline.value for ratio, score in scores.items()}
+        return {f"holdout_{key}": values}
 
-    def measure(self, ratios: Iterable[float], world: World) -> dict[float, Score]:
+    def measure(self, ratios: Iterable[float], world: World) -> dict[float, AnyScore]:
         """Return held-out scores; every process evaluates its share of the rows."""
         rows = range(world.rank, len(self.holdout), world.size)
         own = evaluate(
@@ -210,8 +215,8 @@ class Finetuning(nn.Module):
         self.selected = epoch
 
 
-def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
-    """Fine-tune, and return held-out top-1 by budget; an empty dict for a dry run.
+def finetune(settings: FinetuneSettings) -> dict[float, Headline] | None:
+    """Fine-tune, and return the held-out score by budget; an empty dict for a dry run.
 
     Return None if a signal stopped the run, with a checkpoint to resume from.
     """
@@ -224,7 +229,7 @@ def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
         if (note := fit_batch_size(settings, world, len(data))) is not None:
             print_lines(note)
         try:
-            teachers = load_teachers(settings.teacher, start.labels, start.preprocess, world.device)
+            teachers = load_teachers(settings.teacher, start, world.device)
             objective = Finetuning(start, settings, holdout, teachers, new).to(world.device)
         except ValueError as error:  # flags that only fit larger images
             raise PcaeError(one_line(error)) from None
@@ -252,11 +257,13 @@ def finetune(settings: FinetuneSettings) -> dict[float, Top1] | None:
             if world.main:
                 print_lines(f"kept the weights of epoch {epoch}, the best on the held-out images")
         scores = objective.measure(settings.ratios, world)
-        top1 = {ratio: score.top1 for ratio, score in scores.items()}
-        reports = {str(r): ClassReport.of(s, start.labels).to_json() for r, s in scores.items()}
+        reports = {str(r): report_classes(s, start.labels).to_json() for r, s in scores.items()}
         if world.main:
             content = {"data": holdout.name, "by_keep_ratio": reports}
             write_whole(settings.folder / CLASSES, (json.dumps(content) + "\n").encode())
-        objective.final = {str(r): {"top1": t.value, "n": t.n} for r, t in top1.items()}
+        objective.final = {
+            str(ratio): {score.key: score.headline.value, "n": score.n}
+            for ratio, score in scores.items()
+        }
         trainer.save()
-        return top1
+        return {ratio: score.headline for ratio, score in scores.items()}

@@ -58,6 +58,7 @@ def prepare(settings: FinetuneSettings, report: bool = True) -> Start:
             **settings.columns,
         )
         images = training_data(settings, source)
+        _check_same_labels(images, holdout)
         holdout.align(images.classes)
         print_inventory(images.inventory)
         print_inventory(holdout.inventory)
@@ -72,11 +73,25 @@ def prepare(settings: FinetuneSettings, report: bool = True) -> Start:
     chosen = settings.eval_data or settings.holdout or settings.fold
     if before is not None and chosen and isinstance(images, LabelledImages):
         _report_seen(settings, before, images)
+    several = holdout.several
+    if found is not None and not _has_same_answers(found, images.classes, several):
+        dropped = found.drop_head()
+        config = replace(dropped.config, pooling=found.config.pooling)
+        found = replace(dropped, config=config)
     model, new = _build_model(settings, found, images.classes, preprocess.image_size, report)
     training = {} if found is None else found.training
-    checkpoint = Checkpoint(model, preprocess, images.classes, training)
+    checkpoint = Checkpoint(model, preprocess, images.classes, training, several)
     held_out = heldout_record.record(holdout, range(len(holdout)))
     return Start(checkpoint, images, holdout.readable(), held_out, new)
+
+
+def _check_same_labels(images: TrainingData, holdout: LabelledImages) -> None:
+    """Raise PcaeError if only one of the two has lists of labels."""
+    several = isinstance(images, LabelledImages) and images.several
+    if several != holdout.several:
+        kinds = ("lists of labels", "one class an image")
+        ours, theirs = kinds if several else reversed(kinds)
+        raise PcaeError(f"--data has {ours}, and --eval-data has {theirs}")
 
 
 def _report_seen(settings: FinetuneSettings, before: HeldOut, images: LabelledImages) -> None:
@@ -101,6 +116,13 @@ def load_labelled(settings: FinetuneSettings, preprocess: Preprocess) -> Labelle
     images = training_data(settings, preprocess)
     assert isinstance(images, LabelledImages)  # --stream requires --eval-data
     return images
+
+
+def _has_same_answers(found: LoadedCheckpoint, classes: list[str], several: bool) -> bool:
+    """Return whether the head of --init may answer the same as the model to train."""
+    if not found.config.classes:
+        return True  # there is no head
+    return found.labels in (None, classes) and bool(found.multi_label) == several
 
 
 def _choose_preprocess(found: LoadedCheckpoint, settings: FinetuneSettings) -> Preprocess:
@@ -132,9 +154,6 @@ def _build_model(
         model = VisionTransformer(settings.config(classes, **changes))
         return model, frozenset(name for name, _ in model.named_parameters())
     pooling = settings.pooling or (found.config.pooling if found.pooling_known else "mean")
-    if found.labels is not None and found.labels != labels:
-        dropped = found.drop_head()
-        found = replace(dropped, config=replace(dropped.config, pooling=found.config.pooling))
     points = settings.reduction_points
     if points is None:
         points = found.config.reduction_points or reduction_points(found.config.depth)

@@ -10,6 +10,7 @@ from pcae_training.data import LabelledImages
 from pcae_training.heldout_record import HeldOut
 from pcae_training.holdout import Split, default_holdout, hold_out, hold_out_fold
 from pcae_training.inventory import list_classes, print_lines
+from pcae_training.label_sets import strata
 
 #: Images held out by default, of large data sets.
 DEFAULT_HOLDOUT = 5000
@@ -92,6 +93,8 @@ def divide(
     """
     groups = None if settings.group is None else images.groups(settings.group)
     labels, name = images.labels, images.name
+    if images.several:
+        labels = strata(labels, groups)
     if settings.fold is not None:
         split = hold_out_fold(labels, *settings.fold, name, seed, groups)
         why = f"fold {settings.fold[0]} of {settings.fold[1]}"
@@ -105,7 +108,8 @@ def divide(
     print_lines(f"held out: {len(split.holdout):,} of {len(images):,} images ({why})")
     if split.unmeasured:
         what = "image" if groups is None else "group"
-        single = [images.classes[label] for label in split.unmeasured]
+        names = [*images.classes, "no label"]
+        single = [names[label] for label in split.unmeasured]
         print_lines(
             f"  note: the only {what} of {list_classes(single)} stays in training, so"
             f" {'they are' if len(single) > 1 else 'it is'} not measured"

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from pcae_training.class_folders import ClassFolders
 from pcae_training.duplicates import Duplicates, ImageFile, find_duplicates
 from pcae_training.image_files import Use, display, suffix
@@ -39,6 +41,8 @@ class Inventory:
     converted: Mapping[str, Counts] = field(default_factory=dict)  # the same
     notes: Sequence[str] = ()
     duplicates: Duplicates = field(default_factory=Duplicates)
+    #: Images of the split to use, where an image can have several labels; else their sum.
+    images: int | None = None
 
     def with_classes(self, classes: Sequence[str]) -> "Inventory":
         """Return the inventory with all of these classes in the split to use, also without images.
@@ -84,8 +88,9 @@ class Inventory:
         used = self.splits[self.used]
         named = [name for name in used if name]
         classes = f"{len(named):,} classes" if named else "no labels"
+        images = sum(used.values()) if self.images is None else self.images
         yield (
-            f"data {display(self.name)}: {sum(used.values()):,} images of {display(self.used)},"
+            f"data {display(self.name)}: {images:,} images of {display(self.used)},"
             f" {classes} ({self.layout})"
         )
         yield from self._table()
@@ -112,7 +117,10 @@ class Inventory:
             (display(name) or "(no class)", *(f"{counts.get(name, 0):,}" for counts in splits))
             for name in shown
         ]
-        total = ("all", *(f"{sum(counts.values()):,}" for counts in splits))
+        total = (
+            "all" if self.images is None else "all labels",
+            *(f"{sum(counts.values()):,}" for counts in splits),
+        )
         widths = [max(map(len, column)) for column in zip(header, *rows, total, strict=True)]
         for row in (header, *rows):
             yield "  " + _format(row, widths)
@@ -172,9 +180,16 @@ def _image_files(found: ClassFolders) -> list[ImageFile]:
     return files
 
 
-def count_rows(name: str, split: str, classes: Sequence[str], labels: Sequence[int]) -> Inventory:
-    """Return the inventory of the rows of one split; the others are not known."""
-    counts = Counter(labels)
+def count_rows(name: str, split: str, classes: Sequence[str], labels: Tensor) -> Inventory:
+    """Return the inventory of the rows of one split; the others are not known.
+
+    labels: int64 [rows], or bool [rows, classes] if a row has a list of labels.
+    """
+    if labels.ndim == 2:
+        table = dict(zip(classes, labels.sum(dim=0).tolist(), strict=True))
+        layout = "rows of a table, each with a list of labels"
+        return Inventory(name, split, layout, {split: table}, images=len(labels))
+    counts = Counter(labels.tolist())
     table = {each: counts[number] for number, each in enumerate(classes)} or {"": len(labels)}
     return Inventory(name, split, "rows of a table", {split: table})
 

@@ -1,15 +1,18 @@
 """Write the answer to each image as a table, Parquet or CSV."""
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import csv, parquet
 
 from pcae_serve.errors import PcaeError
+from pcae_training.label_score import LabelScore
 from pcae_training.output import check_writable, write_whole
-from pcae_training.score import Score
+from pcae_training.task import AnyScore
 
 SUFFIXES = (".parquet", ".csv")
 
@@ -23,7 +26,7 @@ def check_predictions(file: Path) -> None:
 
 def write_predictions(
     file: Path,
-    scores: Mapping[float, Score],
+    scores: Mapping[float, AnyScore],
     names: Sequence[str],
     rows: Sequence[int],
     places: Sequence[str],
@@ -39,10 +42,7 @@ def write_predictions(
                 "row": pa.array(rows, pa.int64()),
                 "image": list(places),
                 "keep_ratio": pa.array([ratio] * score.n, pa.float64()),
-                "label": [names[label] for label in score.labels.tolist()],
-                "predicted": [names[label] for label in score.predicted.tolist()],
-                "confidence": pa.array(score.confidence.tolist(), pa.float32()),
-                "correct": score.correct.tolist(),
+                **_answers(score, names, as_text=file.suffix.lower() == ".csv"),
             }
         )
         for ratio, score in scores.items()
@@ -53,3 +53,32 @@ def write_predictions(
     else:
         parquet.write_table(table, content)
     write_whole(file, content.getvalue())
+
+
+def _answers(score: AnyScore, names: Sequence[str], as_text: bool) -> dict[str, Any]:
+    """Return the columns of labels and answers.
+
+    as_text: lists as JSON, for files without lists.
+    """
+    if not isinstance(score, LabelScore):
+        return {
+            "label": [names[label] for label in score.labels.tolist()],
+            "predicted": [names[label] for label in score.predicted.tolist()],
+            "confidence": pa.array(score.confidence.tolist(), pa.float32()),
+            "correct": score.correct.tolist(),
+        }
+    columns: dict[str, list[Any]] = {
+        "labels": [_chosen(names, row) for row in score.labels.tolist()],
+        "predicted": [_chosen(names, row) for row in score.given.tolist()],
+        "probabilities": [
+            {name: round(value, 6) for name, value in zip(names, row, strict=True)}
+            for row in score.probabilities.tolist()
+        ],
+    }
+    if as_text:
+        return {name: [json.dumps(value) for value in column] for name, column in columns.items()}
+    return columns
+
+
+def _chosen(names: Sequence[str], row: Sequence[bool]) -> list[str]:
+    return [name for name, chosen in zip(names, row, strict=True) if chosen]

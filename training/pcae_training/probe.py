@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import Geometry
+from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
@@ -37,6 +38,7 @@ from pcae_training.output import check_writable, write_whole
 from pcae_training.progress import Progress
 from pcae_training.readouts import Method, predict
 from pcae_training.score import Difference, Score, Top1
+from pcae_training.text_table import align_columns
 from pcae_training.world import join
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -151,13 +153,8 @@ class Probe:
             rows.append((f"{ratio:g}", f"{macs / 1e9:.3f}", *cells))
         cells = (_cell(self.baseline[method].top1) for method in methods)
         rows.append(("pixels", "-", *cells))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
         title = f"{self.n:,} held-out images of {self.data}, readouts of {self.trained_on:,}"
-        return "\n".join([title, *lines])
+        return "\n".join([title, *align_columns(rows)])
 
 
 def run_probe(settings: ProbeSettings) -> Probe:
@@ -196,6 +193,8 @@ def _images(
     """Return the images to train readouts on and those to measure them on."""
     options: dict[str, Any] = {"max_unreadable": settings.max_unreadable, **settings.columns}
     images = load(settings.data, settings.split, preprocess, **options)
+    if images.several:
+        raise PcaeError(f"{images.name} has lists of labels; probe needs one class an image")
     print_inventory(images.inventory)
     if settings.eval_data is None:
         split = divide(settings, images, settings.seed)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ _Z_95 = NormalDist().inv_cdf(0.975)
 @dataclass(frozen=True)
 class Top1:
     """Share of images classified correctly, with a 95 % Wilson interval."""
+
+    name = "top-1"
 
     correct: int
     n: int
@@ -72,6 +75,9 @@ class Difference:
 class Score:
     """One budget's results, image by image; `+` concatenates the scores of different images."""
 
+    key, short = "top1", "top-1"  # the figure by which a run is judged, in JSON and in text
+    columns = ("top-1 % [95 %]", "top-5 %", "ECE %")
+
     labels: Tensor  # int64 [n]
     predicted: Tensor  # int64 [n]: the class of the highest logit
     among_five: Tensor | None  # [n] bool: one of the five highest; None below six classes
@@ -116,6 +122,11 @@ class Score:
         return Top1(int(self.correct.sum()), self.n)
 
     @property
+    def headline(self) -> Top1:
+        """The figure by which a run is judged."""
+        return self.top1
+
+    @property
     def top5(self) -> Top1 | None:
         """Share of images whose label is among the five highest logits; None below six classes."""
         if self.among_five is None:
@@ -134,6 +145,24 @@ class Score:
         bins = torch.bucketize(confidence, edges)
         gaps = torch.bincount(bins, weights=confidence - self.correct.double(), minlength=BINS)
         return float(gaps.abs().sum()) / self.n
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the text of each of `columns`."""
+        low, high = (100 * bound for bound in self.top1.interval)
+        return (
+            f"{100 * self.top1.value:.2f} [{low:.2f}, {high:.2f}]",
+            "-" if self.top5 is None else f"{100 * self.top5.value:.2f}",
+            f"{100 * self.calibration_error:.2f}",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as JSON, shares in [0, 1]; top-5 is None below six classes."""
+        shares = {"top1": self.top1, "top5": self.top5}
+        figures: dict[str, Any] = {
+            name: share and {"value": share.value, "interval": share.interval}
+            for name, share in shares.items()
+        }
+        return figures | {"calibration_error": self.calibration_error}
 
     def against(self, other: "Score") -> Difference:
         """Return top-1 minus that of `other` on the same images.

@@ -14,10 +14,12 @@ from pcae_training.source import DataError
 class Images(Protocol):
     """Images by index."""
 
+    labels: Tensor  # int64 [rows], or bool [rows, classes]
+
     @property
     def image_size(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return pixels and label. Raise DataError if the image cannot be read."""
 
     def row(self, index: int) -> int:
@@ -28,7 +30,7 @@ class Batch(NamedTuple):
     """Images of a slice."""
 
     pixels: Tensor  # [b, 3, S, S] uint8; empty if no readable image was found
-    labels: Tensor  # [b] int64
+    labels: Tensor  # [b] int64, or [b, classes] bool
     reasons: dict[Hashable, str]  # of unreadable images, by row in the data set
 
 
@@ -59,7 +61,7 @@ class Slices(Dataset[Batch]):
     def __getitem__(self, part: slice) -> Batch:
         places, size = range(*part.indices(len(self.order))), self.images.image_size
         pixels = torch.empty(len(places), 3, size, size, dtype=torch.uint8)
-        labels = torch.empty(len(places), dtype=torch.int64)
+        labels = self.images.labels.new_empty(len(places), *self.images.labels.shape[1:])
         reasons: dict[Hashable, str] = {}
         for i, place in enumerate(places):
             sample = self._readable(place, reasons)
@@ -68,7 +70,7 @@ class Slices(Dataset[Batch]):
             pixels[i], labels[i] = sample
         return Batch(pixels, labels, reasons)
 
-    def _readable(self, place: int, reasons: dict[Hashable, str]) -> tuple[Tensor, int] | None:
+    def _readable(self, place: int, reasons: dict[Hashable, str]) -> tuple[Tensor, Tensor] | None:
         """Return the image at `place` of the order, or the next readable one."""
         for i in range(self.patience):
             index = self.order[(place + i) % len(self.order)]

@@ -72,6 +72,10 @@ class ImageStream:
         if epoch_size < 1:
             raise DataError(f"{name}: an epoch must have at least one image, not {epoch_size}")
         self.name, self.preprocess = name, preprocess
+        if columns.several:
+            raise DataError(
+                f"{name} has lists of labels, which --stream does not read; omit --stream"
+            )
         self._codes: dict[int | str, int] = {}  # class number of each label
         self.classes: list[str] = []
         if columns.label:

@@ -17,6 +17,7 @@ from pcae_training.class_folders import ClassFolders, Entry, Layout, list_class_
 from pcae_training.columns import UNLABELLED, Columns, DataChoice, check_value, choose_columns
 from pcae_training.image_files import Use, display, unreadable_reason
 from pcae_training.inventory import Inventory, count_folders, count_rows
+from pcae_training.label_sets import encode_sets
 from pcae_training.labels import Labels, encode_integers, encode_names
 from pcae_training.source import DataError, open_source, title
 
@@ -25,7 +26,8 @@ class ImageTable(Protocol):
     """Rows of image files with labels."""
 
     name: str
-    labels: Tensor  # int64 [rows]; UNLABELLED if the table has no classes
+    #: int64 [rows], UNLABELLED if the table has no classes; or bool [rows, classes]: label sets.
+    labels: Tensor
     classes: list[str]  # empty if unlabelled
     unreadable: Mapping[int, str]  # rows that are known not to be readable, and why
     inventory: Inventory
@@ -58,7 +60,7 @@ class RowTable:
         self.classes = labels.classes if labels else []
         self.unreadable: Mapping[int, str] = {}
         *_, split = name.rpartition("/")
-        self.inventory = count_rows(name, split, self.classes, self.labels.tolist())
+        self.inventory = count_rows(name, split, self.classes, self.labels)
         self._columns, self._all = columns, rows
         images = rows.select_columns([columns.image])
         self._rows = images.cast_column(columns.image, datasets.Image(decode=False))
@@ -201,7 +203,12 @@ def _read_labels(
     rows: datasets.Dataset, columns: Columns, name: str, classes: Sequence[str] | None
 ) -> Labels:
     column = columns.label[0]
-    values = [columns.value({column: cell}) for cell in rows.with_format(None)[column][:]]
+    cells = rows.with_format(None)[column][:]
+    if columns.several:
+        return encode_sets(
+            [columns.values({column: cell}) for cell in cells], columns, name, classes
+        )
+    values = [columns.value({column: cell}) for cell in cells]
     missing = sum(
         value == UNLABELLED or (bool(columns.classes) and int(value) < 0) for value in values
     )

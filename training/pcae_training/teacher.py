@@ -10,8 +10,10 @@ from torch import Tensor
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
+from pcae_training.checkpoint import Checkpoint
 from pcae_training.evaluate import normalise, open_checkpoint
 from pcae_training.model import VisionTransformer
+from pcae_training.task import Task, choose_task
 
 #: A function from pixels, float32 [B, 3, S, S] in [0, 255], to probabilities [B, classes].
 Teacher = Callable[[Tensor], Tensor]
@@ -40,6 +42,7 @@ class CheckpointTeacher:
     """A ViT, at keep ratio 1.0, with its own normalisation."""
 
     model: VisionTransformer
+    task: Task
     preprocess: Preprocess
     columns: Tensor | None  # of its outputs, for the classes of the images; None: all, in order
 
@@ -48,33 +51,39 @@ class CheckpointTeacher:
         logits: Tensor = self.model(normalise(pixels, self.preprocess)).float()
         if self.columns is not None:
             logits = logits.index_select(1, self.columns)
-        return logits.softmax(dim=1)
+        return self.task.probabilities(logits)
 
 
 def load_teachers(
-    paths: Sequence[Path], classes: Sequence[str], preprocess: Preprocess, device: torch.device
+    paths: Sequence[Path], learner: Checkpoint, device: torch.device
 ) -> Teachers | None:
     """Load the teachers of a run, or return None if there are none.
 
-    classes, preprocess: of the images and of the model that learns. Raise PcaeError if a teacher
-    cannot be read, has other classes or takes images of another size.
+    learner: the model that learns. Raise PcaeError if a teacher cannot be read, has other classes
+    or takes images of another size.
     """
     if not paths:
         return None
-    members = [_load(path, classes, preprocess, device) for path in paths]
-    return Teachers(members, preprocess)
+    return Teachers([_load(path, learner, device) for path in paths], learner.preprocess)
 
 
-def _load(
-    path: Path, classes: Sequence[str], preprocess: Preprocess, device: torch.device
-) -> Teacher:
+def _load(path: Path, learner: Checkpoint, device: torch.device) -> Teacher:
+    classes, preprocess = learner.labels, learner.preprocess
     if path.suffix == ".onnx":
         from pcae_training.onnx_teacher import OnnxTeacher  # loads ONNX Runtime
 
+        if learner.multi_label:
+            raise PcaeError(
+                f"--teacher {path}: the images have lists of labels, whose teacher must be a"
+                " checkpoint of independent labels, not an ONNX file"
+            )
         return OnnxTeacher(path, len(classes), preprocess, device)
     found = open_checkpoint(path, weights=None)
-    if found.answers != "classes":
-        raise PcaeError(f"--teacher {path} gives {found.answers}; a teacher needs classes")
+    if found.answers != learner.answers:
+        raise PcaeError(
+            f"--teacher {path} gives {found.answers}; a teacher of this model needs"
+            f" {learner.answers}"
+        )
     if found.preprocess.image_size != preprocess.image_size:
         raise PcaeError(
             f"--teacher {path} takes images of {found.preprocess.image_size} pixels, and the model"
@@ -82,8 +91,9 @@ def _load(
         )
     columns = _columns(path, found.labels, found.model.config.classes, classes)
     model = found.model.requires_grad_(False).to(device)
+    task = choose_task(found.multi_label)
     return CheckpointTeacher(
-        model, found.preprocess, None if columns is None else columns.to(device)
+        model, task, found.preprocess, None if columns is None else columns.to(device)
     )
 
 
