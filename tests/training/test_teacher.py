@@ -206,6 +206,6 @@ def test_what_cannot_teach(tmp_path: Path) -> None:
     features = tmp_path / "features"
     headless = VisionTransformer(replace(vit().config, classes=0))
     checkpoints.save(Checkpoint(headless, THEIRS, []), features)
-    with pytest.raises(PcaeError, match="gives features; a teacher needs classes"):
+    with pytest.raises(PcaeError, match="gives features; a teacher of this model needs classes"):
         load(features)
     assert np.isfinite(load(checkpoint(tmp_path / "fine"))(images()).numpy()).all()
