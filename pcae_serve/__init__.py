@@ -9,13 +9,20 @@ from pcae_serve.version import __version__
 if TYPE_CHECKING:
     from pcae_serve.client import AsyncClient as AsyncClient
     from pcae_serve.client import Client as Client
+    from pcae_serve.local.model import Model as Model
+    from pcae_serve.local.model import load as load
 
-__all__ = ["AsyncClient", "Client", "__version__"]
+__all__ = ["AsyncClient", "Client", "Model", "__version__", "load"]
 
 usage_reports.switch_off()
 
 #: Public names that are imported on first use, because their modules are heavy.
-_LAZY = {"AsyncClient": "pcae_serve.client", "Client": "pcae_serve.client"}
+_LAZY = {
+    "AsyncClient": "pcae_serve.client",
+    "Client": "pcae_serve.client",
+    "Model": "pcae_serve.local.model",
+    "load": "pcae_serve.local.model",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -38,6 +38,7 @@ def test_the_server_starts_without_engines_or_the_other_packages() -> None:
         ("import pcae_serve; pcae_serve.__version__", SERVER | {"numpy", "pydantic", "httpx2"}),
         ("from pcae_serve import Client", SERVER | {"numpy"}),
         ("import pcae_serve.cli", SERVER | {"numpy"}),
+        ("from pcae_serve import load", SERVER | {"httpx2"}),
     ],
 )
 def test_public_names_load_no_server(statement: str, absent: set[str]) -> None:

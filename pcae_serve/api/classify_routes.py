@@ -5,7 +5,7 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 
 from pcae_serve import schemas
-from pcae_serve.api import problems, results, server_timing
+from pcae_serve.api import problems, server_timing
 from pcae_serve.api.body import announced_bytes, unless_disconnected
 from pcae_serve.api.form import read_images, require_plain_body
 from pcae_serve.api.image_requests import (
@@ -20,6 +20,7 @@ from pcae_serve.api.parameters import ClassifyParameters
 from pcae_serve.api.state import service_of
 from pcae_serve.errors import RequestError
 from pcae_serve.observability.logs import join_counts
+from pcae_serve.runtime import results
 from pcae_serve.runtime.request_group import RequestGroup
 from pcae_serve.runtime.requests import InferenceResult
 from pcae_serve.runtime.uploads import Upload

@@ -3,9 +3,10 @@
 from fastapi import APIRouter, Request, Response
 
 from pcae_serve import schemas
-from pcae_serve.api import problems, results
+from pcae_serve.api import problems
 from pcae_serve.api.image_requests import answer_image, one_image
 from pcae_serve.api.parameters import ImageParameters
+from pcae_serve.runtime import results
 
 router = APIRouter(tags=["Images"], responses=problems.documented(problems.IMAGE_PROBLEMS))
 

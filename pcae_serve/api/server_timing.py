@@ -7,19 +7,9 @@ from fastapi import Request, Response
 from pcae_serve.observability import tracing
 from pcae_serve.observability.logs import join_counts
 from pcae_serve.runtime.requests import InferenceResult
-from pcae_serve.schemas import Timings
+from pcae_serve.runtime.results import timings
 
 HEADER = "Server-Timing"
-
-
-def timings(answer: InferenceResult) -> Timings:
-    """Return where the time of an answer went, in milliseconds."""
-    return Timings(
-        decode=round(answer.decode_s * 1e3, 2),
-        queue=round(answer.queue_s * 1e3, 2),
-        compute=round(answer.compute_s * 1e3, 2),
-        total=round(answer.total_s * 1e3, 2),
-    )
 
 
 def record_timing(request: Request, response: Response, answers: Sequence[InferenceResult]) -> None:

@@ -7,11 +7,9 @@ from fastapi import APIRouter, Request
 from pcae_serve import schemas
 from pcae_serve.api import problems
 from pcae_serve.api.state import service_of
-from pcae_serve.engines.base import BACKEND_NOTES, GPU_BACKENDS
+from pcae_serve.engines.base import BACKEND_NOTES
 from pcae_serve.runtime.service import Service
-
-#: Batch sizes whose latencies are reported.
-LATENCY_BATCHES = (1, 8)
+from pcae_serve.runtime.tier_info import describe_tier
 
 router = APIRouter(tags=["Server"], responses=problems.documented(problems.KEY_PROBLEMS))
 
@@ -39,25 +37,13 @@ async def tiers(request: Request) -> schemas.Tiers:
 
 
 def _tier(service: Service, index: int) -> schemas.TierInfo:
-    tier, latency = service.bundle.tiers[index], service.latency
-    model = service.bundle.manifest.models[tier.model]
-    half = model.half if service.engines[0].name in GPU_BACKENDS else None
-    now_s, max_batch = asyncio.get_running_loop().time(), service.settings.max_batch
-    forecast = None if latency is None else latency.forecast(now_s)
-    return schemas.TierInfo(
-        name=tier.name,
-        model=tier.model,
-        reduction=model.reduction,
-        precision=half or tier.precision,
-        keep_ratio=tier.keep_ratio,
-        tokens=list(tier.token_counts),
-        macs=tier.macs,
-        accuracy=tier.accuracy,
-        agreement=tier.agreement,
-        fidelity=tier.fidelity,
-        dominated=tier.dominated,
+    latency = service.latency
+    now_s = asyncio.get_running_loop().time()
+    return describe_tier(
+        service.bundle,
+        index,
+        service.engines[0],
+        None if latency is None else latency.forecast(now_s),
+        service.settings.max_batch,
         in_service=index not in service.disabled_tiers,
-        latency_ms=None
-        if forecast is None
-        else {n: round(forecast.p50(index, n) * 1e3, 2) for n in LATENCY_BATCHES if n <= max_batch},
     )

@@ -43,6 +43,7 @@ REDUCED = 2
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags and a value
+_ORIENTATION = 274  # EXIF tag
 
 
 class _Turn(NamedTuple):
@@ -189,6 +190,28 @@ def read_picture(body: bytes, max_pixels: int = MAX_PIXELS, short: int | None = 
     return _read_unended(body, layout, max_pixels)
 
 
+def upright_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return a Pillow image as upright RGB, as `read_picture` does with a file.
+
+    Raises UnreadableImage if its file is truncated or damaged, UnsupportedType if its samples have
+    no defined range, or TooLarge.
+    """
+    image_limits.check_size(*image.size, max_pixels)
+    if 0 in image.size:
+        raise UnreadableImage("the image has no pixels")
+    try:
+        image.load()
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnreadableImage(f"the image cannot be read: {one_line(error)}") from None
+    _check_samples(image)
+    # a copy: the conversion removes the transparency from the image's metadata
+    rgb = _rgb(image.copy() if "transparency" in image.info else image)
+    return rgb if turn is None else rgb.transpose(turn.method)
+
+
 def _read_unended(body: bytes, layout: Layout, max_pixels: int) -> Picture:
     """Decode a JPEG that lacks its end marker. Raises UnreadableImage if it lacks more."""
     if jpeg.is_complete(body):
@@ -233,7 +256,8 @@ def _check_samples(image: Image.Image) -> None:
     """Raise UnsupportedType if an image's conversion to 8-bit RGB is not defined."""
     if image.mode not in _MODES and not image.mode.startswith("I;16"):
         raise UnsupportedType(
-            f"the {image.format} image's samples (Pillow mode {image.mode}) have no defined range;"
+            f"the {image.format or 'Pillow'} image's samples (Pillow mode {image.mode}) have no"
+            " defined range;"
             " save it with 8 or 16 unsigned bits per sample"
         )
     if image.format == "BMP" and image.info.get("compression") in (1, 2):

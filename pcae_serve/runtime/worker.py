@@ -35,6 +35,14 @@ class NotFinite(Exception):
     """The engine's output contains NaN or infinity."""
 
 
+def compute(engine: Engine, tier: Tier, pixels: Pixels) -> Output:
+    """Run a batch and check its output. Raises NotFinite, or what the engine raises."""
+    output = engine.run(tier, pixels)
+    if not np.isfinite(output.vectors).all():
+        raise NotFinite(f"tier {tier.name!r} returned values that are not finite")
+    return output
+
+
 class Worker:
     """An engine on its device. `engine` is the current one."""
 
@@ -81,10 +89,7 @@ class Worker:
 
     def compute(self, tier: Tier, pixels: Pixels) -> Output:
         """Run a batch, on the device's thread. Raises NotFinite, or what the engine raises."""
-        output = self.engine.run(tier, pixels)
-        if not np.isfinite(output.vectors).all():
-            raise NotFinite(f"tier {tier.name!r} returned values that are not finite")
-        return output
+        return compute(self.engine, tier, pixels)
 
     def run(
         self,

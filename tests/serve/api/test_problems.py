@@ -185,8 +185,8 @@ def test_out_of_memory_anywhere_in_a_route_is_503(
     def no_memory(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    for target in ("results.classification", "tier_routes._tier"):
-        monkeypatch.setattr(f"pcae_serve.api.{target}", no_memory)
+    for target in ("runtime.results.classification", "api.tier_routes._tier"):
+        monkeypatch.setattr(f"pcae_serve.{target}", no_memory)
     method = "POST" if path == "/classify" else "GET"
     refused = client.request(method, path, content=image_bytes() if method == "POST" else None)
     assert problem(refused, 503)["type"] == "urn:pcae-serve:out-of-memory"

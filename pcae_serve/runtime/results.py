@@ -1,11 +1,10 @@
-"""Inference results as documents of the API."""
+"""Inference results as the documents of schemas, for the REST API and `pcae_serve.load`."""
 
 from typing import Any
 
 import numpy as np
 
 from pcae_serve import schemas
-from pcae_serve.api import server_timing
 from pcae_serve.bundle.probabilities import sigmoid, softmax
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 
@@ -24,6 +23,16 @@ def embedding(
 ) -> schemas.Embedding:
     """Return the features of an image."""
     return schemas.Embedding(features=answer.vector.tolist(), **_common(answer, inference, explain))
+
+
+def timings(answer: InferenceResult) -> schemas.Timings:
+    """Return where the time of an answer went, in milliseconds."""
+    return schemas.Timings(
+        decode=round(answer.decode_s * 1e3, 2),
+        queue=round(answer.queue_s * 1e3, 2),
+        compute=round(answer.compute_s * 1e3, 2),
+        total=round(answer.total_s * 1e3, 2),
+    )
 
 
 def _predictions(answer: InferenceResult, top_k: int) -> list[schemas.Prediction]:
@@ -49,6 +58,6 @@ def _common(answer: InferenceResult, inference: InferenceRequest, explain: bool)
         "reason": answer.reason,
         "budget_ms": inference.budget_ms,
         "met_budget": answer.met_budget,
-        "timings_ms": server_timing.timings(answer),
+        "timings_ms": timings(answer),
         "kept": [np.sort(stage).tolist() for stage in answer.kept] if explain else None,
     }

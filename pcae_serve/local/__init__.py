@@ -1,0 +1,1 @@
+"""A bundle in this process: no server, and the server's own decoder, engines and tier choice."""

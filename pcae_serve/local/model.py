@@ -1,0 +1,294 @@
+"""`pcae_serve.load`: a bundle in this process, with the answers of a server and without one."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, overload
+
+from pcae_serve import schemas
+from pcae_serve.bundle.preprocess import MAX_PIXELS
+from pcae_serve.bundle.reader import demo_path, load_bundle
+from pcae_serve.engines.base import BACKEND_NOTES
+from pcae_serve.engines.loader import load_engine
+from pcae_serve.errors import InvalidParameter, TaskNotSupported
+from pcae_serve.local.deadlines import POLICY
+from pcae_serve.local.image_source import ImageLike, is_image, is_sequence
+from pcae_serve.local.runner import Outcome, Runner
+from pcae_serve.runtime import results
+from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
+from pcae_serve.runtime.tier_info import describe_tier
+from pcae_serve.settings import CACHE_DIR, MAX_BATCH
+
+D = TypeVar("D")
+OnError = Literal["raise", "return"]
+
+
+def load(
+    bundle: str | os.PathLike[str] | None = None,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    threads: int = 0,
+    decode_threads: int = 0,
+    max_batch: int = MAX_BATCH,
+    max_pixels: int = MAX_PIXELS,
+    cache_dir: str | os.PathLike[str] = CACHE_DIR,
+) -> "Model":
+    """Load a bundle into this process; without a name, the demo bundle inside the package.
+
+    bundle: folder of the bundle. The other parameters are those of the server of the same name
+    (docs/configuration.md); no variable and no config file is read. device: one device.
+
+    Raise BundleError or StartError, which are PcaeErrors, with a one-line reason.
+    """
+    read = load_bundle(demo_path() if bundle is None else Path(bundle))
+    cache = Path(cache_dir)
+    engine = load_engine(backend, read, device, threads, max_batch, cache)
+    return Model(
+        Runner(
+            read,
+            engine,
+            max_batch=max_batch,
+            max_pixels=max_pixels,
+            decode_threads=decode_threads,
+            cache_dir=cache,
+        )
+    )
+
+
+class Model:
+    """A bundle in this process. Use it as a context manager, or call `close`.
+
+    Threads may share it. A process that was forked afterwards cannot use it: call `load` there.
+
+        >>> with pcae_serve.load() as model:
+        ...     answer = model.classify("docs/samples/bag.png")
+        >>> answer.predictions[0].label, answer.tier
+        ('Bag', 'full')
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        """Use `load` instead. The runner is closed with the model."""
+        self._runner = runner
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]  # a str is a Sequence[str]
+        self,
+        images: ImageLike,
+        *,
+        tier: str = "auto",
+        budget_ms: float | None = None,
+        min_tier: str | None = None,
+        top_k: int = 5,
+        explain: bool = False,
+    ) -> schemas.Classification: ...
+    @overload
+    def classify(  # type: ignore[overload-overlap]
+        self,
+        images: Sequence[ImageLike],
+        *,
+        tier: str = "auto",
+        budget_ms: float | None = None,
+        min_tier: str | None = None,
+        top_k: int = 5,
+        explain: bool = False,
+    ) -> list[schemas.Classification]: ...
+    @overload
+    def classify(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        tier: str = "auto",
+        budget_ms: float | None = None,
+        min_tier: str | None = None,
+        top_k: int = 5,
+        explain: bool = False,
+    ) -> Iterator[schemas.Classification]: ...
+    @overload
+    def classify(
+        self,
+        images: Any,
+        *,
+        tier: str = "auto",
+        budget_ms: float | None = None,
+        min_tier: str | None = None,
+        top_k: int = 5,
+        explain: bool = False,
+        on_error: OnError,
+    ) -> Any: ...
+
+    def classify(
+        self,
+        images: Any,
+        *,
+        tier: str = "auto",
+        budget_ms: float | None = None,
+        min_tier: str | None = None,
+        top_k: int = 5,
+        explain: bool = False,
+        on_error: OnError = "raise",
+    ) -> Any:
+        """Classify images and return the `top_k` most probable classes of each.
+
+        images: one image: the path of a file, the bytes of one, a Pillow image, or an array uint8
+        [H, W, 3] or [H, W]. Or several: a list or tuple of images, or an array [N, H, W, 3], gives
+        a list of answers; any other iterable gives an iterator, which decodes a few batches ahead.
+        tier: name of a tier, or "auto": the most accurate one, under a budget that meets it.
+        budget_ms: milliseconds from this call until all answers are needed; of an iterator, for
+        each image from when it is taken, one at a time. If None, nothing is measured or refused.
+        min_tier: cheapest tier that "auto" may use.
+        explain: also return the indices of the patches kept after each stage.
+        on_error: "raise" the first error of an image; or "return" it in place of its answer.
+
+        Raise RequestErrors as the server reports them (docs/errors.md), OSError if a file cannot be
+        read, TypeError or ValueError for what is not an image, PcaeError if the model is closed.
+        """
+        if top_k < 1:
+            raise InvalidParameter(f"top_k must be at least 1, not {top_k}")
+        document = partial(results.classification, top_k=top_k, explain=explain)
+        return self._answer(images, "logits", tier, min_tier, budget_ms, on_error, document)
+
+    @overload
+    def embed(  # type: ignore[overload-overlap]
+        self,
+        images: ImageLike,
+        *,
+        tier: str = "auto",
+        budget_ms: float | None = None,
+        min_tier: str | None = None,
+        explain: bool = False,
+    ) -> schemas.Embedding: ...
+    @overload
+    def embed(  # type: ignore[overload-overlap]
+        self,
+        images: Sequence[ImageLike],
+        *,
+        tier: str = "auto",
+        budget_ms: float | None = None,
+        min_tier: str | None = None,
+        explain: bool = False,
+    ) -> list[schemas.Embedding]: ...
+    @overload
+    def embed(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        tier: str = "auto",
+        budget_ms: float | None = None,
+        min_tier: str | None = None,
+        explain: bool = False,
+    ) -> Iterator[schemas.Embedding]: ...
+    @overload
+    def embed(
+        self,
+        images: Any,
+        *,
+        tier: str = "auto",
+        budget_ms: float | None = None,
+        min_tier: str | None = None,
+        explain: bool = False,
+        on_error: OnError,
+    ) -> Any: ...
+
+    def embed(
+        self,
+        images: Any,
+        *,
+        tier: str = "auto",
+        budget_ms: float | None = None,
+        min_tier: str | None = None,
+        explain: bool = False,
+        on_error: OnError = "raise",
+    ) -> Any:
+        """Return the features of images, from a bundle whose models have no head.
+
+        Parameters and errors are those of `classify`.
+        """
+        document = partial(results.embedding, explain=explain)
+        return self._answer(images, "features", tier, min_tier, budget_ms, on_error, document)
+
+    def tiers(self) -> schemas.Tiers:
+        """Return the bundle, the device and the tiers, the cheapest first.
+
+        Latencies are included once a call had a budget.
+        """
+        self._runner.require_usable()
+        bundle, engine, forecast = self._runner.bundle, self._runner.engine, self._runner.forecast()
+        return schemas.Tiers(
+            bundle=bundle.manifest.name,
+            digest=bundle.digest,
+            backend=engine.name,
+            backend_version=engine.version,
+            backend_note=BACKEND_NOTES.get(engine.name),
+            device=engine.device,
+            policy=POLICY,
+            budget_ms=inf,
+            image_size=bundle.image_size,
+            answers=bundle.answers,
+            width=bundle.width,
+            labels=list(bundle.labels),
+            tiers=[
+                describe_tier(bundle, i, engine, forecast, self._runner.max_batch)
+                for i in range(len(bundle.tiers))
+            ],
+        )
+
+    def close(self) -> None:
+        """Wait for the batches in progress and release the engine; later calls raise PcaeError."""
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _answer(
+        self,
+        images: Any,
+        output: Literal["logits", "features"],
+        tier: str,
+        min_tier: str | None,
+        budget_ms: float | None,
+        on_error: OnError,
+        document: Callable[[InferenceResult, InferenceRequest], D],
+    ) -> D | list[D] | Iterator[D]:
+        """Check the arguments, and answer one image, a sequence, or lazily any iterable."""
+        bundle = self._runner.bundle
+        if output != bundle.output:
+            other = "classify" if bundle.output == "logits" else "embed"
+            raise TaskNotSupported(f"this bundle's models compute {bundle.output}; call {other}")
+        if on_error not in ("raise", "return"):
+            raise ValueError(f'on_error is "raise" or "return", not {on_error!r}')
+        if budget_ms is not None and not (isfinite(budget_ms) and budget_ms > 0):
+            raise InvalidParameter(f"budget_ms must be a number above 0, not {budget_ms!r}")
+        tiers, pinned = bundle.allowed_tiers(tier, min_tier), tier != "auto"
+        request = InferenceRequest(0.0, inf if budget_ms is None else budget_ms, tier, min_tier)
+        if budget_ms is not None:
+            self._runner.measure()  # before the budget's clock starts
+        self._runner.require_usable()
+
+        def answers(several: Iterable[ImageLike]) -> Iterator[D]:
+            outcomes: Iterable[Outcome]
+            if budget_ms is None:
+                outcomes = self._runner.run(several, tiers, pinned)
+            else:
+                outcomes = self._runner.run_in_time(list(several), tiers, pinned, budget_ms)
+            for outcome in outcomes:
+                if isinstance(outcome, InferenceResult):
+                    yield document(outcome, request)
+                elif on_error == "raise":
+                    raise outcome
+                else:
+                    yield outcome  # type: ignore[misc]  # as the caller asked for
+
+        if is_image(images):
+            [answer] = answers([images])
+            return answer
+        if is_sequence(images):
+            return list(answers(images))
+        if budget_ms is None:
+            return answers(images)
+        return (answer for image in images for answer in answers([image]))

@@ -1,0 +1,248 @@
+"""Run images through a bundle in this process: decoded on threads, batched on the device's thread.
+
+run            no budget: full batches on one tier, while the next images are decoded
+run_in_time    a budget: the server's policy chooses tier and batch
+batches        each batch on a tier that the caller chooses, with the pixels
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from functools import partial
+from math import inf
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pcae_serve.bundle.preprocess import MAX_PIXELS
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.engines import cpus
+from pcae_serve.engines.base import Engine
+from pcae_serve.errors import PcaeError, RequestError
+from pcae_serve.local.deadlines import Deadlines, Step
+from pcae_serve.local.decode_ahead import decode_ahead
+from pcae_serve.local.device import Batch, Device
+from pcae_serve.local.image_source import ImageLike, read_pixels
+from pcae_serve.runtime import latency_profile, refusals
+from pcae_serve.runtime.requests import InferenceResult
+from pcae_serve.runtime.tiers import tier_table
+from pcae_serve.scheduling.latency import Forecast
+from pcae_serve.settings import CACHE_DIR, MAX_BATCH
+
+#: Seconds to measure latencies, as the server's --profile-s.
+PROFILE_S = 6.0
+
+#: What became of an image. Its own errors: others end the run.
+Outcome = InferenceResult | RequestError | OSError
+
+
+class Decoded(NamedTuple):
+    """An image's pixels uint8 [H, W, 3], and when decoding began and ended."""
+
+    pixels: NDArray[np.uint8]
+    start_s: float
+    end_s: float
+
+
+class Answered(NamedTuple):
+    """The result of an image, and the pixels uint8 [H, W, 3] that it was computed from."""
+
+    result: InferenceResult
+    pixels: NDArray[np.uint8]
+
+
+class Runner:
+    """A bundle with one engine. Threads may share it, but not processes."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        *,
+        max_batch: int = MAX_BATCH,
+        max_pixels: int = MAX_PIXELS,
+        decode_threads: int = 0,
+        cache_dir: Path = CACHE_DIR,
+        profile_s: float = PROFILE_S,
+    ) -> None:
+        """Create a runner. The engine is closed with it."""
+        self.bundle, self.engine, self.max_batch = bundle, engine, max_batch
+        self._device, self._max_pixels = Device(engine), max_pixels
+        self._decoders = ThreadPoolExecutor(decode_threads or cpus.count_usable(), "pcae-decode")
+        self._cache_dir, self._profile_s = cache_dir, profile_s
+        self._deadlines: Deadlines | None = None  # until latencies are measured
+        self._measuring = Lock()
+        self._process, self._closed = os.getpid(), False
+
+    def most_accurate(self, tiers: Sequence[int]) -> int:
+        """Return the most accurate of these tiers; of equally accurate ones, the cheapest."""
+        accuracy = tier_table(self.bundle.tiers).accuracy
+        return max(tiers, key=lambda tier: (accuracy[tier], -tier))
+
+    def run(
+        self, images: Iterable[ImageLike], tiers: Sequence[int], pinned: bool
+    ) -> Iterator[Outcome]:
+        """Yield what became of each image, in order, on the most accurate of the allowed tiers.
+
+        pinned: the caller named the tier.
+        """
+        tier = self.most_accurate(tiers)
+        reason = "the caller names this tier" if pinned else "no budget: the most accurate tier"
+        for batch in self.batches(images, lambda: (tier, reason)):
+            for each in batch:
+                yield each.result if isinstance(each, Answered) else each
+
+    def batches(
+        self, images: Iterable[ImageLike], choose: Callable[[], tuple[int, str]]
+    ) -> Iterator[list[Answered | RequestError | OSError]]:
+        """Yield what became of images, in order and in full batches.
+
+        choose: returns the index of the tier that the next batch runs on, and why.
+        """
+        self.require_usable()
+        ahead = 2 * self.max_batch
+        for futures in decode_ahead(images, self._submit, self.max_batch, ahead):
+            decoded = [_outcome(future) for future in futures]
+            rows = [each for each in decoded if isinstance(each, Decoded)]
+            if not rows:
+                yield [each for each in decoded if not isinstance(each, Decoded)]
+                continue
+            index, reason = choose()
+            compute = partial(
+                self._device.compute, self.bundle.tiers[index], [row.pixels for row in rows]
+            )
+            batch, row = self._device.call(compute), iter(range(len(rows)))
+            yield [
+                Answered(self._result(each, batch, next(row), index, reason), each.pixels)
+                if isinstance(each, Decoded)
+                else each
+                for each in decoded
+            ]
+
+    def run_in_time(
+        self, images: Sequence[ImageLike], tiers: Sequence[int], pinned: bool, budget_ms: float
+    ) -> list[Outcome]:
+        """Return what became of each image; the budget covers all of them together.
+
+        Raises BudgetTooSmall.
+        """
+        deadlines, arrival_s = self.measure(), time.monotonic()
+        deadline_s = arrival_s + budget_ms / 1e3
+        deadlines.check_budget(arrival_s, deadline_s, tiers)
+        decoded, outcomes = dict[int, Decoded](), dict[int, Outcome]()
+        futures = [self._submit(image) for image in images]
+        for i, future in enumerate(futures):
+            try:
+                each = _outcome(future, max(0.0, deadline_s - time.monotonic()))
+            except TimeoutError:
+                future.cancel()
+                each = refusals.expired_before_decoded(budget_ms).error
+            if isinstance(each, Decoded):
+                decoded[i] = each
+            else:
+                outcomes[i] = each
+        pixels = {i: each.pixels for i, each in decoded.items()}
+        for step in deadlines.run(self._device, pixels, arrival_s, deadline_s, tiers, pinned):
+            if isinstance(step, Step):
+                for row, i in enumerate(step.ids):
+                    outcomes[i] = self._result(
+                        decoded[i], step.batch, row, step.tier, step.reason, arrival_s, deadline_s
+                    )
+            else:
+                ids, error = step
+                outcomes |= dict.fromkeys(ids, error)
+        return [outcomes[i] for i in range(len(images))]
+
+    def measure(self) -> Deadlines:
+        """Return the tier choice under budgets; the first time, measure or read latencies."""
+        self.require_usable()
+        with self._measuring:
+            if self._deadlines is None:
+                measure = partial(
+                    latency_profile.load,
+                    self.bundle,
+                    self.engine,
+                    self._cache_dir,
+                    self._profile_s,
+                )
+                profile = self._device.call(measure)
+                self._deadlines = Deadlines(self.bundle, profile, self.max_batch)
+        return self._deadlines
+
+    def forecast(self) -> Forecast | None:
+        """Return the latencies that are expected now, or None before they are measured."""
+        return None if self._deadlines is None else self._deadlines.forecast()
+
+    def require_usable(self) -> None:
+        """Raise PcaeError after a fork, or if the runner is closed."""
+        if os.getpid() != self._process:
+            raise PcaeError(
+                "the model was loaded before this process was forked, and its threads do not exist"
+                " here; call pcae_serve.load() in the new process"
+            )
+        if self._closed:
+            raise PcaeError("the model is closed")
+
+    def close(self) -> None:
+        """Wait for what is running, and release the engine. In a forked process, do nothing."""
+        if os.getpid() == self._process and not self._closed:
+            self._closed = True
+            self._decoders.shutdown(cancel_futures=True)
+            self._device.close()
+
+    def _submit(self, image: ImageLike) -> Future[Decoded]:
+        """Have an image decoded on a thread."""
+        self.require_usable()
+        try:
+            return self._decoders.submit(self._decode, image)
+        except RuntimeError:  # closed by another thread just now
+            raise PcaeError("the model is closed") from None
+
+    def _decode(self, image: ImageLike) -> Decoded:
+        start_s = time.monotonic()
+        pixels = read_pixels(image, self.bundle.preprocess, self._max_pixels)
+        return Decoded(pixels, start_s, time.monotonic())
+
+    def _result(
+        self,
+        decoded: Decoded,
+        batch: Batch,
+        row: int,
+        tier: int,
+        reason: str,
+        arrival_s: float | None = None,
+        deadline_s: float = inf,
+    ) -> InferenceResult:
+        """Return the result of a row. arrival_s: None if the image has no budget."""
+        start_s = decoded.start_s if arrival_s is None else arrival_s
+        return InferenceResult(
+            vector=batch.output.vectors[row],
+            kept=tuple(kept[row] for kept in batch.output.kept),
+            met_budget=batch.end_s <= deadline_s,
+            bundle=self.bundle,
+            tier=self.bundle.tiers[tier],
+            reason=reason,
+            decode_s=decoded.end_s - decoded.start_s,
+            queue_s=batch.start_s - decoded.end_s,
+            compute_s=batch.end_s - batch.start_s,
+            total_s=batch.end_s - start_s,
+        )
+
+
+def _outcome(
+    future: Future[Decoded], timeout_s: float | None = None
+) -> Decoded | RequestError | OSError:
+    """Return what decoding an image gave. Raises TimeoutError, and errors of the caller's code."""
+    done = wait([future], timeout_s).done
+    if not done:
+        raise TimeoutError
+    try:
+        return future.result()
+    except (RequestError, OSError) as error:
+        return error
+    except CancelledError:
+        raise PcaeError("the model is closed") from None
