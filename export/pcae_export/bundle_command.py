@@ -17,7 +17,7 @@ from pcae_export.images import IMAGES_HELP, decode, parity_pixels, shuffle_rows
 from pcae_export.measure import measure_quality
 from pcae_export.pack import Evaluation, Part, TierSpec
 from pcae_export.ranking import warn_of_few_images
-from pcae_export.source import Source, SourceOverrides, read_source
+from pcae_export.source import Source, SourceOverrides, locate_source, read_source
 from pcae_export.tier_flags import parse_tiers
 from pcae_export.verify import MIN_IMAGES, verify_model
 from pcae_serve.bundle.manifest import NAME_PATTERN
@@ -27,6 +27,7 @@ from pcae_serve.engines.base import Pixels
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
+from pcae_serve.sources.names import ModelName, is_remote, local_name
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.class_folders import Layout
 from pcae_training.data import DataError, LabelledImages, load
@@ -45,10 +46,10 @@ from pcae_training.skipped import MAX_UNREADABLE
 class WriteBundle(BaseModel):
     """Export checkpoints to a bundle that pcae-serve serves.
 
-    SOURCE is a checkpoint of pcae-train, a state dict of timm, MAE, DeiT, DINO or DINOv2, or a
-    Hugging Face folder; OUT is the bundle to write. Give OUT alone if every --tier names its
-    checkpoint. Every graph is compared with torch and every tier is measured before the bundle is
-    put in place.
+    SOURCE is a checkpoint of pcae-train, a state dict of timm, MAE, DeiT, DINO or DINOv2, a Hugging
+    Face folder, or a name on the hub such as facebook/dinov2-small; OUT is the bundle to write.
+    Give OUT alone if every --tier names its checkpoint. Every graph is compared with torch and
+    every tier is measured before the bundle is put in place.
     """
 
     flag_groups: ClassVar[Mapping[str, Sequence[str]]] = {
@@ -65,7 +66,7 @@ class WriteBundle(BaseModel):
         "bundle": ("name", "model_id", "card_note", "force"),
     }  # fmt: skip
 
-    paths: CliPositionalArg[Annotated[list[Path], Metavar("[SOURCE] OUT")]] = Field(
+    paths: CliPositionalArg[Annotated[list[ModelName], Metavar("[SOURCE] OUT")]] = Field(
         min_length=1, max_length=2, description="SOURCE (a checkpoint) and OUT (the new bundle)"
     )
     tier: list[str] = Field(
@@ -161,22 +162,26 @@ class WriteBundle(BaseModel):
             raise ValueError(f"tier {missing!r} has no checkpoint; give SOURCE before OUT")
         if self.reduction == "auto" and self.eval_data is None:
             raise ValueError("--reduction auto needs images to compare rules on; give --eval-data")
+        if is_remote(self.paths[-1]):
+            raise ValueError(f"OUT is a local folder, not {self.paths[-1]}")
         return self
 
     @property
-    def source(self) -> Path | None:
+    def source(self) -> str | None:
         return self.paths[0] if len(self.paths) == 2 else None
 
     @property
     def out(self) -> Path:
-        return self.paths[-1]
+        return Path(self.paths[-1])
 
     def cli_cmd(self) -> None:
         pack.check_output(self.out, self.force)  # before the slow part
         parts: dict[str, Part] = {}
-        notes: list[str] = []
+        notes, origins = list[str](), list[str]()
         undecided: set[str] = set()  # models whose reduction rule is not known yet
-        for model_id, (path, tiers) in self._models().items():
+        for model_id, (name, tiers) in self._models().items():
+            path, fetched = locate_source(name)
+            origins += [f"Made from {fetched}."] if fetched else []
             read = read_source(path, self._overrides())
             notes += read.notes
             undecided |= set() if read.reduced else {model_id}
@@ -208,7 +213,7 @@ class WriteBundle(BaseModel):
             self.out,
             name=self.name,
             evaluate=evaluate,
-            note="\n\n".join(filter(None, [self.card_note, *tables])),
+            note="\n\n".join(filter(None, [*origins, self.card_note, *tables])),
             force=self.force,
         )
         print(f"wrote {self.out} ({_megabytes(bundle.root):.1f} MB)")
@@ -217,16 +222,16 @@ class WriteBundle(BaseModel):
         _print_tiers(bundle)
         print(f"serve it with: pcae-serve --bundle {self.out}")
 
-    def _models(self) -> dict[str, tuple[Path, dict[str, TierSpec]]]:
+    def _models(self) -> dict[str, tuple[str, dict[str, TierSpec]]]:
         """Return each model's checkpoint and tiers, by model id."""
-        models: dict[str, tuple[Path, dict[str, TierSpec]]] = {}
-        ids: dict[Path, str] = {} if self.source is None else {self.source: self.model_id}
+        models: dict[str, tuple[str, dict[str, TierSpec]]] = {}
+        ids: dict[str, str] = {} if self.source is None else {self.source: self.model_id}
         for name, tier in parse_tiers(self.tier).items():
-            path = tier.checkpoint or self.source
-            assert path is not None  # ensured by `_check_sources`
-            if path not in ids:
-                ids[path] = _model_id(path, set(ids.values()))
-            models.setdefault(ids[path], (path, {}))[1][name] = tier.spec
+            source = tier.checkpoint or self.source
+            assert source is not None  # ensured by `_check_sources`
+            if source not in ids:
+                ids[source] = _model_id(Path(local_name(source)), set(ids.values()))
+            models.setdefault(ids[source], (source, {}))[1][name] = tier.spec
         return models
 
     def _overrides(self) -> SourceOverrides:

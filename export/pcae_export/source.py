@@ -4,6 +4,7 @@ Overrides replace what the file contains. A value that neither contains is an er
 except class names: classes are then numbered.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from pcae_serve.bounded_json import CONFIG_BYTES, parse_json
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import Rule
 from pcae_serve.errors import PcaeError
+from pcae_serve.sources.locate import locate_checkpoint
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.import_weights import (
     LoadedCheckpoint,
@@ -59,6 +61,18 @@ class Source:
     checkpoint: Checkpoint
     reduced: bool  # its reduction rule is known: from its training, or from an override
     notes: tuple[str, ...] = ()  # messages for the user
+
+
+def locate_source(name: str) -> tuple[Path, str]:
+    """Return where a checkpoint is, and its name and commit if it was fetched, else "".
+
+    Raises FetchError if it is on a hub and cannot be fetched.
+    """
+    lines: list[str] = []
+    path = locate_checkpoint(name, lines.append)
+    for line in lines:
+        print(line, file=sys.stderr)
+    return path, lines[-1] if lines else ""
 
 
 def read_source(path: Path, overrides: SourceOverrides) -> Source:

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from pcae_export.pack import TierSpec
 from pcae_serve.bundle.manifest import NAME_PATTERN, RESERVED_NAMES
@@ -14,7 +13,7 @@ class TierFlag:
     """One --tier: what to export, and the checkpoint if it names one."""
 
     spec: TierSpec
-    checkpoint: Path | None = None
+    checkpoint: str | None = None
 
 
 def parse_tiers(given: list[str]) -> dict[str, TierFlag]:
@@ -41,7 +40,7 @@ def parse_tiers(given: list[str]) -> dict[str, TierFlag]:
             raise ValueError(f"{text!r} has no checkpoint before '@'")
         parse_keep_ratio(ratio)
         spec = TierSpec(ratio, "int8" if precision == "int8" else "float32")
-        tiers[name] = TierFlag(spec, Path(checkpoint) if at else None)
+        tiers[name] = TierFlag(spec, checkpoint if at else None)
     if not tiers:
         raise ValueError("at least one tier is required")
     return tiers

@@ -232,8 +232,8 @@ def test_tiers_as_they_are_written() -> None:
     assert parse_tiers(["full=1.0", "a=0.8:int8", "b=x/y@z.pth@0.5", "c=d@.25:float32"]) == {
         "full": TierFlag(TierSpec("1.0")),
         "a": TierFlag(TierSpec("0.8", "int8")),
-        "b": TierFlag(TierSpec("0.5"), Path("x/y@z.pth")),
-        "c": TierFlag(TierSpec(".25"), Path("d")),
+        "b": TierFlag(TierSpec("0.5"), "x/y@z.pth"),
+        "c": TierFlag(TierSpec(".25"), "d"),
     }
     with pytest.raises(ValueError, match="at least one tier is required"):
         parse_tiers([])

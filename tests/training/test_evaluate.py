@@ -253,8 +253,8 @@ def test_other_labels_are_refused(settings: Any, labels: tuple[str, ...], messag
 
 def test_independent_labels_have_no_top1(settings: Any) -> None:
     run = settings()
-    saved = checkpoints.load(run.checkpoint)
-    checkpoints.save(replace(saved, multi_label=True), run.checkpoint)
+    saved = checkpoints.load(Path(run.checkpoint))
+    checkpoints.save(replace(saved, multi_label=True), Path(run.checkpoint))
     with pytest.raises(PcaeError, match="gives any number of labels an image, and"):
         run_evaluation(run)
 
@@ -264,7 +264,7 @@ def test_classes_are_matched_by_name(
     settings: Any, labels: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = settings(replace(TINY, classes=len(labels)), labels)
-    checkpoint = checkpoints.load(run.checkpoint)
+    checkpoint = checkpoints.load(Path(run.checkpoint))
     images = load(run.data, "test", PREPROCESS)
     check_labels(checkpoint, images)
     named = [images.classes[value] for value in images.labels.tolist()]

@@ -53,7 +53,8 @@ def in_their_values(images: Tensor) -> Tensor:
 
 
 def load(*paths: Path, classes: list[str] = LABELS) -> Teachers:
-    teachers = load_teachers(paths, Checkpoint(vit(len(classes)), OURS, classes), CPU)
+    learner = Checkpoint(vit(len(classes)), OURS, classes)
+    teachers = load_teachers([str(path) for path in paths], learner, CPU)
     assert teachers is not None
     return teachers
 

@@ -7,6 +7,7 @@ import sys
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
 from pcae_serve.command import config
+from pcae_serve.sources.names import local_name
 from pcae_training.evaluate import EvaluateSettings, run_evaluation
 from pcae_training.finetune import finetune
 from pcae_training.finetune_settings import FinetuneSettings
@@ -79,7 +80,8 @@ class Evaluate(EvaluateSettings):
             print(evaluation, evaluation.by_class(), sep="\n\n")
             _print_next(
                 "export it with",
-                *("pcae-export", "bundle", str(self.checkpoint), f"{self.checkpoint}-bundle"),
+                *("pcae-export", "bundle", self.checkpoint),
+                f"{local_name(self.checkpoint)}-bundle",
                 *("--eval-data", self.data, "--eval-split", self.split),
                 *_eval_flags(self.data_flags),
                 *(("--agreement",) if evaluation.several else ()),
@@ -94,7 +96,7 @@ class Probe(ProbeSettings):
         _print_next(
             "train a classifier on the frozen features with",
             *("pcae-train", "finetune", "--data", self.data, *self.data_flags),
-            *("--init", str(self.checkpoint), "--freeze", "--out", "runs/frozen"),
+            *("--init", self.checkpoint, "--freeze", "--out", "runs/frozen"),
         )
 
 

@@ -20,6 +20,8 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import parse_keep_ratio
 from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
+from pcae_serve.sources.locate import locate_checkpoint
+from pcae_serve.sources.names import ModelName
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.class_report import ClassReport
 from pcae_training.confusion_image import draw_confusion
@@ -133,8 +135,9 @@ class EvaluateSettings(DataSettings):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
-    checkpoint: Annotated[CliPositionalArg[Path], Metavar("CHECKPOINT")] = Field(
-        description="run or checkpoint of pcae-train, or a Hugging Face or timm folder"
+    checkpoint: Annotated[CliPositionalArg[ModelName], Metavar("CHECKPOINT")] = Field(
+        description="run or checkpoint of pcae-train, a Hugging Face or timm folder, or a name on"
+        " the hub"
     )
     data: str = Field(description="class folders, parquet files or a name on the Hugging Face hub")
     weights: WeightsChoice | None = Field(
@@ -180,7 +183,8 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
         torch.set_num_threads(settings.threads)
     if slow := describe_slow(settings.precision, settings.device):
         print_lines(slow)
-    checkpoint = open_checkpoint(settings.checkpoint, settings.weights)
+    path = locate_checkpoint(settings.checkpoint, print_lines)
+    checkpoint = open_checkpoint(path, settings.weights)
     budgets = choose_ratios(checkpoint, settings.budgets)
     for file in (settings.json_file, settings.confusion):
         if file is not None:
@@ -219,7 +223,7 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
         title = f"{images.name}, keep {ratio:g}"
         write_whole(settings.confusion, draw_confusion(ClassReport.of(score, names), title))
     if settings.json_file is not None:
-        content = {"checkpoint": str(settings.checkpoint)} | evaluation.to_json()
+        content = {"checkpoint": settings.checkpoint} | evaluation.to_json()
         content["inventory"] = images.inventory.to_json()
         write_whole(settings.json_file, (json.dumps(content, indent=2) + "\n").encode())
     return evaluation

@@ -1,13 +1,14 @@
 """Settings of `pcae-train finetune`: its flags, recorded in run.json."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import NoDecode
 
 from pcae_serve.bundle.tokens import Rule
+from pcae_serve.flags import Metavar
+from pcae_serve.sources.names import ModelName
 from pcae_training.budget_choice import BudgetChoice
 from pcae_training.evaluate import read_ratios
 from pcae_training.holdout_settings import HoldoutSettings
@@ -16,7 +17,7 @@ from pcae_training.schedule import keep_ratio_ramp
 from pcae_training.settings import RunSettings
 
 
-def _read_paths(value: object) -> object:
+def _read_names(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
@@ -84,10 +85,11 @@ class FinetuneSettings(HoldoutSettings, RunSettings):
         description="other defaults; small-data: for a few thousand photographs or fewer, with"
         " --init",
     )
-    init: Path | None = Field(
+    init: Annotated[ModelName | None, Metavar("CHECKPOINT")] = Field(
         None,
         description="weights to start from: a run or checkpoint of pcae-train, a Hugging Face or"
-        " timm folder, a .pth or .safetensors file",
+        " timm folder, a .pth or .safetensors file, or a name on the hub such as"
+        " facebook/dinov2-small",
     )
     freeze: bool = Field(
         False,
@@ -170,7 +172,7 @@ class FinetuneSettings(HoldoutSettings, RunSettings):
         )
     )
 
-    teacher: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_read_paths)] = Field(
+    teacher: Annotated[tuple[ModelName, ...], NoDecode, BeforeValidator(_read_names)] = Field(
         (),
         description="models to learn from, on the same pixels, separated by commas: FILE.onnx, or"
         " what --init takes; the mean of their probabilities counts",

@@ -9,6 +9,7 @@ from torch import nn
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import reduction_points
 from pcae_serve.errors import PcaeError
+from pcae_serve.sources.locate import locate_checkpoint
 from pcae_training import heldout_record
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, TrainingData, load
@@ -37,16 +38,17 @@ class Start(NamedTuple):
 
 def prepare(settings: FinetuneSettings, report: bool = True) -> Start:
     """Load the model of --init or build a new one, and divide the images. Raise PcaeError."""
-    found = None
+    found, init = None, None
     if settings.init is not None:
+        init = locate_checkpoint(settings.init, print_lines)
         heads = settings.heads if "heads" in settings.model_fields_set else None
-        found = load_checkpoint(settings.init, heads=heads, weights=settings.weights)
+        found = load_checkpoint(init, heads=heads, weights=settings.weights)
     if found is None:
         preprocess = settings.preprocess(settings.image_size or 224)
     else:
         preprocess = _choose_preprocess(found, settings)
     source = settings.decoding(preprocess)
-    before = None if settings.init is None else heldout_record.read(settings.init)
+    before = None if init is None else heldout_record.read(init)
     images: TrainingData
     if settings.eval_data is not None:
         limit = settings.max_unreadable

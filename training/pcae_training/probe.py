@@ -21,6 +21,8 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import Geometry
 from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
+from pcae_serve.sources.locate import locate_checkpoint
+from pcae_serve.sources.names import ModelName
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
 from pcae_training.data_settings import DataSettings
@@ -58,8 +60,9 @@ class ProbeSettings(HoldoutSettings, DataSettings):
 
     model_config: ClassVar[Any] = {"validate_by_name": True, "validate_by_alias": True}
 
-    checkpoint: Annotated[CliPositionalArg[Path], Metavar("CHECKPOINT")] = Field(
-        description="run or checkpoint of pcae-train, or a Hugging Face or timm folder"
+    checkpoint: Annotated[CliPositionalArg[ModelName], Metavar("CHECKPOINT")] = Field(
+        description="run or checkpoint of pcae-train, a Hugging Face or timm folder, or a name on"
+        " the hub"
     )
     data: str = Field(description="class folders, parquet files or a name on the Hugging Face hub")
     split: str = Field("train", description="split of --data")
@@ -165,9 +168,10 @@ def run_probe(settings: ProbeSettings) -> Probe:
         print_lines(slow)
     if settings.json_file is not None:
         check_writable(settings.json_file)
-    found = load_checkpoint(settings.checkpoint, weights=settings.weights)
+    path = locate_checkpoint(settings.checkpoint, print_lines)
+    found = load_checkpoint(path, weights=settings.weights)
     print_lines(*(f"note: {note}" for note in found.notes))
-    checkpoint = build_checkpoint(found.drop_head(), settings.checkpoint)
+    checkpoint = build_checkpoint(found.drop_head(), path)
     budgets = choose_ratios(checkpoint, settings.budgets)
     train, held = _images(settings, checkpoint.preprocess)
     scores: dict[float, dict[Method, Score]] = {ratio: {} for ratio in budgets}
@@ -182,7 +186,7 @@ def run_probe(settings: ProbeSettings) -> Probe:
     baseline = {method: pixels.score(method, settings.neighbours) for method in settings.methods}
     probe = Probe(held.name, len(train), checkpoint.model.config.geometry, scores, baseline)
     if settings.json_file is not None:
-        content = {"checkpoint": str(settings.checkpoint)} | probe.to_json()
+        content = {"checkpoint": settings.checkpoint} | probe.to_json()
         write_whole(settings.json_file, (json.dumps(content, indent=2) + "\n").encode())
     return probe
 

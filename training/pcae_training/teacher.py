@@ -3,15 +3,16 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError
+from pcae_serve.sources.locate import locate_checkpoint
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.evaluate import normalise, open_checkpoint
+from pcae_training.inventory import print_lines
 from pcae_training.model import VisionTransformer
 from pcae_training.task import Task, choose_task
 
@@ -55,41 +56,42 @@ class CheckpointTeacher:
 
 
 def load_teachers(
-    paths: Sequence[Path], learner: Checkpoint, device: torch.device
+    names: Sequence[str], learner: Checkpoint, device: torch.device
 ) -> Teachers | None:
     """Load the teachers of a run, or return None if there are none.
 
     learner: the model that learns. Raise PcaeError if a teacher cannot be read, has other classes
     or takes images of another size.
     """
-    if not paths:
+    if not names:
         return None
-    return Teachers([_load(path, learner, device) for path in paths], learner.preprocess)
+    return Teachers([_load(name, learner, device) for name in names], learner.preprocess)
 
 
-def _load(path: Path, learner: Checkpoint, device: torch.device) -> Teacher:
+def _load(name: str, learner: Checkpoint, device: torch.device) -> Teacher:
+    path = locate_checkpoint(name, print_lines)
     classes, preprocess = learner.labels, learner.preprocess
     if path.suffix == ".onnx":
         from pcae_training.onnx_teacher import OnnxTeacher  # loads ONNX Runtime
 
         if learner.multi_label:
             raise PcaeError(
-                f"--teacher {path}: the images have lists of labels, whose teacher must be a"
+                f"--teacher {name}: the images have lists of labels, whose teacher must be a"
                 " checkpoint of independent labels, not an ONNX file"
             )
         return OnnxTeacher(path, len(classes), preprocess, device)
     found = open_checkpoint(path, weights=None)
     if found.answers != learner.answers:
         raise PcaeError(
-            f"--teacher {path} gives {found.answers}; a teacher of this model needs"
+            f"--teacher {name} gives {found.answers}; a teacher of this model needs"
             f" {learner.answers}"
         )
     if found.preprocess.image_size != preprocess.image_size:
         raise PcaeError(
-            f"--teacher {path} takes images of {found.preprocess.image_size} pixels, and the model"
+            f"--teacher {name} takes images of {found.preprocess.image_size} pixels, and the model"
             f" of {preprocess.image_size}; both see the same pixels, so they must be equal"
         )
-    columns = _columns(path, found.labels, found.model.config.classes, classes)
+    columns = _columns(name, found.labels, found.model.config.classes, classes)
     model = found.model.requires_grad_(False).to(device)
     task = choose_task(found.multi_label)
     return CheckpointTeacher(
@@ -98,19 +100,19 @@ def _load(path: Path, learner: Checkpoint, device: torch.device) -> Teacher:
 
 
 def _columns(
-    path: Path, labels: Sequence[str], outputs: int, classes: Sequence[str]
+    name: str, labels: Sequence[str], outputs: int, classes: Sequence[str]
 ) -> Tensor | None:
     """Return the teacher's output of each class, or None if they are the same in order."""
     if not labels and outputs == len(classes):
-        print(f"note: --teacher {path} does not name its classes: taken in order", file=sys.stderr)
+        print(f"note: --teacher {name} does not name its classes: taken in order", file=sys.stderr)
         return None
-    missing = [name for name in classes if name not in labels]
+    missing = [label for label in classes if label not in labels]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise PcaeError(
-            f"--teacher {path} has other classes than the images: it lacks {missing[0]!r}{more}"
+            f"--teacher {name} has other classes than the images: it lacks {missing[0]!r}{more}"
             f" (it has {outputs}, the images have {len(classes)})"
         )
     if list(labels) == list(classes):
         return None
-    return torch.tensor([list(labels).index(name) for name in classes])
+    return torch.tensor([list(labels).index(label) for label in classes])

@@ -16,6 +16,8 @@ from torch import Tensor
 from pcae_serve.bundle.preprocess import MAX_PIXELS, Preprocess
 from pcae_serve.errors import PcaeError, RequestError
 from pcae_serve.flags import Metavar
+from pcae_serve.sources.locate import locate_checkpoint
+from pcae_serve.sources.names import ModelName
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.class_folders import Layout
 from pcae_training.data import load, to_pixels
@@ -29,6 +31,7 @@ from pcae_training.evaluate import (
     row_noise,
 )
 from pcae_training.import_weights import WeightsChoice
+from pcae_training.inventory import print_lines
 from pcae_training.output import check_writable, write_whole
 from pcae_training.progress import Progress
 from pcae_training.world import join
@@ -77,8 +80,9 @@ def _rows(value: object) -> object:
 class VisualizeSettings(BaseModel):
     """Draw which patches a checkpoint keeps of images, or the diversity of its tokens."""
 
-    checkpoint: Annotated[CliPositionalArg[Path], Metavar("CHECKPOINT")] = Field(
-        description="run or checkpoint of pcae-train, or a Hugging Face or timm folder"
+    checkpoint: Annotated[CliPositionalArg[ModelName], Metavar("CHECKPOINT")] = Field(
+        description="run or checkpoint of pcae-train, a Hugging Face or timm folder, or a name on"
+        " the hub"
     )
     image: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)] = Field(
         (), description="image files, separated by commas or by repeating the flag"
@@ -150,7 +154,8 @@ def visualize(settings: VisualizeSettings) -> list[Path]:
     Kept patches: all images in one .png, or one each in a folder. Diversity: a chart and a JSON
     file with its figures. Each file is written atomically. Raise PcaeError.
     """
-    checkpoint = open_checkpoint(settings.checkpoint, settings.weights)
+    path = locate_checkpoint(settings.checkpoint, print_lines)
+    checkpoint = open_checkpoint(path, settings.weights)
     ratios = choose_ratios(checkpoint, settings.budgets)
     if settings.budgets is None:  # 1.0 drops nothing: it is for curves alone
         smaller = tuple(ratio for ratio in ratios if ratio < 1)

@@ -7,18 +7,9 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pcae_serve.sources.needed_files import FOLDER_WEIGHTS, SHARD_INDEX
 from pcae_training.checkpoint import CheckpointError, read_json
 from pcae_training.model_config import MODEL_TYPE
-
-#: End of the name of a file that lists the shards of the weights.
-SHARD_INDEX = ".index.json"
-#: Names of the weights file in a folder, in order of preference.
-FOLDER_WEIGHTS = (
-    "model.safetensors",
-    f"model.safetensors{SHARD_INDEX}",
-    "pytorch_model.bin",
-    f"pytorch_model.bin{SHARD_INDEX}",
-)
 
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 

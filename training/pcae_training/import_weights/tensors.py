@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pcae_serve.errors import one_line
+from pcae_serve.sources.needed_files import SHARD_INDEX
 from pcae_training.checkpoint import CheckpointError, read_json, read_tensors
-from pcae_training.import_weights.detect import SHARD_INDEX, find_encoders
+from pcae_training.import_weights.detect import find_encoders
 from pcae_training.weights_file import check_claims, check_pickle
 
 WeightsChoice = Literal["raw", "ema"]
