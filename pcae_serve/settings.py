@@ -26,6 +26,7 @@ from pcae_serve.command import config
 from pcae_serve.flags import Metavar, did_you_mean
 from pcae_serve.scheduling.policies.registry import NAMES, WITH_TIER
 from pcae_serve.scheduling.policies.waiting_price import DEFAULT_PRICE
+from pcae_serve.sources.names import ModelName
 
 #: Default cache folder, for what belongs to this machine: latency profiles and TensorRT plans.
 CACHE_DIR = user_cache_path("pcae-serve")
@@ -87,8 +88,10 @@ class Settings(BaseSettings):
         "logging": ("log_format", "log_level", "access_log", "event_log"),
     }
 
-    bundle: Annotated[Path | None, Metavar("DIR")] = Field(
-        None, description="folder of the bundle to serve; the demo bundle by default"
+    bundle: Annotated[ModelName | None, Metavar("DIR")] = Field(
+        None,
+        description="folder of the bundle to serve, or its name on the Hugging Face hub:"
+        " hf://OWNER/NAME or hf://OWNER/NAME@REVISION; the demo bundle by default",
     )
     device: Annotated[str, Metavar("auto|cpu|cuda:N")] = Field(
         "auto",
@@ -242,7 +245,8 @@ class Settings(BaseSettings):
     )
 
     cache_dir: Path = Field(
-        CACHE_DIR, description="cache of this machine's latency profiles and TensorRT plans"
+        CACHE_DIR,
+        description="cache of this machine's latency profiles, TensorRT plans and fetched bundles",
     )
     profile_s: float = Field(
         6.0, gt=0, le=10, description="time to measure latencies at start if none are cached"

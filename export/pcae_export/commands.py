@@ -1,20 +1,20 @@
 """The commands of pcae-export, as one settings model."""
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, Field
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand
 
 from pcae_export.bundle_command import WriteBundle
+from pcae_export.bundle_source import BUNDLE_HELP, open_bundle
 from pcae_export.images import IMAGES_HELP, generate, parity_pixels, shuffle_rows
 from pcae_export.profiling import Profile
 from pcae_export.tensorrt_plans import TensorRt
 from pcae_export.verify import LEGEND, MIN_IMAGES, verify_model
-from pcae_serve.bundle.reader import load_bundle
 from pcae_serve.command import config
 from pcae_serve.engines.base import Pixels
 from pcae_serve.flags import Metavar
+from pcae_serve.sources.names import ModelName
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.class_folders import Layout
@@ -26,8 +26,8 @@ from pcae_training.inventory import print_inventory
 class Verify(BaseModel):
     """Compare every graph of a bundle with torch, from the bundle's own files."""
 
-    bundle: CliPositionalArg[Annotated[Path, Metavar("BUNDLE")]] = Field(
-        description="bundle folder"
+    bundle: CliPositionalArg[Annotated[ModelName, Metavar("BUNDLE")]] = Field(
+        description=BUNDLE_HELP
     )
     data: str | None = Field(None, description=f"images: {IMAGES_HELP} (default: generated images)")
     split: str = Field("test", description="split of --data")
@@ -35,7 +35,7 @@ class Verify(BaseModel):
     images: int = Field(64, ge=MIN_IMAGES, description="number of images")
 
     def cli_cmd(self) -> None:
-        bundle = load_bundle(self.bundle)
+        bundle = open_bundle(self.bundle)
         for model in bundle.manifest.models:
             stored = checkpoints.load(bundle.root / "models" / model)
             parity = verify_model(bundle, stored, self._pixels(stored), model)

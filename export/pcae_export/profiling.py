@@ -16,10 +16,11 @@ from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import CliPositionalArg, NoDecode
 
 from pcae_export import keep_ratios
+from pcae_export.bundle_source import BUNDLE_HELP, open_bundle
 from pcae_export.keep_ratios import Suggestion
 from pcae_export.progress import Progress
 from pcae_serve.bundle.manifest import Tier
-from pcae_serve.bundle.reader import Bundle, load_bundle
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Engine
 from pcae_serve.engines.loader import load_configured_engine
 from pcae_serve.errors import PcaeError
@@ -27,6 +28,7 @@ from pcae_serve.flags import Metavar
 from pcae_serve.runtime import latency_profile
 from pcae_serve.runtime.latency_profile import Origin, Rounds
 from pcae_serve.settings import Settings
+from pcae_serve.sources.names import ModelName
 
 #: Rounds after which timing stops early.
 MAX_ROUNDS = 1000
@@ -85,8 +87,8 @@ class Profile(BaseModel):
     PCAE_* variables, PCAE_CONFIG, built-in defaults.
     """
 
-    bundle: CliPositionalArg[Annotated[Path, Metavar("BUNDLE")]] = Field(
-        description="bundle folder"
+    bundle: CliPositionalArg[Annotated[ModelName, Metavar("BUNDLE")]] = Field(
+        description=BUNDLE_HELP
     )
     device: str | None = Field(None, description="auto, cpu or cuda:N (default: the server's)")
     backend: str | None = Field(None, description="the server's --backend (default: its setting)")
@@ -121,7 +123,7 @@ class Profile(BaseModel):
                 f"--batches includes {self.batches[-1]}, above the server's largest batch"
                 f" {settings.max_batch} (PCAE_MAX_BATCH)"
             )
-        bundle = load_bundle(self.bundle)
+        bundle = open_bundle(self.bundle, settings.cache_dir)
         engine = load_configured_engine(settings, bundle)
         sweep_s = self.seconds * SWEEP_SHARE if self.suggest else 0.0
         timed = take_turns(engine, bundle, bundle.tiers, self.batches, self.seconds - sweep_s)

@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_settings import CliPositionalArg
 from tqdm import tqdm
 
+from pcae_export.bundle_source import BUNDLE_HELP, open_bundle
 from pcae_export.cpu_session import GraphError, run_graph
 from pcae_export.images import IMAGES_HELP, generate, parity_pixels
 from pcae_export.measure import cosine
@@ -31,7 +32,7 @@ from pcae_serve import atomic
 from pcae_serve.bounded_file import read_regular
 from pcae_serve.bundle.manifest import ELASTIC_GRAPH, Tier
 from pcae_serve.bundle.probabilities import same_answer
-from pcae_serve.bundle.reader import Bundle, load_bundle
+from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import plan_cache
 from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.engines.cuda_runtime import CudaError, Gpu, find_gpu
@@ -40,6 +41,7 @@ from pcae_serve.engines.tensorrt import Library, Runner, load_library, to_output
 from pcae_serve.errors import PcaeError, StartError
 from pcae_serve.flags import Metavar
 from pcae_serve.settings import MAX_BATCH, Settings
+from pcae_serve.sources.names import ModelName
 from pcae_training.class_folders import Layout
 from pcae_training.data import load
 from pcae_training.data_settings import LAYOUT_HELP
@@ -68,8 +70,8 @@ class Built:
 class TensorRt(BaseModel):
     """Build a bundle's TensorRT plans on this GPU, verify them and cache them for the server."""
 
-    bundle: CliPositionalArg[Annotated[Path, Metavar("BUNDLE")]] = Field(
-        description="bundle folder"
+    bundle: CliPositionalArg[Annotated[ModelName, Metavar("BUNDLE")]] = Field(
+        description=BUNDLE_HELP
     )
     device: str = Field("cuda:0", description="GPU to build on, and for")
     cache_dir: Path | None = Field(
@@ -107,7 +109,7 @@ class TensorRt(BaseModel):
         )
 
     def cli_cmd(self) -> None:
-        bundle = load_bundle(self.bundle)
+        bundle = open_bundle(self.bundle, self.cache_dir)
         for tier in bundle.tiers:
             plan_cache.find_graph(bundle, tier)  # report a missing graph before the slow part
         found = load_library()

@@ -1,11 +1,15 @@
 """pcae-serve simulate: flags of a simulation; `loadtest.simulation` runs it."""
 
 import os
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
+from pcae_serve.flags import Metavar
 from pcae_serve.loadtest import platforms, report
 from pcae_serve.loadtest.simulation import (
     Cell,
@@ -18,7 +22,9 @@ from pcae_serve.loadtest.simulation import (
 from pcae_serve.loadtest.workload import Count, WorkloadFlags
 from pcae_serve.scheduling.policies import registry
 from pcae_serve.scheduling.policies.waiting_price import DEFAULT_PRICE
-from pcae_serve.settings import MAX_BATCH
+from pcae_serve.settings import CACHE_DIR, MAX_BATCH, Settings
+from pcae_serve.sources.locate import locate_bundle
+from pcae_serve.sources.names import ModelName, is_remote
 
 #: Default loads, in multiples of the capacity: idle, busy, at capacity, overloaded.
 LOADS = (0.3, 0.7, 1.0, 1.5)
@@ -55,7 +61,7 @@ class Simulate(WorkloadFlags):
         description="latency profile: gpu or cpu (built in), machine (cached by the server here),"
         " or a JSON file in their format or from pcae-export profile --json",
     )
-    bundle: Path | None = Field(
+    bundle: Annotated[ModelName | None, Metavar("DIR")] = Field(
         None, description="bundle that gives a measured profile its accuracies; default: the demo"
     )
     capacity: float | None = Field(
@@ -82,7 +88,7 @@ class Simulate(WorkloadFlags):
 
     def cli_cmd(self) -> None:
         report.require("pcae-serve simulate")
-        platform = platforms.read(self.profile, self.bundle)
+        platform = platforms.read(self.profile, self._bundle)
         policies = resolve_policies(self.policy, platform.tier_table)
         traces = self.traces()
         setup = Setup(
@@ -122,6 +128,14 @@ class Simulate(WorkloadFlags):
         if self.png is not None:
             caption = f"{self.mix} budgets, {self.requests} requests, {self.seeds} seeds; "
             report.write_png(self.png, rows, caption + platform.source.partition(":")[0])
+
+    @property
+    def _bundle(self) -> Path | None:
+        """Return the folder of --bundle, fetched if it is on the hub."""
+        if self.bundle is None:
+            return None
+        cache_dir = Settings().cache_dir if is_remote(self.bundle) else CACHE_DIR
+        return locate_bundle(self.bundle, cache_dir, partial(print, file=sys.stderr))
 
     def _capacity(self, setup: Setup, traces: Sequence[str]) -> float | None:
         """Return the requests per second of load 1; compute them only if a load needs them."""

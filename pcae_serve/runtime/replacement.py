@@ -9,9 +9,11 @@ from pcae_serve.engines.base import Engine, run_directly
 from pcae_serve.errors import PcaeError, ReloadFailed, one_line
 from pcae_serve.runtime import latency_profile
 from pcae_serve.runtime.background_engine import BackgroundEngine
+from pcae_serve.runtime.bundle_folder import find_bundle
 from pcae_serve.runtime.servable import EngineFactory, Servable
 from pcae_serve.runtime.tiers import tier_table
 from pcae_serve.scheduling.policies.registry import create
+from pcae_serve.sources.names import is_remote
 
 #: Seconds of compute to measure the new bundle with.
 PROFILE_S = 2.0
@@ -28,8 +30,9 @@ class Replacement(NamedTuple):
 def load_replacement(
     old: Servable, make_engine: EngineFactory | None, loop: asyncio.AbstractEventLoop
 ) -> Replacement:
-    """Load what the folder of the old bundle holds now. Blocks; call it on a thread of its own.
+    """Load what the folder of the old bundle, or its name on a hub, holds now.
 
+    Blocks; call it on a thread of its own.
     Every batch runs as a background task of `old`, or directly if nothing of it works any more:
     then there are no requests to give way to. Raises PcaeError.
     """
@@ -38,7 +41,8 @@ def load_replacement(
     settings, engines = old.settings, list[Engine]()
     in_background = partial(BackgroundEngine, servable=old, loop=loop)
     try:
-        bundle = load_bundle(old.bundle.root)
+        fetched = find_bundle(settings) if is_remote(settings.bundle or "") else None
+        bundle = load_bundle(fetched or old.bundle.root)
         create(settings.policy, tier_table(bundle.tiers))  # raises if the policy is unknown
         for device in range(len(old.engines)):
             wrap = in_background if old.works else run_directly

@@ -4,6 +4,6 @@
     hf://OWNER/NAME[@REVISION][/PATH]           a repository on the Hugging Face hub
     OWNER/NAME[@REVISION]                       the same, for checkpoints, if no such path exists
 
-`names` parses, `needed_files` chooses the files, `hub` fetches them and `locate` is what commands
-call. `huggingface_hub` is imported on first use: it is an extra.
+`names` parses, `needed_files` chooses the files, `hub` fetches them, `bundle_cache` keeps bundles,
+and `locate` is what commands call. `huggingface_hub` is imported on first use: it is an extra.
 """

@@ -1,13 +1,17 @@
 """`pcae-export bundle` with checkpoints on the hub, against its double."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pcae_export.commands import Export
 from pcae_export.source import SourceOverrides, locate_source, read_source
+from pcae_export.verify import MIN_IMAGES
+from pcae_serve.command import run
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
-from tests.export.conftest import make_tiny
+from tests.export.conftest import Made, make_tiny
 from tests.support.exporting import bundled, fails
 from tests.support.hub import Hub
 
@@ -75,3 +79,15 @@ def test_remote_code_is_never_fetched(hub: Hub, checkpoint: Path) -> None:
     hub.add(NAME, {"config.json": b'{"auto_map": {}}', "model.safetensors": b"?"})
     with pytest.raises(PcaeError):
         read_source(locate_source(f"hf://{NAME}")[0], SourceOverrides())
+
+
+def test_a_bundle_by_name_is_verified(
+    hub: Hub, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setenv("PCAE_CACHE_DIR", str(tmp_path / "cache"))
+    hub.add("me/toys", made.bundle.root)
+    assert run(Export, ["verify", "hf://me/toys", "--images", str(MIN_IMAGES)]) == 0
+    printed = capfd.readouterr()
+    assert "hf://me/toys, model vit: parity holds" in printed.out
+    assert "hf://me/toys, commit " in printed.err
+    assert (tmp_path / "cache" / "bundles" / made.bundle.digest).is_dir()

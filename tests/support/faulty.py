@@ -87,7 +87,7 @@ class Serve(serve.Serve):
     def cli_cmd(self) -> None:
         logs.configure(self.log_format, self.log_level)
         with serve.listen(self.host, self.port) as listener:
-            served = load_bundle(self.bundle or demo_path())
+            served = load_bundle(Path(self.bundle) if self.bundle else demo_path())
             faulty = Service(self, served, [make(served, 0)], make)
             serve.serve(faulty, listener, Keys.read(None), Keys.read(self.admin_keys_file))
 
