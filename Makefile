@@ -99,7 +99,7 @@ image:  ## build and test the cpu image without a Docker engine (as root; builda
 constraints: PYTHON = python3.11
 constraints:  ## resolve all requirements and rewrite constraints.txt
 	$(call environment,.venv-constraints)
-	.venv-constraints/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev,ray]' torch==$(TORCH)
+	.venv-constraints/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev,ray,browser]' torch==$(TORCH)
 	sed -n '/^#/p' constraints.txt > .venv-constraints/new
 	.venv-constraints/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//' >> .venv-constraints/new
 	mv .venv-constraints/new constraints.txt
@@ -118,5 +118,5 @@ clean:  ## remove both environments, all caches and dist/
 
 # Added to the same environment; `make test` does not need it.
 .venv-test/ray: .venv-test/installed
-	$(PINS) $(TEST_PYTHON) -m pip install $(PIP_FLAGS) --editable '.[dev,ray]'
+	$(PINS) $(TEST_PYTHON) -m pip install $(PIP_FLAGS) --editable '.[dev,ray,browser]'
 	@touch $@

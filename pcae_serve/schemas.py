@@ -91,6 +91,7 @@ class TierInfo(BaseModel):
     precision: str = Field(description="number format of products with weights, on this backend")
     keep_ratio: float = Field(description="fraction of patches that each reduction stage keeps")
     tokens: list[int] = Field(description="number of patches left after each reduction stage")
+    patches: int = Field(description="patches of an image before the first reduction")
     macs: int = Field(description="multiply-accumulate operations for one image")
     accuracy: Accuracy | None = Field(description="measured on labelled images; null if unmeasured")
     agreement: Agreement | None = Field(
@@ -124,6 +125,10 @@ class Tiers(BaseModel):
     policy: str = Field(description="scheduling policy")
     budget_ms: float = Field(description="budget of requests that state none, in milliseconds")
     image_size: int = Field(description="side of the model's input, in pixels")
+    resize: int = Field(
+        description="the shorter side of an image is scaled to this before its centre is taken"
+    )
+    squash: bool = Field(description="both sides are scaled to `resize` instead")
     answers: Answers = Field(
         description="classes: one of them applies (softmax), use POST /classify; labels: any number"
         " of them apply (a sigmoid each), use POST /classify; features: use POST /embed"

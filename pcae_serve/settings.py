@@ -67,6 +67,7 @@ class Settings(BaseSettings):
             "admin_keys_file",
             "open_access",
             "docs",
+            "playground",
             "callers",
             "root_path",
             "trusted_proxies",
@@ -142,6 +143,10 @@ class Settings(BaseSettings):
         "open",
         description="access to /docs and /openapi.json: open: without a key; keys: with an API key,"
         " if the server requires keys; off: the pages do not exist",
+    )
+
+    playground: bool = Field(
+        True, description="serve the page / on which people try the server; its requests need a key"
     )
 
     callers: Literal["auto", "key", "address", "off"] = Field(

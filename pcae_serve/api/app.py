@@ -16,6 +16,7 @@ from pcae_serve.api import (
     inference_routes,
     metrics_routes,
     openapi,
+    page_routes,
     problems,
     tier_routes,
 )
@@ -70,6 +71,7 @@ def create_app(
     app.include_router(metrics_routes.router, dependencies=needs_key)
     app.include_router(inference_routes.router)
     documentation_routes.add_documentation(app, service.settings.docs)
+    page_routes.add_pages(app, service.settings.playground, service.settings.docs != "off")
     return app
 
 

@@ -29,6 +29,8 @@ async def tiers(request: Request) -> schemas.Tiers:
         policy=service.settings.policy,
         budget_ms=service.settings.budget_ms,
         image_size=bundle.image_size,
+        resize=bundle.preprocess.resize,
+        squash=bundle.preprocess.squash,
         answers=bundle.answers,
         width=bundle.width,
         labels=list(bundle.labels),

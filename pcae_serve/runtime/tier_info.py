@@ -29,6 +29,7 @@ def describe_tier(
         precision=half or tier.precision,
         keep_ratio=tier.keep_ratio,
         tokens=list(tier.token_counts),
+        patches=model.patches,
         macs=tier.macs,
         accuracy=tier.accuracy,
         agreement=tier.agreement,

@@ -1,0 +1,1 @@
+"""Pages of the server: files as they are sent, and what they may load."""
