@@ -14,8 +14,7 @@ router = APIRouter(include_in_schema=False)
 @router.get("/")
 async def playground(request: Request) -> HTMLResponse:
     """Return the page on which people try the server; its requests need a key, if others do."""
-    bundle = service_of(request).settings.bundle
-    samples = bundle is None or bundle == demo_path()
+    samples = service_of(request).bundle.root == demo_path()
     return page(pages.playground(prefix(request), samples), pages.PLAYGROUND_POLICY)
 
 

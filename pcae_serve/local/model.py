@@ -226,6 +226,8 @@ class Model:
             policy=POLICY,
             budget_ms=inf,
             image_size=bundle.image_size,
+            resize=bundle.preprocess.resize,
+            squash=bundle.preprocess.squash,
             answers=bundle.answers,
             width=bundle.width,
             labels=list(bundle.labels),

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from pcae_serve.api.app import create_app
 from pcae_serve.api.auth import Keys
-from pcae_serve.bundle.reader import Bundle
+from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.runtime.service import Service
 from pcae_serve.web import pages
 from tests.support.apps import MakeSettings, fail, problem
@@ -75,12 +75,12 @@ def test_a_prefix_stands_in_front_of_all_paths(
 
 
 def test_samples_are_offered_with_the_demo_alone(
-    settings: MakeSettings, small_bundle: Bundle, gate: Gate, bundle_dir: Path
+    settings: MakeSettings, small_bundle: Bundle, gate: Gate
 ) -> None:
-    with served(settings, small_bundle, gate) as client:
+    with served(settings, load_bundle(demo_path()), gate) as client:
         assert 'data-samples="ankle-boot,' in client.get("/").text
         assert client.get("/assets/samples/bag.png").status_code == 200
-    with served(settings, small_bundle, gate, bundle=bundle_dir) as client:
+    with served(settings, small_bundle, gate) as client:
         assert 'data-samples=""' in client.get("/").text
     for name in pages.SAMPLES:
         sample = (FOLDER / "samples" / f"{name}.png").read_bytes()
