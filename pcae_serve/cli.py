@@ -17,7 +17,10 @@ from pcae_serve.command import config, run
 
 #: Commands other than `serve`: module and class, and the description in `pcae-serve --help`.
 COMMANDS = {
-    "classify": ("pcae_serve.commands.classify:Classify", "classify images on a running server"),
+    "classify": (
+        "pcae_serve.commands.classify:Classify",
+        "classify images, here or on a running server",
+    ),
     "simulate": ("pcae_serve.commands.simulate:Simulate", "compare policies on a virtual clock"),
     "replay": ("pcae_serve.commands.replay:Replay", "send a trace to a running server"),
 }

@@ -11,11 +11,10 @@ from pcae_serve import schemas
 from pcae_serve.bundle.preprocess import MAX_PIXELS
 from pcae_serve.bundle.reader import demo_path, load_bundle
 from pcae_serve.engines.base import BACKEND_NOTES
-from pcae_serve.engines.loader import load_engine
 from pcae_serve.errors import InvalidParameter, TaskNotSupported
 from pcae_serve.local.deadlines import POLICY
 from pcae_serve.local.image_source import ImageLike, is_image, is_sequence
-from pcae_serve.local.runner import Outcome, Runner
+from pcae_serve.local.runner import Answered, Outcome, Runner, open_runner
 from pcae_serve.runtime import results
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.runtime.tier_info import describe_tier
@@ -43,17 +42,16 @@ def load(
 
     Raise BundleError or StartError, which are PcaeErrors, with a one-line reason.
     """
-    read = load_bundle(demo_path() if bundle is None else Path(bundle))
-    cache = Path(cache_dir)
-    engine = load_engine(backend, read, device, threads, max_batch, cache)
     return Model(
-        Runner(
-            read,
-            engine,
+        open_runner(
+            load_bundle(demo_path() if bundle is None else Path(bundle)),
+            device=device,
+            backend=backend,
+            threads=threads,
+            decode_threads=decode_threads,
             max_batch=max_batch,
             max_pixels=max_pixels,
-            decode_threads=decode_threads,
-            cache_dir=cache,
+            cache_dir=Path(cache_dir),
         )
     )
 
@@ -279,8 +277,8 @@ class Model:
             else:
                 outcomes = self._runner.run_in_time(list(several), tiers, pinned, budget_ms)
             for outcome in outcomes:
-                if isinstance(outcome, InferenceResult):
-                    yield document(outcome, request)
+                if isinstance(outcome, Answered):
+                    yield document(outcome.result, request)
                 elif on_error == "raise":
                     raise outcome
                 else:

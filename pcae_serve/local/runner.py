@@ -13,7 +13,7 @@ from functools import partial
 from math import inf
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from pcae_serve.bundle.preprocess import MAX_PIXELS
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import cpus
 from pcae_serve.engines.base import Engine
+from pcae_serve.engines.loader import load_engine
 from pcae_serve.errors import PcaeError, RequestError
 from pcae_serve.local.deadlines import Deadlines, Step
 from pcae_serve.local.decode_ahead import decode_ahead
@@ -35,9 +36,6 @@ from pcae_serve.settings import CACHE_DIR, MAX_BATCH
 
 #: Seconds to measure latencies, as the server's --profile-s.
 PROFILE_S = 6.0
-
-#: What became of an image. Its own errors: others end the run.
-Outcome = InferenceResult | RequestError | OSError
 
 
 class Decoded(NamedTuple):
@@ -53,6 +51,10 @@ class Answered(NamedTuple):
 
     result: InferenceResult
     pixels: NDArray[np.uint8]
+
+
+#: What became of an image. The errors are its own: others end the run.
+Outcome = Answered | RequestError | OSError
 
 
 class Runner:
@@ -93,12 +95,11 @@ class Runner:
         tier = self.most_accurate(tiers)
         reason = "the caller names this tier" if pinned else "no budget: the most accurate tier"
         for batch in self.batches(images, lambda: (tier, reason)):
-            for each in batch:
-                yield each.result if isinstance(each, Answered) else each
+            yield from batch
 
     def batches(
         self, images: Iterable[ImageLike], choose: Callable[[], tuple[int, str]]
-    ) -> Iterator[list[Answered | RequestError | OSError]]:
+    ) -> Iterator[list[Outcome]]:
         """Yield what became of images, in order and in full batches.
 
         choose: returns the index of the tier that the next batch runs on, and why.
@@ -117,7 +118,7 @@ class Runner:
             )
             batch, row = self._device.call(compute), iter(range(len(rows)))
             yield [
-                Answered(self._result(each, batch, next(row), index, reason), each.pixels)
+                self._answered(each, batch, next(row), index, reason)
                 if isinstance(each, Decoded)
                 else each
                 for each in decoded
@@ -149,7 +150,7 @@ class Runner:
         for step in deadlines.run(self._device, pixels, arrival_s, deadline_s, tiers, pinned):
             if isinstance(step, Step):
                 for row, i in enumerate(step.ids):
-                    outcomes[i] = self._result(
+                    outcomes[i] = self._answered(
                         decoded[i], step.batch, row, step.tier, step.reason, arrival_s, deadline_s
                     )
             else:
@@ -187,6 +188,12 @@ class Runner:
         if self._closed:
             raise PcaeError("the model is closed")
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Wait for what is running, and release the engine. In a forked process, do nothing."""
         if os.getpid() == self._process and not self._closed:
@@ -207,7 +214,7 @@ class Runner:
         pixels = read_pixels(image, self.bundle.preprocess, self._max_pixels)
         return Decoded(pixels, start_s, time.monotonic())
 
-    def _result(
+    def _answered(
         self,
         decoded: Decoded,
         batch: Batch,
@@ -216,10 +223,10 @@ class Runner:
         reason: str,
         arrival_s: float | None = None,
         deadline_s: float = inf,
-    ) -> InferenceResult:
-        """Return the result of a row. arrival_s: None if the image has no budget."""
+    ) -> Answered:
+        """Return the answer in a row of a batch. arrival_s: None if the image has no budget."""
         start_s = decoded.start_s if arrival_s is None else arrival_s
-        return InferenceResult(
+        result = InferenceResult(
             vector=batch.output.vectors[row],
             kept=tuple(kept[row] for kept in batch.output.kept),
             met_budget=batch.end_s <= deadline_s,
@@ -231,6 +238,29 @@ class Runner:
             compute_s=batch.end_s - batch.start_s,
             total_s=batch.end_s - start_s,
         )
+        return Answered(result, decoded.pixels)
+
+
+def open_runner(
+    bundle: Bundle,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    threads: int = 0,
+    decode_threads: int = 0,
+    max_batch: int = MAX_BATCH,
+    max_pixels: int = MAX_PIXELS,
+    cache_dir: Path = CACHE_DIR,
+) -> Runner:
+    """Load an engine for a bundle. Raises StartError."""
+    return Runner(
+        bundle,
+        load_engine(backend, bundle, device, threads, max_batch, cache_dir),
+        max_batch=max_batch,
+        max_pixels=max_pixels,
+        decode_threads=decode_threads,
+        cache_dir=cache_dir,
+    )
 
 
 def _outcome(

@@ -15,7 +15,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from pcae_serve.cli import start
-from pcae_serve.commands.classify import MAX_IN_FLIGHT, Classify
+from pcae_serve.commands.classify import Classify
+from pcae_serve.commands.classify_on_server import MAX_IN_FLIGHT
 from pcae_serve.schemas import Classification
 from tests.support.bundles import write_bundle
 from tests.support.images import image_bytes
@@ -103,9 +104,9 @@ def test_a_file_that_fails_does_not_stop_the_others(
     output = capsys.readouterr()
     assert [line.split("  ")[0] for line in output.out.splitlines()] == ["a.png", "d.png"]
     assert output.err.splitlines() == [
+        "pcae-serve: folder: a folder without images",
         "pcae-serve: nowhere.png: No such file or directory",
         "pcae-serve: empty.png: the request body is empty; send the image file's bytes",
-        "pcae-serve: folder: is a folder; name the images in it",
     ]
 
 
@@ -237,6 +238,26 @@ def test_an_answer_is_late_for_the_server_or_here(
         (["a", "--top-k", "0"], "--top-k: "),
         (["a", "--budget-ms", "nan"], "--budget-ms: "),
         (["a", "--budget-ms", "-1"], "--budget-ms: "),
+        (["a", "--url", "x", "--bundle", "b"], "--bundle cannot be used with --url"),
+        (
+            ["a", "--url", "x", "--out", "a.csv", "--total-time", "9s"],
+            "--total-time cannot be used",
+        ),
+        (["a", "--api-key-file", "k"], "--api-key-file needs --url"),
+        (["a", "--overwrite"], "--overwrite needs --out"),
+        (["a", "--explain", "b"], "--explain needs --out"),
+        (["a", "--total-time", "9s"], "--total-time needs --out"),
+        (["-", "--out", "a.csv"], "standard input (-) cannot be used with --out"),
+        (["a", "--json", "--out", "a.csv"], "--json cannot be used with --out"),
+        (["a", "--total-time", "soon"], "--total-time: 'soon' is not a duration"),
+        (
+            ["a", "--out", "a.csv", "--total-time", "9s", "--tier", "full"],
+            "--total-time cannot be used with --tier",
+        ),
+        (
+            ["a", "--out", "a.csv", "--total-time", "9s", "--budget-ms", "9"],
+            "--total-time cannot be used with --budget-ms",
+        ),
     ],
 )
 def test_a_wrong_call(words: list[str], output: str, capsys: Captured) -> None:
@@ -248,16 +269,18 @@ def test_a_wrong_call(words: list[str], output: str, capsys: Captured) -> None:
 def test_without_the_extra(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "pcae_serve.client", raising=False)
     monkeypatch.setitem(sys.modules, "httpx2", None)
-    assert start(["classify", "a.png"]) == 1
+    assert start(["classify", "a.png", "--url", "localhost:8000"]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line == "pcae-serve: pcae-serve classify needs httpx2: pip install '.[client]'"
+    assert line == "pcae-serve: pcae-serve classify --url needs httpx2: pip install '.[client]'"
 
 
 def test_the_command_is_in_the_help(capsys: Captured) -> None:
     assert start(["--help"]) == 0
-    assert "classify images on a running server" in capsys.readouterr().out
+    assert "classify images, here or on a running server" in capsys.readouterr().out
     assert start(["classify", "--help"]) == 0
     output = capsys.readouterr().out
     assert "classify [options] FILE..." in output
     for flag in ("url", "tier", "budget-ms", "min-tier", "top-k", "json", "api-key-file"):
         assert f"--{flag} " in output.replace(",", " ")
+    for flag in ("out", "overwrite", "strict", "total-time", "explain", "bundle", "backend"):
+        assert f"--{flag} " in output.replace(",", " ").replace("\n", " ")
