@@ -11,7 +11,6 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from platformdirs import user_cache_path
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -26,10 +25,9 @@ from pcae_serve.command import config
 from pcae_serve.flags import Metavar, did_you_mean
 from pcae_serve.scheduling.policies.registry import NAMES, WITH_TIER
 from pcae_serve.scheduling.policies.waiting_price import DEFAULT_PRICE
+from pcae_serve.sources.cache_folder import CACHE_DIR as CACHE_DIR
 from pcae_serve.sources.names import ModelName
 
-#: Default cache folder, for what belongs to this machine: latency profiles and TensorRT plans.
-CACHE_DIR = user_cache_path("pcae-serve")
 MAX_BATCH = 32  # images per batch
 
 #: The variable that names the config file.
@@ -91,8 +89,8 @@ class Settings(BaseSettings):
 
     bundle: Annotated[ModelName | None, Metavar("DIR")] = Field(
         None,
-        description="folder of the bundle to serve, or its name on the Hugging Face hub:"
-        " hf://OWNER/NAME or hf://OWNER/NAME@REVISION; the demo bundle by default",
+        description="folder of the bundle to serve, or its name: hf://OWNER/NAME[@REVISION] on the"
+        " Hugging Face hub, https://…, s3://… or gs://…; the demo bundle by default",
     )
     device: Annotated[str, Metavar("auto|cpu|cuda:N")] = Field(
         "auto",

@@ -11,7 +11,10 @@ ENVIRONMENT = {
     "PYTHONPATH": f"{ROOT}:{ROOT / 'export'}:{ROOT / 'training'}",
     "PATH": "/usr/bin:/bin",
 }
-HEAVY = {"torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "datasets", "safetensors"}
+HEAVY = {
+    "torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "datasets", "safetensors",
+    "huggingface_hub", "fsspec",
+}  # fmt: skip
 OTHERS = {"pcae_export", "pcae_training"}
 SERVER = {"fastapi", "uvicorn", "prometheus_client"}
 

@@ -10,7 +10,7 @@ from pcae_serve.sources.locate import locate_bundle
 from pcae_serve.sources.names import is_remote
 
 #: Help of the argument BUNDLE.
-BUNDLE_HELP = "bundle folder, or its name on the hub (hf://OWNER/NAME)"
+BUNDLE_HELP = "bundle folder, or where it is: hf://OWNER/NAME, https://…, s3://… or gs://…"
 
 
 def open_bundle(name: str, cache_dir: Path | None = None) -> Bundle:

@@ -7,7 +7,6 @@ is used.
 
 import glob
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,24 +15,11 @@ from pcae_serve.bounded_file import read_regular
 from pcae_serve.bounded_json import CONFIG_BYTES
 from pcae_serve.errors import one_line
 from pcae_serve.sources.names import FetchError, HubName
-from pcae_serve.sources.needed_files import Files
+from pcae_serve.sources.snapshot import Choose, Snapshot, choose_files
 from pcae_serve.version import install_command
 
 #: Maximum time until the hub answers which files there are.
 TIMEOUT_S = 30.0
-
-#: Chooses the files to fetch among those of a repository. Raises FetchError if it lacks some.
-Choose = Callable[[Files, str], list[str]]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Files of one commit, in the library's cache."""
-
-    folder: Path  # of the repository; files are links into the cache
-    commit: str
-    files: list[str]  # those that were chosen
-    note: str = ""  # on where they come from, if it is not the hub
 
 
 def fetch(name: HubName, choose: Choose) -> Snapshot:
@@ -46,7 +32,8 @@ def fetch(name: HubName, choose: Choose) -> Snapshot:
             raise _explain(hub, name, error) from None
         return _cached(hub, name, choose, error)
     listed = frozenset(sibling.rfilename for sibling in info.siblings or ())
-    chosen = _choose(name, choose, _HubFiles(hub, name, str(info.sha), listed))
+    files = _HubFiles(hub, name, str(info.sha), listed)
+    chosen = choose_files(name, name.path, choose, files)
     try:
         folder = hub.snapshot_download(
             name.repository, revision=name.revision, allow_patterns=list(map(glob.escape, chosen))
@@ -54,7 +41,7 @@ def fetch(name: HubName, choose: Choose) -> Snapshot:
     except Exception as error:
         raise _explain(hub, name, error) from None
     found = Path(folder)
-    return Snapshot(found, found.name, chosen)
+    return Snapshot(found, name.path, f"commit {found.name}", chosen)
 
 
 @dataclass(frozen=True)
@@ -110,15 +97,8 @@ def _cached(hub: ModuleType, name: HubName, choose: Choose, reason: Exception) -
         chosen = choose(_CachedFiles(found), name.path)
     except FetchError as error:
         raise FetchError(f"{name}: {why}, and the cache lacks files of it: {error}") from None
-    return Snapshot(found, found.name, chosen, f"{why}; the copy in the cache is used")
-
-
-def _choose(name: HubName, choose: Choose, files: Files) -> list[str]:
-    try:
-        return choose(files, name.path)
-    except FetchError as error:
-        message = str(error)
-        raise FetchError(message if str(name) in message else f"{name}: {message}") from None
+    note = f"{why}; the copy in the cache is used"
+    return Snapshot(found, name.path, f"commit {found.name}", chosen, note)
 
 
 def _library(name: HubName) -> ModuleType:

@@ -1,21 +1,23 @@
 """Turn the name of a model into a local folder or file, fetching what is not here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from pcae_serve import atomic
-from pcae_serve.sources import hub
+from pcae_serve.sources import hub, stores
 from pcae_serve.sources.bundle_cache import keep_bundle
+from pcae_serve.sources.cache_folder import cache_folder
 from pcae_serve.sources.names import (
     HUB,
     FetchError,
     HubName,
+    StoreUrl,
     implied_hub_name,
     is_remote,
-    parse_hub_name,
+    parse_remote,
 )
 from pcae_serve.sources.needed_files import bundle_files, checkpoint_files
+from pcae_serve.sources.snapshot import Choose, Snapshot
 
 #: Shows a line to the user: what was fetched, and of which commit.
 Report = Callable[[str], None]
@@ -28,7 +30,7 @@ def locate_checkpoint(name: str, report: Report) -> Path:
     is asked. Raise FetchError, which names both possibilities in this case.
     """
     if is_remote(name):
-        return _fetch(parse_hub_name(name), checkpoint_files, report).place
+        return _fetch(parse_remote(name), checkpoint_files, report).place
     implied = implied_hub_name(name)
     path = Path(name)
     if implied is None or atomic.previous(path).exists():  # a writer was killed: a reader finds it
@@ -49,7 +51,7 @@ def locate_checkpoint(name: str, report: Report) -> Path:
 def locate_bundle(name: str, cache_dir: Path, report: Report) -> Path:
     """Return the folder of a bundle, kept in `cache_dir` if it was fetched.
 
-    Only hf:// names a bundle on the hub: a server must not fetch one because of a mistyped path.
+    A bundle on the hub is named with hf://: a server must not fetch one because a path is mistyped.
     Raise FetchError.
     """
     if not is_remote(name):
@@ -59,25 +61,18 @@ def locate_bundle(name: str, cache_dir: Path, report: Report) -> Path:
                 f" bundle', or write {implied} if you mean one on the Hugging Face hub"
             )
         return Path(name)
-    found = _fetch(parse_hub_name(name), bundle_files, report)
+    found = _fetch(parse_remote(name), bundle_files, report, cache_dir)
     return keep_bundle(found.by_name(), cache_dir)
 
 
-@dataclass(frozen=True)
-class _Fetched:
-    place: Path  # folder or file
-    folder: Path  # of the whole repository
-    files: list[str]  # paths in it
-
-    def by_name(self) -> dict[str, Path]:
-        """Return the files by their names in `place`, a folder."""
-        files = [self.folder / file for file in self.files]
-        return {file.relative_to(self.place).as_posix(): file for file in files}
-
-
-def _fetch(name: HubName, choose: hub.Choose, report: Report) -> _Fetched:
-    found = hub.fetch(name, choose)
+def _fetch(
+    name: HubName | StoreUrl, choose: Choose, report: Report, cache_dir: Path | None = None
+) -> Snapshot:
+    if isinstance(name, HubName):
+        found = hub.fetch(name, choose)
+    else:
+        found = stores.fetch(name, choose, cache_dir or cache_folder())
     if found.note:
         report(f"{name}: {found.note}")
-    report(f"{name}, commit {found.commit}")
-    return _Fetched(found.folder / name.path, found.folder, found.files)
+    report(f"{name}, {found.version}")
+    return found

@@ -1,4 +1,4 @@
-"""Parse names of models: a local path or a name on the Hugging Face hub."""
+"""Parse names of models: a local path, a name on the Hugging Face hub or a URL."""
 
 import os
 import re
@@ -17,6 +17,8 @@ ModelName = Annotated[
 ]
 
 HUB = "hf://"
+#: Schemes of stores that hold a model's folder or file under a URL.
+STORES = ("https", "http", "s3", "gs", "gcs")
 
 #: Suffixes of files, which names of repositories do not have (they may contain dots).
 _FILE_SUFFIXES = (
@@ -50,7 +52,45 @@ class HubName:
 
 def is_remote(name: str) -> bool:
     """Return whether a name says by its scheme that it is not a local path."""
-    return name.startswith(HUB)
+    return name.startswith((HUB, *(f"{scheme}://" for scheme in STORES)))
+
+
+@dataclass(frozen=True)
+class StoreUrl:
+    """The URL of a folder, or of a file in one."""
+
+    root: str  # of the folder, without a slash at its end
+    path: str = ""  # name of the file
+    query: str = ""  # of the file, such as a signature
+
+    @property
+    def scheme(self) -> str:
+        return self.root.partition("://")[0]
+
+    def __str__(self) -> str:
+        """Return the URL without its query and password, which are secrets."""
+        return f"{self.public_root}/{self.path}" if self.path else self.public_root
+
+    @property
+    def public_root(self) -> str:
+        """Return the folder's URL without user and password."""
+        return re.sub(r"://[^/]*@", "://", self.root)
+
+
+def parse_remote(text: str) -> HubName | StoreUrl:
+    """Parse what `is_remote` accepts. Raise FetchError if it names no model."""
+    if text.startswith(HUB):
+        return parse_hub_name(text)
+    location, mark, query = text.partition("?")
+    location = location.rstrip("/")
+    folder, _, file = location.rpartition("/")
+    if folder.endswith(":/") or "://" not in location:  # a host or bucket alone
+        folder, file = location, ""
+    if file.lower().endswith(_FILE_SUFFIXES):
+        return StoreUrl(folder, file, mark + query)
+    if query:
+        raise FetchError(f"{location} is a folder, and has a query; give the URL of a file in it")
+    return StoreUrl(location)
 
 
 def parse_hub_name(text: str) -> HubName:
@@ -82,8 +122,9 @@ def local_name(text: str) -> str:
     """Return a name for what is made from a model, such as NAME for hf://OWNER/NAME@REVISION."""
     if not is_remote(text):
         return text
-    name = parse_hub_name(text)
-    return (name.path or name.repository).rpartition("/")[2]
+    name = parse_remote(text)
+    whole = name.repository if isinstance(name, HubName) else name.root
+    return (name.path or whole).rpartition("/")[2]
 
 
 def _name(match: re.Match[str], path: str) -> HubName:
