@@ -18,6 +18,7 @@ from pcae_serve import callers, keys_file
 from pcae_serve.callers import Caller
 from pcae_serve.errors import Forbidden, MissingKey, StartError, one_line
 from pcae_serve.observability import tracing
+from pcae_serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,23 @@ class Keys:
         return cls({line.key: owner for line, owner in zip(lines, owners, strict=True)})
 
 
+def read_keys(settings: Settings) -> tuple[Keys, Keys]:
+    """Return the API keys and the admin keys of a server.
+
+    Raises StartError if a file is unusable, or a caller has other terms in each of them.
+    """
+    keys = Keys.read(settings.api_keys_file)
+    admin_keys = Keys.read(settings.admin_keys_file, "admin-key")
+    known = {caller.name: caller for caller in keys.callers}
+    for caller in admin_keys.callers:
+        if known.get(caller.name, caller) != caller:
+            raise StartError(
+                f"{settings.admin_keys_file}: name={caller.name} has another weight= or rate= in"
+                f" {settings.api_keys_file}; keys of one name are one caller, so give it the same"
+            )
+    return keys, admin_keys
+
+
 # The dependencies are coroutines: FastAPI runs a plain function in a thread, which costs 0.1 ms.
 
 
@@ -108,8 +126,7 @@ async def require_key(request: Request, key: GivenKey) -> None:
     caller = keys.find(key) or request.app.state.admin_keys.find(key)
     if caller is None:
         raise Forbidden("unknown API key")
-    request.state.caller = caller.name  # also a field of the access log
-    tracing.annotate(caller=caller.name)
+    _note_caller(request, caller)
 
 
 def key_name(request: Request) -> str | None:
@@ -134,8 +151,16 @@ async def require_admin_key(request: Request, key: GivenKey) -> None:
         raise Forbidden("admin routes are disabled; start the server with --admin-keys-file")
     if key is None:
         raise MissingKey("send an admin key in the header X-API-Key or as a bearer token")
-    if key not in admin_keys:
+    caller = admin_keys.find(key)
+    if caller is None:
         raise Forbidden("this API key is not an admin key")
+    _note_caller(request, caller)
+
+
+def _note_caller(request: Request, caller: Caller) -> None:
+    """Keep the caller's name: for its share, the access log and traces."""
+    request.state.caller = caller.name
+    tracing.annotate(caller=caller.name)
 
 
 def _digest(key: str) -> bytes:

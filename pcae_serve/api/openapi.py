@@ -32,6 +32,7 @@ SERVER_TIMING = {
 ERROR_HEADERS: dict[str, dict[str, Any]] = {
     "401": WWW_AUTHENTICATE,
     "409": RETRY_AFTER,
+    "429": RETRY_AFTER,
     "503": RETRY_AFTER,
 }
 

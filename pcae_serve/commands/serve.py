@@ -8,7 +8,7 @@ import signal
 import socket
 
 from pcae_serve.api.app import create_app
-from pcae_serve.api.auth import Keys
+from pcae_serve.api.auth import Keys, read_keys
 from pcae_serve.api.server import BACKLOG, Server
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.observability import logs
@@ -28,8 +28,7 @@ class Serve(Settings):
         for warning in unknown_variables():
             log.warning("%s", warning)
         with listen(self.host, self.port) as listener:
-            keys = Keys.read(self.api_keys_file)
-            admin_keys = Keys.read(self.admin_keys_file, "admin-key")
+            keys, admin_keys = read_keys(self)
             serve(build_service(self), listener, keys, admin_keys)
 
 

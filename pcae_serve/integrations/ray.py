@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from pcae_serve.api import proxy_delay
 from pcae_serve.api.app import create_app
-from pcae_serve.api.auth import Keys
+from pcae_serve.api.auth import read_keys
 from pcae_serve.api.browser_access import browser_access
 from pcae_serve.errors import StartError, one_line
 from pcae_serve.observability import logs
@@ -60,8 +60,7 @@ class Replica:
         threads |= {"decode_threads": settings.decode_threads or cpus}
         settings = settings.model_copy(update=threads)
         logs.configure(settings.log_format, settings.log_level)
-        keys = Keys.read(settings.api_keys_file)
-        admin_keys = Keys.read(settings.admin_keys_file, "admin-key")
+        keys, admin_keys = read_keys(settings)
         self._failures = list[BaseException]()
         self._service = build_service(settings)
         self._signals = Signals(self._service)

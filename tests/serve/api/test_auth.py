@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 
 from pcae_serve.api.app import create_app
-from pcae_serve.api.auth import Keys
+from pcae_serve.api.auth import Keys, read_keys
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.errors import StartError
@@ -56,6 +56,18 @@ def test_an_unusable_keys_file_is_reported_without_its_keys(
     with pytest.raises(StartError, match=words) as raised:
         Keys.read(write(tmp_path / "keys", content))
     assert "short-secret" not in str(raised.value)
+
+
+def test_a_caller_has_the_same_terms_in_both_files(
+    tmp_path: Path, settings: Callable[..., Settings]
+) -> None:
+    api = write(tmp_path / "keys", f"{ALICE} name=ops rate=5\n")
+    admin = write(tmp_path / "admin", f"{ROOT} name=ops rate=9\n")
+    with pytest.raises(StartError, match="admin: name=ops has another weight= or rate= in"):
+        read_keys(settings(api_keys_file=api, admin_keys_file=admin))
+    write(admin, f"{ROOT} name=ops rate=5\n")
+    keys, admin_keys = read_keys(settings(api_keys_file=api, admin_keys_file=admin))
+    assert keys.callers == admin_keys.callers
 
 
 def test_a_missing_keys_file(tmp_path: Path) -> None:
@@ -214,10 +226,12 @@ def test_the_access_log_has_the_name_of_the_key(
 
         assert [classify(key).status_code for key in (ALICE, BOB, ROOT)] == [200, 200, 200]
         refused = classify(ALICE)
+        client.post("/admin/reload", headers={"X-API-Key": ROOT})
     assert problem(refused, 429)["type"] == "urn:pcae-serve:rate-limited"
     assert 90 < int(refused.headers["retry-after"]) <= 100
     logged = [record.__dict__["fields"] for record in caplog.records if hasattr(record, "fields")]
-    assert [fields["caller"] for fields in logged] == ["ingest", "key-2", "admin-key-2", "ingest"]
-    assert logged[-1]["outcome"] == "rejected_rate"
+    callers = ["ingest", "key-2", "admin-key-2", "ingest", "admin-key-2"]
+    assert [fields["caller"] for fields in logged] == callers
+    assert logged[-2]["outcome"] == "rejected_rate"
     for key in (ALICE, BOB, ROOT):
         assert key not in caplog.text
