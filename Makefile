@@ -1,5 +1,6 @@
 # Needs make and Python 3.11 or newer with its venv module. `make` lists the targets.
 # Two environments, both pinned by constraints.txt: .venv serves, .venv-test is for everything else.
+# A third one, .venv-docs, builds the site of the documents; .ci/requirements-docs.txt pins it.
 
 # The interpreter to build environments with; empty: the newest one found.
 PYTHON ?=
@@ -86,6 +87,14 @@ dist: .venv-test/installed  ## build wheel and sdist into dist/, and check their
 	$(TEST_PYTHON) -m build --no-isolation
 	$(TEST_PYTHON) -m twine check --strict dist/*
 
+.PHONY: docs
+docs: .venv-docs/installed  ## build the site of the documents into build/site; no dead link passes
+	.venv-docs/bin/python .ci/site.py
+
+.PHONY: docs-serve
+docs-serve: docs  ## build the site, then serve it on 127.0.0.1:8001; the search needs a server
+	.venv-docs/bin/python -m http.server --bind 127.0.0.1 --directory build/site 8001
+
 .PHONY: bench
 bench: .venv-test/installed  ## measure images per second of every tier on this machine
 	$(TEST_PYTHON) benchmarks/tiers.py $(ARGS)
@@ -106,8 +115,8 @@ constraints:  ## resolve all requirements and rewrite constraints.txt
 	rm -rf .venv-constraints
 
 .PHONY: clean
-clean:  ## remove both environments, all caches and dist/
-	rm -rf .venv .venv-test .venv-constraints .*_cache .coverage* dist
+clean:  ## remove the environments, all caches, build/ and dist/
+	rm -rf .venv .venv-test .venv-docs .venv-constraints .cache .*_cache .coverage* build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml constraints.txt
@@ -115,6 +124,12 @@ clean:  ## remove both environments, all caches and dist/
 
 .venv-test/installed: pyproject.toml constraints.txt
 	$(call install,.venv-test,.[dev])
+
+.venv-docs/installed: .ci/requirements-docs.txt
+	$(if $(wildcard $@),,$(call environment,.venv-docs))
+	@rm -f $@
+	.venv-docs/bin/python -m pip install $(PIP_FLAGS) --no-deps --only-binary :all: --requirement $<
+	@touch $@
 
 # Added to the same environment; `make test` does not need it.
 .venv-test/ray: .venv-test/installed

@@ -38,7 +38,7 @@ def start(argv: Sequence[str]) -> int:
     """Run the command that the first word names, or `serve`, and return the exit code."""
     word = argv[0] if argv else ""
     if word in COMMANDS:
-        return run(_command(word), argv)
+        return run(subcommand(word), argv)
     if word == "--version":  # without loading the server
         return run(_Command, argv)
     # Until the server handles signals: as PID 1 of a container this process would not get SIGTERM,
@@ -50,7 +50,7 @@ def start(argv: Sequence[str]) -> int:
     return run(Serve, argv[1:] if word == "serve" else argv, commands=commands)
 
 
-def _command(word: str) -> type[BaseSettings]:
+def subcommand(word: str) -> type[BaseSettings]:
     """Return a command line with this one command; the others are not imported."""
     module, _, name = COMMANDS[word][0].partition(":")
     model: Any = getattr(import_module(module), name)
