@@ -9,6 +9,7 @@ from pcae_export.bundle_command import WriteBundle
 from pcae_export.bundle_source import BUNDLE_HELP, open_bundle
 from pcae_export.images import IMAGES_HELP, generate, parity_pixels, shuffle_rows
 from pcae_export.profiling import Profile
+from pcae_export.push import Push
 from pcae_export.tensorrt_plans import TensorRt
 from pcae_export.verify import LEGEND, MIN_IMAGES, verify_model
 from pcae_serve.command import config
@@ -61,6 +62,7 @@ class Export(BaseSettings):
     verify: CliSubCommand[Verify]
     profile: CliSubCommand[Profile]
     tensorrt: CliSubCommand[TensorRt]
+    push: CliSubCommand[Push]
 
     def cli_cmd(self) -> None:
         CliApp.run_subcommand(self)

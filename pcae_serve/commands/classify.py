@@ -19,6 +19,7 @@ from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
 from pcae_serve.local.image_files import ImageFiles
 from pcae_serve.local.run_output import RunOutput, failure, report, row_name, shown
+from pcae_serve.sources.names import ModelName
 from pcae_serve.version import install_command
 
 if TYPE_CHECKING:  # the parts that not every call needs are imported when they are used
@@ -51,10 +52,10 @@ class Classify(BaseModel):
     url: str | None = Field(
         None, description="address of a server to ask, such as http://127.0.0.1:8000"
     )
-    bundle: Annotated[Path | None, Metavar("DIR")] = Field(
+    bundle: Annotated[ModelName | None, Metavar("DIR")] = Field(
         None,
-        description="folder of the bundle that answers in this process; default: the folder in the"
-        f" variable {BUNDLE_VARIABLE}, else the demo",
+        description="folder of the bundle that answers in this process, or its name, as for the"
+        f" server; default: that in the variable {BUNDLE_VARIABLE}, else the demo",
     )
     device: Annotated[str, Metavar("auto|cpu|cuda:N")] = Field(
         "auto", pattern=r"^(auto|cpu|cuda:\d+)$", description="device to run on, in this process"
@@ -161,9 +162,12 @@ class Classify(BaseModel):
         """Classify in this process. Return whether the run succeeded."""
         from pcae_serve.bundle.reader import demo_path, load_bundle
         from pcae_serve.commands.classify_here import classify_here
+        from pcae_serve.sources.cache_folder import cache_folder
+        from pcae_serve.sources.locate import locate_bundle
 
         root = self.bundle or os.environ.get(BUNDLE_VARIABLE)
-        bundle = load_bundle(Path(root) if root else demo_path())
+        folder = locate_bundle(root, cache_folder(), report) if root else demo_path()
+        bundle = load_bundle(folder)
         if bundle.output == "features":
             raise PcaeError(f"{root}: this bundle's models compute features and have no classes")
         bundle.allowed_tiers(self.tier, self.min_tier)  # or raise

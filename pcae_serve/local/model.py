@@ -1,5 +1,6 @@
 """`pcae_serve.load`: a bundle in this process, with the answers of a server and without one."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -19,6 +20,9 @@ from pcae_serve.runtime import results
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.runtime.tier_info import describe_tier
 from pcae_serve.settings import CACHE_DIR, MAX_BATCH
+from pcae_serve.sources.locate import locate_bundle
+
+log = logging.getLogger(__name__)
 
 D = TypeVar("D")
 OnError = Literal["raise", "return"]
@@ -37,14 +41,19 @@ def load(
 ) -> "Model":
     """Load a bundle into this process; without a name, the demo bundle inside the package.
 
-    bundle: folder of the bundle. The other parameters are those of the server of the same name
-    (docs/configuration.md); no variable and no config file is read. device: one device.
+    bundle: folder of the bundle, or its name, such as hf://OWNER/NAME@REVISION. The other
+    parameters are those of the server of the same name (docs/configuration.md); no variable of the
+    server and no config file is read. device: one device.
 
-    Raise BundleError or StartError, which are PcaeErrors, with a one-line reason.
+    Raise BundleError, FetchError or StartError, which are PcaeErrors, with a one-line reason.
     """
+    folder = demo_path()
+    if bundle is not None:
+        report = partial(log.info, "bundle %s")
+        folder = locate_bundle(os.fspath(bundle), Path(cache_dir), report)
     return Model(
         open_runner(
-            load_bundle(demo_path() if bundle is None else Path(bundle)),
+            load_bundle(folder),
             device=device,
             backend=backend,
             threads=threads,

@@ -24,12 +24,12 @@ TIMEOUT_S = 30.0
 
 def fetch(name: HubName, choose: Choose) -> Snapshot:
     """Fetch the chosen files. Raise FetchError with one line if that is not possible."""
-    hub = _library(name)
+    hub = open_library(name)
     try:
         info = hub.HfApi().model_info(name.repository, revision=name.revision, timeout=TIMEOUT_S)
     except Exception as error:  # the library raises a dozen types of its own
         if not _is_unreachable(error):
-            raise _explain(hub, name, error) from None
+            raise explain(hub, name, error) from None
         return _cached(hub, name, choose, error)
     listed = frozenset(sibling.rfilename for sibling in info.siblings or ())
     files = _HubFiles(hub, name, str(info.sha), listed)
@@ -39,7 +39,7 @@ def fetch(name: HubName, choose: Choose) -> Snapshot:
             name.repository, revision=name.revision, allow_patterns=list(map(glob.escape, chosen))
         )
     except Exception as error:
-        raise _explain(hub, name, error) from None
+        raise explain(hub, name, error) from None
     found = Path(folder)
     return Snapshot(found, name.path, f"commit {found.name}", chosen)
 
@@ -61,7 +61,7 @@ class _HubFiles:
             file = self.hub.hf_hub_download(self.name.repository, path, revision=self.commit)
             return read_regular(Path(file), CONFIG_BYTES)
         except Exception as error:
-            raise _explain(self.hub, self.name, error) from None
+            raise explain(self.hub, self.name, error) from None
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _cached(hub: ModuleType, name: HubName, choose: Choose, reason: Exception) -
     return Snapshot(found, name.path, f"commit {found.name}", chosen, note)
 
 
-def _library(name: HubName) -> ModuleType:
+def open_library(name: HubName) -> ModuleType:
     """Import huggingface_hub. Raise FetchError if it is not installed."""
     try:
         import huggingface_hub
@@ -135,8 +135,10 @@ def _describe_unreachable(hub: ModuleType, error: BaseException) -> str:
     return f"cannot reach the hub at {hub.constants.ENDPOINT} ({one_line(error)})"
 
 
-def _explain(hub: ModuleType, name: HubName, error: BaseException) -> FetchError:
-    """Return an error of the library as one line."""
+def explain(
+    hub: ModuleType, name: HubName, error: BaseException, failed: str | None = None
+) -> FetchError:
+    """Return an error of the library as one line. failed: what cannot be done."""
     errors, page = hub.errors, f"{hub.constants.ENDPOINT}/{name.repository}"
     chain = [error]
     while (cause := chain[-1].__cause__) is not None and len(chain) < 9:
@@ -163,9 +165,12 @@ def _explain(hub: ModuleType, name: HubName, error: BaseException) -> FetchError
             return FetchError(f"{name}: {_describe_unreachable(hub, each)}")
         if status := _status(each):
             what = "rejects the token in HF_TOKEN" if status == 401 else "refuses it"
-            return FetchError(f"{name}: the hub {what} (HTTP {status})")
+            said = getattr(each, "server_message", None)
+            why = f": {said.splitlines()[0]}" if said else ""
+            return FetchError(f"{name}: the hub {what} (HTTP {status}{why})")
     reason = getattr(error, "strerror", None) or one_line(error)
-    return FetchError(f"{name}: cannot download it to the cache {_cache(hub)}: {reason}")
+    failed = failed or f"download it to the cache {_cache(hub)}"
+    return FetchError(f"{name}: cannot {failed}: {reason}")
 
 
 def _cache(hub: ModuleType) -> str:

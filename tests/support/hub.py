@@ -153,6 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _post(self, path: str, body: bytes, known: bool) -> None:
         if not known:
             return self._send(401, b"", {"X-Error-Message": "Invalid username or password."})
+        if path == "/api/validate-yaml":
+            return self._json(200, {"warnings": [], "errors": []})
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = "/".join(filter(None, [asked.get("organization") or "me", asked["name"]]))
@@ -160,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._send(403, b"", {"X-Error-Message": "no rights in this namespace"})
             if name in self.hub.repositories:
                 return self._json(409, {"url": f"{self.hub.url}/{name}", "id": name})
-            self.hub.add(name, {}, private=bool(asked.get("private")))
+            self.hub.add(name, {}, private=asked.get("visibility") == "private")
             return self._json(200, {"url": f"{self.hub.url}/{name}", "id": name})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/]+)", path):
             name, what, _ = match.groups()

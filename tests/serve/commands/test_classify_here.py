@@ -15,6 +15,7 @@ import pcae_serve
 from pcae_serve.cli import start
 from pcae_serve.local.runner import Runner
 from tests.support.bundles import write_bundle
+from tests.support.hub import Hub
 from tests.support.images import image_bytes
 from tests.support.server_process import COMMAND
 
@@ -318,3 +319,16 @@ def test_the_installed_command_on_the_demo(tmp_path: Path) -> None:
         ]
     assert rows(str(tmp_path / "r.csv")) == expected
     assert len(list((tmp_path / "x").rglob("*.png"))) == 5
+
+
+def test_a_bundle_by_name(
+    here: list[str], hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    commit = hub.add("me/b", Path("bundle")).commit("main")
+    assert start(["classify", "--bundle", "hf://me/b", "--backend", "simulated", PHOTOS[0]]) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith(f"{PHOTOS[0]}  dark ")
+    assert f"hf://me/b, commit {commit}" in output.err
+    monkeypatch.setenv("PCAE_BUNDLE", "hf://me/none")
+    assert start(["classify", "--backend", "simulated", PHOTOS[0]]) == 1
+    assert "hf://me/none: the hub has no model of this name" in capsys.readouterr().err

@@ -40,6 +40,7 @@ from pcae_serve.schemas import Classification
 from pcae_serve.settings import Settings
 from tests.support.apps import serving
 from tests.support.bundles import write_bundle
+from tests.support.hub import Hub
 from tests.support.images import image_bytes
 from tests.support.odd_images import CASES, exif, photo, save
 
@@ -411,3 +412,11 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
         pcae_serve.load(tmp_path)
     with pytest.raises(StartError, match="runs on the CPU"):
         pcae_serve.load(backend="onnxruntime", device="cuda:0")
+
+
+def test_a_bundle_by_name(hub: Hub, tmp_path: Path) -> None:
+    hub.add("me/demo", demo_path())
+    with pcae_serve.load("hf://me/demo", backend="simulated", cache_dir=tmp_path) as model:
+        assert model.tiers().digest == load_bundle(demo_path()).digest
+    with pytest.raises(PcaeError, match=r"hf://me/none: the hub has no model of this name"):
+        pcae_serve.load("hf://me/none", cache_dir=tmp_path)
