@@ -161,6 +161,9 @@ def _training(training: dict[str, Any]) -> Iterator[str]:
         phases.append(training)
         training = training.get("init") or {}
     for number, phase in enumerate(reversed(phases), 1):
+        if set(phase) == {"source"}:  # weights of others, by name
+            yield f"{number}. Weights of {phase['source']}."
+            continue
         settings = dict(phase.get("settings", {}))
         if "data" in settings:
             settings["data"] = Path(str(settings["data"])).name

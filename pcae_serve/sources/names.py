@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, PlainSerializer
 
 from pcae_serve.errors import PcaeError
-
-#: A flag's value that names a model. Not a Path, which would make hf:/ of hf://.
-ModelName = Annotated[
-    str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
-]
 
 HUB = "hf://"
 #: Schemes of stores that hold a model's folder or file under a URL.
@@ -31,6 +26,20 @@ _REPOSITORY = r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)"
 _REVISION = r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@\s]+))?"
 _HUB_NAME = re.compile(rf"{HUB}{_REPOSITORY}{_REVISION}(?:/(?P<path>[^@]*?))?/?", re.ASCII)
 _IMPLIED = re.compile(rf"{_REPOSITORY}{_REVISION}", re.ASCII)
+
+
+def public_name(name: str) -> str:
+    """Return a name for records: that of a URL without query and password, which are secrets."""
+    return str(parse_remote(name)) if is_remote(name) else name
+
+
+#: A flag's value that names a model. Not a Path, which would make hf:/ of hf://. As JSON, which is
+#: what runs record, it has no secrets.
+ModelName = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
+    PlainSerializer(public_name, return_type=str, when_used="json"),
+]
 
 
 class FetchError(PcaeError):

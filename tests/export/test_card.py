@@ -170,6 +170,13 @@ def test_phases_are_told_in_their_order_without_places_on_the_machine(
     assert "image_size" not in text  # the second phase took its sizes from the first
 
 
+def test_weights_from_a_hub_are_a_phase(rendered: Callable[..., str], tiny: Tiny) -> None:
+    source = "hf://facebook/dinov2-small, commit 0123"
+    trained = tiny()
+    text = rendered(one(replace(trained, training=trained.training | {"init": {"source": source}})))
+    assert f"1. Weights of {source}.\n2. 2 epochs" in text
+
+
 def test_parity_is_claimed_only_where_it_was_verified(
     rendered: Callable[..., str], tiny: Tiny
 ) -> None:

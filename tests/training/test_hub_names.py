@@ -56,6 +56,8 @@ def test_every_command_takes_a_name(
             assert f"pcae-export bundle hf://{name} tiny-bundle --eval-data" in printed.out
     assert json.loads(Path("e.json").read_text())["checkpoint"] == f"hf://{name}"
     assert json.loads((out / "run.json").read_text())["settings"]["init"] == name
+    trained = json.loads((out / "checkpoint" / "training.json").read_text())
+    assert trained["init"] == {"source": line}
 
 
 def test_failures_are_one_line(

@@ -21,7 +21,7 @@ from pcae_serve.bundle.tokens import parse_keep_ratio
 from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
 from pcae_serve.sources.locate import locate_checkpoint
-from pcae_serve.sources.names import ModelName
+from pcae_serve.sources.names import ModelName, public_name
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.class_report import ClassReport
 from pcae_training.confusion_image import draw_confusion
@@ -223,7 +223,7 @@ def run_evaluation(settings: EvaluateSettings) -> Evaluation | None:
         title = f"{images.name}, keep {ratio:g}"
         write_whole(settings.confusion, draw_confusion(ClassReport.of(score, names), title))
     if settings.json_file is not None:
-        content = {"checkpoint": settings.checkpoint} | evaluation.to_json()
+        content = {"checkpoint": public_name(settings.checkpoint)} | evaluation.to_json()
         content["inventory"] = images.inventory.to_json()
         write_whole(settings.json_file, (json.dumps(content, indent=2) + "\n").encode())
     return evaluation

@@ -40,9 +40,13 @@ def prepare(settings: FinetuneSettings, report: bool = True) -> Start:
     """Load the model of --init or build a new one, and divide the images. Raise PcaeError."""
     found, init = None, None
     if settings.init is not None:
-        init = locate_checkpoint(settings.init, print_lines)
+        lines: list[str] = []
+        init = locate_checkpoint(settings.init, lines.append)
         heads = settings.heads if "heads" in settings.model_fields_set else None
         found = load_checkpoint(init, heads=heads, weights=settings.weights)
+        if lines:  # fetched: recorded, because a name may stand for another commit later
+            print_lines(*lines)
+            found.training = {**found.training, "source": lines[-1]}
     if found is None:
         preprocess = settings.preprocess(settings.image_size or 224)
     else:

@@ -22,7 +22,7 @@ from pcae_serve.bundle.tokens import Geometry
 from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
 from pcae_serve.sources.locate import locate_checkpoint
-from pcae_serve.sources.names import ModelName
+from pcae_serve.sources.names import ModelName, public_name
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
 from pcae_training.data_settings import DataSettings
@@ -186,7 +186,7 @@ def run_probe(settings: ProbeSettings) -> Probe:
     baseline = {method: pixels.score(method, settings.neighbours) for method in settings.methods}
     probe = Probe(held.name, len(train), checkpoint.model.config.geometry, scores, baseline)
     if settings.json_file is not None:
-        content = {"checkpoint": settings.checkpoint} | probe.to_json()
+        content = {"checkpoint": public_name(settings.checkpoint)} | probe.to_json()
         write_whole(settings.json_file, (json.dumps(content, indent=2) + "\n").encode())
     return probe
 

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from pcae_serve.sources.names import (
     FetchError,
     HubName,
+    ModelName,
     implied_hub_name,
     local_name,
     parse_hub_name,
@@ -61,6 +63,21 @@ def test_a_path_that_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "facebook").mkdir()
     (tmp_path / "facebook" / "dangling").symlink_to("nowhere")
     assert implied_hub_name("facebook/dangling") is None
+
+
+def test_records_have_no_secrets() -> None:
+    class Flags(BaseModel):
+        model: ModelName
+        teachers: tuple[ModelName, ...] = ()
+
+    url = "https://me:word@x.org/vit.pth?sig=1"
+    flags = Flags(model=url, teachers=(url, "hf://a/b@v1", "runs/x"))
+    assert flags.model == url
+    public = "https://x.org/vit.pth"
+    assert flags.model_dump(mode="json") == {
+        "model": public,
+        "teachers": [public, "hf://a/b@v1", "runs/x"],
+    }
 
 
 def test_names_of_what_is_made_from_it() -> None:
