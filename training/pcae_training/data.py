@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import RequestError
+from pcae_training.balanced_order import balanced_order
 from pcae_training.columns import DataChoice
 from pcae_training.duplicates import ImageFile
 from pcae_training.image_files import accepted_body, suffix
@@ -97,6 +98,7 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
             raise DataError(f"{table.name} has no rows")
         self.name, self.preprocess = table.name, preprocess
         self.labels, self.classes = table.labels, table.classes
+        self.balanced = False  # whether `epoch` shows each class equally often
         self._table = table
         self._numbers: Sequence[int] = range(len(table))  # row in the table, by index
         self._pixels: Tensor | None = None  # [len, 3, S, S], on any device; zero if unreadable
@@ -268,7 +270,12 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
         workers: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """See TrainingData. workers: loader processes for data that do not fit on `device`."""
-        order = torch.randperm(len(self), generator=generator(seed, epoch, "order"))
+        draws = generator(seed, epoch, "order")
+        order = (
+            balanced_order(self.labels, draws)
+            if self.balanced
+            else torch.randperm(len(self), generator=draws)
+        )
         pixels = self.in_memory(device)._pixels
         if pixels is None:
             yield from self._load(order.tolist(), slices, device, workers)

@@ -19,6 +19,7 @@ from pcae_training.augment import Augmentation, Mixing
 from pcae_training.average import WeightAverage
 from pcae_training.best_epoch import BestEpoch
 from pcae_training.checkpoint import Checkpoint
+from pcae_training.class_weights import weigh_images
 from pcae_training.data import LabelledImages
 from pcae_training.evaluate import evaluate, join_scores, normalise
 from pcae_training.evaluation import report_classes
@@ -48,15 +49,19 @@ class Finetuning(nn.Module):
         holdout: LabelledImages,
         teachers: Teachers | None = None,
         new: Collection[str] = (),
+        class_weights: Tensor | None = None,
     ) -> None:
         """start: the model to train. holdout: the images to evaluate on.
 
         new: names of the parameters that --init does not provide, which are never frozen.
+        class_weights: float32 [classes], of the loss.
         """
         super().__init__()
         self.model, self.start, self.settings = start.model, start, settings
         self.holdout, self.teachers = holdout, teachers
         self.budgets, self.weights = settings.budget_choice, dict(settings.budget_weights)
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.average: WeightAverage | None = None
         if settings.weight_ema:
             self.average = WeightAverage(self.model, settings.weight_ema)
@@ -110,6 +115,9 @@ class Finetuning(nn.Module):
                 normalise(images * 255, self.start.preprocess), rng
             )
             images, targets = self.mix(images, labels, config.classes, rng)
+            weights = None
+            if self.class_weights is not None:
+                weights = weigh_images(targets, settings.label_smoothing, self.class_weights)
             if self.teachers is not None:
                 targets = torch.lerp(targets, self.teachers(images), settings.teacher_share)
         drop_path = drop_path_factors(rng, config.depth, settings.drop_path, device)
@@ -121,9 +129,9 @@ class Finetuning(nn.Module):
         for keep_ratio in ratios:
             counts = config.geometry.counts(keep_ratio)
             logits = self.model(images, counts, drop_path=drop_path, noise=noise).float()
-            loss = self.task.loss(logits, targets)
+            loss = self.task.loss(logits, targets, weights)
             if settings.distil and largest is not None and keep_ratio < settings.ratios[0]:
-                distilled = self.task.loss(logits, largest)
+                distilled = self.task.loss(logits, largest, weights)
                 loss = torch.lerp(loss, distilled, settings.distil)
             if largest is None:
                 largest = self.task.probabilities(logits.detach())
@@ -225,12 +233,13 @@ def finetune(settings: FinetuneSettings) -> dict[float, Headline] | None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with join(settings.device) as world:
-        start, data, holdout, held_out, new = prepare(settings, report=world.main)
+        start, data, holdout, held_out, new, weights = prepare(settings, report=world.main)
         if (note := fit_batch_size(settings, world, len(data))) is not None:
             print_lines(note)
         try:
             teachers = load_teachers(settings.teacher, start, world.device)
-            objective = Finetuning(start, settings, holdout, teachers, new).to(world.device)
+            objective = Finetuning(start, settings, holdout, teachers, new, weights)
+            objective.to(world.device)
         except ValueError as error:  # flags that only fit larger images
             raise PcaeError(one_line(error)) from None
         decay = settings.layer_decay or (0.65 if settings.init else 1.0)

@@ -10,6 +10,7 @@ from pcae_serve.bundle.tokens import Rule
 from pcae_serve.flags import Metavar
 from pcae_serve.sources.names import ModelName
 from pcae_training.budget_choice import BudgetChoice
+from pcae_training.class_weights import ClassWeights, read_weights
 from pcae_training.evaluate import read_ratios
 from pcae_training.holdout_settings import HoldoutSettings
 from pcae_training.import_weights import WeightsChoice
@@ -71,6 +72,7 @@ class FinetuneSettings(HoldoutSettings, RunSettings):
             "keep", "budgets", "sampling", "budget_probabilities", "between", "budget_weights",
             "distil", "distil_from", "ramp_start", "ramp_length", "reduction", "reduction_points",
         ),
+        "classes": ("class_weights", "balance"),
         "teachers": ("teacher", "teacher_share"),
         "model": (*RunSettings.flag_groups["model"], "pooling"),
         "augmentation": (
@@ -172,6 +174,21 @@ class FinetuneSettings(HoldoutSettings, RunSettings):
         )
     )
 
+    class_weights: Annotated[
+        ClassWeights | None,
+        NoDecode,
+        BeforeValidator(read_weights),
+        Metavar("auto|FILE.json|NAME=WEIGHT,…"),
+    ] = Field(
+        None,
+        description="weights of classes in the loss: auto (by the inverse of their number of"
+        " images), NAME=WEIGHT separated by commas, or a .json file of an object; scaled to a mean"
+        " of 1 over the training images",
+    )
+    balance: bool = Field(
+        False, description="show each class equally often, whatever its number of images"
+    )
+
     teacher: Annotated[tuple[ModelName, ...], NoDecode, BeforeValidator(_read_names)] = Field(
         (),
         description="models to learn from, on the same pixels, separated by commas: FILE.onnx, or"
@@ -247,6 +264,11 @@ class FinetuneSettings(HoldoutSettings, RunSettings):
             raise ValueError(f"--init determines the model's sizes; omit {flags}")
         if self.stream and self.eval_data is None:
             raise ValueError("--stream cannot hold images out; give --eval-data")
+        if self.balance and self.class_weights is not None:
+            raise ValueError("--balance shows each class equally often; omit --class-weights")
+        if self.stream and (self.balance or self.class_weights is not None):
+            flag = "--balance" if self.balance else "--class-weights"
+            raise ValueError(f"{flag} needs the labels of all images at once; omit --stream")
         return self
 
     @model_validator(mode="after")

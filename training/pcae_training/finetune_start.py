@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import reduction_points
@@ -12,6 +12,8 @@ from pcae_serve.errors import PcaeError
 from pcae_serve.sources.locate import locate_checkpoint
 from pcae_training import heldout_record
 from pcae_training.checkpoint import Checkpoint
+from pcae_training.class_report import MAX_LISTED
+from pcae_training.class_weights import describe, weigh_classes
 from pcae_training.data import LabelledImages, TrainingData, load
 from pcae_training.duplicates import find_duplicates
 from pcae_training.finetune_settings import FinetuneSettings
@@ -34,6 +36,7 @@ class Start(NamedTuple):
     holdout: LabelledImages  # to evaluate on
     held_out: HeldOut  # the record of `holdout`
     new: frozenset[str]  # names of the parameters that --init does not provide
+    class_weights: Tensor | None  # float32 [classes], of the loss; None: all 1
 
 
 def prepare(settings: FinetuneSettings, report: bool = True) -> Start:
@@ -88,7 +91,24 @@ def prepare(settings: FinetuneSettings, report: bool = True) -> Start:
     training = {} if found is None else found.training
     checkpoint = Checkpoint(model, preprocess, images.classes, training, several)
     held_out = heldout_record.record(holdout, range(len(holdout)))
-    return Start(checkpoint, images, holdout.readable(), held_out, new)
+    weights = weigh_by_flags(settings, images)
+    return Start(checkpoint, images, holdout.readable(), held_out, new, weights)
+
+
+def weigh_by_flags(settings: FinetuneSettings, images: TrainingData) -> Tensor | None:
+    """Apply --balance to the images, and return the weights of --class-weights."""
+    if not settings.balance and settings.class_weights is None:
+        return None
+    assert isinstance(images, LabelledImages)  # --stream is refused with both
+    if images.several:
+        flag = "--balance" if settings.balance else "--class-weights"
+        raise PcaeError(f"{images.name} has lists of labels; {flag} needs one class an image")
+    images.balanced = settings.balance
+    if settings.class_weights is None:
+        return None
+    weights = weigh_classes(settings.class_weights, images.labels, images.classes, images.name)
+    print_lines(describe(weights, images.classes, MAX_LISTED))
+    return weights
 
 
 def _check_same_labels(images: TrainingData, holdout: LabelledImages) -> None:

@@ -14,9 +14,14 @@ from pcae_training.score import Score, Top1
 class OneClass:
     """An image has one class: a softmax over all of them."""
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy of logits and targets, both [B, classes]."""
-        return F.cross_entropy(logits, targets)
+    def loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the mean cross-entropy of logits and targets, both [B, classes].
+
+        weights: of the images, float32 [B].
+        """
+        if weights is None:
+            return F.cross_entropy(logits, targets)
+        return (weights * F.cross_entropy(logits, targets, reduction="none")).mean()
 
     def score(self, logits: Tensor, labels: Tensor) -> Score:
         """Score logits [n, classes] against labels int64 [n], on their device, without a sync."""
@@ -31,9 +36,13 @@ class OneClass:
 class SeveralLabels:
     """An image has any number of labels: a sigmoid for each."""
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the binary cross-entropy of logits and targets [B, classes], mean over both."""
-        return F.binary_cross_entropy_with_logits(logits, targets)
+    def loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the binary cross-entropy of logits and targets [B, classes], mean over both.
+
+        weights: of the images, float32 [B].
+        """
+        factors = None if weights is None else weights[:, None]
+        return F.binary_cross_entropy_with_logits(logits, targets, factors)
 
     def score(self, logits: Tensor, labels: Tensor) -> LabelScore:
         """Score logits against sets of labels, bool [n, classes], on their device."""
