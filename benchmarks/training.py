@@ -26,7 +26,8 @@ from pcae_training.finetune import Finetuning
 from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.journal import describe_machine
 from pcae_training.model import VisionTransformer
-from pcae_training.pretrain import Pretraining, PretrainSettings, build
+from pcae_training.pretrain import Pretraining, build
+from pcae_training.pretrain_settings import PretrainSettings
 from pcae_training.sample_rng import SampleRng
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import parameter_groups

@@ -27,7 +27,7 @@ from pcae_serve.runtime.service import BATCH_S
 from pcae_serve.runtime.uploads import MEMORY_SHARE
 from pcae_serve.runtime.worker import TERMINATE_S
 from pcae_serve.settings import Settings
-from pcae_training.pretrain import PretrainSettings
+from pcae_training.pretrain_settings import PretrainSettings
 from tests.support.exposition import SERVED
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,8 @@ import torch
 
 from pcae_serve.errors import PcaeError
 from pcae_training.plan import Plan, describe, fit_batch_size
-from pcae_training.pretrain import PretrainSettings, build
+from pcae_training.pretrain import build
+from pcae_training.pretrain_settings import PretrainSettings
 from pcae_training.settings import RunSettings
 from pcae_training.world import World
 

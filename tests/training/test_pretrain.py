@@ -17,7 +17,8 @@ from pcae_training import checkpoint as checkpoints
 from pcae_training.finetune import finetune
 from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.masking import Mask, hide_patches, patchify
-from pcae_training.pretrain import Pretraining, PretrainSettings, build, embed, pretrain
+from pcae_training.pretrain import Pretraining, build, embed, pretrain
+from pcae_training.pretrain_settings import PretrainSettings
 from pcae_training.sample_rng import SampleRng
 from pcae_training.schedule import momentum
 

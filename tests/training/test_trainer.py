@@ -24,7 +24,8 @@ from pcae_training.checkpoint import Checkpoint
 from pcae_training.finetune import Finetuning, finetune
 from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.model import VisionTransformer, ViTConfig
-from pcae_training.pretrain import PretrainSettings, build, pretrain
+from pcae_training.pretrain import build, pretrain
+from pcae_training.pretrain_settings import PretrainSettings
 from pcae_training.sample_rng import SampleRng
 from pcae_training.trainer import Trainer, parameter_groups
 

@@ -11,7 +11,8 @@ from pcae_serve.sources.names import local_name
 from pcae_training.evaluate import EvaluateSettings, run_evaluation
 from pcae_training.finetune import finetune
 from pcae_training.finetune_settings import FinetuneSettings
-from pcae_training.pretrain import PretrainSettings, pretrain
+from pcae_training.pretrain import pretrain
+from pcae_training.pretrain_settings import PretrainSettings
 from pcae_training.probe import ProbeSettings, run_probe
 from pcae_training.score import Top1
 from pcae_training.settings import RunSettings

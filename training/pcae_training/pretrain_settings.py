@@ -1,0 +1,110 @@
+"""Settings of `pcae-train pretrain`: its flags, recorded in run.json."""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import NoDecode
+
+from pcae_serve.bundle.tokens import Rule, patches_kept
+from pcae_training.masking import visible_patches
+from pcae_training.settings import RunSettings
+
+Method = Literal["pcae", "mae", "simmim", "pcae-simmim"]
+
+
+class PretrainSettings(RunSettings):
+    """Pretrain an encoder without labels, to be fine-tuned with `finetune --init`."""
+
+    flag_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **RunSettings.flag_groups,
+        "run": ("method", *RunSettings.flag_groups["run"]),
+        "method": (
+            "mask_ratio", "mask_unit", "decoder_depth", "decoder_width", "normalise_pixels",
+        ),
+        "teacher": ("ema", "reduce_after", "teacher_keep", "reduction", "drop_targets"),
+    }  # fmt: skip
+
+    method: Method = Field("pcae", description="pretraining method")
+    mask_ratio: float | None = Field(
+        None, gt=0, lt=1, description="share of patches hidden; default: 0.75, SimMIM 0.6"
+    )
+    mask_unit: int = Field(
+        1, ge=1, description="patches are hidden in squares of this side; SimMIM's original uses 2"
+    )
+    decoder_depth: int | None = Field(
+        None, ge=1, description="decoder blocks; default: mae 8, pcae 2"
+    )
+    decoder_width: int | None = Field(
+        None,
+        ge=32,
+        multiple_of=32,
+        description="token width of the decoder; default: 512 for ViT-B, proportionally less for"
+        " narrower encoders",
+    )
+    normalise_pixels: bool = Field(
+        True, description="mae: standardise the target pixels of each patch"
+    )
+
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="momentum of the teacher; default: 0.9999, less in short runs"
+    )
+    reduce_after: Annotated[tuple[int, ...], NoDecode] = Field(
+        (0, 4, 8), description="blocks after which the teacher drops tokens, counted from 0"
+    )
+    teacher_keep: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="share of the tokens that the teacher keeps at each block of --reduce-after",
+    )
+    reduction: Rule = Field("ptr", description="rule that ranks the teacher's tokens")
+    drop_targets: Literal["none", "loss", "decoder"] = Field(
+        "none", description="mae: exclude patches that the teacher drops from the loss or decoder"
+    )
+
+    blr: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 images of a step")
+    crop: float = Field(
+        0.2, ge=0, le=1, description="smallest share of the area a random crop keeps; 0 = off"
+    )
+
+    @field_validator("reduce_after", mode="before")
+    @classmethod
+    def _split_blocks(cls, blocks: object) -> object:
+        return blocks.strip("[]()").split(",") if isinstance(blocks, str) else blocks
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.drop_targets != "none" and self.method != "mae":
+            raise ValueError("--drop-targets is only for --method mae: pcae always drops targets")
+        points = self.reduce_after if self.has_teacher else ()
+        config = self.config(classes=0, reduction_points=points)
+        if config.grid % self.mask_unit:
+            raise ValueError(
+                f"--mask-unit {self.mask_unit} does not divide the {config.grid} patches per side"
+            )
+        patches = config.grid**2
+        if self.visible(patches) < 1:
+            raise ValueError(f"--mask-ratio {self.hidden_share} hides all {patches} patches")
+        if self.has_teacher:
+            self.teacher_counts(patches)
+        return self
+
+    @property
+    def hidden_share(self) -> float:
+        """The mask ratio used: --mask-ratio or the method's default."""
+        return self.mask_ratio or (0.6 if self.method.endswith("simmim") else 0.75)
+
+    def visible(self, patches: int) -> int:
+        """Return how many of `patches` stay visible."""
+        square = self.mask_unit**2
+        return visible_patches(patches // square, self.hidden_share) * square
+
+    def teacher_counts(self, patches: int) -> tuple[int, ...]:
+        """Return the hidden patches left after each of the teacher's stages: 147 → 73, 36, 18."""
+        hidden = patches - self.visible(patches)
+        return patches_kept(hidden, self.teacher_keep, len(self.reduce_after))
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.method.startswith("pcae") or self.drop_targets != "none"
