@@ -13,7 +13,7 @@ from pcae_training.budget_choice import BudgetChoice
 from pcae_training.class_weights import ClassWeights, read_weights
 from pcae_training.evaluate import read_ratios
 from pcae_training.holdout_settings import HoldoutSettings
-from pcae_training.import_weights import WeightsChoice
+from pcae_training.init_settings import InitSettings
 from pcae_training.schedule import keep_ratio_ramp
 from pcae_training.settings import RunSettings
 
@@ -54,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class FinetuneSettings(HoldoutSettings, RunSettings):
+class FinetuneSettings(HoldoutSettings, InitSettings):
     """Fine-tune on labelled images, for one keep ratio or for all budgets.
 
     The defaults are MAE's recipe and the paper's ramp.
@@ -87,12 +87,6 @@ class FinetuneSettings(HoldoutSettings, RunSettings):
         description="other defaults; small-data: for a few thousand photographs or fewer, with"
         " --init",
     )
-    init: Annotated[ModelName | None, Metavar("CHECKPOINT")] = Field(
-        None,
-        description="weights to start from: a run or checkpoint of pcae-train, a Hugging Face or"
-        " timm folder, a .pth or .safetensors file, or a name on the hub such as"
-        " facebook/dinov2-small",
-    )
     freeze: bool = Field(
         False,
         description="train only what --init does not provide, such as a new head; the rest stays as"
@@ -100,11 +94,6 @@ class FinetuneSettings(HoldoutSettings, RunSettings):
     )
     freeze_first: float = Field(
         0.0, ge=0, le=1, description="share of the run before which everything else stays frozen"
-    )
-    weights: WeightsChoice | None = Field(
-        None,
-        description="which weights to take from an --init with raw and averaged ones; default: the"
-        " averaged ones, ema",
     )
     pooling: Literal["mean", "cls"] | None = Field(
         None,
@@ -259,9 +248,6 @@ class FinetuneSettings(HoldoutSettings, RunSettings):
                 config.geometry.counts(budget)
             if not config.reduction_points and self.ratios[-1] < 1:
                 raise ValueError(f"--depth {self.depth} is too small to drop patches; it needs 3")
-        elif fixed := self.model_fields_set & {"width", "depth"}:
-            flags = ", ".join(f"--{name}" for name in sorted(fixed))
-            raise ValueError(f"--init determines the model's sizes; omit {flags}")
         if self.stream and self.eval_data is None:
             raise ValueError("--stream cannot hold images out; give --eval-data")
         if self.balance and self.class_weights is not None:

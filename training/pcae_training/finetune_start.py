@@ -1,6 +1,5 @@
 """What fine-tuning starts from: the model with the weights of --init, and the images."""
 
-import sys
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,7 +8,6 @@ from torch import Tensor, nn
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import reduction_points
 from pcae_serve.errors import PcaeError
-from pcae_serve.sources.locate import locate_checkpoint
 from pcae_training import heldout_record
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.class_report import MAX_LISTED
@@ -19,13 +17,11 @@ from pcae_training.duplicates import find_duplicates
 from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.heldout_record import HeldOut
 from pcae_training.holdout_settings import divide
-from pcae_training.import_weights import LoadedCheckpoint, initialise, load_checkpoint
+from pcae_training.import_weights import LoadedCheckpoint, initialise
+from pcae_training.init_weights import choose_preprocess, load_init, report_use
 from pcae_training.inventory import print_inventory, print_lines
 from pcae_training.model import VisionTransformer
 from pcae_training.trainer import training_data
-
-#: Pixel statistics assumed for weights that come without their preprocessing.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Start(NamedTuple):
@@ -41,19 +37,8 @@ class Start(NamedTuple):
 
 def prepare(settings: FinetuneSettings, report: bool = True) -> Start:
     """Load the model of --init or build a new one, and divide the images. Raise PcaeError."""
-    found, init = None, None
-    if settings.init is not None:
-        lines: list[str] = []
-        init = locate_checkpoint(settings.init, lines.append)
-        heads = settings.heads if "heads" in settings.model_fields_set else None
-        found = load_checkpoint(init, heads=heads, weights=settings.weights)
-        if lines:  # fetched: recorded, because a name may stand for another commit later
-            print_lines(*lines)
-            found.training = {**found.training, "source": lines[-1]}
-    if found is None:
-        preprocess = settings.preprocess(settings.image_size or 224)
-    else:
-        preprocess = _choose_preprocess(found, settings)
+    init, found = load_init(settings) or (None, None)
+    preprocess = choose_preprocess(found, settings)
     source = settings.decoding(preprocess)
     before = None if init is None else heldout_record.read(init)
     images: TrainingData
@@ -151,18 +136,6 @@ def _has_same_answers(found: LoadedCheckpoint, classes: list[str], several: bool
     return found.labels in (None, classes) and bool(found.multi_label) == several
 
 
-def _choose_preprocess(found: LoadedCheckpoint, settings: FinetuneSettings) -> Preprocess:
-    """Return the checkpoint's preprocessing at the size asked for, or ImageNet's if unknown."""
-    own = found.preprocess
-    known = found.config.image_size if own is None else own.image_size
-    size = settings.image_size or known  # DINOv2 has positions for 518 pixels, and is used at 224
-    if own is None:
-        return replace(settings.preprocess(size), mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    if size == own.image_size:
-        return own
-    return replace(own, image_size=size, resize=round(own.resize * size / own.image_size))
-
-
 def _build_model(
     settings: FinetuneSettings,
     found: LoadedCheckpoint | None,
@@ -211,21 +184,11 @@ def _build_model(
     if isinstance(model.head, nn.Linear) and "head.weight" in fitted.missing:
         nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE: near zero at first
     if report:
-        for note in found.notes:
-            print(f"note: {note}", file=sys.stderr)
         unused = [*fitted.unused, *found.ignored]
-        print(f"{settings.init}: {len(fitted.weights)} tensors loaded", file=sys.stderr)
-        for what, names in (("newly initialised", fitted.missing), ("not used", unused)):
-            if names:
-                print(f"  {what}: {_shorten(names)}", file=sys.stderr)
+        report_use(settings.init, found, len(fitted.weights), fitted.missing, unused)
     return model, frozenset(fitted.missing)
 
 
 def _hint(found: LoadedCheckpoint, pooling: str) -> str:
     """Return what to change if a distilled model cannot be pooled as asked for."""
     return "; give --pooling cls" if found.config.distilled and pooling != "cls" else ""
-
-
-def _shorten(names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
