@@ -28,6 +28,7 @@ from pcae_training.journal import describe_machine
 from pcae_training.model import VisionTransformer
 from pcae_training.pretrain import Pretraining, build
 from pcae_training.pretrain_settings import PretrainSettings
+from pcae_training.pretrain_start import new_encoder
 from pcae_training.sample_rng import SampleRng
 from pcae_training.settings import RunSettings
 from pcae_training.trainer import parameter_groups
@@ -65,7 +66,7 @@ def pretraining(settings: PretrainSettings, device: torch.device) -> Case:
     """Return a case of a pretraining method."""
     torch.manual_seed(0)
     preprocess = settings.preprocess(settings.image_size or 224)
-    objective = build(settings, preprocess, steps=100_000).to(device)
+    objective = build(settings, new_encoder(settings, preprocess), steps=100_000).to(device)
     return _case(objective, settings, device)
 
 

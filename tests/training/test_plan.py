@@ -8,6 +8,7 @@ from pcae_serve.errors import PcaeError
 from pcae_training.plan import Plan, describe, fit_batch_size
 from pcae_training.pretrain import build
 from pcae_training.pretrain_settings import PretrainSettings
+from pcae_training.pretrain_start import new_encoder
 from pcae_training.settings import RunSettings
 from pcae_training.world import World
 
@@ -50,7 +51,7 @@ def test_what_does_not_divide() -> None:
 
 def test_in_words() -> None:
     settings = PretrainSettings(data="x", out=Path("runs/one"), epochs=2, batch_size=256)
-    objective = build(settings, settings.preprocess(224), steps=100)
+    objective = build(settings, new_encoder(settings, settings.preprocess(224)), steps=100)
     run = Plan(settings, World(torch.device("cpu")), 60_000)
     text = "\n".join(describe(run, objective, (1.0, 0.7)))
     assert "196 patches), width 192, depth 12, 3 heads, no classes" in text

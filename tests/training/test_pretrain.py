@@ -19,6 +19,7 @@ from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.masking import Mask, hide_patches, patchify
 from pcae_training.pretrain import Pretraining, build, embed, pretrain
 from pcae_training.pretrain_settings import PretrainSettings
+from pcae_training.pretrain_start import new_encoder
 from pcae_training.sample_rng import SampleRng
 from pcae_training.schedule import momentum
 
@@ -36,7 +37,8 @@ def settings(**changes: Any) -> PretrainSettings:
 
 def objective(**changes: Any) -> Pretraining:
     torch.manual_seed(0)
-    return build(settings(**changes), PREPROCESS, steps=1000)
+    run = settings(**changes)
+    return build(run, new_encoder(run, PREPROCESS), steps=1000)
 
 
 def batch(size: int = 4) -> Tensor:
@@ -88,7 +90,7 @@ def test_token_counts_at_196_patches(
 def test_what_a_training_image_costs(flags: dict[str, Any], gmacs: float) -> None:
     run = PretrainSettings(data="x", out=Path("y"), width=768, heads=12, **flags)
     with torch.device("meta"), mock.patch("pcae_training.model.init_weights"):
-        learner = build(run, PREPROCESS, steps=1000)
+        learner = build(run, new_encoder(run, PREPROCESS), steps=1000)
     assert learner.macs() / 1e9 == pytest.approx(gmacs, rel=0.02)
 
 

@@ -26,6 +26,7 @@ from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.pretrain import build, pretrain
 from pcae_training.pretrain_settings import PretrainSettings
+from pcae_training.pretrain_start import new_encoder
 from pcae_training.sample_rng import SampleRng
 from pcae_training.trainer import Trainer, parameter_groups
 
@@ -325,7 +326,7 @@ def test_a_step_asks_the_device_for_nothing(
     learner: Any
     if "method" in flags:
         pre = PretrainSettings(**fixed | flags, width=16, heads=2, drop_path=0.1)
-        learner = build(pre, preprocess, steps=1000)
+        learner = build(pre, new_encoder(pre, preprocess), steps=1000)
     else:
         tuning = FinetuneSettings(**fixed | flags, width=8, heads=2, budgets=(1.0, 0.6))
         model = VisionTransformer(tuning.config(3, reduction=tuning.reduction))

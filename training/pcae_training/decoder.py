@@ -22,6 +22,7 @@ class Decoder(nn.Module):
         )
         self.decoder_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.decoder_pred = nn.Linear(width, outputs)
+        self.hidden = hidden
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -47,7 +48,8 @@ class Decoder(nn.Module):
         """
         embed, predict, tokens = self.decoder_embed, self.decoder_pred, 1 + visible + wanted
         width, depth = embed.out_features, len(self.decoder_blocks)
-        blocks = depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
+        linear = 4 * width + 2 * self.hidden
+        blocks = depth * (tokens * width * linear + 2 * tokens**2 * width)
         outside = (1 + visible) * embed.in_features + wanted * predict.out_features
         return blocks + outside * width
 

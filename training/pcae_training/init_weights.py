@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.errors import PcaeError
 from pcae_serve.sources.locate import locate_checkpoint
 from pcae_training.import_weights import LoadedCheckpoint, load_checkpoint
 from pcae_training.init_settings import InitSettings
@@ -31,6 +32,8 @@ def load_init(settings: InitSettings) -> Source | None:
     path = locate_checkpoint(settings.init, lines.append)
     heads = settings.heads if "heads" in settings.model_fields_set else None
     found = load_checkpoint(path, heads=heads, weights=settings.weights)
+    if (channels := found.config.channels) != 3:
+        raise PcaeError(f"{settings.init} has a patch kernel of {channels} channels; images have 3")
     if lines:  # fetched: recorded, because a name may stand for another commit later
         print_lines(*lines)
         found.training = {**found.training, "source": lines[-1]}

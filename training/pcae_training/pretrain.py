@@ -10,14 +10,13 @@ pcae-simmim  the encoder processes mask tokens for the teacher's kept tokens (ap
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import Rule
 from pcae_serve.errors import PcaeError, one_line
 from pcae_training.augment import Augmentation
@@ -29,6 +28,7 @@ from pcae_training.masking import Mask, gather, hide_patches, patchify
 from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.plan import Plan, describe, fit_batch_size
 from pcae_training.pretrain_settings import Method, PretrainSettings
+from pcae_training.pretrain_start import Encoder, prepare_encoder
 from pcae_training.sample_rng import SampleRng, drop_path_factors, to_device
 from pcae_training.schedule import momentum
 from pcae_training.trainer import Trainer, check_out, parameter_groups, training_data
@@ -89,10 +89,13 @@ class Teacher(nn.Module):
 class Start(NamedTuple):
     """The parts that every method is built from."""
 
-    model: VisionTransformer  # the new encoder, without a head
-    preprocess: Preprocess
+    encoder: Encoder
     settings: PretrainSettings
     ema: float  # momentum of the teacher
+
+    @property
+    def model(self) -> VisionTransformer:
+        return self.encoder.model
 
 
 class Pretraining(nn.Module):
@@ -101,8 +104,10 @@ class Pretraining(nn.Module):
     def __init__(self, start: Start) -> None:
         super().__init__()
         model, settings = start.model, start.settings
-        self.model, self.preprocess, self.settings = model, start.preprocess, settings
-        self.model.pos_embed.requires_grad_(False)  # fixed sine-cosine, as in MAE
+        self.model, self.preprocess, self.settings = model, start.encoder.preprocess, settings
+        self.origin = start.encoder.origin
+        # fixed sine-cosine, as in MAE; those of --init, learnt or not, stay as they are
+        self.model.pos_embed.requires_grad_(False)
         self.teacher: Teacher | None = None
         if settings.has_teacher:
             counts = settings.teacher_counts(model.config.grid**2)
@@ -133,12 +138,16 @@ class Pretraining(nn.Module):
         raise NotImplementedError
 
     def encode(self, values: Tensor, visible: Tensor, drop_path: Tensor | None) -> Tensor:
-        """Return the latents of CLS and the visible patches: [b, 1 + v, D]."""
-        cls = self.model.prefix_tokens(len(values))
-        x = torch.cat([cls, embed(self.model, values, visible)], dim=1)
+        """Return the latents of CLS and the visible patches: [b, 1 + v, D].
+
+        Distillation and register tokens take part in the encoder alone.
+        """
+        prefix = self.model.prefix_tokens(len(values))
+        x = torch.cat([prefix, embed(self.model, values, visible)], dim=1)
         *_, last = self.model.walk(x, drop_path=drop_path)
         latent: Tensor = self.model.norm(last.x)
-        return latent
+        extra = prefix.shape[1] - 1
+        return torch.cat([latent[:, :1], latent[:, 1 + extra :]], dim=1) if extra else latent
 
     def encode_with_masks(
         self,
@@ -149,10 +158,10 @@ class Pretraining(nn.Module):
         drop_path: Tensor | None,
     ) -> Tensor:
         """Encode `visible` patches and mask tokens at `wanted` [b, w]; return these [b, w, D]."""
-        cls = self.model.prefix_tokens(len(values))
+        prefix = self.model.prefix_tokens(len(values))
         positions = self.model.pos_embed[:, self.model.config.positioned :]
         masks = token + gather(positions.expand(len(values), -1, -1), wanted)
-        x = torch.cat([cls, embed(self.model, values, visible), masks], dim=1)
+        x = torch.cat([prefix, embed(self.model, values, visible), masks], dim=1)
         *_, last = self.model.walk(x, drop_path=drop_path)
         carried: Tensor = self.model.norm(last.x[:, -wanted.shape[1] :])
         return carried
@@ -181,9 +190,10 @@ class Pretraining(nn.Module):
             for block in range(config.depth):  # no CLS, nothing appended
                 lengths.append(left)
                 left = after.get(block, left)
-            teacher = _blocks(width, lengths) + hidden * config.geometry.patch_values * width
+            teacher = _blocks(config, lengths) + hidden * config.geometry.patch_values * width
             wanted = hidden if settings.drop_targets == "loss" else left
-        student = _blocks(width, [1 + visible + (wanted if masks_encoded else 0)] * config.depth)
+        tokens = config.prefix + visible + (wanted if masks_encoded else 0)
+        student = _blocks(config, [tokens] * config.depth)
         student += visible * config.geometry.patch_values * width
         if isinstance(decoder := getattr(self, "decoder", None), Decoder):
             student += decoder.macs(visible, wanted)
@@ -213,13 +223,21 @@ class Pretraining(nn.Module):
         return "model."
 
     @property
+    def added(self) -> list[str]:
+        """Names of the parameters that the method adds to the encoder, by module."""
+        names = [name.partition(".")[0] for name, _ in self.named_parameters()]
+        return [name for name in dict.fromkeys(names) if name not in ("model", "teacher")]
+
+    @property
     def has_unused(self) -> bool:
         """Whether a step may leave parameters without a gradient."""
         return False
 
     def checkpoint(self) -> Checkpoint:
         """Return the encoder, without a head."""
-        training = {"method": self.settings.method}
+        training: dict[str, Any] = {"method": self.settings.method}
+        if self.settings.init is not None:
+            training["init"] = self.origin or None
         return Checkpoint(self.model, self.preprocess, [], training)
 
     def after_epoch(self, world: World) -> Mapping[str, Mapping[str, float]]:
@@ -319,20 +337,25 @@ def pretrain(settings: PretrainSettings) -> bool:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with join(settings.device) as world:
-        preprocess = settings.preprocess(settings.image_size or 224)
-        images = training_data(settings, settings.decoding(preprocess), labelled=False)
+        encoder = prepare_encoder(settings)
+        source = settings.decoding(encoder.preprocess)
+        images = training_data(settings, source, labelled=False)
         print_inventory(images.inventory)
         if (note := fit_batch_size(settings, world, len(images))) is not None:
             print_lines(note)
         plan = Plan(settings, world, len(images))
         try:
-            objective = build(settings, preprocess, plan.steps).to(world.device)
+            objective = build(settings, encoder, plan.steps).to(world.device)
         except ValueError as error:  # flags that only fit larger images
             raise PcaeError(one_line(error)) from None
+        if world.main:
+            encoder.report(settings.init, objective.added)
         groups = parameter_groups(objective, objective.model, settings.weight_decay)
         trainer = Trainer(
             settings, objective, groups, (0.9, 0.95), images, world, [images.inventory]
         )
+        if encoder.held_out is not None:  # for later runs to hold out the same images
+            trainer.at_start = encoder.held_out.write
         if settings.dry_run:
             estimate = trainer.estimate()
             if world.main:
@@ -342,13 +365,10 @@ def pretrain(settings: PretrainSettings) -> bool:
         return trainer.run()
 
 
-def build(settings: PretrainSettings, preprocess: Preprocess, steps: int) -> Pretraining:
-    """Return the objective of a run of `steps` optimiser steps, from random weights."""
-    config = settings.config(classes=0, pooling="cls")
-    model = VisionTransformer(config)
+def build(settings: PretrainSettings, encoder: Encoder, steps: int) -> Pretraining:
+    """Return the objective of a run of `steps` optimiser steps."""
     ema = settings.ema if settings.ema is not None else momentum(steps)
-    start = Start(model, preprocess, settings, ema)
-    return METHODS[settings.method](start)
+    return METHODS[settings.method](Start(encoder, settings, ema))
 
 
 #: The objective of each method.
@@ -371,9 +391,10 @@ def embed(model: VisionTransformer, values: Tensor, index: Tensor) -> Tensor:
     return tokens + gather(positions, index)
 
 
-def _blocks(width: int, lengths: Sequence[int]) -> int:
+def _blocks(config: ViTConfig, lengths: Sequence[int]) -> int:
     """Return the multiply-adds of blocks of `lengths` tokens (see `pcae_serve.bundle.tokens`)."""
-    return sum(12 * n * width**2 + 2 * n * n * width for n in lengths)
+    width, linear = config.width, 4 * config.width + 2 * config.hidden
+    return sum(n * width * linear + 2 * n * n * width for n in lengths)
 
 
 def build_decoder(config: ViTConfig, settings: PretrainSettings, outputs: int) -> Decoder:

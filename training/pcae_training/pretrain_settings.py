@@ -7,18 +7,23 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
 from pcae_serve.bundle.tokens import Rule, patches_kept
+from pcae_training.init_settings import InitSettings
 from pcae_training.masking import visible_patches
+from pcae_training.model import ViTConfig
 from pcae_training.settings import RunSettings
 
 Method = Literal["pcae", "mae", "simmim", "pcae-simmim"]
 
 
-class PretrainSettings(RunSettings):
-    """Pretrain an encoder without labels, to be fine-tuned with `finetune --init`."""
+class PretrainSettings(InitSettings):
+    """Pretrain an encoder without labels, to be fine-tuned with `finetune --init`.
+
+    It starts from random weights, or continues from those of --init.
+    """
 
     flag_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **RunSettings.flag_groups,
-        "run": ("method", *RunSettings.flag_groups["run"]),
+        "run": ("method", "init", "weights", *RunSettings.flag_groups["run"]),
         "method": (
             "mask_ratio", "mask_unit", "decoder_depth", "decoder_width", "normalise_pixels",
         ),
@@ -77,8 +82,21 @@ class PretrainSettings(RunSettings):
     def _check_combinations(self) -> Self:
         if self.drop_targets != "none" and self.method != "mae":
             raise ValueError("--drop-targets is only for --method mae: pcae always drops targets")
-        points = self.reduce_after if self.has_teacher else ()
-        config = self.config(classes=0, reduction_points=points)
+        if self.init is None:
+            self.check_model(self.config(classes=0))
+        return self
+
+    def check_model(self, config: ViTConfig) -> None:
+        """Raise ValueError if the method does not fit a model of these sizes."""
+        if self.has_teacher:
+            blocks = ",".join(map(str, self.reduce_after))
+            if any(not 0 <= block < config.depth for block in self.reduce_after):
+                raise ValueError(
+                    f"--reduce-after {blocks} is outside the {config.depth} blocks, which are"
+                    " counted from 0"
+                )
+            if list(self.reduce_after) != sorted(set(self.reduce_after)):
+                raise ValueError(f"--reduce-after {blocks} must be in ascending order")
         if config.grid % self.mask_unit:
             raise ValueError(
                 f"--mask-unit {self.mask_unit} does not divide the {config.grid} patches per side"
@@ -88,7 +106,6 @@ class PretrainSettings(RunSettings):
             raise ValueError(f"--mask-ratio {self.hidden_share} hides all {patches} patches")
         if self.has_teacher:
             self.teacher_counts(patches)
-        return self
 
     @property
     def hidden_share(self) -> float:
