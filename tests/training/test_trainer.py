@@ -230,9 +230,17 @@ def two_processes(command: str, run: FinetuneSettings | PretrainSettings) -> lis
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_two_processes_train_as_one(tune: Any) -> None:
+@pytest.mark.parametrize(
+    "classes",
+    [
+        {},
+        pytest.param({"balance": True}, marks=pytest.mark.slow),
+        pytest.param({"class_weights": "auto"}, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_as_one(classes: dict[str, Any], tune: Any) -> None:
     """The second epoch, going on from what one process made of the first."""
-    more = {"seed": 3, "batch_size": 8, "accumulate": 2, "randaugment": 9, "erase": 0.5}
+    more = {"seed": 3, "batch_size": 8, "accumulate": 2, "randaugment": 9, "erase": 0.5, **classes}
     alone, shared = tune("alone", **more), tune("shared", **more)
     finetune(alone)
     finetune(shared.model_copy(update={"stop_after": 1}))
