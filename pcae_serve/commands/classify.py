@@ -4,6 +4,7 @@ names -> ImageFiles -> classify_here or classify_on_server -> Printer, or Folder
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -165,6 +166,7 @@ class Classify(BaseModel):
         from pcae_serve.sources.cache_folder import cache_folder
         from pcae_serve.sources.locate import locate_bundle
 
+        logging.basicConfig(format="pcae-serve: %(message)s")
         root = self.bundle or os.environ.get(BUNDLE_VARIABLE)
         folder = locate_bundle(root, cache_folder(), report) if root else demo_path()
         bundle = load_bundle(folder)

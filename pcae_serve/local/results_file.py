@@ -84,8 +84,12 @@ class ResultsFile:
     def __enter__(self) -> "ResultsFile":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._file.close()
+        except OSError as error:  # the rows that were not written are computed again
+            if kind is None:
+                raise PcaeError(f"--out {self.path}: {error.strerror}") from None
 
     def _open(self, settings: Settings, overwrite: bool) -> BinaryIO:
         """Check the settings, and open the file of rows for reading and appending."""
@@ -126,7 +130,7 @@ class ResultsFile:
         wanted = {"version": VERSION, **settings}
         if not isinstance(found, dict):
             raise PcaeError(f"{beside} is damaged; {choice}")
-        for name in wanted.keys() | found.keys():
+        for name in {**wanted, **found}:
             if (before := found.get(name)) != (now := wanted.get(name)):
                 raise PcaeError(
                     f"--out {self.path} exists and was written with {name} {_shown(before)}, not"

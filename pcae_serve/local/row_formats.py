@@ -86,7 +86,10 @@ class JsonLines:
             raise ValueError(str(error)) from None
 
     def file_of(self, record: bytes) -> str:
-        return self.decode(record).file
+        line = json.loads(record)
+        if not isinstance(line, dict) or not isinstance(line.get("file"), str):
+            raise ValueError("no file")
+        return str(line["file"])
 
     def complete_records(self, file: BinaryIO) -> Iterator[Record]:
         end = 0

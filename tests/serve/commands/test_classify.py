@@ -110,6 +110,19 @@ def test_a_file_that_fails_does_not_stop_the_others(
     ]
 
 
+def test_a_table_is_continued(url: str, files: list[str], capsys: Captured) -> None:
+    command = ["classify", "--url", url, "--out", "r.csv"]
+    assert start([*command, *files[:2], "nowhere.png"]) == 0
+    assert "nowhere.png: No such file or directory" in capsys.readouterr().err
+    assert start([*command, *files]) == 0
+    assert "2 images" in capsys.readouterr().err
+    rows = [line.split(",") for line in Path("r.csv").read_text().splitlines()[1:]]
+    labels = ("dark", "dim", "light", "bright")
+    assert [(row[0], row[2]) for row in rows] == list(zip(files, labels, strict=True))
+    assert start(["classify", *files, "--out", "r.csv"]) == 1
+    assert "was written with bundle none, not" in capsys.readouterr().err
+
+
 def test_a_refusal_is_printed_for_each_file(url: str, files: list[str], capsys: Captured) -> None:
     assert start(["classify", *files[:2], "--url", url, "--tier", "turbo"]) == 1
     output = capsys.readouterr()

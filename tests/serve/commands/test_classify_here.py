@@ -252,6 +252,32 @@ def test_one_line_for_each_mistake(
     assert first.startswith(f"pcae-serve: {line}")
 
 
+def test_a_full_disk_is_one_line_and_the_file_can_be_continued(here: list[str]) -> None:
+    """A limit of file size stands in for the disk."""
+    for i in range(60):
+        Path("photos", f"{i:02}.png").write_bytes(image_bytes(0))
+    command = (*COMMAND, *here, "photos", "--out", "r.csv")
+    limited = ("bash", "-c", 'ulimit -f 1 && exec "$@"', "bash", *command)
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    stopped, line = done.stderr.splitlines()
+    assert stopped.startswith("pcae-serve: stopped after ")
+    assert line == "pcae-serve: --out r.csv: File too large"
+    assert start([*here, "photos", "--out", "r.csv"]) == 0
+    assert len(set(files("r.csv"))) == len(files("r.csv")) == 64
+
+
+def test_a_reader_of_only_the_first_line_ends_the_command_quietly(here: list[str]) -> None:
+    command = (*COMMAND, *here, *["photos"] * 500)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 1
+
+
 def test_other_settings_are_refused(here: list[str], capsys: Captured) -> None:
     command = [*here, "photos", "--out", "r.csv"]
     assert start([*command, "--top-k", "2"]) == 0
