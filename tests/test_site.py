@@ -31,6 +31,14 @@ MARKS = {
 }
 
 
+#: A flag at the start of a row of a generated table.
+FLAG = re.compile(r"(?<=^\| )`--[a-z-]+", re.MULTILINE)
+
+
+def text(page: str) -> str:
+    return (ROOT / "docs" / f"{page}.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pages from which the site is built."""
@@ -97,6 +105,16 @@ def test_commands_state_what_they_need() -> None:
                 for words, need in MARKS.items():
                     if re.search(words, commands):
                         assert f"# needs {need}" in part, f"{file.name}: {part}"
+
+
+def test_commands_have_the_flags_that_they_are_shown_with() -> None:
+    flags = {word for page in ("commands", "configuration") for word in FLAG.findall(text(page))}
+    for file in (ROOT / "docs").glob("*.md"):
+        for block in re.findall(r"```sh\n(.*?)```", file.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if ours := re.search(r"\bpcae-(?:serve|export|train) .*", line.split("  #")[0]):
+                    shown = {word for word in shlex.split(ours[0]) if word.startswith("--")}
+                    assert {f"`{word.partition('=')[0]}" for word in shown} <= flags, line
 
 
 @pytest.mark.slow
