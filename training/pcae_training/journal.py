@@ -23,6 +23,13 @@ from torch.utils.tensorboard import SummaryWriter
 from pcae_training.output import write_whole
 from pcae_training.progress import Progress
 
+#: The figures that are shown with the progress, and their names there.
+SHOWN = {
+    "loss": "loss",
+    "lr": "lr",
+    "features/rank": "rank",
+    "features/rank_start": "rank at start",
+}
 METRICS, CONFIGURATION, EVENTS = "metrics.jsonl", "run.json", "tensorboard"
 DATA = "data.json"
 
@@ -55,6 +62,7 @@ class Journal:
         write_whole(file, b"".join(line + b"\n" for line in lines if _step(line) <= step))
         self._metrics = file.open("a", encoding="utf-8", buffering=1)  # whole lines
         self._events = SummaryWriter(str(folder / EVENTS), purge_step=step or None)
+        self._shown: dict[str, float] = {}
         self._progress = Progress("training", total, done=images, announce=True)
 
     def __enter__(self) -> Self:
@@ -70,13 +78,14 @@ class Journal:
         self._progress.update(images, title)
 
     def report(self, step: int, figures: Mapping[str, float | int]) -> None:
-        """Record `figures` after `step` steps; loss and learning rate go to the progress too."""
+        """Record `figures` after `step` steps; those of SHOWN go to the progress too."""
         self._metrics.write(json.dumps({"step": step, **figures}) + "\n")
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)
-        shown = {name: value for name, value in figures.items() if name in ("loss", "lr")}
+        shown = {SHOWN[name]: value for name, value in figures.items() if name in SHOWN}
         if shown:
-            self._progress.show(shown)
+            self._shown |= shown  # figures are reported at different steps
+            self._progress.show(self._shown)
 
     def write(self, text: str) -> None:
         """Print a line without disturbing the progress bar."""

@@ -358,6 +358,12 @@ class VisionTransformer(nn.Module):
             tokens = torch.cat([tokens, self.reg_token], dim=1)
         return tokens.expand(batch, -1, -1)
 
+    def patch_features(self, images: Tensor) -> Tensor:
+        """Return the normed patch tokens [B, n, D] of normalised images, none dropped."""
+        *_, last = self.walk(self.embed(images))
+        features: Tensor = self.norm(last.patch_tokens)
+        return features
+
     def pool(self, tokens: Tokens) -> Tensor:
         """Return logits [B, classes] of the last block's tokens; features [B, D] without a head."""
         if self.config.pooling == "mean":

@@ -29,6 +29,7 @@ from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.plan import Plan, describe, fit_batch_size
 from pcae_training.pretrain_settings import Method, PretrainSettings
 from pcae_training.pretrain_start import Encoder, prepare_encoder
+from pcae_training.pretrain_watch import watch_features
 from pcae_training.sample_rng import SampleRng, drop_path_factors, to_device
 from pcae_training.schedule import momentum
 from pcae_training.trainer import Trainer, check_out, parameter_groups, training_data
@@ -62,15 +63,17 @@ class Teacher(nn.Module):
         self._average = get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def forward(self, values: Tensor, hidden: Tensor, noise: Tensor) -> Targets:
-        """Return the targets of values [B, n, C p p] at `hidden` [B, h].
+    def forward(
+        self, values: Tensor, hidden: Tensor, noise: Tensor, *, reduce: bool = True
+    ) -> Targets:
+        """Return the targets of values [B, n, C p p] at `hidden` [B, h]; all if not `reduce`.
 
         noise [B, n]: for the `random` rule.
         """
         x = embed(self.network, values, hidden)  # without CLS
         *_, last = self.network.walk(
             x,
-            self.counts,
+            self.counts if reduce else [hidden.shape[1]] * len(self.counts),
             points=self.points,
             prefix=0,
             append=False,
@@ -172,6 +175,19 @@ class Pretraining(nn.Module):
         noise = to_device(rng.uniform("teacher", values.shape[1]), values.device)
         targets: Targets = self.teacher(values, hidden, noise)
         return targets
+
+    def views(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the patch tokens [b, n, D] of whole, normalised images: the encoder's `features`.
+
+        For PCAE also the teacher's `targets`, of all patches at once.
+        """
+        views: dict[str, Tensor] = {"features": self.model.patch_features(images)}
+        if self.teacher is not None and self.settings.predicts_teacher:
+            values = patchify(images, self.model.config.patch_size)
+            everything = torch.arange(values.shape[1], device=images.device).expand(len(images), -1)
+            noise = torch.zeros(values.shape[:2], device=images.device)  # nothing is dropped
+            views["targets"] = self.teacher(values, everything, noise, reduce=False).tokens
+        return views
 
     def macs(self, progress: float = 1.0) -> int:
         """Return the multiply-adds of a training step for one image, the same at any progress.
@@ -362,6 +378,8 @@ def pretrain(settings: PretrainSettings) -> bool:
                 print(*describe(plan, objective), *objective.facts(), sep="\n")
                 print(f"time       {estimate}, for the training steps alone")
             return True
+        if settings.watch_images and world.main:
+            trainer.watch = watch_features(objective, images, plan)
         return trainer.run()
 
 

@@ -11,11 +11,12 @@ from pcae_training.init_settings import InitSettings
 from pcae_training.masking import visible_patches
 from pcae_training.model import ViTConfig
 from pcae_training.settings import RunSettings
+from pcae_training.watch_settings import WatchSettings
 
 Method = Literal["pcae", "mae", "simmim", "pcae-simmim"]
 
 
-class PretrainSettings(InitSettings):
+class PretrainSettings(WatchSettings, InitSettings):
     """Pretrain an encoder without labels, to be fine-tuned with `finetune --init`.
 
     It starts from random weights, or continues from those of --init.
@@ -28,6 +29,7 @@ class PretrainSettings(InitSettings):
             "mask_ratio", "mask_unit", "decoder_depth", "decoder_width", "normalise_pixels",
         ),
         "teacher": ("ema", "reduce_after", "teacher_keep", "reduction", "drop_targets"),
+        "watch": ("watch_images", "eval_data", "eval_split"),
     }  # fmt: skip
 
     method: Method = Field("pcae", description="pretraining method")
@@ -52,7 +54,11 @@ class PretrainSettings(InitSettings):
     )
 
     ema: float | None = Field(
-        None, gt=0, lt=1, description="momentum of the teacher; default: 0.9999, less in short runs"
+        None,
+        gt=0,
+        lt=1,
+        description="momentum of the teacher; the paper's is 0.9999; default: that, or less in runs"
+        " of fewer than 125,000 steps, which may make the teacher too fast (see docs/training.md)",
     )
     reduce_after: Annotated[tuple[int, ...], NoDecode] = Field(
         (0, 4, 8), description="blocks after which the teacher drops tokens, counted from 0"
@@ -123,5 +129,10 @@ class PretrainSettings(InitSettings):
         return patches_kept(hidden, self.teacher_keep, len(self.reduce_after))
 
     @property
+    def predicts_teacher(self) -> bool:
+        """Whether the targets are the teacher's tokens."""
+        return self.method.startswith("pcae")
+
+    @property
     def has_teacher(self) -> bool:
-        return self.method.startswith("pcae") or self.drop_targets != "none"
+        return self.predicts_teacher or self.drop_targets != "none"

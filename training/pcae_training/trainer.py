@@ -33,6 +33,7 @@ from pcae_training.checkpoint import Checkpoint
 from pcae_training.columns import DataChoice
 from pcae_training.data import LabelledImages, TrainingData, load
 from pcae_training.estimate import TIME_LIMIT_S, TIMED_STEPS, describe_time, measure_step, wait_for
+from pcae_training.feature_watch import FeatureWatch
 from pcae_training.inventory import Inventory, print_lines
 from pcae_training.journal import Journal
 from pcae_training.model import Block, VisionTransformer
@@ -112,6 +113,7 @@ class Trainer:
         """
         self.best = best
         self.at_start: Callable[[Path], None] | None = None  # writes into the run's folder
+        self.watch: FeatureWatch | None = None  # in the main process
         self.inventories = [inventory for inventory in inventories if inventory is not None]
         self.settings, self.objective, self.data, self.world = settings, objective, data, world
         self.plan = Plan(settings, world, len(data))
@@ -158,6 +160,8 @@ class Trainer:
                     data=[inventory.to_json() for inventory in self.inventories],
                 )
             with journal as log:
+                if log and self.watch is not None:
+                    self.watch.begin(self.step, log)
                 while self.step < plan.last_step and not self._exhausted() and not self._stopped():
                     self._epoch(learner, log)
         return self._stop is None
@@ -191,6 +195,7 @@ class Trainer:
                 log.advance(settings.batch_size, f"epoch {epoch + 1}/{settings.epochs}")
                 if not self._time_stated:
                     self._state_time(log)
+                self._watch(log)
             if self.step % plan.steps_per_epoch == 0:
                 break  # saved after `_close_epoch`
             if self.step % settings.log_every == 0:
@@ -229,6 +234,16 @@ class Trainer:
         )
         if text is not None:
             log.write(text)
+
+    def _watch(self, log: Journal) -> None:
+        """Measure the features if it is time, which counts as no time of the steps."""
+        if self.watch is not None and self.watch.due(self.step):
+            wait_for(self.world.device)
+            began = time.monotonic()
+            self.watch.report(self.step, log)
+            spent = time.monotonic() - began
+            self._clock += spent
+            self._first_step_end += spent
 
     def _close_epoch(self, log: Journal | None) -> None:
         """Evaluate, and record the figures of the epoch."""
@@ -356,6 +371,7 @@ class Trainer:
             "history": self.history,
             "current_epoch": [self._epoch_loss, self._epoch_steps, self._epoch_s],
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            **({} if self.watch is None else {"watch": self.watch.record}),
         }
         return checkpoint
 
@@ -400,6 +416,8 @@ class Trainer:
             raise PcaeError(f"cannot resume {out}: its model differs: {reason}") from None
         self.step, self.history = int(training["step"]), list(training["history"])
         self._epoch_loss, self._epoch_steps, self._epoch_s = training["current_epoch"]
+        if self.watch is not None and "watch" in training:  # not in runs of an earlier version
+            self.watch.record = training["watch"]
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
