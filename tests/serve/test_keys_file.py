@@ -43,7 +43,7 @@ def test_the_client_sends_a_key_that_the_server_accepts(
     file = tmp_path / "keys"
     file.touch(0o600)
     file.write_text(f"# ours\n{KEY} name=ingest\n")
-    command = Classify.model_validate({"files": ["a.png"], "api_key_file": file})
+    command = Classify.model_validate({"files": ["a.png"], "url": "http://a", "api_key_file": file})
     assert command._key() == KEY
     assert KEY in Keys.read(file)
     assert not caplog.records
