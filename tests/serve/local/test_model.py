@@ -414,6 +414,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
         pcae_serve.load(backend="onnxruntime", device="cuda:0")
 
 
+@pytest.mark.slow
 def test_a_bundle_by_name(hub: Hub, tmp_path: Path) -> None:
     hub.add("me/demo", demo_path())
     with pcae_serve.load("hf://me/demo", backend="simulated", cache_dir=tmp_path) as model:

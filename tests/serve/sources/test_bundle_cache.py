@@ -41,6 +41,7 @@ def test_a_bundle_is_fetched_and_sealed(hub: Hub, bundle: Path, tmp_path: Path) 
     assert {path.name for path in found.parent.iterdir()} == {found.name}
 
 
+@pytest.mark.slow
 def test_the_demo_s_graphs_hold_their_references(hub: Hub, tmp_path: Path) -> None:
     hub.add(NAME, demo_path())
     assert (
