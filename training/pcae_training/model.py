@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pcae_serve.bundle.tokens import REDUCTION_POINTS, Geometry, Pooling, Rule
 from pcae_training.model_limits import check_sizes
@@ -162,6 +163,9 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
+    #: Compute the block again in the backward pass, instead of keeping what it computes inside.
+    recompute = False
+
     def __init__(
         self,
         width: int,
@@ -186,6 +190,19 @@ class Block(nn.Module):
 
         drop_path [2, B]: factors on each sample's two branches. bias: see `Attention`.
         """
+        if self.recompute and torch.is_grad_enabled():
+            inputs = (x, drop_path, bias)
+            transformed: Tensor = checkpoint(
+                self.transform,
+                *inputs,
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing here is random
+            )
+            return transformed
+        return self.transform(x, drop_path, bias)
+
+    def transform(self, x: Tensor, drop_path: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return what `forward` does."""
         attended = self.ls1(self.attn(self.norm1(x), bias))
         if drop_path is not None:
             attended = attended * drop_path[0, :, None, None].to(attended.dtype)

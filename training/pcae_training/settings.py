@@ -19,7 +19,8 @@ from pcae_training.number_format import PRECISION_HELP, Precision, choose_dtype
 #: have other values.
 PLACE = {
     "resume", "resume_or_begin", "dry_run", "out", "stop_after", "save_every_s", "log_every",
-    "device", "threads", "workers", "compile", "accumulate", "max_unreadable",
+    "device", "threads", "workers", "compile", "checkpoint_gradients", "accumulate",
+    "max_unreadable",
 }  # fmt: skip
 
 
@@ -41,7 +42,8 @@ class RunSettings(DataSettings):
             "batch_size", "accumulate", "lr", "blr", "min_lr", "warmup", "weight_decay", "clip",
         ),
         "machine": (
-            "device", "precision", "compile", "threads", "workers", "save_every_s", "log_every",
+            "device", "precision", "compile", "checkpoint_gradients", "threads", "workers",
+            "save_every_s", "log_every",
         ),
     }  # fmt: skip
 
@@ -123,6 +125,11 @@ class RunSettings(DataSettings):
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
     precision: Precision = Field("fp32", description=PRECISION_HELP)
     compile: bool = Field(False, description="compile the blocks with torch.compile")
+    checkpoint_gradients: bool = Field(
+        False,
+        description="keep less in memory: compute each block again in the backward pass, one more"
+        " forward pass a step",
+    )
     threads: int = Field(0, ge=0, description="CPU threads; 0 = torch's default")
     workers: int = Field(
         0, ge=0, description="loader processes, for data that do not fit into memory"

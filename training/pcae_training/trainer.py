@@ -133,8 +133,9 @@ class Trainer:
         settings, plan = self.settings, self.plan
         if slow := describe_slow(settings.precision, settings.device):
             print_lines(slow)
-        if settings.compile:
-            for block in (m for m in self.objective.modules() if isinstance(m, Block)):
+        for block in (m for m in self.objective.modules() if isinstance(m, Block)):
+            block.recompute = settings.checkpoint_gradients
+            if settings.compile:
                 block.compile()
         learner = self.objective
         if self.world.size > 1:

@@ -1,0 +1,80 @@
+"""Less memory: blocks are computed again in the backward pass."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pcae_serve.command import run
+from pcae_training import checkpoint as checkpoints
+from pcae_training.commands import Train
+from pcae_training.model import Block, VisionTransformer, ViTConfig
+from pcae_training.reduction import RULES
+
+CONFIG: dict[str, Any] = {
+    "image_size": 8, "patch_size": 2, "width": 8, "depth": 11, "heads": 2, "classes": 3,
+}  # fmt: skip
+RUN = [
+    *("--image-size", "8", "--patch-size", "2", "--width", "8", "--heads", "2", "--depth", "11"),
+    *("--epochs", "1", "--batch-size", "8", "--precision", "fp32"),
+]
+
+
+def gradients(model: VisionTransformer, recompute: bool) -> tuple[list[Tensor], int]:
+    """Return the gradients of one step, and how often a block ran."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(1))
+    factors = torch.ones(11, 2, 4)
+    factors[3, 0, 1], factors[5] = 0, 2
+    hooks = []
+    for block in (m for m in model.modules() if isinstance(m, Block)):
+        block.recompute = recompute
+        hooks.append(block.mlp.register_forward_hook(count))
+    model.zero_grad()
+    counts = model.config.geometry.counts(0.6)
+    model(images, counts, drop_path=factors, noise=noise).square().sum().backward()
+    for hook in hooks:
+        hook.remove()
+    return [p.grad for p in model.parameters() if p.grad is not None], calls
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_the_gradients_are_the_same_and_blocks_run_twice(rule: Any) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(ViTConfig(**CONFIG, reduction=rule))
+    kept, once = gradients(model, recompute=False)
+    again, twice = gradients(model, recompute=True)
+    assert (once, twice) == (11, 22)
+    assert len(kept) == len(again)
+    for one, other in zip(kept, again, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_nothing_is_computed_again_without_gradients() -> None:
+    model = VisionTransformer(ViTConfig(**CONFIG))
+    for block in model.blocks:
+        block.recompute = True  # type: ignore[assignment]
+    with torch.no_grad():
+        assert not model(torch.rand(1, 3, 8, 8)).requires_grad
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_the_flag_changes_no_weight(command: str, class_folders: Any, tmp_path: Path) -> None:
+    data = str(class_folders(10))
+    own = ["--keep", "1.0", "--holdout", "4"] if command == "finetune" else []
+    states = []
+    for name, extra in (("a", []), ("b", ["--checkpoint-gradients"])):
+        out = tmp_path / name
+        flags = ["--data", data, "--out", str(out), *RUN, *own, *extra]
+        assert run(Train, [command, *flags]) == 0
+        states.append(checkpoints.load(out).model.state_dict())
+    for one, other in zip(*(state.values() for state in states), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
