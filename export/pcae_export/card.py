@@ -60,7 +60,7 @@ def _about(checkpoint: Checkpoint) -> str:
     verb = f"classifies images into {len(labels)} classes"
     if checkpoint.answers == "labels":
         verb = f"gives the probability of each of {len(labels)} independent labels"
-    purpose = f"{verb} ({some})" if labels else f"computes {config.width} features per image"
+    purpose = f"{verb} ({some})" if labels else f"computes {config.features} features per image"
     return (
         f"A vision transformer ({parameters / 1e6:.2f} million parameters, width {config.width},"
         f" depth {config.depth}) that {purpose}. Images have {config.image_size} x"

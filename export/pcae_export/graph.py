@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from pcae_export.weights import Place
 from pcae_serve.bundle.manifest import WEIGHTS
 from pcae_serve.bundle.preprocess import Preprocess
+from pcae_training.block import Attention, Block
 from pcae_training.evaluate import normalise
-from pcae_training.model import Attention, Block, VisionTransformer
+from pcae_training.model import VisionTransformer
 from pcae_training.reduction import fixed_order, reduce_tokens
 
 OPSET = 20
@@ -38,6 +39,9 @@ BFLOAT16_OPSET = 22  # the first whose convolution supports bfloat16
 
 logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
 # it warns that torchvision is missing, which is not used here
+
+#: Modules of a model that stay in float32, for they cost little: all after the last block.
+TOP = ("norm", "fc_norm", "projection", "head", "head_dist")
 
 _MODEL = "model."  # prefix that `Elastic` adds to the names of weights
 _ATTENTION = "pcae::Attention"  # occurs only in a traced graph
@@ -114,8 +118,8 @@ def to_half_products(
 ) -> VisionTransformer:
     """Return a copy with products in `dtype`; norms, softmax, ranking and head stay in float32."""
     model = deepcopy(model)
-    tops = [getattr(model, name, None) for name in ("norm", "fc_norm", "head", "head_dist")]
-    top = {module for module in tops if module is not None}
+    tops = [getattr(model, name, None) for name in TOP]
+    top = {module for found in tops if found is not None for module in found.modules()}
     for module in model.modules():
         if module in top:
             continue
@@ -183,7 +187,7 @@ def trace(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
     pixels, *_ = graph.inputs
     pixels.shape = ir.Shape(["batch", size, size, model.config.channels])
     vectors, *kept = graph.outputs
-    vectors.shape = ir.Shape(["batch", model.config.classes or model.config.width])
+    vectors.shape = ir.Shape(["batch", model.config.classes or model.config.features])
     for i, output in enumerate(kept):
         output.shape = ir.Shape(["batch", f"patches_{i}"])
     return traced

@@ -27,8 +27,8 @@ from pcae_export.progress import Progress
 from pcae_serve.bundle.manifest import HalfRange
 from pcae_serve.engines.base import Pixels
 from pcae_serve.errors import PcaeError
+from pcae_training.block import Attention
 from pcae_training.checkpoint import Checkpoint
-from pcae_training.model import Attention
 
 Half = Literal["float16", "bfloat16"]
 

@@ -194,7 +194,7 @@ def _check_together(checkpoints: Mapping[str, Checkpoint]) -> None:
             )
         if not checkpoint.preprocess.same_pixels(first.preprocess):
             raise PackError(f"{both}: their image sizes or resizing differ")
-        if not first.labels and checkpoint.model.config.width != first.model.config.width:
+        if not first.labels and checkpoint.model.config.features != first.model.config.features:
             raise PackError(f"{both}: their features have different widths")
 
 
@@ -308,7 +308,7 @@ def _describe_model(checkpoint: Checkpoint, part: Part) -> Model:
         image_size=config.image_size,
         patches=config.geometry.patches,
         patch_size=config.patch_size,
-        width=config.width,
+        width=config.width if checkpoint.labels else config.features,
         depth=config.depth,
         parameters=sum(p.numel() for p in checkpoint.model.parameters()),
         reduction_points=config.reduction_points,

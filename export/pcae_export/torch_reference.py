@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from pcae_export.cpu_session import slice_batches
 from pcae_serve.bundle.tokens import Rule
 from pcae_serve.engines.base import Pixels
+from pcae_training.block import Block
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.evaluate import normalise
-from pcae_training.model import Block, VisionTransformer
+from pcae_training.model import VisionTransformer
 from pcae_training.reduction import fixed_order, redundancy
 
 BATCH = 32

@@ -42,6 +42,7 @@ PROCESSORS = {
     "ViT": Defaults(224, True, None, Image.Resampling.BILINEAR, _HALF, _HALF),
     "DeiT": Defaults(256, True, 224, _BICUBIC, _HALF, _HALF),
     "Bit": Defaults(224, False, 224, _BICUBIC, _CLIP_MEAN, _CLIP_STD),
+    "CLIP": Defaults(224, False, 224, _BICUBIC, _CLIP_MEAN, _CLIP_STD),
 }
 _NAMES = {
     f"{name}{kind}": defaults
@@ -55,6 +56,8 @@ PROCESSOR_OF_MODEL = {
     "deit": "DeiT",
     "dinov2": "Bit",
     "dinov2_with_registers": "Bit",
+    "clip": "CLIP",
+    "clip_vision_model": "CLIP",
 }
 
 

@@ -79,6 +79,7 @@ class Geometry:
     classes: int
     prefix_tokens: int = 1  # CLS
     pooled_tokens: int = 1  # vectors of the width that the head reads
+    projection: int = 0  # width that they are projected to before; 0: they are not
     mlp_ratio: float = 4.0
     reduction_points: tuple[int, ...] = REDUCTION_POINTS
     reduction: Rule = "ptr"
@@ -120,8 +121,15 @@ class Geometry:
             if kept < left:
                 stages += self._stage_macs(tokens[block], left, kept)
             left = kept
-        head = self.pooled_tokens * d * self.classes
-        return round(self.patches * self.patch_values * d + blocks + stages + head)
+        top = self._top_macs()
+        return round(self.patches * self.patch_values * d + blocks + stages + top)
+
+    def _top_macs(self) -> int:
+        """Return the multiply-adds after the blocks: of projection and head."""
+        read = self.pooled_tokens * self.width
+        if not self.projection:
+            return read * self.classes
+        return read * self.projection + self.projection * self.classes
 
     def _stage_macs(self, tokens: int, patches: int, kept: int) -> int:
         """Return the multiply-adds of ranking and merging `patches` after a block of `tokens`.

@@ -51,6 +51,10 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "image_processor_type": "DeiTImageProcessor", "size": {"shortest_edge": 27}, "crop_size": 24
     },
     "bit": {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 27}, **CROP},
+    "clip": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 27}, **CROP},
+    "clip-integers": {
+        "feature_extractor_type": "CLIPFeatureExtractor", "size": 28, "crop_size": 24
+    },
     "bit-integers": {"image_processor_type": "BitImageProcessor", "size": 28, "crop_size": 24},
     "bit-square": {
         "image_processor_type": "BitImageProcessor", "size": {"height": 27, "width": 27}, **CROP
@@ -80,7 +84,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 FAST = {
     ("vit", "vit-raw-values"), ("deit", "deit-integers"), ("dinov2", "bit"), ("multi-label", "vit"),
     ("single-label", "deit"), ("deit-distilled", "vit-signed"),
-    ("dinov2-registers", "bit-integers"),
+    ("dinov2-registers", "bit-integers"), ("vit", "clip-integers"),
 }  # fmt: skip
 
 

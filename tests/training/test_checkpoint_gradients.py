@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pcae_serve.command import run
 from pcae_training import checkpoint as checkpoints
+from pcae_training.block import Block
 from pcae_training.commands import Train
-from pcae_training.model import Block, VisionTransformer, ViTConfig
+from pcae_training.model import VisionTransformer, ViTConfig
 from pcae_training.reduction import RULES
 
 CONFIG: dict[str, Any] = {

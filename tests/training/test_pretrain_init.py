@@ -120,6 +120,21 @@ def test_other_families_learn(
     assert objective.macs() > 0
 
 
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"pre_norm": True, "projection": 8}, r"a norm before the blocks \(CLIP\)"),
+        ({"projection": 8}, "a projection of its features"),
+    ],
+)
+def test_a_model_that_no_method_computes_is_refused(
+    sizes: dict[str, Any], reason: str, learn: Any, tmp_path: Path
+) -> None:
+    init = write(tmp_path / "init", **sizes)
+    with pytest.raises(PcaeError, match=f"init: cannot be pretrained further: it has {reason}"):
+        prepare_encoder(learn("run", init=init))
+
+
 def test_the_decoder_gets_cls_and_patches_of_a_model_with_registers(
     learn: Any, tmp_path: Path
 ) -> None:

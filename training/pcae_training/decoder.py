@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from pcae_training.block import Block
 from pcae_training.masking import gather
-from pcae_training.model import Block, ViTConfig, init_weights, sincos_position
+from pcae_training.model import ViTConfig, init_weights, sincos_position
 
 
 class Decoder(nn.Module):

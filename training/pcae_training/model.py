@@ -10,12 +10,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from pcae_serve.bundle.tokens import REDUCTION_POINTS, Geometry, Pooling, Rule
+from pcae_training.block import Block
+from pcae_training.mlp import Activation
 from pcae_training.model_limits import check_sizes
-from pcae_training.reduction import RULES, Tokens, attention_received, reduce_tokens
+from pcae_training.reduction import RULES, Tokens, reduce_tokens
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class ViTConfig:
     layer_scale: bool = False  # a learnt scale on each branch (DINOv2)
     distilled: bool = False  # DeiT's second token and head
     registers: int = 0  # DINOv2's extra tokens, without positions
+    activation: Activation = "gelu"
+    pre_norm: bool = False  # a norm before the blocks (CLIP)
+    projection: int = 0  # width of features after a linear layer without bias (CLIP); 0: none
 
     def __post_init__(self) -> None:
         check_sizes(self)
@@ -83,6 +86,18 @@ class ViTConfig:
         return 2 if self.pooling == "cls-mean" else 1
 
     @property
+    def beyond_pretraining(self) -> str | None:
+        """What pretraining cannot do without changing the model, in words; None for nothing."""
+        if self.pre_norm:
+            return "a norm before the blocks (CLIP)"
+        return "a projection of its features" if self.projection else None
+
+    @property
+    def features(self) -> int:
+        """Width of the features, which the head reads."""
+        return self.projection or self.pooled * self.width
+
+    @property
     def geometry(self) -> Geometry:
         """The sizes that the token arithmetic needs."""
         return Geometry(
@@ -93,6 +108,7 @@ class ViTConfig:
             classes=self.classes,
             prefix_tokens=self.prefix,
             pooled_tokens=self.pooled,
+            projection=self.projection,
             mlp_ratio=self.mlp_ratio,
             reduction_points=self.reduction_points,
             reduction=self.reduction,
@@ -112,113 +128,6 @@ class PatchEmbed(nn.Module):
         return grid.flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, fused."""
-
-    def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
-
-    def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return queries, keys and values of x [B, N, D], each [B, heads, N, D / heads]."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        return tuple(qkv.permute(2, 0, 3, 1, 4).unbind(0))
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return [B, N, D] of x [B, N, D]; bias is added before the softmax, [B, heads, N, N]."""
-        q, k, v = self.split(x)
-        mask = None if bias is None else bias.to(q.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = self.proj(mixed.transpose(1, 2).reshape(x.shape))
-        return x
-
-
-class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc2(F.gelu(self.fc1(x)))
-        return x
-
-
-class LayerScale(nn.Module):
-    """A learnt factor per channel on a branch (DINOv2)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), 1e-5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    #: Compute the block again in the backward pass, instead of keeping what it computes inside.
-    recompute = False
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        hidden: int,
-        norm_eps: float = 1e-6,
-        qkv_bias: bool = True,
-        layer_scale: bool = False,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(width, heads, qkv_bias)
-        self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = Mlp(width, hidden)
-        self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
-
-    def forward(
-        self, x: Tensor, drop_path: Tensor | None = None, bias: Tensor | None = None
-    ) -> Tensor:
-        """Return [B, N, D] of x [B, N, D].
-
-        drop_path [2, B]: factors on each sample's two branches. bias: see `Attention`.
-        """
-        if self.recompute and torch.is_grad_enabled():
-            inputs = (x, drop_path, bias)
-            transformed: Tensor = checkpoint(
-                self.transform,
-                *inputs,
-                use_reentrant=False,
-                preserve_rng_state=False,  # nothing here is random
-            )
-            return transformed
-        return self.transform(x, drop_path, bias)
-
-    def transform(self, x: Tensor, drop_path: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return what `forward` does."""
-        attended = self.ls1(self.attn(self.norm1(x), bias))
-        if drop_path is not None:
-            attended = attended * drop_path[0, :, None, None].to(attended.dtype)
-        x = x + attended
-        transformed = self.ls2(self.mlp(self.norm2(x)))
-        if drop_path is not None:
-            transformed = transformed * drop_path[1, :, None, None].to(transformed.dtype)
-        x = x + transformed
-        return x
-
-    def attention_received(self, x: Tensor) -> Tensor:
-        """Return the attention that each token of x [B, N, D] receives in this block: [B, N]."""
-        q, k, _ = self.attn.split(self.norm1(x))
-        return attention_received(q, k)
-
-
 class VisionTransformer(nn.Module):
     """A plain ViT with optional progressive token reduction."""
 
@@ -233,6 +142,8 @@ class VisionTransformer(nn.Module):
         if config.registers:
             self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width))
         self.pos_embed = nn.Parameter(sincos_position(width, config.grid, config.positioned))
+        if config.pre_norm:
+            self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps)
         self.blocks = nn.ModuleList(
             Block(
                 width,
@@ -241,6 +152,7 @@ class VisionTransformer(nn.Module):
                 config.norm_eps,
                 config.qkv_bias,
                 config.layer_scale,
+                config.activation,
             )
             for _ in range(config.depth)
         )
@@ -249,10 +161,12 @@ class VisionTransformer(nn.Module):
             self.fc_norm = final_norm
         else:
             self.norm = final_norm
-        read = config.pooled * width
+        if config.projection:
+            self.projection = nn.Linear(config.pooled * width, config.projection, bias=False)
+        read = config.features
         self.head = nn.Linear(read, config.classes) if config.classes else nn.Identity()
         if config.distilled:
-            self.head_dist = nn.Linear(width, config.classes) if config.classes else nn.Identity()
+            self.head_dist = nn.Linear(read, config.classes) if config.classes else nn.Identity()
         self.apply(init_weights)
         for name in ("cls_token", "dist_token", "reg_token"):
             if hasattr(self, name):
@@ -358,7 +272,8 @@ class VisionTransformer(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Return prefix and patch tokens with positions, [B, prefix + n, D]."""
         patches = self.embed_patches(images)
-        return torch.cat([self.prefix_tokens(images.shape[0]), patches], dim=1)
+        x = torch.cat([self.prefix_tokens(images.shape[0]), patches], dim=1)
+        return self.norm_pre(x) if self.config.pre_norm else x
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Return patch tokens with positions, [B, n, D]."""
@@ -382,21 +297,28 @@ class VisionTransformer(nn.Module):
         return features
 
     def pool(self, tokens: Tokens) -> Tensor:
-        """Return logits [B, classes] of the last block's tokens; features [B, D] without a head."""
-        if self.config.pooling == "mean":
-            logits: Tensor = self.head(self.fc_norm(tokens.pool()))
-            return logits
-        if self.config.pooling != "cls":
-            normed = tokens._replace(x=self.norm(tokens.x))
-            pooled = normed.pool()
-            if self.config.pooling == "cls-mean":
-                pooled = torch.cat([normed.x[:, 0], pooled], dim=1)
-            logits = self.head(pooled)
-            return logits
-        logits = self.head(self.norm(tokens.x[:, 0]))
+        """Return logits [B, classes] of the last block's tokens; features without a head."""
+        logits: Tensor = self.head(self.project(self.summarise(tokens)))
         if self.config.distilled:  # DeiT at inference: the mean of both heads
-            logits = (logits + self.head_dist(self.norm(tokens.x[:, 1]))) / 2
+            logits = (logits + self.head_dist(self.project(self.norm(tokens.x[:, 1])))) / 2
         return logits
+
+    def summarise(self, tokens: Tokens) -> Tensor:
+        """Return one vector per image, [B, pooled * D], of the last block's tokens."""
+        if self.config.pooling == "mean":
+            pooled: Tensor = self.fc_norm(tokens.pool())
+            return pooled
+        if self.config.pooling == "cls":
+            pooled = self.norm(tokens.x[:, 0])
+            return pooled
+        normed = tokens._replace(x=self.norm(tokens.x))
+        if self.config.pooling == "cls-mean":
+            return torch.cat([normed.x[:, 0], normed.pool()], dim=1)
+        return normed.pool()
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Return the features [B, features] of what `summarise` returns."""
+        return self.projection(pooled) if self.config.projection else pooled
 
 
 def sincos_position(width: int, grid: int, positioned: int = 1) -> Tensor:

@@ -13,6 +13,7 @@ from pcae_serve.bundle.config_fields import (
     is_count,
 )
 from pcae_serve.bundle.tokens import Pooling, Rule
+from pcae_training.mlp import Activation
 from pcae_training.model import ViTConfig
 
 MODEL_TYPE = "pcae_vit"
@@ -42,6 +43,9 @@ FIELDS = FieldTable(
         "layer_scale": BOOLEAN,
         "distilled": BOOLEAN,
         "num_register_tokens": WHOLE,
+        "hidden_act": Field.only(*get_args(Activation)),
+        "pre_norm": BOOLEAN,
+        "projection_dim": WHOLE,
         "id2label": Field(
             "the names of classes 0, 1, 2, …, by number",
             lambda value: (
@@ -54,6 +58,10 @@ FIELDS = FieldTable(
     },
     ignorable=frozenset({"architectures", "dtype", "label2id", "transformers_version"}),
 )
+
+
+#: Values of fields that a file of a plain ViT does not have.
+DEFAULTS: Mapping[str, Any] = {"hidden_act": "gelu", "pre_norm": False, "projection_dim": 0}
 
 
 class ModelDescription(NamedTuple):
@@ -87,6 +95,13 @@ def to_config(config: ViTConfig, labels: list[str], multi_label: bool = False) -
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
     }
+    # absent from the files of a plain ViT, so that older versions can read them
+    changes = {
+        "hidden_act": config.activation,
+        "pre_norm": config.pre_norm,
+        "projection_dim": config.projection,
+    }
+    content |= {name: value for name, value in changes.items() if value != DEFAULTS[name]}
     return content | ({"problem_type": MULTI_LABEL} if multi_label else {})
 
 
@@ -117,5 +132,8 @@ def from_config(content: Mapping[str, Any], file: str = "config.json") -> ModelD
         layer_scale=found.get("layer_scale", False),
         distilled=found.get("distilled", False),
         registers=found.get("num_register_tokens", 0),
+        activation=found.get("hidden_act", DEFAULTS["hidden_act"]),
+        pre_norm=found.get("pre_norm", DEFAULTS["pre_norm"]),
+        projection=found.get("projection_dim", DEFAULTS["projection_dim"]),
     )
     return ModelDescription(config, labels, found.get("problem_type") == MULTI_LABEL)

@@ -14,6 +14,7 @@ LIMITS = {
     "heads": (1, 1024),
     "classes": (0, 100_000),
     "registers": (0, 10_000),
+    "projection": (0, 65_536),
 }
 MAX_MLP_RATIO = 64.0
 

@@ -42,6 +42,8 @@ def prepare_encoder(settings: PretrainSettings) -> Encoder:
     if path is None or found is None:
         return new_encoder(settings, preprocess)
     encoder = found.drop_head()
+    if reason := encoder.config.beyond_pretraining:
+        raise PcaeError(f"{settings.init}: cannot be pretrained further: it has {reason}")
     dropped = tuple(name for name in found.weights if name not in encoder.weights)
     if encoder.config.pooling == "normed-mean":  # its norm, too, is applied to each token
         encoder = replace(encoder, config=replace(encoder.config, pooling="cls"))

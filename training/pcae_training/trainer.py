@@ -29,6 +29,7 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.errors import PcaeError, one_line
 from pcae_training import checkpoint as checkpoints
 from pcae_training.best_epoch import BestEpoch
+from pcae_training.block import Block
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.columns import DataChoice
 from pcae_training.data import LabelledImages, TrainingData, load
@@ -36,7 +37,7 @@ from pcae_training.estimate import TIME_LIMIT_S, TIMED_STEPS, describe_time, mea
 from pcae_training.feature_watch import FeatureWatch
 from pcae_training.inventory import Inventory, print_lines
 from pcae_training.journal import Journal
-from pcae_training.model import Block, VisionTransformer
+from pcae_training.model import VisionTransformer
 from pcae_training.number_format import describe_slow
 from pcae_training.plan import Plan
 from pcae_training.sample_rng import SampleRng
@@ -517,13 +518,13 @@ def parameter_groups(
 
     Biases, norms and single tokens have no decay (in pretraining MAE decays CLS and mask token).
     The rate of a layer is `layer_decay` times that of the layer above it: embeddings have the
-    lowest, head and final norm the full one.
+    lowest, final norm, projection and head the full one.
     """
     depth = model.config.depth
     layer = {
         parameter: int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
         for name, parameter in model.named_parameters()
-        if not name.startswith(("head", "norm.", "fc_norm."))
+        if not name.startswith(("head", "norm.", "fc_norm.", "projection."))
     }
     groups: dict[tuple[bool, int], dict[str, Any]] = {}
     for name, parameter in objective.named_parameters():

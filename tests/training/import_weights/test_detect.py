@@ -43,9 +43,13 @@ def test_a_folder_without_config_may_hold_an_interrupted_checkpoint(tmp_path: Pa
 @pytest.mark.parametrize(
     ("kernel", "expected"),
     [
-        ("patch_embed.proj.weight", Naming("", False)),
-        ("backbone.patch_embed.proj.weight", Naming("backbone.", False)),
-        ("vit.embeddings.patch_embeddings.projection.weight", Naming("vit.", True)),
+        ("patch_embed.proj.weight", Naming("", "timm")),
+        ("backbone.patch_embed.proj.weight", Naming("backbone.", "timm")),
+        ("vit.embeddings.patch_embeddings.projection.weight", Naming("vit.", "hugging-face")),
+        (
+            "vision_model.embeddings.patch_embedding.weight",
+            Naming("vision_model.", "clip"),
+        ),
     ],
 )
 def test_naming_is_known_by_the_patch_kernel(kernel: str, expected: Naming) -> None:

@@ -1,12 +1,13 @@
 """Load a checkpoint of any supported format, and fit its weights to a model of other sizes.
 
     FILE.pth | .pt | .bin | .safetensors   MAE, timm, DeiT, DINO and DINOv2 state dicts
-    FOLDER                                 Hugging Face ViT, DeiT, DINOv2, ViTMAE; timm; our own
+    FOLDER                                 Hugging Face ViT, DeiT, DINOv2, ViTMAE and CLIP's vision
+                                           tower; timm; our own
 
 `load_checkpoint` detects the format once (`detect`) and calls its one reader (`readers`). A reader
 takes the state dict out of the file (`tensors`), renames it (`rename`) and derives the model's
 sizes from the tensors' shapes (`sizes`); what shapes do not determine (heads, epsilon, pooling,
-labels) comes from config.json (`hugging_face`, `timm`). A tensor or field that would change an
+labels) comes from config.json (`model_types`, `timm`). A tensor or field that would change an
 answer is never skipped: the checkpoint is refused. `initialise` loads the weights into a model,
 resized if necessary (`resize`); `build_checkpoint` returns it as it is.
 """

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from pcae_serve.sources.needed_files import FOLDER_WEIGHTS, SHARD_INDEX
 from pcae_training.checkpoint import CheckpointError, read_json
+from pcae_training.import_weights.names import Scheme
 from pcae_training.model_config import MODEL_TYPE
 
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -19,8 +20,14 @@ _TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 _PATCH_KERNEL = re.compile(
     r"(?P<prefix>(?:.*\.)?)"
-    r"(?:patch_embed\.proj|(?P<hugging_face>embeddings\.patch_embeddings\.projection))\.weight"
+    r"(?P<kernel>patch_embed\.proj|embeddings\.patch_embeddings\.projection"
+    r"|embeddings\.patch_embedding)\.weight"
 )
+_SCHEMES: dict[str, Scheme] = {
+    "patch_embed.proj": "timm",
+    "embeddings.patch_embeddings.projection": "hugging-face",
+    "embeddings.patch_embedding": "clip",
+}
 
 
 class Format(Enum):
@@ -107,13 +114,13 @@ class Naming(NamedTuple):
     """How a state dict names the encoder's tensors."""
 
     prefix: str  # precedes every name of the encoder, such as "backbone."
-    hugging_face: bool  # else timm, which MAE, DeiT, DINO and this project follow
+    scheme: Scheme
 
 
 def find_encoders(names: Iterable[str]) -> list[Naming]:
     """Return the naming scheme of every encoder, recognised by the patch kernel's name."""
     kernels = [match for name in names if (match := _PATCH_KERNEL.fullmatch(name))]
-    return [Naming(kernel["prefix"], kernel["hugging_face"] is not None) for kernel in kernels]
+    return [Naming(kernel["prefix"], _SCHEMES[kernel["kernel"]]) for kernel in kernels]
 
 
 def detect_naming(names: Iterable[str]) -> Naming:

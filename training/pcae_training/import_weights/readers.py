@@ -1,7 +1,7 @@
 """One reader for each checkpoint format."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from pcae_serve.bundle import processor_config
 from pcae_serve.bundle.preprocess import Preprocess
@@ -9,9 +9,10 @@ from pcae_serve.bundle.processor_config import read_processor
 from pcae_serve.bundle.tokens import Pooling
 from pcae_training import checkpoint
 from pcae_training.checkpoint import read_json
-from pcae_training.import_weights import hugging_face, timm
+from pcae_training.import_weights import timm
 from pcae_training.import_weights.detect import Format, Source
 from pcae_training.import_weights.loaded import LoadedCheckpoint
+from pcae_training.import_weights.model_types import read_config
 from pcae_training.import_weights.rename import Renamed, rename_weights
 from pcae_training.import_weights.sizes import check_shapes, infer_config, list_shapes
 from pcae_training.import_weights.tensors import WeightsChoice, read_state_dict
@@ -45,11 +46,14 @@ def read_own(source: Source, choices: Choices) -> LoadedCheckpoint:
 
 def read_hugging_face(source: Source, choices: Choices) -> LoadedCheckpoint:
     """Read a folder of `transformers`. Raise ValueError if a field or tensor is not supported."""
-    described = hugging_face.read_config(source.config)
+    described = read_config(source.config)
     loaded = _read(
         source,
         choices._replace(heads=choices.heads or described.heads),
         norm_eps=described.norm_eps,
+        pooling=described.pooling,
+        arrange=described.arrange,
+        stated=described.stated,
     )
     described.check(loaded.config)
     loaded.labels = described.labels(loaded.config.classes)
@@ -59,7 +63,7 @@ def read_hugging_face(source: Source, choices: Choices) -> LoadedCheckpoint:
             f"its architecture is {described.architecture}, but its weights have no head; give"
             " --features to use it without"
         )
-    loaded.pooling_known = bool(hugging_face.FAMILIES[source.config["model_type"]].with_head)
+    loaded.pooling_known = described.pooling_known
     loaded.preprocess = _read_processor(source, source.config["model_type"])
     return loaded
 
@@ -84,12 +88,19 @@ def read_timm(source: Source, choices: Choices) -> LoadedCheckpoint:
 
 
 def read_bare(source: Source, choices: Choices) -> LoadedCheckpoint:
-    """Read a state dict without config.json; Hugging Face's tensor names are accepted too."""
-    loaded = _read(source, choices)
+    """Read a state dict without config.json; the names of Hugging Face's ViT are accepted too."""
+    loaded = _read(source, choices, arrange=_check_plain)
     loaded.pooling_known = loaded.config.classes > 0  # MAE and DINO name their tensors alike
     loaded.multi_label = False if loaded.config.classes != 1 else None
     loaded.preprocess = _read_processor(source)
     return loaded
+
+
+def _check_plain(renamed: Renamed) -> Renamed:
+    """Raise ValueError if the tensors alone do not show how the model computes."""
+    if renamed.scheme not in ("timm", "hugging-face"):
+        raise ValueError("has the tensors of Hugging Face's CLIP, but not its config.json")
+    return renamed
 
 
 READERS: dict[Format, Callable[[Source, Choices], LoadedCheckpoint]] = {
@@ -108,16 +119,18 @@ def _read(
     pooling: Pooling | None = None,
     arrange: Callable[[Renamed], Renamed] = lambda renamed: renamed,
     heads_of: Callable[[int, int | None], int | None] = lambda width, given: given,
+    stated: Mapping[str, Any] | None = None,
 ) -> LoadedCheckpoint:
     """Read the weights, and derive the sizes from them.
 
     arrange: changes tensors as the configuration asks. heads_of: returns the number of heads for a
-    width and what the caller gave; None for the published models'.
+    width and what the caller gave; None for the published models'. stated: see `infer_config`.
     """
     state = read_state_dict(source.weights, choices.weights)
     renamed = arrange(rename_weights(state.tensors))
     width = renamed.weights["patch_embed.proj.weight"].shape[0]
-    sizes = infer_config(renamed.weights, heads_of(width, choices.heads), norm_eps, pooling)
+    heads = heads_of(width, choices.heads)
+    sizes = infer_config(renamed.weights, heads, norm_eps, pooling, stated)
     check_shapes(renamed.weights, list_shapes(sizes))
     problem = None
     if renamed.unfit_head is not None and not sizes.classes:

@@ -10,40 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pcae_training.import_weights.detect import Naming, detect_naming
+from pcae_training.import_weights.names import SCHEMES, Scheme
 from pcae_training.import_weights.sizes import require_tensor
-
-_RENAMES_TIMM = (
-    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 in chunks; the second number counts through
-    (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III
-    (r"^register_tokens$", "reg_token"),  # DINOv2
-)
-
-#: Names of transformers 4, which version 5 still writes, and of version 5 in memory.
-_RENAMES_HUGGING_FACE = (
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.distillation_token$", "dist_token"),
-    (r"^embeddings\.register_tokens$", "reg_token"),
-    (r"^embeddings\.", ""),  # cls_token, mask_token
-    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.", r".attn.\1."),
-    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    (r"^layernorm\.", "norm."),
-)
-
-#: Hugging Face's heads, which are outside of the encoder.
-_HEADS_HUGGING_FACE = {
-    "classifier": "head",
-    "cls_classifier": "head",
-    "distillation_classifier": "head_dist",
-}
-#: The head of DINOv2's own classifiers, next to `backbone`.
-_HEADS_TIMM = {"linear_head": "head"}
 
 #: Weights of a classifier, as opposed to heads that only pretraining uses.
 _CLASSIFIER = re.compile(
@@ -52,31 +20,26 @@ _CLASSIFIER = re.compile(
 )
 
 #: Tensors that no prediction of the encoder depends on.
-_IGNORED = re.compile(r"mask_token$|decoder_|decoder\.|pooler\.|(?:dino|ibot)_head\.")
+_IGNORED = re.compile(r"mask_token$|position_ids$|decoder_|decoder\.|pooler\.|(?:dino|ibot)_head\.")
 
-_UNSUPPORTED = (
-    (r"mlp\.(?:w12|w3|weights_in|weights_out|gate_proj|up_proj|fc1_g)\b", "SwiGLU MLPs"),
-    (r"relative_position|rel_pos|attn\.[qv]_bias", "relative positions (BEiT, Swin, SAM)"),
-    (r"^layers\.\d+\.(?:blocks|downsample)\.", "stages that merge patches (Swin)"),
-    (r"\b[qk]_norm\.", "normalised queries and keys"),
-    (r"^norm_pre\.", "a norm before the blocks (CLIP)"),
-    (r"^attn_pool\.", "pooling by attention (SigLIP)"),
-)
+#: The other tower of a model of images and text, and what compares the two.
+_TEXT = re.compile(r"(text_model|text_projection|logit_scale|logit_bias)(?:\.|$)")
 
 
 class Renamed(NamedTuple):
     """A state dict under our names."""
 
     weights: dict[str, Tensor]  # float32
-    ignored: list[str]  # names, as in the file, of tensors that were left out
+    ignored: list[str]  # names, as in the file, of tensors that were left out; a text tower's once
     antialias: bool  # see `LoadedCheckpoint`
     unfit_head: str | None  # name and shape of a classifier among them
+    scheme: Scheme  # of the names in the file
 
 
 def rename_weights(tensors: Mapping[str, Tensor]) -> Renamed:
     """Return the encoder and its head under our names, in float32.
 
-    Raise ValueError if the tensors are not those of a plain ViT.
+    Raise ValueError if the tensors are not those of a supported ViT.
     """
     naming = detect_naming(tensors)
     weights: dict[str, Tensor] = {}
@@ -84,7 +47,9 @@ def rename_weights(tensors: Mapping[str, Tensor]) -> Renamed:
     ignored = []
     for name, tensor in tensors.items():
         new_name = _rename(name, naming)
-        if new_name is None:
+        if text := _TEXT.match(name):
+            ignored += [text[1]] * (text[1] not in ignored)
+        elif new_name is None:
             ignored.append(name)
         else:
             weights[new_name], original[new_name] = tensor.float(), name
@@ -93,25 +58,31 @@ def rename_weights(tensors: Mapping[str, Tensor]) -> Renamed:
     unfit = [name for name in ignored if name in removed or _CLASSIFIER.fullmatch(name)]
     unfit_head = f"{unfit[0]} {list(tensors[unfit[0]].shape)}" if unfit else None
     antialias = "reg_token" in weights  # DINOv2 with registers does, the other families do not
-    weights = _fuse_qkv(weights)
+    weights = _fuse_qkv(_complete(weights) if naming.scheme == "clip" else weights)
     weights = _pad_prefix_positions(weights)
     weights = _fold_unread_distillation_token(weights)
-    return Renamed(weights, ignored, antialias, unfit_head)
+    return Renamed(weights, ignored, antialias, unfit_head, naming.scheme)
 
 
 def _rename(name: str, naming: Naming) -> str | None:
     """Return our name, or None to ignore the tensor. Raise ValueError if it is not supported."""
+    names = SCHEMES[naming.scheme]
     if not name.startswith(naming.prefix):  # outside of the encoder
         module, _, kind = name.rpartition(".")
-        head = (_HEADS_HUGGING_FACE if naming.hugging_face else _HEADS_TIMM).get(module)
-        return f"{head}.{kind}" if head else None
-    inner = name.removeprefix(naming.prefix)
-    for pattern, feature in _UNSUPPORTED:
-        if re.search(pattern, inner):
-            raise ValueError(f"not supported: {feature} (tensor {name})")
-    for pattern, replacement in _RENAMES_HUGGING_FACE if naming.hugging_face else _RENAMES_TIMM:
-        inner = re.sub(pattern, replacement, inner)
+        kept = names.outside.get(module)
+        return f"{kept}.{kind}" if kept else None
+    inner = names.rename(name.removeprefix(naming.prefix))
     return None if _IGNORED.match(inner) else inner
+
+
+def _complete(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give CLIP's embeddings the dimensions of ours, and its patches a bias of zero."""
+    width = require_tensor(weights, "patch_embed.proj.weight", 4).shape[0]
+    complete = {"patch_embed.proj.bias": torch.zeros(width)} | weights
+    complete["pos_embed"] = require_tensor(weights, "pos_embed", 2)[None]
+    if "cls_token" in weights:
+        complete["cls_token"] = require_tensor(weights, "cls_token", 1)[None, None]
+    return complete
 
 
 def _remove_unfit_head(weights: dict[str, Tensor], naming: Naming) -> list[str]:
@@ -123,7 +94,7 @@ def _remove_unfit_head(weights: dict[str, Tensor], naming: Naming) -> list[str]:
     width = require_tensor(weights, "patch_embed.proj.weight", 4).shape[0]
     head = weights.get("head.weight")
     inputs = None if head is None else head.shape[1:]
-    dinov2 = naming.hugging_face or naming.prefix
+    dinov2 = naming.scheme == "hugging-face" or (naming.scheme == "timm" and naming.prefix)
     if inputs is None or inputs == (width,) or (dinov2 and inputs == (2 * width,)):
         return []
     return [name for name in ("head.weight", "head.bias") if weights.pop(name, None) is not None]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +29,13 @@ def infer_config(
     heads: int | None,
     norm_eps: float,
     pooling: Pooling | None = None,
+    stated: Mapping[str, Any] | None = None,
 ) -> ViTConfig:
     """Return the sizes that the shapes of `weights` imply; they do not imply heads and norm_eps.
 
     heads: None for the published models' number at that width. pooling: None for the one that the
-    names and shapes of norm and head imply. Raise ValueError if a tensor is missing or its shape
-    does not fit a ViT.
+    names and shapes of norm and head imply. stated: other fields of ViTConfig that no tensor shows.
+    Raise ValueError if a tensor is missing or its shape does not fit a ViT.
     """
     width, channels, patch_size, _ = require_tensor(weights, "patch_embed.proj.weight", 4).shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
@@ -43,6 +45,7 @@ def infer_config(
         raise ValueError(f"{patches} patches do not form a square grid; only those are supported")
     hidden = require_tensor(weights, "blocks.0.mlp.fc1.weight", 2).shape[0]
     has_head, has_registers = "head.weight" in weights, "reg_token" in weights
+    projects = "projection.weight" in weights
     return ViTConfig(
         image_size=math.isqrt(patches) * patch_size,
         patch_size=patch_size,
@@ -59,6 +62,9 @@ def infer_config(
         layer_scale="blocks.0.ls1.gamma" in weights,
         distilled=distilled,
         registers=require_tensor(weights, "reg_token", 3).shape[1] if has_registers else 0,
+        pre_norm="norm_pre.weight" in weights,
+        projection=require_tensor(weights, "projection.weight", 2).shape[0] if projects else 0,
+        **(stated or {}),
     )
 
 

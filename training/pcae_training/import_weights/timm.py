@@ -25,7 +25,7 @@ from pcae_serve.bundle.config_fields import (
 )
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import Pooling
-from pcae_training.import_weights.hugging_face import check_sizes
+from pcae_training.import_weights.description import check_sizes
 from pcae_training.import_weights.rename import Renamed
 from pcae_training.model import ViTConfig
 

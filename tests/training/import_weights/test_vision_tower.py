@@ -1,0 +1,116 @@
+"""config.json of CLIP's vision tower: understood, or refused by field."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pcae_export.source import SourceOverrides, read_source
+from pcae_training.checkpoint import CheckpointError
+from pcae_training.import_weights import LoadedCheckpoint, load_checkpoint
+from tests.support.families import build, write
+
+
+@pytest.fixture
+def folder(hugging_face: Any, tmp_path: Path) -> Path:
+    """Write a CLIP of two towers."""
+    return write(build(hugging_face, "clip"), tmp_path / "theirs")
+
+
+def edited(folder: Path, tower: dict[str, Any] | None = None, **changes: Any) -> LoadedCheckpoint:
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    content["vision_config"] |= tower or {}
+    file.write_text(json.dumps(content | changes))
+    return load_checkpoint(folder)
+
+
+def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    file = folder / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if name not in changes}
+    tensors |= {name: tensor for name, tensor in changes.items() if tensor is not None}
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("tower", "changes", "message"),
+    [
+        (
+            {"hidden_act": "relu"},
+            {},
+            r'config.json: vision_config: hidden_act is "relu"; supported',
+        ),
+        ({"mystery": 3}, {}, r'vision_config: field "mystery" \(3\) is not known; remove it'),
+        ({"num_hidden_layers": 4}, {}, "num_hidden_layers is 4, but the weights have 2"),
+        ({"image_size": 48}, {}, "image_size is 48, but the weights have 24"),
+        ({}, {"projection_dim": 5}, "projection_dim is 5, but the weights have 12"),
+        (
+            {},
+            {"architectures": ["CLIPForImageClassification"]},
+            r'architectures is \["CLIPForImageClassification"\]; supported: one of CLIPModel',
+        ),
+        ({}, {"mystery": 3}, r'config.json: field "mystery" \(3\) is not known; remove it'),
+        ({}, {"vision_config": 3}, "vision_config is 3; supported: an object"),
+        (
+            {},
+            {"vision_config_dict": {"num_attention_heads": 2, "num_hidden_layers": 4}},
+            "but the weights have 2",
+        ),
+    ],
+)
+def test_what_changes_an_answer_is_refused_by_name(
+    folder: Path, tower: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        edited(folder, tower, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_text_tower_is_left_out_and_named_once(folder: Path) -> None:
+    source = read_source(folder, SourceOverrides(normalise="half"))
+    [note] = source.notes
+    assert note == f"ignored in {folder}: logit_scale, text_model, text_projection"
+    assert source.checkpoint.answers == "features"
+    assert source.checkpoint.model.config.features == 12
+
+
+def test_old_files_have_the_tower_in_another_field(folder: Path) -> None:
+    tower = json.loads((folder / "config.json").read_text())["vision_config"]
+    found = edited(folder, {"hidden_act": "gelu"}, vision_config_dict=tower)
+    assert found.config.activation == "quick-gelu"
+
+
+def test_old_files_hold_the_numbers_of_positions(folder: Path) -> None:
+    name = "vision_model.embeddings.position_ids"
+    change_tensors(folder, **{name: torch.arange(37)[None]})
+    assert load_checkpoint(folder).config.classes == 0
+
+
+def test_a_projection_that_is_missing_is_not_passed_over(folder: Path) -> None:
+    change_tensors(folder, **{"visual_projection.weight": None})
+    with pytest.raises(CheckpointError, match=r"visual_projection\.weight is missing"):
+        load_checkpoint(folder)
+
+
+def test_a_projection_is_left_out_if_the_class_has_none(hugging_face: Any, tmp_path: Path) -> None:
+    write(build(hugging_face, "clip-projected"), tmp_path)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    for architectures, width in ((None, 12), (["CLIPVisionModel"], 16)):
+        file.write_text(json.dumps(content | {"architectures": architectures}))
+        assert load_checkpoint(tmp_path).config.features == width
+
+
+def test_tensors_without_their_configuration_are_refused(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"CLIP, but not its config\.json"):
+        load_checkpoint(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["beit", "clip_text_model", "siglip2", "swin", "eva"])
+def test_another_model_is_refused_by_its_type(folder: Path, kind: str) -> None:
+    with pytest.raises(CheckpointError, match=f'model_type is "{kind}"; supported: vit, deit,'):
+        edited(folder, model_type=kind)
