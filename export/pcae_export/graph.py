@@ -41,7 +41,7 @@ logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(loggin
 # it warns that torchvision is missing, which is not used here
 
 #: Modules of a model that stay in float32, for they cost little: all after the last block.
-TOP = ("norm", "fc_norm", "projection", "head", "head_dist")
+TOP = ("norm", "fc_norm", "attn_pool", "projection", "head", "head_dist")
 
 _MODEL = "model."  # prefix that `Elastic` adds to the names of weights
 _ATTENTION = "pcae::Attention"  # occurs only in a traced graph

@@ -43,6 +43,7 @@ PROCESSORS = {
     "DeiT": Defaults(256, True, 224, _BICUBIC, _HALF, _HALF),
     "Bit": Defaults(224, False, 224, _BICUBIC, _CLIP_MEAN, _CLIP_STD),
     "CLIP": Defaults(224, False, 224, _BICUBIC, _CLIP_MEAN, _CLIP_STD),
+    "Siglip": Defaults(224, True, None, _BICUBIC, _HALF, _HALF),
 }
 _NAMES = {
     f"{name}{kind}": defaults
@@ -58,6 +59,8 @@ PROCESSOR_OF_MODEL = {
     "dinov2_with_registers": "Bit",
     "clip": "CLIP",
     "clip_vision_model": "CLIP",
+    "siglip": "Siglip",
+    "siglip_vision_model": "Siglip",
 }
 
 

@@ -16,8 +16,9 @@ KeepRatio = float | str | Decimal | Fraction
 Rule = Literal["ptr", "ptr-normalised", "weighted", "merged", "random", "attention"]
 
 #: What the head reads: the norm of the mean over patches (MAE), the normed CLS token (DeiT), the
-#: mean over normed patches, or the normed CLS token followed by that mean (DINOv2's classifiers).
-Pooling = Literal["mean", "cls", "normed-mean", "cls-mean"]
+#: mean over normed patches, the normed CLS token followed by that mean (DINOv2's classifiers), or a
+#: learnt query's attention to normed patches (SigLIP).
+Pooling = Literal["mean", "cls", "normed-mean", "cls-mean", "attention"]
 
 #: Blocks, counted from 0, after which a 12-block classifier drops tokens (PCAE paper, section 3.4).
 REDUCTION_POINTS = (0, 7, 10)
@@ -80,6 +81,7 @@ class Geometry:
     prefix_tokens: int = 1  # CLS
     pooled_tokens: int = 1  # vectors of the width that the head reads
     projection: int = 0  # width that they are projected to before; 0: they are not
+    attention_pool: bool = False  # the patches are pooled by attention
     mlp_ratio: float = 4.0
     reduction_points: tuple[int, ...] = REDUCTION_POINTS
     reduction: Rule = "ptr"
@@ -121,11 +123,24 @@ class Geometry:
             if kept < left:
                 stages += self._stage_macs(tokens[block], left, kept)
             left = kept
-        top = self._top_macs()
+        top = self._pool_macs(counts) + self._head_macs()
         return round(self.patches * self.patch_values * d + blocks + stages + top)
 
-    def _top_macs(self) -> int:
-        """Return the multiply-adds after the blocks: of projection and head."""
+    def _pool_macs(self, counts: Sequence[int]) -> float:
+        """Return the multiply-adds of pooling by attention; a mean takes none.
+
+        The query is projected once. It attends to the patches and, if sizes count, to the means.
+        """
+        if not self.attention_pool:
+            return 0
+        d, falling = self.width, (self.patches, *counts)
+        keys = falling[-1]
+        if self.reduction == "weighted":
+            keys += sum(b < a for a, b in zip(falling, counts, strict=False))
+        return (2 + 2 * keys + 2 * self.mlp_ratio) * d * d + 2 * keys * d
+
+    def _head_macs(self) -> int:
+        """Return the multiply-adds of projection and head."""
         read = self.pooled_tokens * self.width
         if not self.projection:
             return read * self.classes

@@ -52,6 +52,10 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     },
     "bit": {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 27}, **CROP},
     "clip": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 27}, **CROP},
+    "siglip": {
+        "image_processor_type": "SiglipImageProcessor", "size": {"height": 24, "width": 24},
+        "resample": 2,
+    },
     "clip-integers": {
         "feature_extractor_type": "CLIPFeatureExtractor", "size": 28, "crop_size": 24
     },
@@ -84,7 +88,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 FAST = {
     ("vit", "vit-raw-values"), ("deit", "deit-integers"), ("dinov2", "bit"), ("multi-label", "vit"),
     ("single-label", "deit"), ("deit-distilled", "vit-signed"),
-    ("dinov2-registers", "bit-integers"), ("vit", "clip-integers"),
+    ("dinov2-registers", "bit-integers"), ("vit", "clip-integers"), ("vit", "siglip"),
 }  # fmt: skip
 
 

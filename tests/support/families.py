@@ -23,6 +23,11 @@ def pooled(model: Any, images: Tensor) -> Tensor:
     return found
 
 
+def logits(model: Any, images: Tensor) -> Tensor:
+    found: Tensor = model(images).logits
+    return found
+
+
 def embedded(model: Any, images: Tensor) -> Tensor:
     found: Tensor = model(images).image_embeds
     return found
@@ -42,19 +47,24 @@ TEXT: dict[str, Any] = {
     "vocab_size": 9,
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 1),
 }
-PAIR: dict[str, Any] = {"projection_dim": 12, "text_config": TEXT}
 WIDE: dict[str, Any] = {"intermediate_size": 40}
+PAIR: dict[str, Any] = {"text_config": TEXT, "vision_config": SIZES | WIDE}
+LABELS = {"id2label": {i: f"class {i}" for i in range(5)}}
 
 FAMILIES: Mapping[str, Member] = {
-    "clip": Member("CLIPModel", PAIR | {"vision_config": SIZES | WIDE}, of_pair),
+    "clip": Member("CLIPModel", PAIR | {"projection_dim": 12}, of_pair),
     "clip-tower": Member("CLIPVisionModel", WIDE | {"hidden_act": "gelu"}, pooled),
     "clip-projected": Member(
         "CLIPVisionModelWithProjection", WIDE | {"projection_dim": 12}, embedded
     ),
+    "siglip": Member("SiglipModel", PAIR, of_pair),
+    "siglip-tower": Member("SiglipVisionModel", WIDE, pooled),
+    "siglip-classifier": Member("SiglipForImageClassification", PAIR | LABELS, logits),
 }
 #: One of a real size per family, of up to 90 million parameters in the vision tower.
 REAL: Mapping[str, Member] = {
     "clip-b-32": Member("CLIPVisionModelWithProjection", {}, embedded),
+    "siglip-b-16": Member("SiglipVisionModel", {}, pooled),  # 93 million, the smallest published
 }
 
 

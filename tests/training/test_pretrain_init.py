@@ -124,6 +124,7 @@ def test_other_families_learn(
     ("sizes", "reason"),
     [
         ({"pre_norm": True, "projection": 8}, r"a norm before the blocks \(CLIP\)"),
+        ({"class_token": False, "pooling": "attention"}, r"no CLS token \(SigLIP\)"),
         ({"projection": 8}, "a projection of its features"),
     ],
 )

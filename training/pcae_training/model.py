@@ -5,114 +5,15 @@ of patches to keep after each stage.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from pcae_serve.bundle.tokens import REDUCTION_POINTS, Geometry, Pooling, Rule
+from pcae_training.attention_pool import AttentionPool
 from pcae_training.block import Block
-from pcae_training.mlp import Activation
-from pcae_training.model_limits import check_sizes
-from pcae_training.reduction import RULES, Tokens, reduce_tokens
-
-
-@dataclass(frozen=True)
-class ViTConfig:
-    """Sizes of a plain ViT; the defaults are ViT-B/16 at 224."""
-
-    image_size: int = 224
-    patch_size: int = 16
-    channels: int = 3
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    classes: int = 1000  # 0: no head, the model returns features
-    pooling: Pooling = "mean"
-    norm_eps: float = 1e-6  # timm, MAE and DeiT; torch's own default is 1e-5
-    reduction_points: tuple[int, ...] = REDUCTION_POINTS
-    reduction: Rule = "ptr"
-    qkv_bias: bool = True
-    layer_scale: bool = False  # a learnt scale on each branch (DINOv2)
-    distilled: bool = False  # DeiT's second token and head
-    registers: int = 0  # DINOv2's extra tokens, without positions
-    activation: Activation = "gelu"
-    pre_norm: bool = False  # a norm before the blocks (CLIP)
-    projection: int = 0  # width of features after a linear layer without bias (CLIP); 0: none
-
-    def __post_init__(self) -> None:
-        check_sizes(self)
-        if self.image_size % self.patch_size:
-            raise ValueError(f"patch size {self.patch_size} does not divide {self.image_size}")
-        if self.width % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide width {self.width}")
-        if self.width % 4:
-            raise ValueError(f"width {self.width} is not a multiple of 4")
-        points = self.reduction_points
-        if any(not 0 <= point < self.depth for point in points):
-            raise ValueError(f"reduction points {points} are outside the {self.depth} blocks")
-        if list(points) != sorted(set(points)):
-            raise ValueError(f"reduction points {points} must be in ascending order")
-        if self.reduction not in RULES:
-            raise ValueError(f"reduction {self.reduction!r} is not one of {', '.join(RULES)}")
-        if self.distilled and self.pooling != "cls":
-            raise ValueError("a distilled model must pool its CLS and distillation tokens")
-
-    @property
-    def hidden(self) -> int:
-        """Width inside the MLP."""
-        return round(self.width * self.mlp_ratio)
-
-    @property
-    def grid(self) -> int:
-        """Number of patches along one side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def positioned(self) -> int:
-        """Number of prefix tokens with a position embedding: CLS and distillation."""
-        return 1 + self.distilled
-
-    @property
-    def prefix(self) -> int:
-        """Number of tokens before the patches: CLS, distillation, registers; never dropped."""
-        return self.positioned + self.registers
-
-    @property
-    def pooled(self) -> int:
-        """Number of vectors of the model's width that the head reads."""
-        return 2 if self.pooling == "cls-mean" else 1
-
-    @property
-    def beyond_pretraining(self) -> str | None:
-        """What pretraining cannot do without changing the model, in words; None for nothing."""
-        if self.pre_norm:
-            return "a norm before the blocks (CLIP)"
-        return "a projection of its features" if self.projection else None
-
-    @property
-    def features(self) -> int:
-        """Width of the features, which the head reads."""
-        return self.projection or self.pooled * self.width
-
-    @property
-    def geometry(self) -> Geometry:
-        """The sizes that the token arithmetic needs."""
-        return Geometry(
-            patches=self.grid**2,
-            width=self.width,
-            depth=self.depth,
-            patch_values=self.channels * self.patch_size**2,
-            classes=self.classes,
-            prefix_tokens=self.prefix,
-            pooled_tokens=self.pooled,
-            projection=self.projection,
-            mlp_ratio=self.mlp_ratio,
-            reduction_points=self.reduction_points,
-            reduction=self.reduction,
-        )
+from pcae_training.reduction import Tokens, reduce_tokens
+from pcae_training.vit_config import ViTConfig as ViTConfig
 
 
 class PatchEmbed(nn.Module):
@@ -136,7 +37,8 @@ class VisionTransformer(nn.Module):
         self.config = config
         width = config.width
         self.patch_embed = PatchEmbed(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if config.class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         if config.distilled:
             self.dist_token = nn.Parameter(torch.zeros(1, 1, width))
         if config.registers:
@@ -161,6 +63,10 @@ class VisionTransformer(nn.Module):
             self.fc_norm = final_norm
         else:
             self.norm = final_norm
+        if config.pooling == "attention":
+            self.attn_pool = AttentionPool(
+                width, config.heads, config.hidden, config.norm_eps, config.activation
+            )
         if config.projection:
             self.projection = nn.Linear(config.pooled * width, config.projection, bias=False)
         read = config.features
@@ -272,7 +178,9 @@ class VisionTransformer(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Return prefix and patch tokens with positions, [B, prefix + n, D]."""
         patches = self.embed_patches(images)
-        x = torch.cat([self.prefix_tokens(images.shape[0]), patches], dim=1)
+        x = patches
+        if self.config.prefix:
+            x = torch.cat([self.prefix_tokens(images.shape[0]), patches], dim=1)
         return self.norm_pre(x) if self.config.pre_norm else x
 
     def embed_patches(self, images: Tensor) -> Tensor:
@@ -282,13 +190,14 @@ class VisionTransformer(nn.Module):
 
     def prefix_tokens(self, batch: int) -> Tensor:
         """Return CLS, distillation and register tokens; the first two have positions."""
-        tokens: Tensor = self.cls_token
-        if self.config.distilled:
-            tokens = torch.cat([tokens, self.dist_token], dim=1)
-        tokens = tokens + self.pos_embed[:, : self.config.positioned]
+        names = {"cls_token": self.config.class_token, "dist_token": self.config.distilled}
+        tokens = [getattr(self, name) for name, there in names.items() if there]
+        if tokens:
+            positions = self.pos_embed[:, : self.config.positioned]
+            tokens = [torch.cat(tokens, dim=1) + positions]
         if self.config.registers:
-            tokens = torch.cat([tokens, self.reg_token], dim=1)
-        return tokens.expand(batch, -1, -1)
+            tokens.append(self.reg_token)
+        return torch.cat(tokens, dim=1).expand(batch, -1, -1)
 
     def patch_features(self, images: Tensor) -> Tensor:
         """Return the normed patch tokens [B, n, D] of normalised images, none dropped."""
@@ -314,6 +223,9 @@ class VisionTransformer(nn.Module):
         normed = tokens._replace(x=self.norm(tokens.x))
         if self.config.pooling == "cls-mean":
             return torch.cat([normed.x[:, 0], normed.pool()], dim=1)
+        if self.config.pooling == "attention":
+            pooled = self.attn_pool(normed.image_tokens, normed.image_bias)
+            return pooled
         return normed.pool()
 
     def project(self, pooled: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ FIELDS = FieldTable(
         "num_register_tokens": WHOLE,
         "hidden_act": Field.only(*get_args(Activation)),
         "pre_norm": BOOLEAN,
+        "class_token": BOOLEAN,
         "projection_dim": WHOLE,
         "id2label": Field(
             "the names of classes 0, 1, 2, …, by number",
@@ -61,7 +62,12 @@ FIELDS = FieldTable(
 
 
 #: Values of fields that a file of a plain ViT does not have.
-DEFAULTS: Mapping[str, Any] = {"hidden_act": "gelu", "pre_norm": False, "projection_dim": 0}
+DEFAULTS: Mapping[str, Any] = {
+    "hidden_act": "gelu",
+    "pre_norm": False,
+    "class_token": True,
+    "projection_dim": 0,
+}
 
 
 class ModelDescription(NamedTuple):
@@ -99,6 +105,7 @@ def to_config(config: ViTConfig, labels: list[str], multi_label: bool = False) -
     changes = {
         "hidden_act": config.activation,
         "pre_norm": config.pre_norm,
+        "class_token": config.class_token,
         "projection_dim": config.projection,
     }
     content |= {name: value for name, value in changes.items() if value != DEFAULTS[name]}
@@ -134,6 +141,7 @@ def from_config(content: Mapping[str, Any], file: str = "config.json") -> ModelD
         registers=found.get("num_register_tokens", 0),
         activation=found.get("hidden_act", DEFAULTS["hidden_act"]),
         pre_norm=found.get("pre_norm", DEFAULTS["pre_norm"]),
+        class_token=found.get("class_token", DEFAULTS["class_token"]),
         projection=found.get("projection_dim", DEFAULTS["projection_dim"]),
     )
     return ModelDescription(config, labels, found.get("problem_type") == MULTI_LABEL)

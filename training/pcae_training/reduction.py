@@ -46,6 +46,16 @@ class Tokens(NamedTuple):
             return None
         return F.pad(self.sizes.log(), (self.prefix, 0))[:, None, None]
 
+    @property
+    def image_tokens(self) -> Tensor:
+        """The tokens that stand for the image, [B, K, D]: patches, and means whose size counts."""
+        return self.patch_tokens if self.sizes is None else self.x[:, self.prefix :]
+
+    @property
+    def image_bias(self) -> Tensor | None:
+        """[1 or B, 1, 1, K]: `attention_bias` of the image's tokens."""
+        return None if self.sizes is None else self.sizes.log()[:, None, None]
+
     def pool(self) -> Tensor:
         """Return the mean over the image's patches, [B, D].
 
@@ -54,7 +64,7 @@ class Tokens(NamedTuple):
         if self.sizes is None:
             return self.patch_tokens.mean(dim=1)
         share = self.sizes / self.sizes.sum(dim=1, keepdim=True)
-        return (self.x[:, self.prefix :].float() * share[..., None]).sum(dim=1).to(self.x.dtype)
+        return (self.image_tokens.float() * share[..., None]).sum(dim=1).to(self.x.dtype)
 
 
 def redundancy(patches: Tensor, normalised: bool = False, sizes: Tensor | None = None) -> Tensor:

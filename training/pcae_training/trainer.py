@@ -518,19 +518,19 @@ def parameter_groups(
 
     Biases, norms and single tokens have no decay (in pretraining MAE decays CLS and mask token).
     The rate of a layer is `layer_decay` times that of the layer above it: embeddings have the
-    lowest, final norm, projection and head the full one.
+    lowest, final norm, pooling, projection and head the full one.
     """
     depth = model.config.depth
     layer = {
         parameter: int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
         for name, parameter in model.named_parameters()
-        if not name.startswith(("head", "norm.", "fc_norm.", "projection."))
+        if not name.startswith(("head", "norm.", "fc_norm.", "attn_pool.", "projection."))
     }
     groups: dict[tuple[bool, int], dict[str, Any]] = {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim < 2 or name.endswith(("_token", "pos_embed"))
+        plain = parameter.ndim < 2 or name.endswith(("_token", "pos_embed", "latent"))
         level = layer.get(parameter, depth + 1)
         group = groups.setdefault(
             (plain, level),

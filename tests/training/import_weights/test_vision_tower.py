@@ -1,4 +1,4 @@
-"""config.json of CLIP's vision tower: understood, or refused by field."""
+"""config.json of the vision towers of CLIP and SigLIP: understood, or refused by field."""
 
 import json
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_old_files_hold_the_numbers_of_positions(folder: Path) -> None:
 
 def test_a_projection_that_is_missing_is_not_passed_over(folder: Path) -> None:
     change_tensors(folder, **{"visual_projection.weight": None})
-    with pytest.raises(CheckpointError, match=r"visual_projection\.weight is missing"):
+    with pytest.raises(CheckpointError, match="visual_projection is missing, which config"):
         load_checkpoint(folder)
 
 
@@ -108,6 +108,45 @@ def test_tensors_without_their_configuration_are_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"CLIP, but not its config\.json"):
         load_checkpoint(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tower", "changes", "message"),
+    [
+        ({"vision_use_head": False}, {}, "vision_use_head is false; supported: true"),
+        ({"model_type": "clip_vision_model"}, {}, "is not a tower of 'siglip'"),
+        (
+            {},
+            {"architectures": ["CLIPModel"]},
+            "\"CLIPModel\", which is not of model_type 'siglip'",
+        ),
+        ({"image_size": 26}, {}, "image_size is 26, which patches of 4 pixels do not fill"),
+    ],
+)
+def test_what_changes_an_answer_of_siglip_is_refused_by_name(
+    hugging_face: Any, tmp_path: Path, tower: Any, changes: Any, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        edited(write(build(hugging_face, "siglip"), tmp_path), tower, **changes)
+
+
+def test_a_classifier_of_siglip_reads_the_mean_of_its_patches(
+    hugging_face: Any, tmp_path: Path
+) -> None:
+    found = load_checkpoint(write(build(hugging_face, "siglip-classifier"), tmp_path))
+    assert found.config.pooling == "normed-mean"
+    assert found.labels == [f"class {i}" for i in range(5)]
+    assert found.ignored == ["vision_model.head"]
+    features = found.drop_head().config
+    assert (features.classes, features.pooling) == (0, "normed-mean")
+
+
+def test_a_pool_that_is_missing_is_not_passed_over(hugging_face: Any, tmp_path: Path) -> None:
+    folder = write(build(hugging_face, "siglip"), tmp_path)
+    names = [name for name in load_file(folder / "model.safetensors") if ".head." in name]
+    change_tensors(folder, **dict.fromkeys(names))
+    with pytest.raises(CheckpointError, match=r"vision_model\.head is missing, which config"):
+        load_checkpoint(folder)
 
 
 @pytest.mark.parametrize("kind", ["beit", "clip_text_model", "siglip2", "swin", "eva"])

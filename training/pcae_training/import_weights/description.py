@@ -96,6 +96,17 @@ class Family(NamedTuple):
         return (*self.without_head, *self.with_head)
 
 
+def family_of(found: Mapping[str, Any], families: Mapping[str, Family]) -> Family:
+    """Return the family of a model_type. Raise ValueError if the class is of another."""
+    kind = found["model_type"]
+    for name in found.get("architectures", ()):
+        if name not in families[kind].architectures:
+            raise ValueError(
+                f"{FILE}: architectures has {as_json(name)}, which is not of model_type {kind!r}"
+            )
+    return families[kind]
+
+
 @dataclass(frozen=True)
 class Description:
     """What config.json says of a model."""
@@ -146,6 +157,13 @@ class Description:
 
     def check(self, config: ViTConfig) -> None:
         """Raise ValueError if a size differs from that of the tensors."""
+        stated = self.sizes.get("image_size", config.image_size)
+        side = stated[0] if isinstance(stated, list) else stated
+        if side % config.patch_size:
+            raise ValueError(
+                f"{FILE}: image_size is {as_json(stated)}, which patches of {config.patch_size}"
+                " pixels do not fill; supported: a multiple"
+            )
         sizes = {
             "hidden_size": config.width,
             "num_hidden_layers": config.depth,

@@ -7,7 +7,7 @@ those of the tensors. An absent field has its default in `transformers` 5.
 from collections.abc import Mapping
 from typing import Any
 
-from pcae_serve.bundle.config_fields import BOOLEAN, POSITIVE, WHOLE, Field, FieldTable, as_json
+from pcae_serve.bundle.config_fields import BOOLEAN, POSITIVE, WHOLE, Field, FieldTable
 from pcae_training.import_weights.description import (
     ENCODER,
     FILE,
@@ -17,6 +17,7 @@ from pcae_training.import_weights.description import (
     Description,
     Family,
     check_sizes,
+    family_of,
     one_of,
 )
 from pcae_training.model import ViTConfig
@@ -77,10 +78,4 @@ class ViTDescription(Description):
 def read_config(content: Mapping[str, Any]) -> Description:
     """Read config.json. Raise ValueError with the field and its value if it is not supported."""
     found = FIELDS.check(FILE, content)
-    kind = found["model_type"]
-    for name in found.get("architectures", ()):
-        if name not in FAMILIES[kind].architectures:
-            raise ValueError(
-                f"{FILE}: architectures has {as_json(name)}, which is not of model_type {kind!r}"
-            )
-    return ViTDescription(found, FAMILIES[kind])
+    return ViTDescription(found, family_of(found, FAMILIES))

@@ -85,9 +85,14 @@ CLIP = Names(
         (r"\.layer_norm([12])\.", r".norm\1."),
         (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
         (r"\.self_attn\.out_proj\.", ".attn.proj."),
+        (r"^head\.probe$", "attn_pool.latent"),
+        (r"^head\.attention\.in_proj_", "attn_pool.qkv."),
+        (r"^head\.attention\.out_proj\.", "attn_pool.proj."),
+        (r"^head\.layernorm\.", "attn_pool.norm."),
+        (r"^head\.mlp\.", "attn_pool.mlp."),
     ),
-    outside={"visual_projection": "projection"},
-    unsupported=((r"^head\.", "pooling by attention (SigLIP)"),),
+    outside={"visual_projection": "projection", "classifier": "head"},
+    unsupported=(),
 )
 
 SCHEMES: Mapping[Scheme, Names] = {"timm": TIMM, "hugging-face": HUGGING_FACE, "clip": CLIP}

@@ -82,6 +82,10 @@ def _complete(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     complete["pos_embed"] = require_tensor(weights, "pos_embed", 2)[None]
     if "cls_token" in weights:
         complete["cls_token"] = require_tensor(weights, "cls_token", 1)[None, None]
+    for kind in ("weight", "bias"):  # of the pool, whose query is not a token
+        if (fused := complete.pop(f"attn_pool.qkv.{kind}", None)) is not None:
+            complete[f"attn_pool.q.{kind}"] = fused[:width]
+            complete[f"attn_pool.kv.{kind}"] = fused[width:]
     return complete
 
 
@@ -118,7 +122,8 @@ def _pad_prefix_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     n = positions.shape[1]
     if math.isqrt(n) ** 2 != n:
         return weights
-    return weights | {"pos_embed": F.pad(positions, (0, 0, 1 + ("dist_token" in weights), 0))}
+    prefix = ("cls_token" in weights) + ("dist_token" in weights)
+    return weights | {"pos_embed": F.pad(positions, (0, 0, prefix, 0))}
 
 
 def _fold_unread_distillation_token(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from pcae_training.import_weights.sizes import check_shapes, list_shapes
 from pcae_training.model import VisionTransformer, ViTConfig
 
 #: The only layers that may differ between checkpoint and model: an epoch is enough to train them.
-_TOP = re.compile(r"(?:norm|fc_norm|head|head_dist)\.")
+_TOP = re.compile(r"(?:norm|fc_norm|attn_pool|head|head_dist)\.")
 
 
 @dataclass
@@ -30,9 +30,9 @@ def fit_weights(loaded: LoadedCheckpoint, config: ViTConfig) -> FittedWeights:
     """Return the weights of `loaded` for a model of `config`.
 
     Positions are interpolated to another grid (bicubic), patch kernels resized by `resize_kernel`.
-    The head is left to its initialisation if the number of classes differs; head and final norm
-    are if the pooling differs. Raise CheckpointError, with the tensor's name and both shapes, if
-    anything else differs.
+    The head is left to its initialisation if the number of classes differs; head, final norm and
+    pooling by attention are if the pooling differs. Raise CheckpointError, with the tensor's name
+    and both shapes, if anything else differs.
     """
     if loaded.config.heads != config.heads:
         raise CheckpointError(

@@ -39,8 +39,8 @@ def infer_config(
     """
     width, channels, patch_size, _ = require_tensor(weights, "patch_embed.proj.weight", 4).shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    distilled = "dist_token" in weights
-    patches = require_tensor(weights, "pos_embed", 3).shape[1] - 1 - distilled
+    class_token, distilled = "cls_token" in weights, "dist_token" in weights
+    patches = require_tensor(weights, "pos_embed", 3).shape[1] - class_token - distilled
     if math.isqrt(patches) ** 2 != patches:
         raise ValueError(f"{patches} patches do not form a square grid; only those are supported")
     hidden = require_tensor(weights, "blocks.0.mlp.fc1.weight", 2).shape[0]
@@ -61,6 +61,7 @@ def infer_config(
         qkv_bias="blocks.0.attn.qkv.bias" in weights,
         layer_scale="blocks.0.ls1.gamma" in weights,
         distilled=distilled,
+        class_token=class_token,
         registers=require_tensor(weights, "reg_token", 3).shape[1] if has_registers else 0,
         pre_norm="norm_pre.weight" in weights,
         projection=require_tensor(weights, "projection.weight", 2).shape[0] if projects else 0,
@@ -71,6 +72,8 @@ def infer_config(
 def _implied_pooling(weights: Mapping[str, Tensor], width: int) -> Pooling:
     if "fc_norm.weight" in weights:
         return "mean"
+    if "attn_pool.latent" in weights:
+        return "attention"
     head = weights.get("head.weight")
     return "cls-mean" if head is not None and head.shape[1:] == (2 * width,) else "cls"
 
