@@ -107,7 +107,7 @@ def test_null_switches_a_step_off_as_in_transformers() -> None:
         ({"do_center_crop": True, "crop_size": None}, "crop_size is missing or null"),
         ({"do_pad": True}, "do_pad is true; supported: false"),
         ({"do_thumbnail": True}, r'field "do_thumbnail" \(true\) is not known'),
-        ({"image_processor_type": "CLIPImageProcessor"}, "image_processor_type is"),
+        ({"image_processor_type": "ConvNextImageProcessor"}, "image_processor_type is"),
         ({"auto_map": {"AutoImageProcessor": "mine.Mine"}}, 'field "auto_map"'),
     ],
 )
