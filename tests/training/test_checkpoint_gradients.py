@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pcae_serve.command import run
 from pcae_training import checkpoint as checkpoints
@@ -79,3 +79,44 @@ def test_the_flag_changes_no_weight(command: str, class_folders: Any, tmp_path: 
         states.append(checkpoints.load(out).model.state_dict())
     for one, other in zip(*(state.values() for state in states), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it, and hides this
+@pytest.mark.parametrize("flag", ["--precision=bf16", "--compile", "--freeze-first=0.5"])
+def test_it_changes_no_weight_with_other_flags(
+    flag: str, class_folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elastic budgets and drop path are on by default."""
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compile_block(self, backend="eager")
+    )
+    data, first = ["--data", str(class_folders(10)), "--holdout", "4"], str(tmp_path / "first")
+    assert run(Train, ["finetune", *data, "--out", first, *RUN, "--keep", "1.0"]) == 0
+    states = []
+    for name, extra in (("a", []), ("b", ["--checkpoint-gradients"])):
+        torch._dynamo.reset()
+        flags = ["--init", first, "--out", str(tmp_path / name), "--budgets", "1.0,0.6"]
+        flags += ["--epochs", "2", "--batch-size", "8", "--ramp-start", "0", flag, *extra]
+        assert run(Train, ["finetune", *data, *flags]) == 0
+        states.append(checkpoints.load(tmp_path / name).model.state_dict())
+    torch._dynamo.reset()
+    for one, other in zip(*(state.values() for state in states), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_estimate_of_a_dry_run_computes_again_too(
+    recompute: bool, class_folders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[bool] = set()
+
+    def watch(objective: nn.Module, *_: object) -> float:
+        seen.update(m.recompute for m in objective.modules() if isinstance(m, Block))
+        return 1.0
+
+    monkeypatch.setattr("pcae_training.trainer.measure_step", watch)
+    flags = ["--checkpoint-gradients"] * recompute
+    data = ["--data", str(class_folders(10)), "--holdout", "4"]
+    assert run(Train, ["finetune", *data, *RUN, "--keep", "1.0", "--dry-run", *flags]) == 0
+    assert seen == {recompute}

@@ -117,6 +117,8 @@ class Trainer:
         self.watch: FeatureWatch | None = None  # in the main process
         self.inventories = [inventory for inventory in inventories if inventory is not None]
         self.settings, self.objective, self.data, self.world = settings, objective, data, world
+        for block in (m for m in objective.modules() if isinstance(m, Block)):
+            block.recompute = settings.checkpoint_gradients  # also in the steps of `estimate`
         self.plan = Plan(settings, world, len(data))
         self.optimizer = torch.optim.AdamW(groups, lr=settings.peak_lr, betas=betas, fused=True)
         self.step = 0
@@ -134,9 +136,8 @@ class Trainer:
         settings, plan = self.settings, self.plan
         if slow := describe_slow(settings.precision, settings.device):
             print_lines(slow)
-        for block in (m for m in self.objective.modules() if isinstance(m, Block)):
-            block.recompute = settings.checkpoint_gradients
-            if settings.compile:
+        if settings.compile:
+            for block in (m for m in self.objective.modules() if isinstance(m, Block)):
                 block.compile()
         learner = self.objective
         if self.world.size > 1:
