@@ -1,6 +1,7 @@
 """A moving average of a model's weights."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,18 @@ class WeightAverage(nn.Module):
         self.decay, self.updates = decay, 0
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Take in the weights after an optimiser step, without waiting for the device."""
+    def update(self, module: nn.Module, parameters: Sequence[Tensor] | None = None) -> None:
+        """Take in the weights after an optimiser step, without waiting for the device.
+
+        parameters: those to take in, if they are not the module's own.
+        """
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        average(list(self.module.parameters()), list(module.parameters()), None)
-        for own, new in zip(self.module.buffers(), module.buffers(), strict=True):
-            own.copy_(new)
+        new = list(module.parameters() if parameters is None else parameters)
+        average(list(self.module.parameters()), new, None)
+        for own, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
+            own.copy_(buffer)
 
     def get_extra_state(self) -> Tensor:
         """Return the number of updates, int64, for the state dict."""

@@ -15,6 +15,13 @@ from torch import Tensor, nn
 
 from pcae_serve.errors import PcaeError, one_line
 from pcae_training import checkpoint as checkpoints
+from pcae_training.adapters import (
+    adapt,
+    describe_adapters,
+    load_merged,
+    merge,
+    merged_parameters,
+)
 from pcae_training.augment import Augmentation, Mixing
 from pcae_training.average import WeightAverage
 from pcae_training.best_epoch import BestEpoch
@@ -62,9 +69,12 @@ class Finetuning(nn.Module):
         self.budgets, self.weights = settings.budget_choice, dict(settings.budget_weights)
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", class_weights, persistent=False)
+        if settings.lora is not None:
+            alpha = settings.lora_alpha or settings.lora
+            adapt(self.model, settings.lora, alpha, settings.lora_targets, new)
         self.average: WeightAverage | None = None
         if settings.weight_ema:
-            self.average = WeightAverage(self.model, settings.weight_ema)
+            self.average = WeightAverage(self._plain, settings.weight_ema)
         self.frozen = self._find_frozen(new) if settings.frozen_share else []
         if settings.freeze:
             self._set_frozen(progress=0.0)
@@ -84,17 +94,22 @@ class Finetuning(nn.Module):
         )
 
     @property
+    def _plain(self) -> VisionTransformer:
+        """The model that is trained, its adapters merged."""
+        return self.model if self.settings.lora is None else merge(self.model)
+
+    @property
     def kept(self) -> VisionTransformer:
         """The model that is evaluated, saved and exported: the average, if there is one."""
         if self.average is None:
-            return self.model
+            return self._plain
         model = self.average.module
         assert isinstance(model, VisionTransformer)
         return model
 
     @property
     def kept_prefix(self) -> str:
-        """The prefix, in the state dict, of what the checkpoint holds."""
+        """The prefix, in the state dict, of what the checkpoint holds, if it is the same there."""
         return "model." if self.average is None else "average.module."
 
     @property
@@ -139,10 +154,10 @@ class Finetuning(nn.Module):
         return torch.stack(losses).mean()
 
     def _find_frozen(self, new: Collection[str]) -> list[nn.Parameter]:
-        """Return the parameters that --init provides, without the head."""
+        """Return the parameters that --init provides and that may be trained, without the head."""
         parameters = dict(self.model.named_parameters())
         trained = [name for name in parameters if name in new or name.startswith("head")]
-        return [value for name, value in parameters.items() if name not in trained]
+        return [p for name, p in parameters.items() if name not in trained and p.requires_grad]
 
     def _set_frozen(self, progress: float) -> None:
         """Freeze or release the weights of --init; the same at any progress of a resumed run."""
@@ -165,12 +180,12 @@ class Finetuning(nn.Module):
     def macs(self, progress: float) -> float:
         """Return the expected multiply-adds of a training step for one image.
 
-        Forward and backward count as three forward passes, of frozen weights as one. Teachers are
-        not counted.
+        Forward and backward count as three forward passes, with adapters as two, of frozen weights
+        as one. Teachers are not counted, nor are the adapters themselves.
         """
         geometry, settings = self.model.config.geometry, self.settings
         costs = {k: float(geometry.macs(geometry.counts(k))) for k in settings.ramp}
-        passes = 1 if progress < settings.frozen_share else 3
+        passes = 1 if progress < settings.frozen_share else 3 if settings.lora is None else 2
         macs = passes * self.budgets.macs(costs, progress)
         if settings.distil and settings.distil_from == "average":
             allowed = self.budgets.allowed(progress)
@@ -181,8 +196,12 @@ class Finetuning(nn.Module):
 
     def after_step(self) -> None:
         """Update the moving average, if there is one."""
-        if self.average is not None:
-            self.average.update(self.model)
+        if self.average is None:
+            return
+        merged = None
+        if self.settings.lora is not None:
+            merged = list(merged_parameters(self.model).values())
+        self.average.update(self.model, merged)
 
     def after_epoch(self, world: World) -> Mapping[str, Mapping[str, float]]:
         """Return the held-out score at the largest and the smallest budget."""
@@ -219,7 +238,10 @@ class Finetuning(nn.Module):
 
     def take(self, epoch: int, best: VisionTransformer) -> None:
         """Replace the weights to keep by those of an epoch."""
-        self.kept.load_state_dict(best.state_dict())
+        if self.average is None:
+            load_merged(self.model, best)
+        else:
+            self.kept.load_state_dict(best.state_dict())
         self.selected = epoch
 
 
@@ -242,8 +264,8 @@ def finetune(settings: FinetuneSettings) -> dict[float, Headline] | None:
             objective.to(world.device)
         except ValueError as error:  # flags that only fit larger images
             raise PcaeError(one_line(error)) from None
-        decay = settings.layer_decay or (0.65 if settings.init else 1.0)
-        groups = parameter_groups(objective, objective.model, settings.weight_decay, decay)
+        decay, of_layers = settings.weight_decay, settings.decay_of_layers
+        groups = parameter_groups(objective, objective.model, decay, of_layers)
         used = [data.inventory, *([holdout.inventory] if settings.eval_data else [])]
         best = BestEpoch(settings.patience) if settings.select == "best" else None
         trainer = Trainer(settings, objective, groups, (0.9, 0.999), data, world, used, best)
@@ -254,6 +276,8 @@ def finetune(settings: FinetuneSettings) -> dict[float, Headline] | None:
             estimate = trainer.estimate()
             if world.main:
                 print(*describe(trainer.plan, objective, settings.ratios), sep="\n")
+                if settings.lora is not None:
+                    print(f"adapters   {describe_adapters(objective.model)}")
                 print(f"time       {estimate}, for the training steps alone")
             return {}
         if not trainer.run():

@@ -9,11 +9,11 @@ from pydantic_settings import NoDecode
 from pcae_serve.bundle.tokens import Rule
 from pcae_serve.flags import Metavar
 from pcae_serve.sources.names import ModelName
+from pcae_training.adapter_settings import AdapterSettings
 from pcae_training.budget_choice import BudgetChoice
 from pcae_training.class_weights import ClassWeights, read_weights
 from pcae_training.evaluate import read_ratios
 from pcae_training.holdout_settings import HoldoutSettings
-from pcae_training.init_settings import InitSettings
 from pcae_training.schedule import keep_ratio_ramp
 from pcae_training.settings import RunSettings
 
@@ -54,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class FinetuneSettings(HoldoutSettings, InitSettings):
+class FinetuneSettings(HoldoutSettings, AdapterSettings):
     """Fine-tune on labelled images, for one keep ratio or for all budgets.
 
     The defaults are MAE's recipe and the paper's ramp.
@@ -63,7 +63,8 @@ class FinetuneSettings(HoldoutSettings, InitSettings):
     flag_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **RunSettings.flag_groups,
         "run": (
-            "preset", "init", "weights", "freeze", "freeze_first", *RunSettings.flag_groups["run"],
+            "preset", "init", "weights", "freeze", "freeze_first", "lora", "lora_targets",
+            "lora_alpha", *RunSettings.flag_groups["run"],
         ),
         "evaluation": (
             "eval_data", "eval_split", "holdout", "group", "fold", "select", "patience",
@@ -203,7 +204,7 @@ class FinetuneSettings(HoldoutSettings, InitSettings):
         gt=0,
         le=1,
         description="learning rate of a layer over that of the layer above; default: 0.65 with"
-        " --init, else 1",
+        " --init and without --lora, else 1",
     )
     drop_path: float = Field(
         0.1, ge=0, lt=1, description="stochastic depth: drop rate of the last block; 0 = off"
@@ -231,6 +232,8 @@ class FinetuneSettings(HoldoutSettings, InitSettings):
         preset = dict(preset)
         if given.get("freeze") or given.get("init") is None:
             del preset["freeze_first"]
+        if given.get("lora"):
+            del preset["layer_decay"]
         return preset | given
 
     @model_validator(mode="after")
@@ -263,6 +266,10 @@ class FinetuneSettings(HoldoutSettings, InitSettings):
             raise ValueError("--freeze keeps the weights of --init, which is missing")
         if self.freeze and self.freeze_first:
             raise ValueError("--freeze holds for the whole run; omit --freeze-first")
+        if self.freeze and self.lora is not None:
+            raise ValueError(
+                "--freeze trains no adapters; omit it or --lora (the head first: --freeze-first)"
+            )
         if self.patience is not None and "select" not in self.model_fields_set:
             self.select = "best"
         if self.patience is not None and self.select != "best":
@@ -295,6 +302,12 @@ class FinetuneSettings(HoldoutSettings, InitSettings):
         if self.keep is not None:
             return keep_ratio_ramp(self.keep)
         return self.budgets if self.budgets[0] == 1.0 else (1.0, *self.budgets)
+
+    @property
+    def decay_of_layers(self) -> float:
+        """The learning rate of a layer over that of the layer above."""
+        whole = self.init is not None and self.lora is None
+        return self.layer_decay or (0.65 if whole else 1.0)
 
     @property
     def frozen_share(self) -> float:

@@ -107,7 +107,7 @@ def describe(plan: Plan, objective: Any, budgets: tuple[float, ...] = ()) -> Ite
     config, geometry = objective.model.config, objective.model.config.geometry
     settings = plan.settings
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    own = sum(p.numel() for p in objective.model.parameters())
+    own = sum(p.numel() for p in objective.checkpoint().model.parameters())
     yield (
         f"model      ViT, {config.image_size} px in patches of {config.patch_size}"
         f" ({geometry.patches} patches), width {config.width}, depth {config.depth},"

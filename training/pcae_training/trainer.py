@@ -62,7 +62,10 @@ class Objective(Protocol):
 
     @property
     def kept_prefix(self) -> str:
-        """The prefix, in the state dict, of the weights that the checkpoint holds."""
+        """The prefix, in the state dict, of the weights that the checkpoint holds.
+
+        The state to resume from has those of them that are others in the checkpoint.
+        """
         ...
 
     @property
@@ -353,10 +356,12 @@ class Trainer:
         if not self.world.main:
             return
         checkpoint = self._checkpoint()
+        prefix, kept = self.objective.kept_prefix, checkpoint.model.state_dict()
+        held = {f"{prefix}{name}": value for name, value in kept.items()}
         state = {
             f"objective/{name}": value
             for name, value in self.objective.state_dict().items()
-            if not name.startswith(self.objective.kept_prefix)  # in the checkpoint itself
+            if name not in held or not torch.equal(value, held[name])
         }
         for name, parameter in self.objective.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
