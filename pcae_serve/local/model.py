@@ -11,14 +11,13 @@ from typing import Any, Literal, Self, TypeVar, overload
 from pcae_serve import schemas
 from pcae_serve.bundle.preprocess import MAX_PIXELS
 from pcae_serve.bundle.reader import demo_path, load_bundle
-from pcae_serve.engines.base import BACKEND_NOTES
 from pcae_serve.errors import InvalidParameter, TaskNotSupported
 from pcae_serve.local.deadlines import POLICY
 from pcae_serve.local.image_source import ImageLike, is_image, is_sequence
 from pcae_serve.local.runner import Answered, Outcome, Runner, open_runner
 from pcae_serve.runtime import results
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
-from pcae_serve.runtime.tier_info import describe_tier
+from pcae_serve.runtime.tier_info import describe_bundle
 from pcae_serve.settings import CACHE_DIR, MAX_BATCH
 from pcae_serve.sources.locate import locate_bundle
 
@@ -222,26 +221,15 @@ class Model:
         Latencies are included once a call had a budget.
         """
         self._runner.require_usable()
-        bundle, engine, forecast = self._runner.bundle, self._runner.engine, self._runner.forecast()
-        return schemas.Tiers(
-            bundle=bundle.manifest.name,
-            digest=bundle.digest,
-            backend=engine.name,
-            backend_version=engine.version,
-            backend_note=BACKEND_NOTES.get(engine.name),
-            device=engine.device,
+        runner = self._runner
+        return describe_bundle(
+            runner.bundle,
+            runner.engine,
+            runner.forecast(),
+            runner.max_batch,
+            device=runner.engine.device,
             policy=POLICY,
             budget_ms=inf,
-            image_size=bundle.image_size,
-            resize=bundle.preprocess.resize,
-            squash=bundle.preprocess.squash,
-            answers=bundle.answers,
-            width=bundle.width,
-            labels=list(bundle.labels),
-            tiers=[
-                describe_tier(bundle, i, engine, forecast, self._runner.max_batch)
-                for i in range(len(bundle.tiers))
-            ],
         )
 
     def close(self) -> None:

@@ -1,12 +1,51 @@
 """A bundle's tiers as the documents of schemas, for the REST API and `pcae_serve.load`."""
 
+from collections.abc import Collection
+
 from pcae_serve import schemas
 from pcae_serve.bundle.reader import Bundle
-from pcae_serve.engines.base import GPU_BACKENDS, Engine
+from pcae_serve.engines.base import BACKEND_NOTES, GPU_BACKENDS, Engine
 from pcae_serve.scheduling.latency import Forecast
 
 #: Batch sizes whose latencies are reported.
 LATENCY_BATCHES = (1, 8)
+
+
+def describe_bundle(
+    bundle: Bundle,
+    engine: Engine,
+    forecast: Forecast | None,
+    max_batch: int,
+    *,
+    device: str,
+    policy: str,
+    budget_ms: float,
+    disabled: Collection[int] = (),
+) -> schemas.Tiers:
+    """Return a bundle, what runs it and its tiers, the cheapest first.
+
+    forecast: None if latencies are not measured. disabled: indices of the tiers out of service.
+    """
+    return schemas.Tiers(
+        bundle=bundle.manifest.name,
+        digest=bundle.digest,
+        backend=engine.name,
+        backend_version=engine.version,
+        backend_note=BACKEND_NOTES.get(engine.name),
+        device=device,
+        policy=policy,
+        budget_ms=budget_ms,
+        image_size=bundle.image_size,
+        resize=bundle.preprocess.resize,
+        squash=bundle.preprocess.squash,
+        answers=bundle.answers,
+        width=bundle.width,
+        labels=list(bundle.labels),
+        tiers=[
+            describe_tier(bundle, i, engine, forecast, max_batch, in_service=i not in disabled)
+            for i in range(len(bundle.tiers))
+        ],
+    )
 
 
 def describe_tier(

@@ -4,6 +4,7 @@ A page loads files of this server alone. `PREFIX` in it stands for the prefix of
 """
 
 import html
+from functools import cache
 from importlib import resources
 
 #: Folder of the files that pages load.
@@ -36,5 +37,10 @@ def documentation(prefix: str) -> str:
 
 
 def _page(name: str, prefix: str) -> str:
-    text = FOLDER.joinpath(name).read_text(encoding="utf-8")
-    return text.replace("PREFIX", html.escape(prefix))
+    return _read(name).replace("PREFIX", html.escape(prefix))
+
+
+@cache
+def _read(name: str) -> str:
+    """Return the text of a file; read once, because the event loop waits for it."""
+    return FOLDER.joinpath(name).read_text(encoding="utf-8")

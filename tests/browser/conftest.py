@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.server_process import server
 
-#: What a visit may end with, instead of passing unseen.
+#: What each page looked like at the end of its test.
 SCREENSHOTS = Path("browser-screenshots")
 
 

@@ -25,6 +25,7 @@ from pcae_training.finetune_start import prepare
 from pcae_training.probe import ProbeSettings, run_probe
 from pcae_training.sample_rng import SampleRng
 from pcae_training.task import choose_task
+from pcae_training.teacher import load_teachers
 
 SIZES: dict[str, Any] = {
     "image_size": 8, "patch_size": 2, "width": 8, "heads": 2, "depth": 11,
@@ -123,6 +124,12 @@ def test_the_commands(tune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_teacher_of_independent_labels(tune: Any, tmp_path: Path) -> None:
     finetune(tune("teacher"))
+    learner = checkpoints.load(tmp_path / "teacher")
+    teachers = load_teachers([str(tmp_path / "teacher")], learner, torch.device("cpu"))
+    assert teachers is not None
+    images = torch.rand(3, 3, 8, 8)
+    expected = learner.model(images).sigmoid()  # they do not sum to one
+    torch.testing.assert_close(teachers(images), expected, rtol=1e-4, atol=1e-5)
     found: Any = finetune(tune("student", teacher=[tmp_path / "teacher"]))
     assert found[1.0].n == 12
 

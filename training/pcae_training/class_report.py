@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pcae_serve.bundle.quality import wilson_interval
+from pcae_training import interval_text
 from pcae_training.score import Score
 from pcae_training.text_table import align_columns
 
@@ -115,8 +116,9 @@ class ClassReport:
         worst = sorted(measured, key=lambda figures: figures.recall or 0.0)[:MAX_LISTED]
         rows = [("class", "images", "recall % [95 %]", "precision %", "F1 %")]
         for each in worst:
-            low, high = (100 * bound for bound in each.recall_interval or (0.0, 0.0))
-            recall = f"{percent(each.recall)} [{low:.1f}, {high:.1f}]"
+            recall = interval_text.percent(
+                each.recall or 0.0, each.recall_interval or (0.0, 0.0), digits=1
+            )
             row = (each.name, f"{each.images:,}", recall, percent(each.precision))
             rows.append((*row, percent(each.f1)))
         lines = align_columns(rows)

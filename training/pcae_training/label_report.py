@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pcae_training import interval_text
 from pcae_training.class_report import MAX_LISTED, ClassFigures, percent
 from pcae_training.label_score import THRESHOLD, LabelScore
 from pcae_training.text_table import align_columns
@@ -40,8 +41,9 @@ class LabelReport:
         measured = [(figures, value) for figures, value in pairs if figures.images]
         rows = [("label", "images", "AP %", "recall % [95 %]", "precision %", "F1 %")]
         for each, value in sorted(measured, key=lambda pair: pair[1])[:MAX_LISTED]:
-            low, high = (100 * bound for bound in each.recall_interval or (0.0, 0.0))
-            recall = f"{percent(each.recall)} [{low:.1f}, {high:.1f}]"
+            recall = interval_text.percent(
+                each.recall or 0.0, each.recall_interval or (0.0, 0.0), digits=1
+            )
             row = (each.name, f"{each.images:,}", percent(value), recall)
             rows.append((*row, percent(each.precision), percent(each.f1)))
         lines = align_columns(rows)

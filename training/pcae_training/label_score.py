@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pcae_training.interval_text import percent, points
+
 #: A label is given to an image if its probability is at least this.
 THRESHOLD = 0.5
 
@@ -28,8 +30,7 @@ class MeanPrecision:
     n: int
 
     def __str__(self) -> str:
-        low, high = (100 * bound for bound in self.interval)
-        return f"{100 * self.value:.2f} % [{low:.2f}, {high:.2f}] of {self.n:,}"
+        return f"{percent(self.value, self.interval, ' %')} of {self.n:,}"
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class PrecisionDifference:
     interval: tuple[float, float]  # 95 %, of paired resamples
 
     def __str__(self) -> str:
-        low, high = (100 * bound for bound in self.interval)
-        return f"{100 * self.value:+.2f} [{low:+.2f}, {high:+.2f}] points"
+        return points(self.value, self.interval)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +106,8 @@ class LabelScore:
 
     def cells(self) -> tuple[str, ...]:
         """Return the text of each of `columns`."""
-        low, high = (100 * bound for bound in self.headline.interval)
         return (
-            f"{100 * self.headline.value:.2f} [{low:.2f}, {high:.2f}]",
+            percent(self.headline.value, self.headline.interval),
             f"{100 * self.micro_f1:.2f}",
             f"{100 * self.macro_f1:.2f}",
         )

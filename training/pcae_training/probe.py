@@ -29,6 +29,7 @@ from pcae_training.data_settings import DataSettings
 from pcae_training.evaluate import Ratios, choose_ratios, normalise, row_noise
 from pcae_training.holdout_settings import HoldoutSettings, divide
 from pcae_training.import_weights import WeightsChoice, build_checkpoint, load_checkpoint
+from pcae_training.interval_text import percent
 from pcae_training.inventory import print_inventory, print_lines
 from pcae_training.number_format import (
     PRECISION_HELP,
@@ -152,9 +153,9 @@ class Probe:
         rows = [("keep", "GMACs", *(f"{method} top-1 % [95 %]" for method in methods))]
         for ratio, scores in self.scores.items():
             macs = self.geometry.macs(self.geometry.counts(ratio))
-            cells = (_cell(scores[method].top1) for method in methods)
+            cells = (_text(scores[method]) for method in methods)
             rows.append((f"{ratio:g}", f"{macs / 1e9:.3f}", *cells))
-        cells = (_cell(self.baseline[method].top1) for method in methods)
+        cells = (_text(self.baseline[method]) for method in methods)
         rows.append(("pixels", "-", *cells))
         title = f"{self.n:,} held-out images of {self.data}, readouts of {self.trained_on:,}"
         return "\n".join([title, *align_columns(rows)])
@@ -246,9 +247,8 @@ def _pixels(images: LabelledImages) -> Tensor:
     return torch.cat(small)
 
 
-def _cell(top1: Top1) -> str:
-    low, high = (100 * bound for bound in top1.interval)
-    return f"{100 * top1.value:.2f} [{low:.2f}, {high:.2f}]"
+def _text(score: Score) -> str:
+    return percent(score.top1.value, score.top1.interval)
 
 
 def _share(share: Top1 | Difference) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pcae_serve.bundle.quality import wilson_interval
+from pcae_training.interval_text import percent, points
 
 #: Confidence bins of the calibration error, of equal width (Guo et al. 2017).
 BINS = 15
@@ -37,8 +38,7 @@ class Top1:
         return wilson_interval(self.value, self.n)
 
     def __str__(self) -> str:
-        low, high = (100 * bound for bound in self.interval)
-        return f"{100 * self.value:.2f} % [{low:.2f}, {high:.2f}] of {self.n:,}"
+        return f"{percent(self.value, self.interval, ' %')} of {self.n:,}"
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ class Difference:
         return max(-1.0, centre - half), min(1.0, centre + half)
 
     def __str__(self) -> str:
-        low, high = (100 * bound for bound in self.interval)
-        return f"{100 * self.value:+.2f} [{low:+.2f}, {high:+.2f}] points"
+        return points(self.value, self.interval)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,9 +147,8 @@ class Score:
 
     def cells(self) -> tuple[str, ...]:
         """Return the text of each of `columns`."""
-        low, high = (100 * bound for bound in self.top1.interval)
         return (
-            f"{100 * self.top1.value:.2f} [{low:.2f}, {high:.2f}]",
+            percent(self.top1.value, self.top1.interval),
             "-" if self.top5 is None else f"{100 * self.top5.value:.2f}",
             f"{100 * self.calibration_error:.2f}",
         )

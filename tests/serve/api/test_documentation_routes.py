@@ -57,6 +57,15 @@ def test_they_may_be_off(
         problem(client.get(page, headers={"X-API-Key": KEY}), 404)
 
 
+def test_what_may_be_tried_again_says_when(
+    settings: MakeSettings, small_bundle: Bundle, gate: Gate
+) -> None:
+    with documented(settings, small_bundle, gate, "open") as client:
+        responses = client.get("/openapi.json").json()["paths"]["/classify"]["post"]["responses"]
+    timed = {status for status, each in responses.items() if "Retry-After" in each["headers"]}
+    assert timed == {"429", "503"}
+
+
 def test_the_document_does_not_list_itself(
     settings: MakeSettings, small_bundle: Bundle, gate: Gate
 ) -> None:

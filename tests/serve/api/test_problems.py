@@ -185,7 +185,7 @@ def test_out_of_memory_anywhere_in_a_route_is_503(
     def no_memory(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    for target in ("runtime.results.classification", "api.tier_routes._tier"):
+    for target in ("runtime.results.classification", "api.tier_routes.describe_bundle"):
         monkeypatch.setattr(f"pcae_serve.{target}", no_memory)
     method = "POST" if path == "/classify" else "GET"
     refused = client.request(method, path, content=image_bytes() if method == "POST" else None)
