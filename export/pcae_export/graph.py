@@ -33,6 +33,7 @@ from pcae_training.block import Attention, Block
 from pcae_training.evaluate import normalise
 from pcae_training.model import VisionTransformer
 from pcae_training.reduction import fixed_order, reduce_tokens
+from pcae_training.rotary import Rotation
 
 OPSET = 20
 BFLOAT16_OPSET = 22  # the first whose convolution supports bfloat16
@@ -93,7 +94,8 @@ class Elastic(nn.Module):
             reduces, scores = i in model.config.reduction_points, None
             if reduces:
                 scores = model.scores(cast(Block, block), tokens, getattr(self, "order", None))
-            tokens = tokens._replace(x=block(tokens.x, bias=tokens.attention_bias))
+            x = block(tokens.x, bias=tokens.attention_bias, rotation=tokens.rotation)
+            tokens = tokens._replace(x=x)
             if reduces:
                 count = token_counts[len(kept)]
                 dropped = left - count  # a tensor: a number would specialise the graph to one case
@@ -141,8 +143,13 @@ class _Float32Norm(nn.LayerNorm):
 class _NamedAttention(Attention):
     """Attention as one symbolic operator, which `_plain` and `_fused` expand."""
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # each [B, N, D], heads concatenated
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, rotation: Rotation | None = None
+    ) -> Tensor:
+        if rotation is None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)  # each [B, N, D], heads concatenated
+        else:
+            q, k, v = (part.flatten(2) for part in self.project(x, rotation))
         mixed = torch.onnx.ops.symbolic(
             _ATTENTION,
             [q, k, v] if bias is None else [q, k, v, bias],
@@ -178,9 +185,9 @@ def trace(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
         )
     assert program is not None  # None only with dynamo=False
     traced: ir.Model = program.model
-    graph = traced.graph
+    graph, weights = traced.graph, {f"{_MODEL}{name}" for name in model.state_dict()}
     for name, value in list(graph.initializers.items()):
-        if name.startswith(_MODEL):
+        if name in weights:  # constants, such as the angles of rotary positions, stay
             del graph.initializers[name]
             value.name, value.const_value = name.removeprefix(_MODEL), None
             graph.inputs.append(value)

@@ -29,6 +29,7 @@ from pcae_serve.engines.base import Pixels
 from pcae_serve.errors import PcaeError
 from pcae_training.block import Attention
 from pcae_training.checkpoint import Checkpoint
+from pcae_training.rotary import Rotation
 
 Half = Literal["float16", "bfloat16"]
 
@@ -139,8 +140,10 @@ def _run(computed: Elastic, pixels: Pixels, tokens: Sequence[int], values: "_Val
 class _PlainAttention(Attention):
     """Attention in the operators of the graphs for TensorRT, which round the most."""
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        q, k, v = self.split(x)
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, rotation: Rotation | None = None
+    ) -> Tensor:
+        q, k, v = self.split(x, rotation)
         scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).float()  # [B, heads, N, N]
         if bias is not None:
             scores = scores + bias

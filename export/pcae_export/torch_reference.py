@@ -98,13 +98,13 @@ class _Margins:
         prefix = self._model.config.prefix
 
         def hook(block: nn.Module, inputs: tuple[Any, ...], x: Tensor) -> None:
-            before, _, bias = inputs
+            before, _, bias, rotation = inputs
             patches, sizes = x[:, prefix : prefix + n], None
             if rule == "random":  # ranks are integers, never close
                 return
             if rule == "attention":
                 assert isinstance(block, Block)
-                scores = -block.attention_received(before)[:, prefix : prefix + n]
+                scores = -block.attention_received(before, rotation)[:, prefix : prefix + n]
             else:
                 if rule == "merged" and bias is not None:
                     sizes = bias[:, 0, 0, prefix:].exp()

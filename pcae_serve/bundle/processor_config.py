@@ -35,6 +35,7 @@ class Defaults(NamedTuple):
 
 _HALF = (0.5, 0.5, 0.5)
 _BICUBIC = Image.Resampling.BICUBIC
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 #: By the processor's name, without "ImageProcessor" or "FeatureExtractor".
@@ -44,6 +45,9 @@ PROCESSORS = {
     "Bit": Defaults(224, False, 224, _BICUBIC, _CLIP_MEAN, _CLIP_STD),
     "CLIP": Defaults(224, False, 224, _BICUBIC, _CLIP_MEAN, _CLIP_STD),
     "Siglip": Defaults(224, True, None, _BICUBIC, _HALF, _HALF),
+    "DINOv3ViT": Defaults(
+        224, True, None, Image.Resampling.BILINEAR, _IMAGENET_MEAN, _IMAGENET_STD
+    ),
 }
 _NAMES = {
     f"{name}{kind}": defaults
@@ -61,6 +65,7 @@ PROCESSOR_OF_MODEL = {
     "clip_vision_model": "CLIP",
     "siglip": "Siglip",
     "siglip_vision_model": "Siglip",
+    "dinov3_vit": "DINOv3ViT",
 }
 
 

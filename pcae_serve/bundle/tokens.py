@@ -83,6 +83,7 @@ class Geometry:
     projection: int = 0  # width that they are projected to before; 0: they are not
     attention_pool: bool = False  # the patches are pooled by attention
     mlp_ratio: float = 4.0
+    mlp_layers: int = 2  # linear layers of the MLP; 3 if it is gated
     reduction_points: tuple[int, ...] = REDUCTION_POINTS
     reduction: Rule = "ptr"
 
@@ -110,12 +111,13 @@ class Geometry:
     def macs(self, counts: Sequence[int]) -> int:
         """Return the multiply-adds for one image.
 
-        A block of N tokens and width D costs (4 + 2r)*N*D^2 + 2*N^2*D, where r is the MLP ratio
-        (12*N*D^2 at r = 4). A stage that drops patches adds the matrix products of its rule (see
-        `_stage_macs`). Norms, softmax and cosines with the mean (below 0.02 %) are left out, as in
+        A block of N tokens and width D costs (4 + l*r)*N*D^2 + 2*N^2*D, where r is the MLP ratio
+        and l its layers (12*N*D^2 at r = 4, l = 2). A stage that drops patches adds the matrix
+        products of its rule (see `_stage_macs`). Norms, softmax, rotary positions and cosines with
+        the mean (below 0.1 %) are left out, as in
         the paper's Table 5.
         """
-        d, per_token = self.width, (4 + 2 * self.mlp_ratio) * self.width**2
+        d, per_token = self.width, (4 + self.mlp_layers * self.mlp_ratio) * self.width**2
         tokens = self.tokens_per_block(counts)
         blocks = sum(per_token * n + 2 * n * n * d for n in tokens)
         left, stages = self.patches, 0

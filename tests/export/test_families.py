@@ -28,7 +28,7 @@ from tests.support.foreign_checkpoints import rebuilt
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 #: The families whose bundles the fast tests write, and the rule of each.
-FAST: dict[str, Rule] = {"clip": "weighted", "siglip": "weighted"}
+FAST: dict[str, Rule] = {"clip": "weighted", "siglip": "weighted", "dinov3-gated": "merged"}
 each_family = pytest.mark.parametrize("kind", FAMILIES)
 
 

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from pcae_export.source import SourceOverrides, read_source
 from pcae_serve.bundle.probabilities import sigmoid, softmax
+from pcae_serve.bundle.processor_config import read_processor
 from tests.support.foreign_checkpoints import SIZES, randomised
 
 #: Width and height.
@@ -131,6 +133,21 @@ def test_pixels_and_probabilities_are_those_of_transformers(
         np.testing.assert_allclose(logits, same, atol=1e-4 * max(1, np.abs(same).max()))
         if number == 0:
             _check_pipeline(hugging_face, theirs, processed, picture, logits, checkpoint)
+
+
+def test_pixels_of_dinov3_are_those_of_its_processor() -> None:
+    """Its class in `transformers` needs torchvision: it resizes floats, as torch does here."""
+    content = {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": 24, "resample": 2}
+    preprocess = read_processor(content)
+    for number, shape in enumerate(SHAPES):
+        picture = cloudy(shape, number)
+        body = io.BytesIO()
+        picture.save(body, "PNG")
+        whole = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
+        resized = F.interpolate(whole, (24, 24), mode="bilinear", antialias=True)[0]
+        ours = torch.from_numpy(preprocess(body.getvalue()).copy()).permute(2, 0, 1).float()
+        assert (ours - resized).abs().max() < 1.1, shape
+        assert (ours - resized).abs().mean() < 0.3, shape  # Pillow rounds to whole numbers
 
 
 def _check_pipeline(

@@ -60,11 +60,18 @@ FAMILIES: Mapping[str, Member] = {
     "siglip": Member("SiglipModel", PAIR, of_pair),
     "siglip-tower": Member("SiglipVisionModel", WIDE, pooled),
     "siglip-classifier": Member("SiglipForImageClassification", PAIR | LABELS, logits),
+    "dinov3": Member("DINOv3ViTModel", WIDE | {"num_register_tokens": 3}, pooled),
+    "dinov3-gated": Member(
+        "DINOv3ViTModel",
+        WIDE | {"use_gated_mlp": True, "hidden_act": "silu", "num_register_tokens": 3},
+        pooled,
+    ),
 }
 #: One of a real size per family, of up to 90 million parameters in the vision tower.
 REAL: Mapping[str, Member] = {
     "clip-b-32": Member("CLIPVisionModelWithProjection", {}, embedded),
     "siglip-b-16": Member("SiglipVisionModel", {}, pooled),  # 93 million, the smallest published
+    "dinov3-s-16": Member("DINOv3ViTModel", {"num_register_tokens": 4}, pooled),
 }
 
 

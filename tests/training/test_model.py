@@ -336,6 +336,7 @@ def test_positions_tell_rows_from_columns() -> None:
             "reduction 'least' is not one of ptr, ptr-normalised, weighted, merged, random, a",
         ),
         ({"distilled": True}, "a distilled model must pool its CLS and distillation tokens"),
+        ({"gated_mlp": True, "pooling": "attention"}, "gated MLPs cannot be pooled by attention"),
     ],
 )
 def test_sizes_that_cannot_be(change: dict[str, Any], message: str) -> None:
@@ -346,3 +347,10 @@ def test_sizes_that_cannot_be(change: dict[str, Any], message: str) -> None:
 def test_as_many_counts_as_stages() -> None:
     with pytest.raises(ValueError, match="zip"):
         vit()(pixels(), (20, 10))
+
+
+def test_a_gated_mlp_has_three_products() -> None:
+    plain = ViTConfig(mlp_ratio=3.0)
+    gated = replace(plain, mlp_ratio=2.0, gated_mlp=True)
+    counts = plain.geometry.counts(0.7)
+    assert gated.geometry.macs(counts) == plain.geometry.macs(counts)

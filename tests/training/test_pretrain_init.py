@@ -104,7 +104,13 @@ def test_a_norm_of_tokens_is_kept(pooling: str, learn: Any, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "sizes", [{"registers": 3, "layer_scale": True}, {"distilled": True}, {"qkv_bias": False}]
+    "sizes",
+    [
+        {"registers": 3, "layer_scale": True},
+        {"distilled": True},
+        {"qkv_bias": False},
+        {"gated_mlp": True, "activation": "silu"},
+    ],
 )
 def test_other_families_learn(
     sizes: dict[str, Any], method: Any, learn: Any, tmp_path: Path
@@ -125,6 +131,7 @@ def test_other_families_learn(
     [
         ({"pre_norm": True, "projection": 8}, r"a norm before the blocks \(CLIP\)"),
         ({"class_token": False, "pooling": "attention"}, r"no CLS token \(SigLIP\)"),
+        ({"rope_theta": 100.0}, r"rotary positions \(DINOv3\)"),
         ({"projection": 8}, "a projection of its features"),
     ],
 )

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pcae_training.mlp import Activation, Mlp
+from pcae_training.mlp import Activation, GatedMlp, Mlp
 from pcae_training.reduction import attention_received
+from pcae_training.rotary import Rotation
 
 
 class Attention(nn.Module):
@@ -18,15 +19,30 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
-    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+    def split(self, x: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, ...]:
         """Return queries, keys and values of x [B, N, D], each [B, heads, N, D / heads]."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        return tuple(qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        return tuple(part.transpose(1, 2) for part in self.project(x, rotation))
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return [B, N, D] of x [B, N, D]; bias is added before the softmax, [B, heads, N, N]."""
-        q, k, v = self.split(x)
+    def project(self, x: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, ...]:
+        """Return queries, keys and values of x [B, N, D], each [B, N, heads, D / heads].
+
+        rotation: turns queries and keys.
+        """
+        batch, tokens, width = x.shape
+        heads = self.qkv(x).view(batch, tokens, 3 * self.heads, width // self.heads)
+        if rotation is not None:
+            turned, values = heads.split([2 * self.heads, self.heads], dim=2)
+            return (*rotation.turn(turned).chunk(2, dim=2), values)
+        return tuple(heads.chunk(3, dim=2))
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, rotation: Rotation | None = None
+    ) -> Tensor:
+        """Return [B, N, D] of x [B, N, D].
+
+        bias [B, heads, N, N]: added before the softmax. rotation: see `project`.
+        """
+        q, k, v = self.split(x, rotation)
         mask = None if bias is None else bias.to(q.dtype)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = self.proj(mixed.transpose(1, 2).reshape(x.shape))
@@ -59,24 +75,29 @@ class Block(nn.Module):
         qkv_bias: bool = True,
         layer_scale: bool = False,
         activation: Activation = "gelu",
+        gated_mlp: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, heads, qkv_bias)
         self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = Mlp(width, hidden, activation)
+        self.mlp = (GatedMlp if gated_mlp else Mlp)(width, hidden, activation)
         self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
 
     def forward(
-        self, x: Tensor, drop_path: Tensor | None = None, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        drop_path: Tensor | None = None,
+        bias: Tensor | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """Return [B, N, D] of x [B, N, D].
 
-        drop_path [2, B]: factors on each sample's two branches. bias: see `Attention`.
+        drop_path [2, B]: factors on each sample's two branches. bias, rotation: see `Attention`.
         """
         if self.recompute and torch.is_grad_enabled():
-            inputs = (x, drop_path, bias)
+            inputs = (x, drop_path, bias, rotation)
             transformed: Tensor = checkpoint(
                 self.transform,
                 *inputs,
@@ -84,11 +105,17 @@ class Block(nn.Module):
                 preserve_rng_state=False,  # nothing here is random
             )
             return transformed
-        return self.transform(x, drop_path, bias)
+        return self.transform(x, drop_path, bias, rotation)
 
-    def transform(self, x: Tensor, drop_path: Tensor | None, bias: Tensor | None) -> Tensor:
+    def transform(
+        self,
+        x: Tensor,
+        drop_path: Tensor | None,
+        bias: Tensor | None,
+        rotation: Rotation | None,
+    ) -> Tensor:
         """Return what `forward` does."""
-        attended = self.ls1(self.attn(self.norm1(x), bias))
+        attended = self.ls1(self.attn(self.norm1(x), bias, rotation))
         if drop_path is not None:
             attended = attended * drop_path[0, :, None, None].to(attended.dtype)
         x = x + attended
@@ -98,7 +125,7 @@ class Block(nn.Module):
         x = x + transformed
         return x
 
-    def attention_received(self, x: Tensor) -> Tensor:
+    def attention_received(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Return the attention that each token of x [B, N, D] receives in this block: [B, N]."""
-        q, k, _ = self.attn.split(self.norm1(x))
+        q, k, _ = self.attn.split(self.norm1(x), rotation)
         return attention_received(q, k)

@@ -85,7 +85,7 @@ def evaluate(
 
     Each image is decoded once. workers: loader processes for images that are not in memory.
     """
-    config, device, task = model.config, model.pos_embed.device, choose_task(images.several)
+    config, device, task = model.config, model.device, choose_task(images.several)
     none = task.score(torch.empty(0, config.classes).to(device), images.labels[:0].to(device))
     parts = {budget: [none] for budget in budgets}  # a process may have no rows
     was_training, done = model.training, 0

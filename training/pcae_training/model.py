@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pcae_training.attention_pool import AttentionPool
 from pcae_training.block import Block
 from pcae_training.reduction import Tokens, reduce_tokens
+from pcae_training.rotary import RotaryPositions
 from pcae_training.vit_config import ViTConfig as ViTConfig
 
 
@@ -43,7 +44,10 @@ class VisionTransformer(nn.Module):
             self.dist_token = nn.Parameter(torch.zeros(1, 1, width))
         if config.registers:
             self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width))
-        self.pos_embed = nn.Parameter(sincos_position(width, config.grid, config.positioned))
+        if config.rope_theta:
+            self.rotary = RotaryPositions(config.grid, width // config.heads, config.rope_theta)
+        else:
+            self.pos_embed = nn.Parameter(sincos_position(width, config.grid, config.positioned))
         if config.pre_norm:
             self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps)
         self.blocks = nn.ModuleList(
@@ -55,6 +59,7 @@ class VisionTransformer(nn.Module):
                 config.qkv_bias,
                 config.layer_scale,
                 config.activation,
+                config.gated_mlp,
             )
             for _ in range(config.depth)
         )
@@ -151,7 +156,8 @@ class VisionTransformer(nn.Module):
             elif m < n:
                 scores = self.scores(block, tokens, noise)
             factors = None if drop_path is None else drop_path[i]
-            tokens = tokens._replace(x=block(tokens.x, factors, tokens.attention_bias))
+            x = block(tokens.x, factors, tokens.attention_bias, tokens.rotation)
+            tokens = tokens._replace(x=x)
             if m < n:
                 tokens = reduce_tokens(tokens, m, n - m, self.config.reduction, scores, int(append))
             yield tokens
@@ -160,7 +166,9 @@ class VisionTransformer(nn.Module):
         """Return x [B, prefix + n, D] as the tokens before the first block."""
         prefix = self.config.prefix if prefix is None else prefix
         n = x.shape[1] - prefix
-        return Tokens(x, n, torch.arange(n, device=x.device).expand(x.shape[0], -1), prefix)
+        position = torch.arange(n, device=x.device).expand(x.shape[0], -1)
+        rotation = self.rotary(prefix) if self.config.rope_theta else None
+        return Tokens(x, n, position, prefix, rotation=rotation)
 
     def scores(self, block: Block, tokens: Tokens, noise: Tensor | None) -> Tensor | None:
         """Return the scores [B, n] of the stage after `block`, of which the lowest are kept.
@@ -171,12 +179,17 @@ class VisionTransformer(nn.Module):
             assert noise is not None
             return noise.expand(tokens.position.shape[0], -1).gather(1, tokens.position)
         if self.config.reduction == "attention":
-            received = block.attention_received(tokens.x)
+            received = block.attention_received(tokens.x, tokens.rotation)
             return -received[:, tokens.prefix : tokens.prefix + tokens.patches]
         return None
 
+    @property
+    def device(self) -> torch.device:
+        """Return where the weights are."""
+        return self.patch_embed.proj.weight.device
+
     def embed(self, images: Tensor) -> Tensor:
-        """Return prefix and patch tokens with positions, [B, prefix + n, D]."""
+        """Return prefix and patch tokens, with positions unless they are rotary: [B, N, D]."""
         patches = self.embed_patches(images)
         x = patches
         if self.config.prefix:
@@ -184,15 +197,17 @@ class VisionTransformer(nn.Module):
         return self.norm_pre(x) if self.config.pre_norm else x
 
     def embed_patches(self, images: Tensor) -> Tensor:
-        """Return patch tokens with positions, [B, n, D]."""
+        """Return patch tokens, with positions unless they are rotary: [B, n, D]."""
         patches: Tensor = self.patch_embed(images)
+        if self.config.rope_theta:
+            return patches
         return patches + self.pos_embed[:, self.config.positioned :]
 
     def prefix_tokens(self, batch: int) -> Tensor:
-        """Return CLS, distillation and register tokens; the first two have positions."""
+        """Return CLS, distillation and register tokens; only the first two may have positions."""
         names = {"cls_token": self.config.class_token, "dist_token": self.config.distilled}
         tokens = [getattr(self, name) for name, there in names.items() if there]
-        if tokens:
+        if tokens and not self.config.rope_theta:
             positions = self.pos_embed[:, : self.config.positioned]
             tokens = [torch.cat(tokens, dim=1) + positions]
         if self.config.registers:

@@ -47,6 +47,8 @@ FIELDS = FieldTable(
         "pre_norm": BOOLEAN,
         "class_token": BOOLEAN,
         "projection_dim": WHOLE,
+        "rope_theta": POSITIVE,
+        "use_gated_mlp": BOOLEAN,
         "id2label": Field(
             "the names of classes 0, 1, 2, …, by number",
             lambda value: (
@@ -67,6 +69,8 @@ DEFAULTS: Mapping[str, Any] = {
     "pre_norm": False,
     "class_token": True,
     "projection_dim": 0,
+    "rope_theta": 0.0,
+    "use_gated_mlp": False,
 }
 
 
@@ -107,6 +111,8 @@ def to_config(config: ViTConfig, labels: list[str], multi_label: bool = False) -
         "pre_norm": config.pre_norm,
         "class_token": config.class_token,
         "projection_dim": config.projection,
+        "rope_theta": config.rope_theta,
+        "use_gated_mlp": config.gated_mlp,
     }
     content |= {name: value for name, value in changes.items() if value != DEFAULTS[name]}
     return content | ({"problem_type": MULTI_LABEL} if multi_label else {})
@@ -143,5 +149,7 @@ def from_config(content: Mapping[str, Any], file: str = "config.json") -> ModelD
         pre_norm=found.get("pre_norm", DEFAULTS["pre_norm"]),
         class_token=found.get("class_token", DEFAULTS["class_token"]),
         projection=found.get("projection_dim", DEFAULTS["projection_dim"]),
+        rope_theta=found.get("rope_theta", DEFAULTS["rope_theta"]),
+        gated_mlp=found.get("use_gated_mlp", DEFAULTS["use_gated_mlp"]),
     )
     return ModelDescription(config, labels, found.get("problem_type") == MULTI_LABEL)

@@ -35,6 +35,9 @@ def check_sizes(config: Any) -> None:
     epsilon = config.norm_eps
     if not isinstance(epsilon, int | float) or not isfinite(epsilon) or not 0 < epsilon < 1:
         raise ValueError(f"the epsilon of norms must be between 0 and 1, not {_short(epsilon)}")
+    theta = config.rope_theta
+    if not isinstance(theta, int | float) or not isfinite(theta) or theta < 0:
+        raise ValueError(f"the theta of rotary positions must be 0 or more, not {_short(theta)}")
     if len(config.reduction_points) > config.depth:
         raise ValueError(
             f"{len(config.reduction_points)} reduction points are more than the {config.depth}"

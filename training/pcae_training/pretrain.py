@@ -411,7 +411,7 @@ def embed(model: VisionTransformer, values: Tensor, index: Tensor) -> Tensor:
 
 def _blocks(config: ViTConfig, lengths: Sequence[int]) -> int:
     """Return the multiply-adds of blocks of `lengths` tokens (see `pcae_serve.bundle.tokens`)."""
-    width, linear = config.width, 4 * config.width + 2 * config.hidden
+    width, linear = config.width, 4 * config.width + config.mlp_layers * config.hidden
     return sum(n * width * linear + 2 * n * n * width for n in lengths)
 
 

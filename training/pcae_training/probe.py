@@ -219,7 +219,7 @@ def _features(
 ) -> dict[float, Tensor]:
     """Return float32 features [n, D] by keep ratio; each image is decoded once."""
     model, config = checkpoint.model, checkpoint.model.config
-    device, dtype = model.pos_embed.device, choose_dtype(settings.precision, settings.device)
+    device, dtype = model.device, choose_dtype(settings.precision, settings.device)
     parts: dict[float, list[Tensor]] = {ratio: [] for ratio in budgets}
     done = 0
     with Progress("computing features", len(images)) as progress:

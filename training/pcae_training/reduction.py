@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pcae_serve.bundle.tokens import Rule
+from pcae_training.rotary import Rotation
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 
@@ -33,6 +34,7 @@ class Tokens(NamedTuple):
     position: Tensor  # int64 [B, n]: index of each patch in the image
     prefix: int
     sizes: Tensor | None = None  # float32 [1 or B, n + e]: patches each represents, if counted
+    rotation: Rotation | None = None  # of all tokens, if positions are rotary
 
     @property
     def patch_tokens(self) -> Tensor:
@@ -110,7 +112,11 @@ def reduce_tokens(
         if rule == "weighted":
             sizes = _append_size(tokens, keep, dropped, means)
     x = torch.cat([tokens.x[:, : tokens.prefix], kept, rest], dim=1)
-    return Tokens(x, keep, tokens.position.gather(1, index), tokens.prefix, sizes)
+    rotation = tokens.rotation
+    if rotation is not None:
+        appended = 0 if rule == "merged" else means
+        rotation = rotation.keep(index, tokens.prefix, tokens.patches, appended)
+    return Tokens(x, keep, tokens.position.gather(1, index), tokens.prefix, sizes, rotation)
 
 
 def _append_size(tokens: Tokens, keep: int, dropped: int | Tensor, means: int) -> Tensor:

@@ -181,7 +181,7 @@ def kept_panels(
 ) -> list[list[Panel]]:
     """Return a row of panels per picture and keep ratio: the model's input, then each stage."""
     model, preprocess = checkpoint.model, checkpoint.preprocess
-    config, device = model.config, model.pos_embed.device
+    config, device = model.config, model.device
     rows = []
     for picture in pictures:
         pixels = picture.pixels(preprocess)
@@ -261,7 +261,7 @@ def measure_diversity(
 ) -> Curves:
     """Return a curve for each keep ratio, averaged over all pictures."""
     model, preprocess = checkpoint.model, checkpoint.preprocess
-    config, device = model.config, model.pos_embed.device
+    config, device = model.config, model.device
     totals = {ratio: torch.zeros(config.depth + 1) for ratio in ratios}
     with Progress("measuring diversity", len(pictures)) as progress:
         for start in range(0, len(pictures), BATCH):

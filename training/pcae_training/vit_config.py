@@ -31,6 +31,8 @@ class ViTConfig:
     registers: int = 0  # DINOv2's extra tokens, without positions
     activation: Activation = "gelu"
     pre_norm: bool = False  # a norm before the blocks (CLIP)
+    rope_theta: float = 0.0  # of rotary positions (DINOv3); 0: positions are learnt
+    gated_mlp: bool = False  # the MLP has a third layer, whose outputs are factors (SwiGLU)
     projection: int = 0  # width of features after a linear layer without bias (CLIP); 0: none
 
     def __post_init__(self) -> None:
@@ -41,6 +43,10 @@ class ViTConfig:
             raise ValueError(f"{self.heads} heads do not divide width {self.width}")
         if self.width % 4:
             raise ValueError(f"width {self.width} is not a multiple of 4")
+        if self.rope_theta and self.width // self.heads % 4:
+            raise ValueError(
+                f"{self.width // self.heads} channels per head are not a multiple of 4"
+            )
         points = self.reduction_points
         if any(not 0 <= point < self.depth for point in points):
             raise ValueError(f"reduction points {points} are outside the {self.depth} blocks")
@@ -52,11 +58,18 @@ class ViTConfig:
             raise ValueError("a distilled model must pool its CLS and distillation tokens")
         if not self.class_token and (self.distilled or self.pooling in ("cls", "cls-mean")):
             raise ValueError(f"pooling {self.pooling!r} needs a CLS token, which the model lacks")
+        if self.gated_mlp and self.pooling == "attention":
+            raise ValueError("a model with gated MLPs cannot be pooled by attention")
 
     @property
     def hidden(self) -> int:
         """Width inside the MLP."""
         return round(self.width * self.mlp_ratio)
+
+    @property
+    def mlp_layers(self) -> int:
+        """Number of linear layers in the MLP, each of width times hidden weights."""
+        return 3 if self.gated_mlp else 2
 
     @property
     def grid(self) -> int:
@@ -85,6 +98,8 @@ class ViTConfig:
             return "a norm before the blocks (CLIP)"
         if not self.class_token:
             return "no CLS token (SigLIP)"
+        if self.rope_theta:
+            return "rotary positions (DINOv3)"
         return "a projection of its features" if self.projection else None
 
     @property
@@ -106,6 +121,7 @@ class ViTConfig:
             attention_pool=self.pooling == "attention",
             projection=self.projection,
             mlp_ratio=self.mlp_ratio,
+            mlp_layers=self.mlp_layers,
             reduction_points=self.reduction_points,
             reduction=self.reduction,
         )

@@ -46,6 +46,7 @@ def test_a_folder_without_config_may_hold_an_interrupted_checkpoint(tmp_path: Pa
         ("patch_embed.proj.weight", Naming("", "timm")),
         ("backbone.patch_embed.proj.weight", Naming("backbone.", "timm")),
         ("vit.embeddings.patch_embeddings.projection.weight", Naming("vit.", "hugging-face")),
+        ("embeddings.patch_embeddings.weight", Naming("", "dinov3")),
         (
             "vision_model.embeddings.patch_embedding.weight",
             Naming("vision_model.", "clip"),

@@ -309,7 +309,10 @@ def with_tensor(name: str) -> Weights:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (with_tensor("blocks.0.mlp.w12.weight"), r"not supported: SwiGLU MLPs \(tensor blocks.0"),
+        (
+            with_tensor("blocks.0.mlp.w12.weight"),
+            r"blocks.0.mlp.fc1.weight and blocks.0.mlp.w12.weight are tensors of one layer",
+        ),
         (with_tensor("blocks.0.attn.relative_position_bias_table"), "relative positions"),
         (with_tensor("blocks.0.attn.q_norm.weight"), "normalised queries and keys"),
         (with_tensor("norm_pre.weight"), "a norm before the blocks"),

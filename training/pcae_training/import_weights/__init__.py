@@ -1,8 +1,8 @@
 """Load a checkpoint of any supported format, and fit its weights to a model of other sizes.
 
     FILE.pth | .pt | .bin | .safetensors   MAE, timm, DeiT, DINO and DINOv2 state dicts
-    FOLDER                                 Hugging Face ViT, DeiT, DINOv2, ViTMAE and CLIP's vision
-                                           tower; timm; our own
+    FOLDER                                 Hugging Face ViT, DeiT, DINOv2, DINOv3, ViTMAE, and the
+                                           vision towers of CLIP and SigLIP; timm; our own
 
 `load_checkpoint` detects the format once (`detect`) and calls its one reader (`readers`). A reader
 takes the state dict out of the file (`tensors`), renames it (`rename`) and derives the model's

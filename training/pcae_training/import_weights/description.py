@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from pcae_serve.bundle.config_fields import COUNT, POSITIVE, SQUARE, WHOLE, Field, as_json
 from pcae_serve.bundle.tokens import Pooling
 from pcae_training.import_weights.rename import Renamed
+from pcae_training.mlp import Activation
 from pcae_training.model import ViTConfig
 from pcae_training.model_config import MULTI_LABEL
 
@@ -50,6 +51,13 @@ SIZES: Mapping[str, Field] = {
     "patch_size": SQUARE,
     "num_channels": COUNT,
     "layer_norm_eps": POSITIVE,
+}
+#: Our name of each activation in `transformers`.
+ACTIVATIONS: Mapping[str, Activation] = {
+    "quick_gelu": "quick-gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu-tanh",
+    "silu": "silu",
 }
 LABELS: Mapping[str, Field] = {
     "problem_type": Field.only("single_label_classification", MULTI_LABEL),

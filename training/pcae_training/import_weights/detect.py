@@ -21,11 +21,12 @@ _TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PATCH_KERNEL = re.compile(
     r"(?P<prefix>(?:.*\.)?)"
     r"(?P<kernel>patch_embed\.proj|embeddings\.patch_embeddings\.projection"
-    r"|embeddings\.patch_embedding)\.weight"
+    r"|embeddings\.patch_embeddings|embeddings\.patch_embedding)\.weight"
 )
 _SCHEMES: dict[str, Scheme] = {
     "patch_embed.proj": "timm",
     "embeddings.patch_embeddings.projection": "hugging-face",
+    "embeddings.patch_embeddings": "dinov3",
     "embeddings.patch_embedding": "clip",
 }
 

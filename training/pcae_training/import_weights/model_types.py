@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from pcae_serve.bundle.config_fields import as_json
-from pcae_training.import_weights import hugging_face, vision_tower
+from pcae_training.import_weights import dinov3, hugging_face, vision_tower
 from pcae_training.import_weights.description import FILE, Description
 from pcae_training.model_config import MODEL_TYPE
 
 READERS = {
     **dict.fromkeys(hugging_face.FAMILIES, hugging_face.read_config),
+    **dict.fromkeys(dinov3.FAMILIES, dinov3.read_config),
     **dict.fromkeys((*vision_tower.PAIRS, *vision_tower.TOWERS), vision_tower.read_config),
 }
 

@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 #: Whose names a state dict has: timm's (which MAE, DeiT, DINO and this project follow), those of
-#: Hugging Face's ViT, DeiT, DINOv2 and ViTMAE, or of its CLIP and SigLIP.
-Scheme = Literal["timm", "hugging-face", "clip"]
+#: Hugging Face's ViT, DeiT, DINOv2 and ViTMAE, of its DINOv3, or of its CLIP and SigLIP.
+Scheme = Literal["timm", "hugging-face", "dinov3", "clip"]
+
+#: First layers of gated MLPs.
+GATED = re.compile(r"mlp\.(?:w12|weights_in|gate_proj)\.")
 
 
 class Names(NamedTuple):
@@ -28,7 +31,7 @@ class Names(NamedTuple):
 
 
 _UNSUPPORTED = (
-    (r"mlp\.(?:w12|w3|weights_in|weights_out|gate_proj|up_proj|fc1_g)\b", "SwiGLU MLPs"),
+    (r"mlp\.fc1_[gx]\b|mlp\.norm\.", "MLPs of EVA-02"),
     (r"relative_position|rel_pos|attn\.[qv]_bias", "relative positions (BEiT, Swin, SAM)"),
     (r"^layers\.\d+\.(?:blocks|downsample)\.", "stages that merge patches (Swin)"),
     (r"\b[qk]_norm\.", "normalised queries and keys"),
@@ -38,13 +41,23 @@ TIMM = Names(
     renames=(
         (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 in chunks; the second counts through
         (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III
+        (r"\.mlp\.w12\.", ".mlp.fc1."),  # DINOv2's giant
+        (r"\.mlp\.w3\.", ".mlp.fc2."),
         (r"^register_tokens$", "reg_token"),  # DINOv2
     ),
     outside={"linear_head": "head"},  # of DINOv2's own classifiers, next to `backbone`
     unsupported=(
         (r"^norm_pre\.", "a norm before the blocks (CLIP), except in Hugging Face's format"),
+        (r"^rope|^storage_tokens$", "rotary positions (DINOv3), except in Hugging Face's format"),
         (r"^attn_pool\.", "pooling by attention (SigLIP), except in Hugging Face's format"),
     ),
+)
+
+#: Of an MLP; a gated one has a layer of its own for the gate, which `rename` joins to the first.
+_MLP = (
+    (r"\.mlp\.gate_proj\.", ".mlp.gate."),
+    (r"\.mlp\.(?:up_proj|weights_in)\.", ".mlp.fc1."),
+    (r"\.mlp\.(?:down_proj|weights_out)\.", ".mlp.fc2."),
 )
 
 #: Names of transformers 4, which version 5 still writes, and of version 5 in memory.
@@ -64,12 +77,28 @@ HUGGING_FACE = Names(
         (r"\.output\.dense\.", ".mlp.fc2."),
         (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
         (r"^layernorm\.", "norm."),
+        *_MLP,
     ),
     outside={
         "classifier": "head",
         "cls_classifier": "head",
         "distillation_classifier": "head_dist",
     },
+    unsupported=(),
+)
+
+DINOV3 = Names(
+    renames=(
+        (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
+        (r"^embeddings\.register_tokens$", "reg_token"),
+        (r"^embeddings\.", ""),  # cls_token, mask_token
+        (r"^(?:model\.)?layer\.(\d+)\.", r"blocks.\1."),
+        (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
+        (r"\.attention\.o_proj\.", ".attn.proj."),
+        (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+        *_MLP,
+    ),
+    outside={},
     unsupported=(),
 )
 
@@ -95,4 +124,9 @@ CLIP = Names(
     unsupported=(),
 )
 
-SCHEMES: Mapping[Scheme, Names] = {"timm": TIMM, "hugging-face": HUGGING_FACE, "clip": CLIP}
+SCHEMES: Mapping[Scheme, Names] = {
+    "timm": TIMM,
+    "hugging-face": HUGGING_FACE,
+    "dinov3": DINOV3,
+    "clip": CLIP,
+}

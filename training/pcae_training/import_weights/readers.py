@@ -98,8 +98,9 @@ def read_bare(source: Source, choices: Choices) -> LoadedCheckpoint:
 
 def _check_plain(renamed: Renamed) -> Renamed:
     """Raise ValueError if the tensors alone do not show how the model computes."""
-    if renamed.scheme not in ("timm", "hugging-face"):
-        raise ValueError("has the tensors of Hugging Face's CLIP, but not its config.json")
+    if renamed.scheme in ("clip", "dinov3"):
+        kind = {"clip": "CLIP", "dinov3": "DINOv3"}[renamed.scheme]
+        raise ValueError(f"has the tensors of Hugging Face's {kind}, but not its config.json")
     return renamed
 
 
@@ -130,7 +131,8 @@ def _read(
     renamed = arrange(rename_weights(state.tensors))
     width = renamed.weights["patch_embed.proj.weight"].shape[0]
     heads = heads_of(width, choices.heads)
-    sizes = infer_config(renamed.weights, heads, norm_eps, pooling, stated)
+    gate: dict[str, Any] = {"gated_mlp": True, "activation": "silu"} if renamed.gated else {}
+    sizes = infer_config(renamed.weights, heads, norm_eps, pooling, gate | dict(stated or {}))
     check_shapes(renamed.weights, list_shapes(sizes))
     problem = None
     if renamed.unfit_head is not None and not sizes.classes:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pcae_training.import_weights.detect import Naming, detect_naming
-from pcae_training.import_weights.names import SCHEMES, Scheme
+from pcae_training.import_weights.names import GATED, SCHEMES, Scheme
 from pcae_training.import_weights.sizes import require_tensor
 
 #: Weights of a classifier, as opposed to heads that only pretraining uses.
@@ -26,6 +26,10 @@ _IGNORED = re.compile(r"mask_token$|position_ids$|decoder_|decoder\.|pooler\.|(?
 _TEXT = re.compile(r"(text_model|text_projection|logit_scale|logit_bias)(?:\.|$)")
 
 
+#: Weights of the linear layers of a block.
+_LINEAR = re.compile(r"blocks\.\d+\.((?:attn|mlp)\.\w+)\.weight")
+
+
 class Renamed(NamedTuple):
     """A state dict under our names."""
 
@@ -34,6 +38,8 @@ class Renamed(NamedTuple):
     antialias: bool  # see `LoadedCheckpoint`
     unfit_head: str | None  # name and shape of a classifier among them
     scheme: Scheme  # of the names in the file
+    gated: bool = False  # its MLPs are gated by SiLU (SwiGLU), unless config.json states otherwise
+    unbiased: frozenset[str] = frozenset()  # layers of DINOv3's blocks whose biases are zeros here
 
 
 def rename_weights(tensors: Mapping[str, Tensor]) -> Renamed:
@@ -51,6 +57,10 @@ def rename_weights(tensors: Mapping[str, Tensor]) -> Renamed:
             ignored += [text[1]] * (text[1] not in ignored)
         elif new_name is None:
             ignored.append(name)
+        elif new_name in original:
+            raise ValueError(
+                f"{original[new_name]} and {name} are tensors of one layer, {new_name}"
+            )
         else:
             weights[new_name], original[new_name] = tensor.float(), name
     removed = [original[head] for head in _remove_unfit_head(weights, naming)]
@@ -58,10 +68,18 @@ def rename_weights(tensors: Mapping[str, Tensor]) -> Renamed:
     unfit = [name for name in ignored if name in removed or _CLASSIFIER.fullmatch(name)]
     unfit_head = f"{unfit[0]} {list(tensors[unfit[0]].shape)}" if unfit else None
     antialias = "reg_token" in weights  # DINOv2 with registers does, the other families do not
-    weights = _fuse_qkv(_complete(weights) if naming.scheme == "clip" else weights)
-    weights = _pad_prefix_positions(weights)
-    weights = _fold_unread_distillation_token(weights)
-    return Renamed(weights, ignored, antialias, unfit_head, naming.scheme)
+    gated = any(GATED.search(name) for name in tensors)
+    unbiased: frozenset[str] = frozenset()
+    if naming.scheme == "clip":
+        weights = _complete(weights)
+    elif naming.scheme == "dinov3":
+        weights = {name: tensor for name, tensor in weights.items() if tensor.numel()}
+        weights, unbiased = _fill_biases(weights)
+    weights = _fuse_gates(_fuse_qkv(weights))
+    if "pos_embed" in weights:  # else they are rotary, or `infer_config` refuses the model
+        weights = _pad_prefix_positions(weights)
+        weights = _fold_unread_distillation_token(weights)
+    return Renamed(weights, ignored, antialias, unfit_head, naming.scheme, gated, unbiased)
 
 
 def _rename(name: str, naming: Naming) -> str | None:
@@ -114,6 +132,35 @@ def _fuse_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             fused_name = query.replace(".attn.q.", ".attn.qkv.")
             fused[fused_name] = torch.cat([fused.pop(part) for part in parts])
     return fused
+
+
+def _fuse_gates(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Concatenate gate and first layer [H, D] of gated MLPs to one [2 H, D]; biases too."""
+    fused = dict(weights)
+    for gate in (name for name in weights if ".mlp.gate." in name):
+        first = gate.replace(".mlp.gate.", ".mlp.fc1.")
+        if first in weights and weights[first].shape == weights[gate].shape:
+            fused[first] = torch.cat([fused.pop(gate), weights[first]])
+    return fused
+
+
+def _fill_biases(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Give layers of blocks that have no bias one of zeros. Return the names of such layers too.
+
+    Raise ValueError if only some blocks have one.
+    """
+    having: dict[str, set[bool]] = {}
+    filled = dict(weights)
+    for name, tensor in weights.items():
+        match = _LINEAR.fullmatch(name)
+        if match is None:
+            continue
+        bias = f"{name.removesuffix('.weight')}.bias"
+        having.setdefault(match[1], set()).add(bias in weights)
+        filled.setdefault(bias, torch.zeros(len(tensor)))
+    if mixed := next((layer for layer, found in having.items() if len(found) > 1), None):
+        raise ValueError(f"some blocks have a bias of {mixed}, and others do not")
+    return filled, frozenset(layer for layer, found in having.items() if found == {False})
 
 
 def _pad_prefix_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]:

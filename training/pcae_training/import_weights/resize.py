@@ -72,7 +72,7 @@ def _resize(loaded: LoadedCheckpoint, config: ViTConfig) -> dict[str, Tensor]:
     if old.patch_size != config.patch_size:
         kernel = "patch_embed.proj.weight"
         weights[kernel] = resize_kernel(weights[kernel], config.patch_size)
-    if old.grid != config.grid:
+    if old.grid != config.grid and not old.rope_theta:
         weights["pos_embed"] = interpolate_positions(
             weights["pos_embed"], old.positioned, config.grid, loaded.antialias
         )

@@ -40,14 +40,13 @@ def infer_config(
     width, channels, patch_size, _ = require_tensor(weights, "patch_embed.proj.weight", 4).shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     class_token, distilled = "cls_token" in weights, "dist_token" in weights
-    patches = require_tensor(weights, "pos_embed", 3).shape[1] - class_token - distilled
-    if math.isqrt(patches) ** 2 != patches:
-        raise ValueError(f"{patches} patches do not form a square grid; only those are supported")
-    hidden = require_tensor(weights, "blocks.0.mlp.fc1.weight", 2).shape[0]
+    stated = dict(stated or {})
+    if "image_size" not in stated:
+        stated["image_size"] = patch_size * _count_side(weights, class_token + distilled)
+    hidden = require_tensor(weights, "blocks.0.mlp.fc2.weight", 2).shape[1]
     has_head, has_registers = "head.weight" in weights, "reg_token" in weights
     projects = "projection.weight" in weights
     return ViTConfig(
-        image_size=math.isqrt(patches) * patch_size,
         patch_size=patch_size,
         channels=channels,
         width=width,
@@ -65,8 +64,21 @@ def infer_config(
         registers=require_tensor(weights, "reg_token", 3).shape[1] if has_registers else 0,
         pre_norm="norm_pre.weight" in weights,
         projection=require_tensor(weights, "projection.weight", 2).shape[0] if projects else 0,
-        **(stated or {}),
+        **stated,
     )
+
+
+def _count_side(weights: Mapping[str, Tensor], prefix: int) -> int:
+    """Return the number of patches along a side, of which there is a position for each."""
+    if "pos_embed" not in weights:
+        raise ValueError(
+            "pos_embed is missing; rotary positions (DINOv3) are supported in Hugging Face's format"
+        )
+    patches = require_tensor(weights, "pos_embed", 3).shape[1] - prefix
+    side = math.isqrt(max(patches, 0))
+    if side**2 != patches:
+        raise ValueError(f"{patches} patches do not form a square grid; only those are supported")
+    return side
 
 
 def _implied_pooling(weights: Mapping[str, Tensor], width: int) -> Pooling:

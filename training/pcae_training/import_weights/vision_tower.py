@@ -11,6 +11,7 @@ from typing import Any
 from pcae_serve.bundle.config_fields import COUNT, Field, FieldTable, as_json
 from pcae_serve.bundle.tokens import Pooling
 from pcae_training.import_weights.description import (
+    ACTIVATIONS,
     ENCODER,
     FILE,
     IGNORABLE,
@@ -23,7 +24,6 @@ from pcae_training.import_weights.description import (
     one_of,
 )
 from pcae_training.import_weights.rename import Renamed
-from pcae_training.mlp import Activation
 from pcae_training.model import ViTConfig
 
 #: Models of two towers, whose configuration has that of the vision tower.
@@ -38,12 +38,7 @@ TOWERS = {
 }
 TOWER_OF = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
-#: Our name of each activation, and the default of each tower.
-ACTIVATIONS: Mapping[str, Activation] = {
-    "quick_gelu": "quick-gelu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu-tanh",
-}
+#: The default activation of each tower.
 DEFAULT_ACTIVATION = {
     "clip_vision_model": "quick_gelu",
     "siglip_vision_model": "gelu_pytorch_tanh",
