@@ -12,6 +12,7 @@ from pydantic_settings import CliPositionalArg, NoDecode
 
 from pcae_export import card, pack
 from pcae_export.choice import DEFAULT_REDUCTION, choose_reduction
+from pcae_export.front_report import FRONT_IMAGE, draw_front, format_front
 from pcae_export.half_precision import Half, choose_half
 from pcae_export.images import IMAGES_HELP, decode, parity_pixels, shuffle_rows
 from pcae_export.measure import measure_quality
@@ -19,6 +20,7 @@ from pcae_export.pack import Evaluation, Part, TierSpec
 from pcae_export.ranking import warn_of_few_images
 from pcae_export.source import Source, SourceOverrides, locate_source, read_source
 from pcae_export.tier_flags import parse_tiers
+from pcae_export.tier_search import TierSearch, assign_tiers
 from pcae_export.verify import MIN_IMAGES, verify_model
 from pcae_serve.bundle.manifest import NAME_PATTERN
 from pcae_serve.bundle.reader import Bundle
@@ -42,22 +44,25 @@ from pcae_training.data_settings import (
 from pcae_training.inventory import print_inventory
 from pcae_training.skipped import MAX_UNREADABLE
 
+#: Images that --tiers auto compares tiers on, unless half of them are fewer.
+TIER_IMAGES = 500
+
 
 class WriteBundle(BaseModel):
     """Export checkpoints to a bundle that pcae-serve serves.
 
     SOURCE is a checkpoint of pcae-train, a state dict of timm, MAE, DeiT, DINO or DINOv2, a Hugging
     Face folder, or a name on the hub such as facebook/dinov2-small; OUT is the bundle to write.
-    Give OUT alone if every --tier names its checkpoint. Every graph is compared with torch and
-    every tier is measured before the bundle is put in place.
+    Give OUT alone if every --tier names its checkpoint; --tiers auto takes several SOURCEs. Every
+    graph is compared with torch and every tier is measured before the bundle is put in place.
     """
 
     flag_groups: ClassVar[Mapping[str, Sequence[str]]] = {
-        "tiers": ("tier", "reduction", "reduction_points", "half"),
+        "tiers": ("tier", "tiers", "int8", "max_loss", "reduction", "reduction_points", "half"),
         "images to verify and measure on": (
             "eval_data", "eval_split", "eval_layout", "eval_image_column", "eval_label_column",
             "eval_classes", "max_unreadable", "agreement", "limit", "parity_images",
-            "choice_images",
+            "choice_images", "tier_images",
         ),
         "overrides of SOURCE": (
             "weights", "answers", "labels", "heads", "image_size", "resize", "normalise",
@@ -67,11 +72,26 @@ class WriteBundle(BaseModel):
     }  # fmt: skip
 
     paths: CliPositionalArg[Annotated[list[ModelName], Metavar("[SOURCE] OUT")]] = Field(
-        min_length=1, max_length=2, description="SOURCE (a checkpoint) and OUT (the new bundle)"
+        min_length=1, description="SOURCE (a checkpoint) and OUT (the new bundle)"
     )
     tier: list[str] = Field(
         [f"{name}={ratio}" for name, ratio in pack.DEFAULT_TIERS.items()],
         description="NAME=RATIO or NAME=CHECKPOINT@RATIO, either with :int8 appended; repeatable",
+    )
+    tiers: Literal["auto"] | None = Field(
+        None,
+        description="auto: measure keep ratios, precisions and SOURCEs on --eval-data and this"
+        " machine's CPU, and take the few tiers that are worth serving, instead of --tier",
+    )
+    int8: bool = Field(
+        True, description="let --tiers auto choose tiers with int8 products, which run on CPUs only"
+    )
+    max_loss: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="--tiers auto leaves out tiers whose quality is more than this below the best"
+        " one's (a share of images, or a cosine)",
     )
     reduction: Literal[Rule, "auto"] | None = Field(
         None,
@@ -106,6 +126,12 @@ class WriteBundle(BaseModel):
     )
     choice_images: int = Field(
         32, ge=2, description="number of images that --reduction auto compares rules on"
+    )
+    tier_images: int | None = Field(
+        None,
+        ge=2,
+        description="number of images that --tiers auto compares tiers on; quality is then measured"
+        f" on the others (default: half of them, at most {TIER_IMAGES})",
     )
     half: Literal["auto", Half, "none"] = Field(
         "auto",
@@ -157,6 +183,22 @@ class WriteBundle(BaseModel):
     @model_validator(mode="after")
     def _check_sources(self) -> Self:
         tiers = parse_tiers(self.tier)
+        if self.tiers == "auto":
+            if "tier" in self.model_fields_set:
+                raise ValueError("--tiers auto chooses all tiers; give either it or --tier")
+            if self.eval_data is None:
+                raise ValueError("--tiers auto needs images to compare tiers on; give --eval-data")
+            if self.source is None:
+                raise ValueError("--tiers auto needs a model; give SOURCE before OUT")
+            if self.agreement and len(self.sources) > 1:
+                raise ValueError(
+                    "--tiers auto compares several models by top-1; omit --agreement, or give one"
+                    " SOURCE"
+                )
+        elif len(self.paths) > 2:
+            raise ValueError(
+                "at most SOURCE and OUT are given without a flag; several SOURCEs need --tiers auto"
+            )
         if self.source is None and not all(tier.checkpoint for tier in tiers.values()):
             missing = next(name for name, tier in tiers.items() if not tier.checkpoint)
             raise ValueError(f"tier {missing!r} has no checkpoint; give SOURCE before OUT")
@@ -168,7 +210,11 @@ class WriteBundle(BaseModel):
 
     @property
     def source(self) -> str | None:
-        return self.paths[0] if len(self.paths) == 2 else None
+        return self.paths[0] if len(self.paths) > 1 else None
+
+    @property
+    def sources(self) -> list[ModelName]:
+        return self.paths[:-1]
 
     @property
     def out(self) -> Path:
@@ -179,8 +225,8 @@ class WriteBundle(BaseModel):
         parts: dict[str, Part] = {}
         notes, origins = list[str](), list[str]()
         undecided: set[str] = set()  # models whose reduction rule is not known yet
-        for model_id, (name, tiers) in self._models().items():
-            path, fetched = locate_source(name)
+        for model_id, (source, tiers) in self._models().items():
+            path, fetched = locate_source(source)
             origins += [f"Made from {fetched}."] if fetched else []
             read = read_source(path, self._overrides())
             notes += read.notes
@@ -196,6 +242,18 @@ class WriteBundle(BaseModel):
 
         size, count = first.preprocess.image_size, self.parity_images
         pixels = parity_pixels(images, count, size, MIN_IMAGES)
+        pictures: dict[str, bytes] = {}
+        if self.tiers == "auto":
+            assert images is not None  # ensured by `_check_sources`
+            count = self._tier_images(images)
+            search = TierSearch(images, order[:count], pixels, self.max_loss)
+            order = order[count:]  # the chosen tiers are measured on the others
+            front = search.run(parts, int8=self.int8)
+            parts = assign_tiers(parts, front)
+            tables.append("\n".join(format_front(front)))
+            pictures[FRONT_IMAGE] = draw_front(
+                front, f"{self.name or self.out.name}: {front.machine}"
+            )
         self._choose_half(parts, pixels)
 
         def evaluate(draft: Bundle, stored: Mapping[str, Checkpoint]) -> Evaluation:
@@ -214,6 +272,7 @@ class WriteBundle(BaseModel):
             name=self.name,
             evaluate=evaluate,
             note="\n\n".join(filter(None, [*origins, self.card_note, *tables])),
+            pictures=pictures,
             force=self.force,
         )
         print(f"wrote {self.out} ({_megabytes(bundle.root):.1f} MB)")
@@ -226,6 +285,10 @@ class WriteBundle(BaseModel):
         """Return each model's checkpoint and tiers, by model id."""
         models: dict[str, tuple[str, dict[str, TierSpec]]] = {}
         ids: dict[str, str] = {} if self.source is None else {self.source: self.model_id}
+        if self.tiers == "auto":
+            for path in self.sources:
+                ids.setdefault(path, _model_id(Path(local_name(path)), set(ids.values())))
+            return {id_: (path, dict(pack.DEFAULT)) for path, id_ in ids.items()}
         for name, tier in parse_tiers(self.tier).items():
             source = tier.checkpoint or self.source
             assert source is not None  # ensured by `_check_sources`
@@ -331,8 +394,20 @@ class WriteBundle(BaseModel):
             )
         rows = shuffle_rows(len(images))
         if self.limit is not None:
-            rows = rows[: max(self.limit, self.parity_images, self.choice_images)]
+            compared = self._tier_images(images) if self.tiers == "auto" else 0
+            rows = rows[: max(compared + self.limit, self.parity_images, self.choice_images)]
         return images.subset(rows).readable()
+
+    def _tier_images(self, images: LabelledImages) -> int:
+        """Return how many images tiers are compared on. Raise PcaeError if none are left."""
+        if self.tier_images is None:
+            return min(TIER_IMAGES, len(images) // 2)
+        if self.tier_images >= len(images):
+            raise PcaeError(
+                f"--tier-images {self.tier_images} leaves none of {len(images)} images to measure"
+                " the chosen tiers on; lower it"
+            )
+        return self.tier_images
 
 
 def _with_rule(part: Part, rule: Rule) -> Part:

@@ -68,30 +68,31 @@ class Suggestion:
     tiers: tuple[SuggestedTier, ...]
 
 
-def sweep_tiers(bundle: Bundle, lowest: KeepRatio) -> tuple[Tier, ...]:
-    """Return tiers of the costliest tier's model at keep ratios from `lowest` to 1, by MACs.
+def sweep_tiers(
+    bundle: Bundle, some: Tier, lowest: KeepRatio, spacing: Decimal = SPACING
+) -> tuple[Tier, ...]:
+    """Return tiers like `some` at keep ratios from `lowest` to 1, by MACs: its model and precision.
 
     An engine must run them on the elastic graph, which takes any token counts. Keep ratios that
     give the same counts as another, or leave no patch, are omitted.
     Raises BundleError if config.json lacks the model's sizes.
     """
-    full = bundle.tiers[-1]
-    path = bundle.file(full.model, "config.json")
+    path = bundle.file(some.model, "config.json")
     try:
         geometry = from_config(read_json(path))[0].geometry
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} does not contain the model's sizes: {error!r}") from None
     tiers: dict[tuple[int, ...], Tier] = {}
     ratio = Decimal(1)
-    while parse_keep_ratio(ratio) >= parse_keep_ratio(lowest):
+    while ratio > 0 and parse_keep_ratio(ratio) >= parse_keep_ratio(lowest):
         try:
             counts = geometry.counts(ratio)
         except ValueError:  # a stage has no patches left; lower ratios have none either
             break
         name = "full" if ratio == 1 else f"k{100 * ratio:.0f}"
         costs = {"keep_ratio": float(ratio), "token_counts": counts, "macs": geometry.macs(counts)}
-        tiers.setdefault(counts, full.model_copy(update={"name": name, **costs}))
-        ratio -= SPACING
+        tiers.setdefault(counts, some.model_copy(update={"name": name, **costs}))
+        ratio -= spacing
     return tuple(sorted(tiers.values(), key=lambda tier: tier.macs))
 
 

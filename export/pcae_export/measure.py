@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t
 
 from pcae_export.images import decode
 from pcae_export.progress import Progress
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.probabilities import same_answer
-from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
+from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity, wilson_interval
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Engine
 from pcae_training.data import LabelledImages
@@ -33,6 +34,13 @@ class Measured:
 
     quality: Quality
     scores: NDArray[np.float64]  # [N]: right or not, the same answer or not, or a cosine
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % interval of the mean score: Wilson's of a share, Student's of cosines."""
+        if isinstance(self.quality, Fidelity):
+            return mean_interval(self.scores)
+        return wilson_interval(float(self.scores.mean()), len(self.scores))
 
 
 def measure_quality(
@@ -72,6 +80,15 @@ def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.f
     lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     found: NDArray[np.float32] = (one * other).sum(axis=1) / lengths
     return found
+
+
+def mean_interval(differences: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of cosines, or of their differences, by Student's t."""
+    n, mean = len(differences), float(differences.mean())
+    if n < 2:
+        return -2.0, 2.0  # all that a cosine can differ by
+    half = float(t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5)
+    return mean - half, mean + half
 
 
 def _full_tier(bundle: Bundle, model: str) -> Tier:

@@ -11,6 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import onnx
@@ -95,13 +96,15 @@ def write_bundle(
     name: str | None = None,
     evaluate: Evaluate = lambda draft, stored: Evaluation(),
     note: str = "",
+    pictures: Mapping[str, bytes] = MappingProxyType({}),
     force: bool = False,
 ) -> Bundle:
     """Export `parts` (by model id) to a bundle at `out`.
 
-    Without `evaluate` nothing is verified or measured, as for benchmarks on random weights. Raises
-    PackError if `out` exists (unless it is a bundle and `force` is set), a tier leaves no patch, or
-    the parts cannot share a bundle; also what `evaluate` raises. Nothing is left behind then.
+    pictures: files of the card, by name. Without `evaluate` nothing is verified or measured, as for
+    benchmarks on random weights. Raises PackError if `out` exists (unless it is a bundle and
+    `force` is set), a tier leaves no patch, or the parts cannot share a bundle; also what
+    `evaluate` raises. Nothing is left behind then.
     """
     out = out.absolute()
     check_output(out, force)
@@ -119,6 +122,8 @@ def write_bundle(
             tiers = [tier for tier in planned if tier.model == model_id]
             _graphs(name or out.name, checkpoint, tiers, parts[model_id].half, folder)
         (fresh / CARD).write_text("")
+        for file, content in pictures.items():
+            (fresh / file).write_bytes(content)
         models = {id_: _describe_model(stored[id_], part) for id_, part in parts.items()}
         draft = _seal(fresh, name or out.name, stored, models, planned)
         evaluation = evaluate(draft, stored)

@@ -151,7 +151,7 @@ class Profile(BaseModel):
         """Suggest keep ratios and print them; from a sweep if the engine can run one."""
         tiers, swept = bundle.tiers, engine.name in ELASTIC
         if swept:
-            tiers = keep_ratios.sweep_tiers(bundle, self.lowest)
+            tiers = keep_ratios.sweep_tiers(bundle, bundle.tiers[-1], self.lowest)
             timed = take_turns(engine, bundle, tiers, (SWEEP_BATCH,), limit_s)
         suggested = keep_ratios.suggest_tiers(tiers, timed[SWEEP_BATCH], self.suggest)
         print()

@@ -8,11 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import t
-
-from pcae_export.measure import Measured
+from pcae_export.measure import Measured, mean_interval
 from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
 from pcae_training.score import Difference
@@ -38,7 +34,7 @@ class Gain:
         if len(one) != len(other):
             raise ValueError(f"{len(one)} scores cannot be paired with {len(other)}")
         if isinstance(tier.quality, Fidelity):
-            return cls(float((one - other).mean()), _mean_interval(one - other), len(one))
+            return cls(float((one - other).mean()), mean_interval(one - other), len(one))
         difference = Difference(int((one > other).sum()), int((one < other).sum()), len(one))
         return cls(difference.value, difference.interval, len(one))
 
@@ -54,14 +50,6 @@ class Gain:
         if not low <= 0 <= high:
             return self.n
         return ceil(self.n * max(1.0, (high - low) / 2 / RESOLUTION) ** 2)
-
-
-def _mean_interval(differences: NDArray[np.float64]) -> tuple[float, float]:
-    n, mean = len(differences), float(differences.mean())
-    if n < 2:
-        return -2.0, 2.0  # all that a cosine can differ by
-    half = float(t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5)
-    return mean - half, mean + half
 
 
 def rank_tiers(tiers: list[Tier], measured: Mapping[str, Measured]) -> list[Tier]:

@@ -117,7 +117,7 @@ def test_where_all_budgets_take_the_same_time_only_the_full_one_is_suggested() -
 
 
 def test_a_sweep_spans_the_budgets(demo: Bundle) -> None:
-    tiers = keep_ratios.sweep_tiers(demo, 0.3)
+    tiers = keep_ratios.sweep_tiers(demo, demo.tiers[-1], 0.3)
     assert (tiers[0].name, tiers[0].keep_ratio) == ("k30", 0.3)
     assert (tiers[-1].name, tiers[-1].keep_ratio) == ("full", 1.0)
     for tier in demo.tiers:  # what the exporter counted
@@ -126,19 +126,19 @@ def test_a_sweep_spans_the_budgets(demo: Bundle) -> None:
     assert all(a.macs < b.macs for a, b in pairwise(tiers))
     assert len({tier.token_counts for tier in tiers}) == len(tiers) == 36
     assert (
-        keep_ratios.sweep_tiers(demo, 0.01)[0].token_counts[-1] >= 1
+        keep_ratios.sweep_tiers(demo, demo.tiers[-1], 0.01)[0].token_counts[-1] >= 1
     )  # down to where patches are left
-    assert [tier.name for tier in keep_ratios.sweep_tiers(demo, 1)] == ["full"]
+    assert [tier.name for tier in keep_ratios.sweep_tiers(demo, demo.tiers[-1], 1)] == ["full"]
 
 
 def test_a_sweep_needs_the_models_sizes(demo: Bundle, tmp_path: Path) -> None:
     lost = Bundle(tmp_path, demo.manifest, demo.digest)
     with pytest.raises(BundleError, match=r"config\.json does not contain the model's sizes"):
-        keep_ratios.sweep_tiers(lost, 0.3)
+        keep_ratios.sweep_tiers(lost, lost.tiers[-1], 0.3)
 
 
 def test_suggestions_are_flags_of_the_exporter(demo: Bundle) -> None:
-    tiers = keep_ratios.sweep_tiers(demo, 0.3)
+    tiers = keep_ratios.sweep_tiers(demo, demo.tiers[-1], 0.3)
     line = 1e-9 * np.array([tier.macs for tier in tiers], float)
     five = keep_ratios.suggest_tiers(tiers, timed(line, 0.001, 9, seed=0), 5)
     assert five.steps == ()
