@@ -5,6 +5,7 @@ patches (CLS, registers, means of dropped patches) are not turned, as if they la
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -53,9 +54,9 @@ class RotaryPositions(nn.Module):
         """
         super().__init__()
         # on the CPU, with values, even if the model is built without any
-        options = {"dtype": torch.float64, "device": "cpu"}
-        middles = (2 * torch.arange(grid, **options) + 1) / grid - 1  # type: ignore[call-overload]
-        steps = torch.arange(channels // 4, **options) / (channels // 4)  # type: ignore[call-overload]
+        count = partial(torch.arange, dtype=torch.float64, device="cpu")
+        middles = (2 * count(grid) + 1) / grid - 1
+        steps = count(channels // 4) / (channels // 4)
         axis = torch.outer(middles, 2 * math.pi / theta**steps)  # [grid, d / 4]
         row, column = axis.repeat_interleave(grid, dim=0), axis.repeat(grid, 1)  # x runs fastest
         angle = torch.cat([row, column], dim=1)[None, :, None]  # [1, grid^2, 1, d / 2]

@@ -316,7 +316,7 @@ def with_tensor(name: str) -> Weights:
         (with_tensor("blocks.0.attn.relative_position_bias_table"), "relative positions"),
         (with_tensor("blocks.0.attn.q_norm.weight"), "normalised queries and keys"),
         (with_tensor("norm_pre.weight"), "a norm before the blocks"),
-        (with_tensor("layers.0.blocks.0.norm1.weight"), "stages that merge patches"),
+        (with_tensor("layers.0.blocks.0.norm1.weight"), "Swin, whose stages merge patches"),
         (with_tensor("pre_logits.fc.weight"), r"unexpected tensor pre_logits.fc.weight \[2\]"),
         (with_tensor("momentum.patch_embed.proj.weight"), "more than one encoder"),
         ({"conv1.weight": torch.zeros(2)}, "not a vision transformer"),

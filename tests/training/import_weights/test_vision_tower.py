@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pcae_export.source import SourceOverrides, read_source
 from pcae_training.checkpoint import CheckpointError
 from pcae_training.import_weights import LoadedCheckpoint, load_checkpoint
 from tests.support.families import build, write
+from tests.support.foreign_checkpoints import SIZES
 
 
 @pytest.fixture
@@ -149,7 +151,38 @@ def test_a_pool_that_is_missing_is_not_passed_over(hugging_face: Any, tmp_path: 
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("kind", ["beit", "clip_text_model", "siglip2", "swin", "eva"])
+@torch.inference_mode()
+def test_siglip_2_of_a_fixed_resolution_as_it_is_published(
+    hugging_face: Any, tmp_path: Path
+) -> None:
+    theirs = build(hugging_face, "siglip")
+    folder = write(theirs, tmp_path)
+    sizes = json.loads((folder / "config.json").read_text())["vision_config"]
+    published = {  # states neither the model's class nor a field that has its default
+        "initializer_factor": 1.0,
+        "model_type": "siglip",
+        "text_config": {"model_type": "siglip_text_model", "vocab_size": 256000},
+        "transformers_version": "4.49.0.dev0",
+        "vision_config": {"model_type": "siglip_vision_model"}
+        | {name: sizes[name] for name in (*SIZES, "intermediate_size")},
+    }
+    (folder / "config.json").write_text(json.dumps(published))
+    processor = {
+        "do_convert_rgb": None, "do_normalize": True, "do_rescale": True, "do_resize": True,
+        "image_mean": [0.5] * 3, "image_processor_type": "SiglipImageProcessor",
+        "image_std": [0.5] * 3, "processor_class": "SiglipProcessor", "resample": 2,
+        "rescale_factor": 0.00392156862745098, "size": {"height": 24, "width": 24},
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    checkpoint = read_source(folder, SourceOverrides()).checkpoint
+    assert checkpoint.preprocess.resample == Image.Resampling.BILINEAR
+    assert (checkpoint.preprocess.resize, checkpoint.preprocess.squash) == (24, True)
+    images = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    expected = theirs.get_image_features(images).pooler_output
+    torch.testing.assert_close(checkpoint.model(images), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["clip_text_model", "eva"])
 def test_another_model_is_refused_by_its_type(folder: Path, kind: str) -> None:
     with pytest.raises(CheckpointError, match=f'model_type is "{kind}"; supported: vit, deit,'):
         edited(folder, model_type=kind)

@@ -15,6 +15,8 @@ from pcae_training.model_config import MODEL_TYPE
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 _SHARD = re.compile(r"(?:model|pytorch_model)-\d{5}-of-\d{5}\.(?:safetensors|bin)")
+#: In the folder of a model of OpenCLIP, which may be one of `transformers` as well.
+_OPEN_CLIP = "open_clip_config.json"
 #: A checkpoint in the output folder of Hugging Face's Trainer.
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -64,6 +66,11 @@ def detect_format(path: Path) -> Source:
         raise CheckpointError(f"checkpoint not found: {path} does not exist")
     saved, notes = _choose_saved(path)
     folders = (saved,) if saved == path else (saved, path)
+    if not (saved / "config.json").exists() and (saved / _OPEN_CLIP).exists():
+        raise CheckpointError(
+            f"{path} is a model of OpenCLIP; supported: CLIP and SigLIP in the format of"
+            " `transformers`"
+        )
     if not (saved / "config.json").exists():  # the reader looks for what a killed writer left
         return Source(path, Format.OWN, saved)
     config = read_json(saved / "config.json")

@@ -5,6 +5,7 @@ from typing import Any
 
 from pcae_serve.bundle.config_fields import as_json
 from pcae_training.import_weights import dinov3, hugging_face, vision_tower
+from pcae_training.import_weights.architectures import describe_type
 from pcae_training.import_weights.description import FILE, Description
 from pcae_training.model_config import MODEL_TYPE
 
@@ -20,5 +21,6 @@ def read_config(content: Mapping[str, Any]) -> Description:
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in READERS:
         supported = ", ".join((*READERS, MODEL_TYPE))
-        raise ValueError(f"{FILE}: model_type is {as_json(kind)}; supported: {supported}")
+        known = describe_type(kind) if isinstance(kind, str) else ""
+        raise ValueError(f"{FILE}: model_type is {as_json(kind)}{known}; supported: {supported}")
     return READERS[kind](content)

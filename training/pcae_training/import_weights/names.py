@@ -31,10 +31,8 @@ class Names(NamedTuple):
 
 
 _UNSUPPORTED = (
-    (r"mlp\.fc1_[gx]\b|mlp\.norm\.", "MLPs of EVA-02"),
-    (r"relative_position|rel_pos|attn\.[qv]_bias", "relative positions (BEiT, Swin, SAM)"),
-    (r"^layers\.\d+\.(?:blocks|downsample)\.", "stages that merge patches (Swin)"),
     (r"\b[qk]_norm\.", "normalised queries and keys"),
+    (r"\.(?:attn|mlp)\.norm\.", "norms inside attention or MLPs (EVA-02)"),
 )
 
 TIMM = Names(

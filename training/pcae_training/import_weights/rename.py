@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pcae_training.import_weights.architectures import check_architecture
 from pcae_training.import_weights.detect import Naming, detect_naming
 from pcae_training.import_weights.names import GATED, SCHEMES, Scheme
 from pcae_training.import_weights.sizes import require_tensor
@@ -47,6 +48,7 @@ def rename_weights(tensors: Mapping[str, Tensor]) -> Renamed:
 
     Raise ValueError if the tensors are not those of a supported ViT.
     """
+    check_architecture(tensors)
     naming = detect_naming(tensors)
     weights: dict[str, Tensor] = {}
     original: dict[str, str] = {}  # our name to the file's
