@@ -29,6 +29,7 @@ from tests.support.foreign_checkpoints import (
     Weights,
     deit_3,
     dino_teacher,
+    giant,
     in_chunks,
     mae_finetuned,
     mae_pretrained,
@@ -111,6 +112,7 @@ def test_a_vit_of_timm_under_a_budget(save: Callable[..., Path], tmp_path: Path)
             ("deit-distilled", replace(TINY, distilled=True), mae_finetuned, True),
             ("deit-3", SCALED, deit_3, True),
             ("dinov2-registers", replace(SCALED, classes=0, registers=4), in_chunks, True),
+            ("dinov2-giant", replace(SCALED, gated_mlp=True, activation="silu"), giant, True),
             ("no-qkv-bias", replace(TINY, qkv_bias=False, mlp_ratio=1.5), dict, True),
         ]
     ],

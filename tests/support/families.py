@@ -60,6 +60,12 @@ FAMILIES: Mapping[str, Member] = {
     "siglip": Member("SiglipModel", PAIR, of_pair),
     "siglip-tower": Member("SiglipVisionModel", WIDE, pooled),
     "siglip-classifier": Member("SiglipForImageClassification", PAIR | LABELS, logits),
+    "dinov2-gated": Member("Dinov2Model", {"mlp_ratio": 3, "use_swiglu_ffn": True}, pooled),
+    "dinov2-classifier": Member(
+        "Dinov2WithRegistersForImageClassification",
+        {"mlp_ratio": 3, "use_swiglu_ffn": True, "num_register_tokens": 3} | LABELS,
+        logits,
+    ),
     "dinov3": Member("DINOv3ViTModel", WIDE | {"num_register_tokens": 3}, pooled),
     "dinov3-gated": Member(
         "DINOv3ViTModel",
@@ -71,6 +77,11 @@ FAMILIES: Mapping[str, Member] = {
 REAL: Mapping[str, Member] = {
     "clip-b-32": Member("CLIPVisionModelWithProjection", {}, embedded),
     "siglip-b-16": Member("SiglipVisionModel", {}, pooled),  # 93 million, the smallest published
+    "dinov2-s-14": Member(
+        "Dinov2WithRegistersForImageClassification",
+        {"hidden_size": 384, "num_attention_heads": 6, "num_labels": 1000},
+        logits,
+    ),
     "dinov3-s-16": Member("DINOv3ViTModel", {"num_register_tokens": 4}, pooled),
 }
 

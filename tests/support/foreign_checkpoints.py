@@ -93,6 +93,11 @@ def in_chunks(weights: Weights) -> Any:
     return renamed(weights, *renames) | {"mask_token": torch.zeros(1, 16)}
 
 
+def giant(weights: Weights) -> Any:
+    """As DINOv2's own training names gated MLPs."""
+    return renamed(weights, (r"\.fc1\.", ".w12."), (r"\.fc2\.", ".w3."))
+
+
 def deit_3(weights: Weights) -> Any:
     """Its CLS token has no position: the one it has here goes into the token."""
     patches = weights["pos_embed"][:, 1:]

@@ -47,10 +47,13 @@ def gradients(model: VisionTransformer, recompute: bool) -> tuple[list[Tensor], 
     return [p.grad for p in model.parameters() if p.grad is not None], calls
 
 
-@pytest.mark.parametrize("rule", list(RULES))
-def test_the_gradients_are_the_same_and_blocks_run_twice(rule: Any) -> None:
+@pytest.mark.parametrize(
+    ("rule", "parts"),
+    [*((rule, {}) for rule in RULES), ("weighted", {"rope_theta": 100.0, "gated_mlp": True})],
+)
+def test_the_gradients_are_the_same_and_blocks_run_twice(rule: Any, parts: Any) -> None:
     torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig(**CONFIG, reduction=rule))
+    model = VisionTransformer(ViTConfig(**CONFIG, **parts, reduction=rule))
     kept, once = gradients(model, recompute=False)
     again, twice = gradients(model, recompute=True)
     assert (once, twice) == (11, 22)

@@ -23,6 +23,7 @@ from tests.support.foreign_checkpoints import (
     Weights,
     deit_3,
     dino_teacher,
+    giant,
     in_chunks,
     mae_finetuned,
     mae_pretrained,
@@ -34,6 +35,9 @@ from tests.support.foreign_checkpoints import (
 )
 
 DINOV2_SMALL = Path(__file__).parents[3].parent / "shared" / "data" / "dinov2-small"
+
+
+GIANT = replace(SCALED, gated_mlp=True, activation="silu", mlp_ratio=1.5)
 
 
 def pixels(size: int = 24) -> Tensor:
@@ -113,12 +117,17 @@ def test_deit_of_hugging_face(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("as_on_disk", [True, False])
-def test_dinov2_with_registers(hugging_face: Any, as_on_disk: bool, tmp_path: Path) -> None:
-    config = hugging_face.Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, num_register_tokens=3)
+@pytest.mark.parametrize("gated", [True, False])
+def test_dinov2_with_registers(
+    hugging_face: Any, gated: bool, as_on_disk: bool, tmp_path: Path
+) -> None:
+    sizes = SIZES | {"mlp_ratio": 2, "num_register_tokens": 3, "use_swiglu_ffn": gated}
+    config = hugging_face.Dinov2WithRegistersConfig(**sizes)
     theirs = randomised(hugging_face.Dinov2WithRegistersModel(config))
     theirs.save_pretrained(tmp_path, save_original_format=as_on_disk)
     found = load_checkpoint(tmp_path)
     assert (found.config.registers, found.config.layer_scale) == (3, True)
+    assert (found.config.gated_mlp, found.config.hidden) == (gated, 24 if gated else 32)
     assert found.ignored == ["embeddings.mask_token"]
     for size in (24, 16, 32):  # smaller is told from larger by antialiasing
         ours = VisionTransformer(replace(found.config, image_size=size)).eval()
@@ -210,6 +219,7 @@ def close(ours: Tensor, expected: Tensor) -> None:
         (TINY, lambda weights: {"state_dict": renamed(weights, ("^", "module.encoder."))}),
         (replace(SCALED, classes=0, registers=4), in_chunks),
         (SCALED, deit_3),
+        (GIANT, giant),
         (replace(SCALED, registers=4, qkv_bias=False, mlp_ratio=1.5, channels=1), dict),
     ],
 )
@@ -394,8 +404,8 @@ def test_files_that_are_damaged(name: str, tmp_path: Path) -> None:
             'hidden_act is "quick_gelu"',
         ),
         (
-            {"model_type": "dinov2", "use_swiglu_ffn": True},
-            "use_swiglu_ffn is true; supported: false",
+            {"model_type": "dinov2", "num_attention_heads": 2, "use_swiglu_ffn": True},
+            "use_swiglu_ffn is true, but the weights have False",
         ),
         (
             {"model_type": "vit", "num_attention_heads": "two"},

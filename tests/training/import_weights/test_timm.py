@@ -52,6 +52,23 @@ def test_heads_by_architecture(
     assert read(tmp_path, model.state_dict(), model_args=args).config.heads == heads
 
 
+@pytest.mark.parametrize("name", ["vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2"])
+def test_the_mlps_of_dinov2s_giant_are_gated(name: str, tmp_path: Path) -> None:
+    registers = 4 if "reg4" in name else 0
+    sizes: dict[str, Any] = {"layer_scale": True, "registers": registers, "mlp_ratio": 1.5}
+    config = replace(TINY, gated_mlp=True, activation="silu", **sizes)
+    args = {"num_heads": 2, "mlp_ratio": 3.0}
+    found = read(tmp_path, vit(config).state_dict(), architecture=name, model_args=args)
+    assert found.config == config
+    images = torch.randn(2, 3, 24, 24)
+    assert torch.equal(rebuilt(found)(images), vit(config)(images))
+    args["mlp_ratio"] = 1.5
+    with pytest.raises(CheckpointError, match=r"mlp_ratio is 1\.5, but the weights have 3"):
+        read(tmp_path, vit(config).state_dict(), architecture=name, model_args=args)
+    with pytest.raises(CheckpointError, match=r"fc1.weight has shape \[48, 16\], expected \[24"):
+        read(tmp_path, vit(config).state_dict())
+
+
 def pooled(config: ViTConfig, images: torch.Tensor, mean: bool, norm: Any) -> torch.Tensor:
     """timm's forward_head, by hand."""
     model: Any = randomised(VisionTransformer(config))

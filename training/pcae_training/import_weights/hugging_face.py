@@ -36,6 +36,9 @@ FAMILIES = {
     "vit_mae": Family(1e-12, ("ViTMAEModel", "ViTMAEForPreTraining"), ()),
 }
 
+#: Those that may have gated MLPs.
+DINOV2 = ("dinov2", "dinov2_with_registers")
+
 FIELDS = FieldTable(
     understood={
         "model_type": Field.only(*FAMILIES),
@@ -47,7 +50,7 @@ FIELDS = FieldTable(
         "num_register_tokens": WHOLE,
         "hidden_act": Field.only("gelu"),
         "qkv_bias": BOOLEAN,
-        "use_swiglu_ffn": Field.only(False),
+        "use_swiglu_ffn": BOOLEAN,
         **LABELS,
         **ENCODER,
     },
@@ -66,10 +69,16 @@ class ViTDescription(Description):
         """Raise ValueError if a size differs from that of the tensors."""
         super().check(config)
         ratio = self.found.get("mlp_ratio", config.mlp_ratio)
+        hidden = int(config.width * ratio)
+        if config.gated_mlp:  # two thirds, in multiples of 8
+            hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
         sizes = {
-            "mlp_ratio": ratio if int(config.width * ratio) == config.hidden else config.mlp_ratio,
+            "mlp_ratio": ratio if hidden == config.hidden else config.mlp_ratio,
             "qkv_bias": config.qkv_bias,
         }
+        if self.found["model_type"] in DINOV2:
+            gated = self.found.get("use_swiglu_ffn", False)
+            check_sizes(FILE, {"use_swiglu_ffn": gated}, {"use_swiglu_ffn": config.gated_mlp})
         if self.found["model_type"] == "dinov2_with_registers":
             sizes["num_register_tokens"] = config.registers
         check_sizes(FILE, self.found, sizes)

@@ -78,6 +78,7 @@ def read_timm(source: Source, choices: Choices) -> LoadedCheckpoint:
         pooling=described.pooling,
         arrange=described.arrange,
         heads_of=described.heads,
+        stated=described.stated,
     )
     loaded.antialias = True  # of all its models
     described.check(loaded.config)

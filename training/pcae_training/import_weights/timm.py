@@ -185,6 +185,13 @@ class Description:
             return "cls"
         return "mean" if self.normed_after_pooling else "normed-mean"
 
+    @property
+    def stated(self) -> Mapping[str, Any]:
+        """Return fields of ViTConfig that no tensor shows."""
+        name = _parsed(self.found["architecture"])
+        gated = name["size"] == "giant" and "dinov2" in name["rest"]
+        return {"gated_mlp": True, "activation": "silu"} if gated else {}
+
     def arrange(self, renamed: Renamed) -> Renamed:
         """Check that the final norm is where the configuration has it, and name it as we do."""
         norm = "fc_norm" if self.normed_after_pooling else "norm"
@@ -210,8 +217,8 @@ class Description:
 
     def check(self, config: ViTConfig) -> None:
         """Raise ValueError if a size differs from that of the tensors."""
-        ratio = self.args.get("mlp_ratio", config.mlp_ratio)
-        ratio = ratio if int(config.width * ratio) == config.hidden else config.mlp_ratio
+        first = config.hidden * (config.mlp_layers - 1)  # outputs of the first layer
+        ratio = self.args.get("mlp_ratio", first / config.width)
         check_sizes(FILE, self.found, {"num_classes": config.classes, "num_features": config.width})
         check_sizes(
             f"{FILE}: model_args",
@@ -222,9 +229,7 @@ class Description:
                 "img_size": config.image_size,
                 "in_chans": config.channels,
                 "init_values": config.layer_scale,
-                "mlp_ratio": ratio
-                if int(config.width * ratio) == config.hidden
-                else config.mlp_ratio,
+                "mlp_ratio": ratio if int(config.width * ratio) == first else first / config.width,
                 "num_classes": config.classes,
                 "patch_size": config.patch_size,
                 "qkv_bias": config.qkv_bias,
