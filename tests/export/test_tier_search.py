@@ -61,6 +61,7 @@ def test_tiers_are_measured_chosen_and_shown(
     assert "Tiers chosen by" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_int8_that_differs_too_much_is_left_out(
     made: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -84,6 +85,7 @@ def test_int8_that_differs_too_much_is_left_out(
     assert {tier.precision for tier in bundle.tiers} == {"float32"}
 
 
+@pytest.mark.slow
 def test_no_int8_as_asked(made: Any, data: Path, tmp_path: Path) -> None:
     flags = (*AUTO, "--eval-data", data, "--no-int8", "--tier-images", 60, "--limit", 5)
     bundle = bundled(made.checkpoint, tmp_path / "out", *flags)
