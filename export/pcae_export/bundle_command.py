@@ -17,9 +17,10 @@ from pcae_export.half_precision import Half, choose_half
 from pcae_export.images import IMAGES_HELP, decode, parity_pixels, shuffle_rows
 from pcae_export.measure import measure_quality
 from pcae_export.pack import Evaluation, Part, TierSpec
+from pcae_export.photo_classes import fit_classes
 from pcae_export.ranking import warn_of_few_images
 from pcae_export.source import Source, SourceOverrides, locate_source, read_source
-from pcae_export.tier_flags import parse_tiers
+from pcae_export.tier_flags import TierFlag, parse_tiers
 from pcae_export.tier_search import TierSearch, assign_tiers
 from pcae_export.verify import MIN_IMAGES, verify_model
 from pcae_serve.bundle.manifest import NAME_PATTERN
@@ -64,6 +65,7 @@ class WriteBundle(BaseModel):
             "eval_classes", "max_unreadable", "agreement", "limit", "parity_images",
             "choice_images", "tier_images",
         ),
+        "a classifier from photographs": ("classes_from", "classes_split"),
         "overrides of SOURCE": (
             "weights", "answers", "labels", "heads", "image_size", "resize", "normalise",
             "features",
@@ -133,6 +135,12 @@ class WriteBundle(BaseModel):
         description="number of images that --tiers auto compares tiers on; quality is then measured"
         f" on the others (default: half of them, at most {TIER_IMAGES})",
     )
+    classes_from: str | None = Field(
+        None,
+        description="photographs in class folders (or parquet files, a hub name): SOURCE becomes"
+        " their classifier, by a linear head on its features; no network is trained",
+    )
+    classes_split: str = Field("train", description="split of --classes-from")
     half: Literal["auto", Half, "none"] = Field(
         "auto",
         description="precision of the graphs for GPUs; auto: float16, or bfloat16 if the model"
@@ -199,6 +207,8 @@ class WriteBundle(BaseModel):
             raise ValueError(
                 "at most SOURCE and OUT are given without a flag; several SOURCEs need --tiers auto"
             )
+        if self.classes_from is not None:
+            self._check_classes_from(tiers)
         if self.source is None and not all(tier.checkpoint for tier in tiers.values()):
             missing = next(name for name, tier in tiers.items() if not tier.checkpoint)
             raise ValueError(f"tier {missing!r} has no checkpoint; give SOURCE before OUT")
@@ -207,6 +217,21 @@ class WriteBundle(BaseModel):
         if is_remote(self.paths[-1]):
             raise ValueError(f"OUT is a local folder, not {self.paths[-1]}")
         return self
+
+    def _check_classes_from(self, tiers: Mapping[str, TierFlag]) -> None:
+        """Raise ValueError for flags that contradict --classes-from."""
+        if len(self.sources) != 1 or any(tier.checkpoint for tier in tiers.values()):
+            raise ValueError("--classes-from makes a classifier of one model; give one SOURCE")
+        for flag in ("labels", "features", "answers"):
+            if flag in self.model_fields_set:
+                raise ValueError(f"--classes-from names the classes; omit --{flag}")
+        if self.agreement:
+            raise ValueError("--classes-from measures top-1; omit --agreement")
+        int8 = any(tier.spec.precision == "int8" for tier in tiers.values())
+        if int8 and self.eval_data is None:
+            raise ValueError(
+                "the quality of int8 tiers is not known from --classes-from; give --eval-data"
+            )
 
     @property
     def source(self) -> str | None:
@@ -235,13 +260,22 @@ class WriteBundle(BaseModel):
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         pack.plan_tiers(parts)
+        photos = self._photos(next(iter(parts.values())).checkpoint)
+        tables, fitted = list[str](), None
+        if photos is not None:
+            [(model_id, part)] = parts.items()
+            tables += self._choose_reductions(parts, undecided, photos, range(len(photos)))
+            fitted = fit_classes(part.checkpoint, list(part.tiers.values()), photos)
+            parts[model_id] = replace(part, checkpoint=fitted.checkpoint)
+            tables.append("\n".join(fitted.lines()))
+            undecided = set()
         first = next(iter(parts.values())).checkpoint
         images = self._images(first)
         order = range(len(images)) if images else range(0)
-        tables = self._choose_reductions(parts, undecided, images, order)
+        tables += self._choose_reductions(parts, undecided, images, order)
 
         size, count = first.preprocess.image_size, self.parity_images
-        pixels = parity_pixels(images, count, size, MIN_IMAGES)
+        pixels = parity_pixels(photos if images is None else images, count, size, MIN_IMAGES)
         pictures: dict[str, bytes] = {}
         if self.tiers == "auto":
             assert images is not None  # ensured by `_check_sources`
@@ -259,7 +293,8 @@ class WriteBundle(BaseModel):
         def evaluate(draft: Bundle, stored: Mapping[str, Checkpoint]) -> Evaluation:
             parity = {m: verify_model(draft, c, pixels, m) for m, c in stored.items()}
             if images is None:
-                return Evaluation(parity=parity)
+                known = {} if fitted is None else fitted.measured(parts[self.model_id].tiers)
+                return Evaluation(known, parity)
             engine, rows = OnnxRuntimeEngine(draft), order[: self.limit]
             measured = measure_quality(draft, engine, images, rows, bool(images.classes))
             if warning := warn_of_few_images(list(draft.tiers), measured):
@@ -306,14 +341,14 @@ class WriteBundle(BaseModel):
             labels=self.labels,
             reduction_points=self.reduction_points,
             reduction=None if self.reduction == "auto" else self.reduction,
-            features=self.features,
+            features=self.features or self.classes_from is not None,
             weights=self.weights,
             answers=self.answers,
         )
 
     def _with_default_rule(self, read: Source, part: Part) -> Part:
         """Return the part with DEFAULT_REDUCTION if its rule is unknown and cannot be measured."""
-        if read.reduced or self.eval_data is not None:
+        if read.reduced or self.eval_data is not None or self.classes_from is not None:
             return part
         return _with_rule(part, DEFAULT_REDUCTION)
 
@@ -351,6 +386,23 @@ class WriteBundle(BaseModel):
             if choice.note:
                 print(f"note: {model_id}: {choice.note}", file=sys.stderr)
             parts[model_id] = replace(part, half=choice.half, half_range=choice.range)
+
+    def _photos(self, backbone: Checkpoint) -> LabelledImages | None:
+        """Return the readable photographs of --classes-from, in random order."""
+        if self.classes_from is None:
+            return None
+        photos = load(
+            self.classes_from,
+            self.classes_split,
+            backbone.preprocess,
+            layout=self.eval_layout,
+            image_column=self.eval_image_column,
+            label_column=self.eval_label_column,
+            classes=self.eval_classes,
+            max_unreadable=self.max_unreadable,
+        )
+        print_inventory(photos.inventory)
+        return photos.subset(shuffle_rows(len(photos))).readable()
 
     def _images(self, checkpoint: Checkpoint) -> LabelledImages | None:
         """Return the readable images of --eval-data in random order, as many as are needed.

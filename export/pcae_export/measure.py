@@ -91,6 +91,13 @@ def mean_interval(differences: NDArray[np.float64]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
+def to_accuracy(correct: NDArray[Any], data_set: str) -> Measured:
+    """Return the top-1 of images that were classified correctly or not, [N]."""
+    top1 = Top1(int(correct.sum()), len(correct))
+    quality = Accuracy(top1=top1.value, n=top1.n, interval=top1.interval, data_set=data_set)
+    return Measured(quality, correct.astype(float))
+
+
 def _full_tier(bundle: Bundle, model: str) -> Tier:
     """Return a float32 tier of the model at k = 1.0, even if the bundle has none."""
     known = bundle.manifest.models[model]
@@ -105,9 +112,8 @@ def _to_measured(
     n, mean = len(scores), float(scores.mean())
     quality: Quality
     if labelled:
-        top1 = Top1(int(scores.sum()), n)
-        quality = Accuracy(top1=top1.value, n=n, interval=top1.interval, data_set=data_set)
-    elif bundle.answers == "features":
+        return to_accuracy(scores, data_set)
+    if bundle.answers == "features":
         quality = Fidelity(cosine=min(1.0, mean), n=n, data_set=data_set)
     else:
         quality = Agreement(share=mean, n=n, data_set=data_set)

@@ -81,6 +81,8 @@ def read_source(path: Path, overrides: SourceOverrides) -> Source:
     ignored = [name for name in found.ignored if not name.endswith("mask_token")]
     notes = [*found.notes, *([f"ignored in {path}: {', '.join(ignored)}"] if ignored else [])]
     if overrides.features:
+        if found.config.classes:
+            notes.append(f"the head of {path} ({found.config.classes} classes) is left out")
         found = found.drop_head()
     multi_label = _multi_label(path, found, overrides)
     preprocess = _preprocess(path, found, overrides)

@@ -5,7 +5,6 @@ k-nearest neighbours, ridge and logistic regression are trained on the features 
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args
@@ -23,10 +22,10 @@ from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
 from pcae_serve.sources.locate import locate_checkpoint
 from pcae_serve.sources.names import ModelName, public_name
-from pcae_training.checkpoint import Checkpoint
 from pcae_training.data import LabelledImages, load
 from pcae_training.data_settings import DataSettings
-from pcae_training.evaluate import Ratios, choose_ratios, normalise, row_noise
+from pcae_training.evaluate import Ratios, choose_ratios
+from pcae_training.frozen_features import compute_features
 from pcae_training.holdout_settings import HoldoutSettings, divide
 from pcae_training.import_weights import WeightsChoice, build_checkpoint, load_checkpoint
 from pcae_training.interval_text import percent
@@ -34,11 +33,9 @@ from pcae_training.inventory import print_inventory, print_lines
 from pcae_training.number_format import (
     PRECISION_HELP,
     Precision,
-    choose_dtype,
     describe_slow,
 )
 from pcae_training.output import check_writable, write_whole
-from pcae_training.progress import Progress
 from pcae_training.readouts import Method, predict
 from pcae_training.score import Difference, Score, Top1
 from pcae_training.text_table import align_columns
@@ -178,7 +175,17 @@ def run_probe(settings: ProbeSettings) -> Probe:
     scores: dict[float, dict[Method, Score]] = {ratio: {} for ratio in budgets}
     with join(settings.device) as world:
         checkpoint.model.to(world.device)
-        both = [_features(checkpoint, images, budgets, settings) for images in (train, held)]
+        both = [
+            compute_features(
+                checkpoint,
+                images,
+                budgets,
+                batch_size=settings.batch_size,
+                precision=settings.precision,
+                workers=settings.workers,
+            )
+            for images in (train, held)
+        ]
     for ratio in budgets:
         features = Features(both[0][ratio], train.labels, both[1][ratio], held.labels)
         for method in settings.methods:
@@ -208,33 +215,6 @@ def _images(
     held.align(images.classes)
     print_inventory(held.inventory)
     return images.readable(), held.readable()
-
-
-@torch.inference_mode()
-def _features(
-    checkpoint: Checkpoint,
-    images: LabelledImages,
-    budgets: Sequence[float],
-    settings: ProbeSettings,
-) -> dict[float, Tensor]:
-    """Return float32 features [n, D] by keep ratio; each image is decoded once."""
-    model, config = checkpoint.model, checkpoint.model.config
-    device, dtype = model.device, choose_dtype(settings.precision, settings.device)
-    parts: dict[float, list[Tensor]] = {ratio: [] for ratio in budgets}
-    done = 0
-    with Progress("computing features", len(images)) as progress:
-        batches = images.batches(range(len(images)), settings.batch_size, settings.workers)
-        for pixels, labels in batches:
-            batch = normalise(pixels.to(device), checkpoint.preprocess)
-            rows = [images.row(index) for index in range(done, done + len(labels))]
-            noise = row_noise(config, rows, device)
-            for ratio, features in parts.items():
-                counts = config.geometry.counts(ratio)
-                with torch.autocast(device.type, dtype, dtype != torch.float32):
-                    features.append(model(batch, counts, noise=noise).float().cpu())
-            done += len(labels)
-            progress.update(len(labels))
-    return {ratio: torch.cat(features) for ratio, features in parts.items()}
 
 
 def _pixels(images: LabelledImages) -> Tensor:

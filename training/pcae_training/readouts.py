@@ -15,6 +15,7 @@ from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
 Method = Literal["knn", "ridge", "logistic"]
+LinearMethod = Literal["ridge", "logistic"]
 Array = npt.NDArray[Any]
 
 #: Temperature of the votes of neighbours, as DINO weights them (arXiv 2104.14294).
@@ -36,6 +37,20 @@ def predict(
     model = _MODELS[method](labels, min(neighbours, len(features)))
     predicted: Array = model.fit(features, labels).predict(others)
     return predicted
+
+
+def fit_linear(method: LinearMethod, features: Array, labels: Array) -> tuple[Array, Array]:
+    """Fit a readout to features [n, D] and labels int64 [n], all of 0 to classes - 1 among them.
+
+    Returns weight [classes, D] and bias [classes] for features as they are: the standardisation is
+    part of them.
+    """
+    scaler, model = _MODELS[method](labels, 1).fit(features, labels)
+    weight, bias = np.atleast_2d(model.coef_), model.intercept_
+    if len(weight) == 1:  # of two classes: the second one's margin
+        weight, bias = (np.concatenate([-values, values]) / 2 for values in (weight, bias))
+    weight = weight / scaler.scale_
+    return weight, bias - weight @ scaler.mean_
 
 
 def _knn(_: Array, neighbours: int) -> Any:
