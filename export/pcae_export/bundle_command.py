@@ -341,7 +341,8 @@ class WriteBundle(BaseModel):
             labels=self.labels,
             reduction_points=self.reduction_points,
             reduction=None if self.reduction == "auto" else self.reduction,
-            features=self.features or self.classes_from is not None,
+            features=self.features,
+            new_head=self.classes_from is not None,
             weights=self.weights,
             answers=self.answers,
         )

@@ -50,6 +50,7 @@ class SourceOverrides:
     reduction_points: Sequence[int] | None = None
     reduction: Rule | None = None
     features: bool = False  # drop the head
+    new_head: bool = False  # the same; another one follows
     weights: WeightsChoice | None = None
     answers: Literal["classes", "labels"] | None = None
 
@@ -80,9 +81,9 @@ def read_source(path: Path, overrides: SourceOverrides) -> Source:
     found = load_checkpoint(path, heads=overrides.heads, weights=overrides.weights)
     ignored = [name for name in found.ignored if not name.endswith("mask_token")]
     notes = [*found.notes, *([f"ignored in {path}: {', '.join(ignored)}"] if ignored else [])]
-    if overrides.features:
-        if found.config.classes:
-            notes.append(f"the head of {path} ({found.config.classes} classes) is left out")
+    if overrides.new_head and found.config.classes:
+        notes.append(f"the head of {path} ({found.config.classes} classes) is replaced")
+    if overrides.features or overrides.new_head:
         found = found.drop_head()
     multi_label = _multi_label(path, found, overrides)
     preprocess = _preprocess(path, found, overrides)

@@ -45,6 +45,15 @@ def test_products_with_weights_alone_are_quantised(file: Path, checkpoint: Check
     assert kinds["ConvInteger"] == 0
 
 
+def test_weights_take_seven_bits(file: Path) -> None:
+    """Without VNNI, two products of a full weight overflow 16 bits: answers are wrong, silently."""
+    held = onnx.load(file).graph.initializer
+    weights = [onnx.numpy_helper.to_array(t) for t in held if t.data_type == onnx.TensorProto.INT8]
+    matrices = [weight for weight in weights if weight.ndim == 2]
+    assert matrices
+    assert max(np.abs(weight.astype(int)).max() for weight in matrices) == 64
+
+
 def test_the_file_stands_alone_and_says_what_it_is(file: Path) -> None:
     model = onnx.load(file, load_external_data=False)
     assert all(c.data_location != c.EXTERNAL for c in model.graph.initializer)

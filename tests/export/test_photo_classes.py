@@ -82,7 +82,7 @@ def test_a_head_is_replaced_with_a_note(
     photos = write_photos(tmp_path / "photos")
     bundle = bundled(made.checkpoint, tmp_path / "out", *TIERS, "--classes-from", photos)
     assert bundle.labels == tuple(COLOURS)
-    assert "(3 classes) is left out" in capsys.readouterr().err
+    assert "(3 classes) is replaced" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

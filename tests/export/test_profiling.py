@@ -60,7 +60,7 @@ def test_the_server_starts_from_what_the_command_measured(
     kept = latency_profile.load(demo, engine, tmp_path / "cache", limit_s=0.01)
     written = json.loads(report.read_text())
     assert latency_profile.Profile.model_validate(written["profile"]) == kept
-    assert [row["tier"] for row in written["rows"][:5]] == [tier.name for tier in demo.tiers]
+    assert [row["tier"] for row in written["rows"][: len(demo.tiers)]] == [tier.name for tier in demo.tiers]
     assert written["rows"][0]["of_macs"] > 0
     assert written["suggestion"]["tiers"][-1]["keep_ratio"] == 1
 
@@ -198,7 +198,7 @@ def test_a_static_engine_is_not_swept(demo: Bundle, monkeypatch: pytest.MonkeyPa
         raise AssertionError("a static graph runs no other counts")
 
     monkeypatch.setattr(keep_ratios, "sweep_tiers", refuse)
-    command = Profile(bundle=demo.root, suggest=5)
-    timed = {1: np.tile([0.01, 0.013, 0.0175, 0.023, 0.03], (9, 1))}
+    command = Profile(bundle=demo.root, suggest=4)
+    timed = {1: np.tile([0.01, 0.015, 0.02, 0.03], (9, 1))}
     found = command._suggest(demo, Static(demo), timed, 1.0)
     assert [tier.name for tier in found.tiers] == [tier.name for tier in demo.tiers]
