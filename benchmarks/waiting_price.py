@@ -37,7 +37,7 @@ PRICES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
 GOAL = 1.5
 #: Accuracies of a platform without intervals count as equal within this.
 EXACT = 0.0005
-#: The demo's tiers: keep ratio and top-1 of 10,000 images.
+#: Tiers of the demo of 2026-11-23: keep ratio and top-1 of 10,000 images.
 DEMO = {
     "fast": (0.25, 0.8773),
     "brisk": (0.30, 0.8804),

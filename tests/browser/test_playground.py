@@ -63,9 +63,13 @@ def test_the_veil_covers_what_the_api_says_was_dropped(visit: Any, tmp_path: Pat
     for stage, kept in enumerate(answer["kept"], start=1):
         set_range(page, "After reduction", stage)
         page.get_by_text(f"{stage} of 3: ").wait_for(timeout=WAIT_MS)
-        page.wait_for_timeout(100)  # effects draw after the text
-        veiled = pixels(page)
-        assert [i for i in range(196) if veiled[i] == bare[i]] == kept
+        for _ in range(WAIT_MS // 100):  # effects draw after the text
+            veiled = pixels(page)
+            bright = [i for i in range(196) if veiled[i] == bare[i]]
+            if bright == kept:
+                break
+            page.wait_for_timeout(100)
+        assert bright == kept
 
 
 def test_a_small_budget_buys_a_cheaper_tier_and_a_tiny_one_an_explanation(

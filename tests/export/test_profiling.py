@@ -60,7 +60,8 @@ def test_the_server_starts_from_what_the_command_measured(
     kept = latency_profile.load(demo, engine, tmp_path / "cache", limit_s=0.01)
     written = json.loads(report.read_text())
     assert latency_profile.Profile.model_validate(written["profile"]) == kept
-    assert [row["tier"] for row in written["rows"][: len(demo.tiers)]] == [tier.name for tier in demo.tiers]
+    names = [tier.name for tier in demo.tiers]
+    assert [row["tier"] for row in written["rows"][: len(names)]] == names
     assert written["rows"][0]["of_macs"] > 0
     assert written["suggestion"]["tiers"][-1]["keep_ratio"] == 1
 

@@ -7,7 +7,8 @@ export function Answer({ answer, picture, patches }) {
   const stages = answer.kept?.length ?? 0;
   const [chosen, setChosen] = useState(null);
   const stage = Math.min(chosen ?? stages, stages);
-  const remaining = stage === 0 ? "all patches" : `${answer.tokens[stage - 1]} patches`;
+  const count = answer.tokens[stage - 1];
+  const remaining = stage === 0 ? "all patches" : `${count} ${count === 1 ? "patch" : "patches"}`;
   return html`<div class="answer">
     <figure>
       <${Picture} picture=${picture} patches=${patches} kept=${stage === 0 ? null : answer.kept[stage - 1]}

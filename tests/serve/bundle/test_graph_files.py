@@ -48,7 +48,7 @@ def test_a_location_is_found_wherever_it_is(tmp_path: Path, place: str) -> None:
 
 def test_the_demos_graphs_name_their_weights() -> None:
     graphs = list(demo_path().rglob("*.onnx"))
-    assert len(graphs) == 6
+    assert len(graphs) == 5
     for graph in graphs:
         assert external_files(graph) == {"model.safetensors"}
 

@@ -85,7 +85,7 @@ def test_labels_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> Non
 def test_features_that_do_not_fit_the_graph_are_told_at_start(demo: Bundle) -> None:
     vit = demo.manifest.models["vit"].model_copy(update={"answers": "features"})
     manifest = demo.manifest.model_copy(update={"labels": (), "models": {"vit": vit}})
-    with pytest.raises(StartError, match="computes 10 features, but the manifest has 192"):
+    with pytest.raises(StartError, match="computes 10 features, but the manifest has 128"):
         load_engine("onnxruntime", replace(demo, manifest=manifest))
 
 
@@ -131,7 +131,7 @@ def test_the_simulated_engine_answers_with_features_too(demo: Bundle) -> None:
     vit = demo.manifest.models["vit"].model_copy(update={"answers": "features"})
     manifest = demo.manifest.model_copy(update={"labels": (), "models": {"vit": vit}})
     simulated = SimulatedEngine(replace(demo, manifest=manifest), sleep=lambda _: None)
-    assert simulated.run(demo.tiers[0], PIXELS).vectors.shape == (5, 192)
+    assert simulated.run(demo.tiers[0], PIXELS).vectors.shape == (5, 128)
 
 
 @pytest.mark.parametrize(("name", "extra"), [("onnx_cpu", "cpu"), ("onnx_cuda", "gpu")])
