@@ -20,6 +20,7 @@ from pcae_export.pack import Evaluation, Part, TierSpec
 from pcae_export.photo_classes import fit_classes
 from pcae_export.ranking import warn_of_few_images
 from pcae_export.source import Source, SourceOverrides, locate_source, read_source
+from pcae_export.text_classes import TEMPLATES, embed_prompts, read_prompts, text_model_type
 from pcae_export.tier_flags import TierFlag, parse_tiers
 from pcae_export.tier_search import TierSearch, assign_tiers
 from pcae_export.verify import MIN_IMAGES, verify_model
@@ -65,7 +66,9 @@ class WriteBundle(BaseModel):
             "eval_classes", "max_unreadable", "agreement", "limit", "parity_images",
             "choice_images", "tier_images",
         ),
-        "a classifier from photographs": ("classes_from", "classes_split"),
+        "a classifier from photographs or words": (
+            "classes_from", "classes_split", "classes", "template",
+        ),
         "overrides of SOURCE": (
             "weights", "answers", "labels", "heads", "image_size", "resize", "normalise",
             "features",
@@ -140,6 +143,16 @@ class WriteBundle(BaseModel):
         description="photographs in class folders (or parquet files, a hub name): SOURCE becomes"
         " their classifier, by a linear head on its features; no network is trained",
     )
+    classes: Path | None = Field(
+        None,
+        description="text file of class names, one per line, or NAME, a tab and a prompt: SOURCE (a"
+        " CLIP or SigLIP model with its text tower) becomes their classifier",
+    )
+    template: str | None = Field(
+        None,
+        description="prompt for --classes with {} in place of the name (default: 'a photo of a {}.'"
+        " for CLIP, 'This is a photo of {}.' for SigLIP)",
+    )
     classes_split: str = Field("train", description="split of --classes-from")
     half: Literal["auto", Half, "none"] = Field(
         "auto",
@@ -209,6 +222,10 @@ class WriteBundle(BaseModel):
             )
         if self.classes_from is not None:
             self._check_classes_from(tiers)
+        if self.classes is not None:
+            self._check_classes(tiers)
+        elif self.template is not None:
+            raise ValueError("--template makes prompts of the names in --classes; give both")
         if self.source is None and not all(tier.checkpoint for tier in tiers.values()):
             missing = next(name for name, tier in tiers.items() if not tier.checkpoint)
             raise ValueError(f"tier {missing!r} has no checkpoint; give SOURCE before OUT")
@@ -233,6 +250,14 @@ class WriteBundle(BaseModel):
                 "the quality of int8 tiers is not known from --classes-from; give --eval-data"
             )
 
+    def _check_classes(self, tiers: Mapping[str, TierFlag]) -> None:
+        """Raise ValueError for flags that contradict --classes."""
+        if len(self.sources) != 1 or any(tier.checkpoint for tier in tiers.values()):
+            raise ValueError("--classes makes a classifier of one model; give one SOURCE")
+        for flag in ("labels", "features", "classes_from"):
+            if flag in self.model_fields_set:
+                raise ValueError(f"--classes names the classes; omit --{flag.replace('_', '-')}")
+
     @property
     def source(self) -> str | None:
         return self.paths[0] if len(self.paths) > 1 else None
@@ -251,12 +276,13 @@ class WriteBundle(BaseModel):
         notes, origins = list[str](), list[str]()
         undecided: set[str] = set()  # models whose reduction rule is not known yet
         for model_id, (source, tiers) in self._models().items():
-            path, fetched = locate_source(source)
+            path, fetched = locate_source(source, text=self.classes is not None)
             origins += [f"Made from {fetched}."] if fetched else []
             read = read_source(path, self._overrides())
             notes += read.notes
             undecided |= set() if read.reduced else {model_id}
-            parts[model_id] = self._with_default_rule(read, Part(read.checkpoint, tiers))
+            checkpoint = self._with_words(read.checkpoint, path)
+            parts[model_id] = self._with_default_rule(read, Part(checkpoint, tiers))
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         pack.plan_tiers(parts)
@@ -342,10 +368,20 @@ class WriteBundle(BaseModel):
             reduction_points=self.reduction_points,
             reduction=None if self.reduction == "auto" else self.reduction,
             features=self.features,
-            new_head=self.classes_from is not None,
+            new_head=bool(self.classes_from or self.classes),
             weights=self.weights,
-            answers=self.answers,
+            answers=None if self.classes else self.answers,
         )
+
+    def _with_words(self, checkpoint: Checkpoint, path: Path) -> Checkpoint:
+        """Return the checkpoint at `path` as a classifier into --classes, if they are given."""
+        if self.classes is None:
+            return checkpoint
+        kind = text_model_type(path)
+        prompts = read_prompts(self.classes, self.template or TEMPLATES[kind])
+        classifier = embed_prompts(path, prompts).attach(checkpoint, list(prompts))
+        answers = self.answers or ("labels" if kind == "siglip" else "classes")
+        return replace(classifier, multi_label=answers == "labels")
 
     def _with_default_rule(self, read: Source, part: Part) -> Part:
         """Return the part with DEFAULT_REDUCTION if its rule is unknown and cannot be measured."""

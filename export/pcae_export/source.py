@@ -16,6 +16,7 @@ from pcae_serve.bundle.preprocess import Preprocess
 from pcae_serve.bundle.tokens import Rule
 from pcae_serve.errors import PcaeError
 from pcae_serve.sources.locate import locate_checkpoint
+from pcae_serve.sources.needed_files import checkpoint_files, text_model_files
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.import_weights import (
     LoadedCheckpoint,
@@ -64,13 +65,15 @@ class Source:
     notes: tuple[str, ...] = ()  # messages for the user
 
 
-def locate_source(name: str) -> tuple[Path, str]:
+def locate_source(name: str, *, text: bool = False) -> tuple[Path, str]:
     """Return where a checkpoint is, and its name and commit if it was fetched, else "".
 
-    Raises FetchError if it is on a hub and cannot be fetched.
+    text: also fetch the tokenizer's files. Raises FetchError if it is on a hub and cannot be
+    fetched.
     """
     lines: list[str] = []
-    path = locate_checkpoint(name, lines.append)
+    choose = text_model_files if text else checkpoint_files
+    path = locate_checkpoint(name, lines.append, choose)
     for line in lines:
         print(line, file=sys.stderr)
     return path, lines[-1] if lines else ""

@@ -23,14 +23,16 @@ from pcae_serve.sources.snapshot import Choose, Snapshot
 Report = Callable[[str], None]
 
 
-def locate_checkpoint(name: str, report: Report) -> Path:
+def locate_checkpoint(name: str, report: Report, choose: Choose = checkpoint_files) -> Path:
     """Return the folder or file of a checkpoint or teacher, fetched if `name` is not a path.
+
+    choose: which files are fetched.
 
     A path that does not exist is returned as it is, unless it looks like OWNER/NAME: then the hub
     is asked. Raise FetchError, which names both possibilities in this case.
     """
     if is_remote(name):
-        return _fetch(parse_remote(name), checkpoint_files, report).place
+        return _fetch(parse_remote(name), choose, report).place
     implied = implied_hub_name(name)
     path = Path(name)
     if implied is None or atomic.previous(path).exists():  # a writer was killed: a reader finds it
@@ -41,7 +43,7 @@ def locate_checkpoint(name: str, report: Report) -> Path:
             f" hub, write {HUB}{name}"
         )
     try:
-        return _fetch(implied, checkpoint_files, report).place
+        return _fetch(implied, choose, report).place
     except FetchError as error:
         raise FetchError(
             f"checkpoint not found: {name} does not exist here; as a name on the hub, {error}"

@@ -27,6 +27,17 @@ _DESCRIPTIONS = (
     "training.json",
     "holdout.json",
 )
+#: A tokenizer's, whatever its kind: vocabulary, rules, special tokens.
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
 #: Where a run of pcae-train keeps its checkpoint.
 _RUN_CHECKPOINT = "checkpoint"
 #: Suffixes of files that are a checkpoint or a teacher by themselves.
@@ -67,6 +78,15 @@ def checkpoint_files(files: Files, path: str) -> list[str]:
     where = f" in {path}" if path else ""
     names = " nor ".join(name for name in FOLDER_WEIGHTS if not name.endswith(SHARD_INDEX))
     raise FetchError(f"there are no weights{where}, neither {names}, whole or in shards")
+
+
+def text_model_files(files: Files, path: str) -> list[str]:
+    """Return the files of the checkpoint at `path` and of its tokenizer.
+
+    Raise FetchError if there is no checkpoint.
+    """
+    found = checkpoint_files(files, path)
+    return found + _present(files, [posixpath.join(path, name) for name in _TOKENIZER])
 
 
 def bundle_files(files: Files, path: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pcae_training.attention_pool import AttentionPool
 from pcae_training.block import Block
@@ -222,7 +223,10 @@ class VisionTransformer(nn.Module):
 
     def pool(self, tokens: Tokens) -> Tensor:
         """Return logits [B, classes] of the last block's tokens; features without a head."""
-        logits: Tensor = self.head(self.project(self.summarise(tokens)))
+        features = self.project(self.summarise(tokens))
+        if self.config.normalised:
+            features = F.normalize(features, dim=1)
+        logits: Tensor = self.head(features)
         if self.config.distilled:  # DeiT at inference: the mean of both heads
             logits = (logits + self.head_dist(self.project(self.norm(tokens.x[:, 1])))) / 2
         return logits

@@ -49,6 +49,7 @@ FIELDS = FieldTable(
         "projection_dim": WHOLE,
         "rope_theta": POSITIVE,
         "use_gated_mlp": BOOLEAN,
+        "normalise_features": BOOLEAN,
         "id2label": Field(
             "the names of classes 0, 1, 2, …, by number",
             lambda value: (
@@ -71,6 +72,7 @@ DEFAULTS: Mapping[str, Any] = {
     "projection_dim": 0,
     "rope_theta": 0.0,
     "use_gated_mlp": False,
+    "normalise_features": False,
 }
 
 
@@ -113,6 +115,7 @@ def to_config(config: ViTConfig, labels: list[str], multi_label: bool = False) -
         "projection_dim": config.projection,
         "rope_theta": config.rope_theta,
         "use_gated_mlp": config.gated_mlp,
+        "normalise_features": config.normalised,
     }
     content |= {name: value for name, value in changes.items() if value != DEFAULTS[name]}
     return content | ({"problem_type": MULTI_LABEL} if multi_label else {})
@@ -151,5 +154,6 @@ def from_config(content: Mapping[str, Any], file: str = "config.json") -> ModelD
         projection=found.get("projection_dim", DEFAULTS["projection_dim"]),
         rope_theta=found.get("rope_theta", DEFAULTS["rope_theta"]),
         gated_mlp=found.get("use_gated_mlp", DEFAULTS["use_gated_mlp"]),
+        normalised=found.get("normalise_features", DEFAULTS["normalise_features"]),
     )
     return ModelDescription(config, labels, found.get("problem_type") == MULTI_LABEL)

@@ -34,6 +34,7 @@ class ViTConfig:
     rope_theta: float = 0.0  # of rotary positions (DINOv3); 0: positions are learnt
     gated_mlp: bool = False  # the MLP has a third layer, whose outputs are factors (SwiGLU)
     projection: int = 0  # width of features after a linear layer without bias (CLIP); 0: none
+    normalised: bool = False  # the head reads features of length 1 (classes from words)
 
     def __post_init__(self) -> None:
         check_sizes(self)
