@@ -229,7 +229,7 @@ class WriteBundle(BaseModel):
         if self.source is None and not all(tier.checkpoint for tier in tiers.values()):
             missing = next(name for name, tier in tiers.items() if not tier.checkpoint)
             raise ValueError(f"tier {missing!r} has no checkpoint; give SOURCE before OUT")
-        if self.reduction == "auto" and self.eval_data is None:
+        if self.reduction == "auto" and self.eval_data is None and self.classes_from is None:
             raise ValueError("--reduction auto needs images to compare rules on; give --eval-data")
         if is_remote(self.paths[-1]):
             raise ValueError(f"OUT is a local folder, not {self.paths[-1]}")
@@ -294,11 +294,11 @@ class WriteBundle(BaseModel):
             fitted = fit_classes(part.checkpoint, list(part.tiers.values()), photos)
             parts[model_id] = replace(part, checkpoint=fitted.checkpoint)
             tables.append("\n".join(fitted.lines()))
-            undecided = set()
         first = next(iter(parts.values())).checkpoint
         images = self._images(first)
         order = range(len(images)) if images else range(0)
-        tables += self._choose_reductions(parts, undecided, images, order)
+        if photos is None:  # else the head was fitted to the features of the chosen rule
+            tables += self._choose_reductions(parts, undecided, images, order)
 
         size, count = first.preprocess.image_size, self.parity_images
         pixels = parity_pixels(photos if images is None else images, count, size, MIN_IMAGES)

@@ -70,8 +70,8 @@ class TierSearch:
         _, noise = keep_ratios.fit_latency(timed)
         if noise > NOISY:
             print(
-                "warning: the timings of a tier differ much from each other; choose tiers on a"
-                " machine without other work",
+                "warning: the latencies are uncertain: timings of a tier differ much, or there was"
+                " time for a few only; choose tiers on a machine without other work",
                 file=sys.stderr,
             )
         candidates = [
