@@ -93,8 +93,9 @@ def fit_classes(
     config = replace(checkpoint.model.config, classes=len(photos.classes))
     model = VisionTransformer(config)
     state = checkpoint.model.state_dict()
-    state["head.weight"] = torch.from_numpy(head.weight).float()
-    state["head.bias"] = torch.from_numpy(head.bias).float()
+    for name in ["head", *(["head_dist"] if config.distilled else [])]:  # DeiT averages its heads
+        state[f"{name}.weight"] = torch.from_numpy(head.weight).float()
+        state[f"{name}.bias"] = torch.from_numpy(head.bias).float()
     model.load_state_dict(state)
     fitted = replace(checkpoint, model=model.eval(), labels=list(photos.classes))
     return PhotoClasses(fitted, head, photos.name)

@@ -86,6 +86,22 @@ def test_a_head_is_replaced_with_a_note(
     assert "(3 classes) is replaced" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_distilled_backbone_has_the_head_twice(
+    tiny: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    """Its answer is the mean of two heads, and its features are the mean of two tokens."""
+    distilled = replace(tiny(classes=0, pooling="cls", distilled=True), labels=[])
+    checkpoints.save(distilled, tmp_path / "backbone")
+    photos = write_photos(tmp_path / "photos")
+    bundle = bundled(tmp_path / "backbone", tmp_path / "out", *TIERS, "--classes-from", photos)
+    engine = OnnxRuntimeEngine(bundle)
+    files = sorted(photos.glob("*/*.png"))
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files])
+    found = engine.run(bundle.tiers[-1], pixels).vectors.argmax(axis=1)
+    assert [bundle.labels[place] for place in found] == [file.parent.name for file in files]
+
+
 @pytest.mark.parametrize(
     ("photos", "message"),
     [

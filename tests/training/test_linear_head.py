@@ -77,6 +77,14 @@ def test_probabilities_fit_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(probabilities.max(axis=1).mean() - right) < 0.03
 
 
+def test_without_an_error_it_is_not_certain() -> None:
+    features, labels = clusters(24, 3, 0.01)
+    head = fit_head({1.0: features}, labels)
+    assert head.chosen.top1 == 1
+    probabilities = softmax(features @ head.weight.T + head.bias, axis=1)
+    assert 0.9 < probabilities.max(axis=1).mean() < 0.99  # 25 of 26 would be 0.96
+
+
 def test_a_class_with_one_image_is_an_error() -> None:
     with pytest.raises(ValueError, match="a single image"):
         fit_head({1.0: np.eye(5)}, np.array([0, 0, 1, 1, 2]))
