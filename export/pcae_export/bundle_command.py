@@ -223,7 +223,7 @@ class WriteBundle(BaseModel):
         if self.classes_from is not None:
             self._check_classes_from(tiers)
         if self.classes is not None:
-            self._check_classes(tiers)
+            self._check_new_classes("--classes", tiers, ("labels", "features", "classes_from"))
         elif self.template is not None:
             raise ValueError("--template makes prompts of the names in --classes; give both")
         if self.source is None and not all(tier.checkpoint for tier in tiers.values()):
@@ -237,11 +237,7 @@ class WriteBundle(BaseModel):
 
     def _check_classes_from(self, tiers: Mapping[str, TierFlag]) -> None:
         """Raise ValueError for flags that contradict --classes-from."""
-        if len(self.sources) != 1 or any(tier.checkpoint for tier in tiers.values()):
-            raise ValueError("--classes-from makes a classifier of one model; give one SOURCE")
-        for flag in ("labels", "features", "answers"):
-            if flag in self.model_fields_set:
-                raise ValueError(f"--classes-from names the classes; omit --{flag}")
+        self._check_new_classes("--classes-from", tiers, ("labels", "features", "answers"))
         if self.agreement:
             raise ValueError("--classes-from measures top-1; omit --agreement")
         int8 = any(tier.spec.precision == "int8" for tier in tiers.values())
@@ -250,13 +246,15 @@ class WriteBundle(BaseModel):
                 "the quality of int8 tiers is not known from --classes-from; give --eval-data"
             )
 
-    def _check_classes(self, tiers: Mapping[str, TierFlag]) -> None:
-        """Raise ValueError for flags that contradict --classes."""
+    def _check_new_classes(
+        self, by: str, tiers: Mapping[str, TierFlag], others: Sequence[str]
+    ) -> None:
+        """Raise ValueError if there are several models, or one of the flags `others` is given."""
         if len(self.sources) != 1 or any(tier.checkpoint for tier in tiers.values()):
-            raise ValueError("--classes makes a classifier of one model; give one SOURCE")
-        for flag in ("labels", "features", "classes_from"):
+            raise ValueError(f"{by} makes a classifier of one model; give one SOURCE")
+        for flag in others:
             if flag in self.model_fields_set:
-                raise ValueError(f"--classes names the classes; omit --{flag.replace('_', '-')}")
+                raise ValueError(f"{by} names the classes; omit --{flag.replace('_', '-')}")
 
     @property
     def source(self) -> str | None:
@@ -424,21 +422,29 @@ class WriteBundle(BaseModel):
                 print(f"note: {model_id}: {choice.note}", file=sys.stderr)
             parts[model_id] = replace(part, half=choice.half, half_range=choice.range)
 
-    def _photos(self, backbone: Checkpoint) -> LabelledImages | None:
-        """Return the readable photographs of --classes-from, in random order."""
-        if self.classes_from is None:
-            return None
-        photos = load(
-            self.classes_from,
-            self.classes_split,
-            backbone.preprocess,
+    def _load(
+        self, data: str, split: str, checkpoint: Checkpoint, *, labelled: bool
+    ) -> LabelledImages:
+        """Open images in the checkpoint's pixels, and print how many of each class there are."""
+        images = load(
+            data,
+            split,
+            checkpoint.preprocess,
+            labelled=labelled,
             layout=self.eval_layout,
             image_column=self.eval_image_column,
             label_column=self.eval_label_column,
             classes=self.eval_classes,
             max_unreadable=self.max_unreadable,
         )
-        print_inventory(photos.inventory)
+        print_inventory(images.inventory)
+        return images
+
+    def _photos(self, backbone: Checkpoint) -> LabelledImages | None:
+        """Return the readable photographs of --classes-from, in random order."""
+        if self.classes_from is None:
+            return None
+        photos = self._load(self.classes_from, self.classes_split, backbone, labelled=True)
         return photos.subset(shuffle_rows(len(photos))).readable()
 
     def _images(self, checkpoint: Checkpoint) -> LabelledImages | None:
@@ -454,18 +460,7 @@ class WriteBundle(BaseModel):
                 "images in class folders have one class each, but the model gives independent"
                 " labels; measure without classes (--agreement)"
             )
-        images = load(
-            self.eval_data,
-            self.eval_split,
-            checkpoint.preprocess,
-            labelled=labelled,
-            layout=self.eval_layout,
-            image_column=self.eval_image_column,
-            label_column=self.eval_label_column,
-            classes=self.eval_classes,
-            max_unreadable=self.max_unreadable,
-        )
-        print_inventory(images.inventory)
+        images = self._load(self.eval_data, self.eval_split, checkpoint, labelled=labelled)
         try:
             images.align(checkpoint.labels)
         except DataError as error:
