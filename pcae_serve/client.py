@@ -32,7 +32,7 @@ from math import isfinite
 from pathlib import Path
 from socket import gaierror
 from ssl import SSLError
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image, ImageOps
@@ -332,12 +332,17 @@ class _Base:
         budget_ms: float | None = None,
         min_tier: str | None = None,
         explain: bool = False,
+        normalize: bool = False,
+        dtype: Literal["float32", "float16"] = "float32",
     ) -> _Call[Embedding]:
         """Return the features of an image, from a server whose model has no head.
 
-        Parameters and errors are those of `classify`.
+        normalize: divide the features by their Euclidean length.
+        dtype: "float32", or "float16" for values that are rounded to it.
 
-            >>> len(client.embed("cat.jpg", budget_ms=200).features)
+        The other parameters and the errors are those of `classify`.
+
+            >>> len(client.embed("cat.jpg", budget_ms=200, normalize=True).features)
             384
         """
         return _Call(
@@ -350,6 +355,9 @@ class _Base:
             tier=tier,
             min_tier=min_tier,
             explain=explain,
+            # absent by default, so that older servers understand the request
+            normalize=normalize or None,
+            dtype=None if dtype == "float32" else dtype,
         )
 
     def _tiers(self) -> _Call[Tiers]:

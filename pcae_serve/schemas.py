@@ -52,7 +52,9 @@ class Classes(BaseModel):
 class Features(BaseModel):
     """The part of an answer that only feature extraction has."""
 
-    features: list[float] = Field(description="features of the image, not scaled to length 1")
+    features: list[float] = Field(
+        description="features of the image, as the model computes them; with normalize, of length 1"
+    )
 
 
 class Classification(Result, Classes):  # fields of the last base come first
@@ -171,18 +173,35 @@ class Problem(BaseModel):
     retry_after_s: float | None = Field(None, description="seconds until a retry is useful")
 
 
-class BatchItem(BaseModel):
-    """The outcome of one image: an answer with status 200, or a problem with its own status."""
+class ImageOutcome(BaseModel):
+    """The part of every image's outcome in a batch."""
 
     status: int = Field(description="HTTP status that the image would have had on its own")
-    answer: Classification | None = None
     problem: Problem | None = None
+
+
+class BatchItem(ImageOutcome):
+    """The outcome of one image: an answer with status 200, or a problem with its own status."""
+
+    answer: Classification | None = None
 
 
 class Batch(BaseModel):
     """The outcome of every image, in the order in which they were sent."""
 
     results: list[BatchItem]
+
+
+class EmbeddingItem(ImageOutcome):
+    """The outcome of one image: features with status 200, or a problem with its own status."""
+
+    answer: Embedding | None = None
+
+
+class EmbeddingBatch(BaseModel):
+    """The outcome of every image, in the order in which they were sent."""
+
+    results: list[EmbeddingItem]
 
 
 class Reload(BaseModel):

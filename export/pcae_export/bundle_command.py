@@ -71,7 +71,7 @@ class WriteBundle(BaseModel):
         ),
         "overrides of SOURCE": (
             "weights", "answers", "labels", "heads", "image_size", "resize", "normalise",
-            "features",
+            "features", "pooling",
         ),
         "bundle": ("name", "model_id", "card_note", "force"),
     }  # fmt: skip
@@ -183,6 +183,11 @@ class WriteBundle(BaseModel):
         None, description="mean and std of the pixels that SOURCE was trained on"
     )
     features: bool = Field(False, description="drop the head, so that the bundle serves /embed")
+    pooling: Literal["cls", "mean", "model"] = Field(
+        "model",
+        description="features of a model without a head: its CLS token, the mean over its patches,"
+        " or as the model itself pools",
+    )
     name: str | None = Field(
         None, min_length=1, description="the bundle's name (default: OUT's file name)"
     )
@@ -369,6 +374,7 @@ class WriteBundle(BaseModel):
             new_head=bool(self.classes_from or self.classes),
             weights=self.weights,
             answers=None if self.classes else self.answers,
+            pooling=None if self.pooling == "model" else self.pooling,
         )
 
     def _with_words(self, checkpoint: Checkpoint, path: Path) -> Checkpoint:

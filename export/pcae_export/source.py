@@ -17,7 +17,7 @@ from pcae_serve.bundle.tokens import Rule
 from pcae_serve.errors import PcaeError
 from pcae_serve.sources.locate import locate_checkpoint
 from pcae_serve.sources.needed_files import checkpoint_files, text_model_files
-from pcae_training.checkpoint import Checkpoint
+from pcae_training.checkpoint import Checkpoint, CheckpointError
 from pcae_training.import_weights import (
     LoadedCheckpoint,
     WeightsChoice,
@@ -54,6 +54,7 @@ class SourceOverrides:
     new_head: bool = False  # the same; another one follows
     weights: WeightsChoice | None = None
     answers: Literal["classes", "labels"] | None = None
+    pooling: Literal["cls", "mean"] | None = None  # of the features, without a head
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def read_source(path: Path, overrides: SourceOverrides) -> Source:
         notes.append(f"the head of {path} ({found.config.classes} classes) is replaced")
     if overrides.features or overrides.new_head:
         found = found.drop_head()
+    if overrides.pooling is not None:
+        found = _pool(path, found, overrides.pooling)
     multi_label = _multi_label(path, found, overrides)
     preprocess = _preprocess(path, found, overrides)
     if (size := preprocess.image_size) != found.config.image_size:
@@ -115,6 +118,19 @@ def read_source(path: Path, overrides: SourceOverrides) -> Source:
     return Source(
         checkpoint, found.reduction_known or overrides.reduction is not None, tuple(notes)
     )
+
+
+def _pool(path: Path, found: LoadedCheckpoint, pooling: Literal["cls", "mean"]) -> LoadedCheckpoint:
+    """Return the checkpoint with another pooling. Raises SourceError."""
+    if found.config.classes:
+        raise SourceError(
+            f"the head of {path} reads its own pooling ({found.config.pooling}); drop it with"
+            " --features, or omit --pooling"
+        )
+    try:
+        return found.pool_features(pooling)
+    except CheckpointError as error:
+        raise SourceError(f"{path} has no {pooling} features: {error}") from None
 
 
 def _multi_label(path: Path, found: LoadedCheckpoint, overrides: SourceOverrides) -> bool:

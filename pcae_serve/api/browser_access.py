@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from pcae_serve.api import array_answers
 from pcae_serve.api.health_routes import is_probe
 from pcae_serve.api.problems import refusal
 from pcae_serve.errors import CrossSiteRequest, RequestError, UnknownHost, shown
@@ -27,7 +28,12 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 #: Sec-Fetch-Site of requests by a page of this server, or by the user of the browser.
 OWN_SITES = frozenset({"same-origin", "none"})
 #: Headers of answers that pages may read; the names of all others are hidden from them.
-EXPOSED_HEADERS = ("Retry-After", "Server-Timing", "X-Request-ID")
+EXPOSED_HEADERS = (
+    "Retry-After",
+    "Server-Timing",
+    "X-Request-ID",
+    *array_answers.HEADERS,
+)
 
 #: The usual names of this machine; `is_loopback` knows all, but takes longer.
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})

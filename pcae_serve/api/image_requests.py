@@ -1,6 +1,7 @@
 """Image requests: what they may carry, and the answer to one image."""
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -8,14 +9,18 @@ from fastapi import Request, Response
 
 from pcae_serve.api import auth, parameters, proxy_delay, server_timing
 from pcae_serve.api.body import announced_bytes, unless_disconnected
-from pcae_serve.api.form import IMAGE, is_form, read_image, require_plain_body
+from pcae_serve.api.form import IMAGE, is_form, read_image, read_images, require_plain_body
 from pcae_serve.api.parameters import MAX_BUDGET_MS, ImageParameters
 from pcae_serve.api.state import service_of
+from pcae_serve.errors import RequestError
+from pcae_serve.observability.logs import join_counts
+from pcae_serve.runtime.request_group import RequestGroup
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.runtime.uploads import Upload
 from pcae_serve.settings import Settings
 
 P = TypeVar("P", bound=ImageParameters)
+Output = Literal["logits", "features"]
 
 _FILE = {"type": "string", "format": "binary"}
 
@@ -54,14 +59,19 @@ class Answered(Generic[P]):
 
 
 async def answer_image(
-    request: Request, response: Response, kind: type[P], answers: Literal["logits", "features"]
+    request: Request,
+    response: Response,
+    kind: type[P],
+    answers: Output,
+    check: Callable[[P], None] = lambda _: None,
 ) -> Answered[P]:
     """Read the image in the body, run it, and record its timing in `response`.
 
-    kind: the parameters that the request may have.
+    kind: the parameters that the request may have. check: raises InvalidParameter for parameters
+    that it must not have.
     """
     service = service_of(request)
-    reader = ParameterReader(request, kind, answers)
+    reader = ParameterReader(request, kind, answers, check)
     require_plain_body(request)
 
     async def read(upload: Upload) -> bytes:
@@ -77,6 +87,52 @@ async def answer_image(
     return Answered(reader.parameters, reader.inference, result)
 
 
+async def answer_images(
+    request: Request,
+    response: Response,
+    kind: type[P],
+    answers: Output,
+    check: Callable[[P], None] = lambda _: None,
+) -> list[Answered[P] | RequestError]:
+    """Read the images in the form, run each on its own, and record the slowest in `response`.
+
+    Returns what became of each, in their order. kind, check: see `answer_image`.
+    """
+    service = service_of(request)
+    reader = ParameterReader(request, kind, answers, check)
+    require_plain_body(request)
+    given = reader.parameters
+    service.bundle.allowed_tiers(given.tier, given.min_tier)  # refuse before anything is uploaded
+
+    async def answer_one(group: RequestGroup, image: bytes) -> Answered[P] | RequestError:
+        try:
+            with group.offer(reader.inference) as offered:
+                result = await offered.run(image)
+        except RequestError as error:
+            return error
+        return Answered(reader.parameters, reader.inference, result)
+
+    limit, max_images = body_limit(service.settings), service.settings.max_images
+
+    async def read(upload: Upload) -> list[bytes]:
+        form = await read_images(request, limit, max_images, kind, upload)
+        inference = reader.complete(form.fields)
+        service.bundle.allowed_tiers(inference.tier, inference.min_tier)
+        return form.images
+
+    with service.offer_group(reader.inference) as group:
+        copies = 2  # the form, and the files in it
+        images = await group.receive(read, announced_bytes(request), copies)
+        running = asyncio.gather(*(answer_one(group, image) for image in images))
+        outcomes = await unless_disconnected(request, running)
+    results = [each.result for each in outcomes if isinstance(each, Answered)]
+    server_timing.record_timing(request, response, results)
+    request.state.images = join_counts(
+        [200 if isinstance(each, Answered) else each.status for each in outcomes]
+    )
+    return outcomes
+
+
 class ParameterReader(Generic[P]):
     """The parameters of a request: those of query and header, later those of its form as well.
 
@@ -84,18 +140,24 @@ class ParameterReader(Generic[P]):
     """
 
     def __init__(
-        self, request: Request, kind: type[P], answers: Literal["logits", "features"]
+        self,
+        request: Request,
+        kind: type[P],
+        answers: Output,
+        check: Callable[[P], None] = lambda _: None,
     ) -> None:
-        """Read query and header. Raises InvalidParameter."""
-        self._request, self._kind, self._answers = request, kind, answers
+        """Read query and header. Raises InvalidParameter, also what `check` raises."""
+        self._request, self._kind, self._answers, self._check = request, kind, answers, check
         self._arrival_s = proxy_delay.arrival_s(request.scope.get("state", {}))
         self._default_ms = service_of(request).settings.budget_ms
         self.parameters = parameters.read(kind, request)
+        check(self.parameters)
         self.inference = self._inference(MAX_BUDGET_MS if is_form(request) else self._default_ms)
 
     def complete(self, fields: Iterable[tuple[str, str]]) -> InferenceRequest:
         """Add the fields of the form, and return what is requested. Raises InvalidParameter."""
         self.parameters = parameters.read(self._kind, self._request, fields)
+        self._check(self.parameters)
         self.inference = self._inference(self._default_ms)
         return self.inference
 

@@ -323,14 +323,14 @@ def _response(
         RequestOutput(name=name) for name in offered_outputs(bundle)
     ]:
         parameters = wanted.parameters or OutputParameters()
-        tensor = output_tensor(wanted.name, parameters.classification, vectors, bundle.labels)
+        tensor = output_tensor(wanted.name, parameters, vectors, bundle.labels)
         output: dict[str, Any] = {
             "name": wanted.name,
             "datatype": tensor.datatype,
             "shape": tensor.shape,
         }
         binary = parameters.binary_data
-        if binary_default if binary is None else binary:
+        if tensor.datatype == "FP16" or (binary_default if binary is None else binary):
             blobs.append(tensor.binary())
             output["parameters"] = {"binary_data_size": len(blobs[-1])}
         else:

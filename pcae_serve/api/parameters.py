@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 
+from pcae_serve.bundle.features import DType
 from pcae_serve.errors import InvalidParameter, shown
 from pcae_serve.flags import did_you_mean
 
@@ -20,7 +21,7 @@ MAX_BUDGET_MS = 3_600_000
 
 
 class ImageParameters(BaseModel):
-    """Parameters of a request for one image's features."""
+    """Parameters that every image request may have."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -46,6 +47,15 @@ class ClassifyParameters(ImageParameters):
     """Parameters of a request for classes."""
 
     top_k: int = Field(5, ge=1, description="number of classes to return, most probable first")
+
+
+class EmbedParameters(ImageParameters):
+    """Parameters of a request for features."""
+
+    normalize: bool = Field(
+        False, description="divide the features by their Euclidean length, so that it is 1"
+    )
+    dtype: DType = Field("float32", description="number format of the features")
 
 
 P = TypeVar("P", bound=ImageParameters)

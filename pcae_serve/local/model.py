@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, get_args, overload
 
 from pcae_serve import schemas
+from pcae_serve.bundle.features import DType
 from pcae_serve.bundle.preprocess import MAX_PIXELS
 from pcae_serve.bundle.reader import demo_path, load_bundle
 from pcae_serve.errors import InvalidParameter, TaskNotSupported
@@ -165,6 +166,8 @@ class Model:
         budget_ms: float | None = None,
         min_tier: str | None = None,
         explain: bool = False,
+        normalize: bool = False,
+        dtype: DType = "float32",
     ) -> schemas.Embedding: ...
     @overload
     def embed(  # type: ignore[overload-overlap]
@@ -175,6 +178,8 @@ class Model:
         budget_ms: float | None = None,
         min_tier: str | None = None,
         explain: bool = False,
+        normalize: bool = False,
+        dtype: DType = "float32",
     ) -> list[schemas.Embedding]: ...
     @overload
     def embed(
@@ -185,6 +190,8 @@ class Model:
         budget_ms: float | None = None,
         min_tier: str | None = None,
         explain: bool = False,
+        normalize: bool = False,
+        dtype: DType = "float32",
     ) -> Iterator[schemas.Embedding]: ...
     @overload
     def embed(
@@ -195,6 +202,8 @@ class Model:
         budget_ms: float | None = None,
         min_tier: str | None = None,
         explain: bool = False,
+        normalize: bool = False,
+        dtype: DType = "float32",
         on_error: OnError,
     ) -> Any: ...
 
@@ -206,13 +215,20 @@ class Model:
         budget_ms: float | None = None,
         min_tier: str | None = None,
         explain: bool = False,
+        normalize: bool = False,
+        dtype: DType = "float32",
         on_error: OnError = "raise",
     ) -> Any:
         """Return the features of images, from a bundle whose models have no head.
 
-        Parameters and errors are those of `classify`.
+        normalize: divide the features by their Euclidean length.
+        dtype: "float32", or "float16" for values that are rounded to it.
+
+        The other parameters and the errors are those of `classify`.
         """
-        document = partial(results.embedding, explain=explain)
+        if dtype not in get_args(DType):
+            raise InvalidParameter(f"dtype is float32 or float16, not {dtype!r}")
+        document = partial(results.embedding, explain=explain, normalize=normalize, dtype=dtype)
         return self._answer(images, "features", tier, min_tier, budget_ms, on_error, document)
 
     def tiers(self) -> schemas.Tiers:

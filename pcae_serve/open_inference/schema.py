@@ -63,6 +63,12 @@ class RequestInput(_Input):
 
 class OutputParameters(_Input):
     binary_data: bool | None = Field(None, description="return this output as binary data")
+    datatype: Literal["FP32", "FP16"] | None = Field(
+        None, description="for features: their number format (default: FP32); FP16 is always binary"
+    )
+    normalize: bool = Field(
+        False, description="for features: divide each vector by its Euclidean length"
+    )
     classification: Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="for logits: number of best classes to return, as 'logit:index:label' (BYTES)",
@@ -85,7 +91,7 @@ class InferRequest(_Input):
 
 class ResponseOutput(BaseModel):
     name: str
-    datatype: Literal["FP32", "BYTES"]
+    datatype: Literal["FP32", "FP16", "BYTES"]
     shape: list[int]
     parameters: dict[str, int] | None = Field(
         None, description="binary_data_size, if the output is binary"

@@ -21,10 +21,16 @@ from PIL import Image
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from pcae_serve.bundle.features import convert
 from pcae_serve.bundle.probabilities import sigmoid
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.errors import MalformedRequest, TooLarge, shown
-from pcae_serve.open_inference.schema import INPUT, InferRequest, RequestInput
+from pcae_serve.open_inference.schema import (
+    INPUT,
+    InferRequest,
+    OutputParameters,
+    RequestInput,
+)
 
 #: Maximum commas and opening brackets in the JSON. Parsing blocks all other requests, and this
 #: number takes about 10 ms; it allows a nested image of 256 x 256 pixels. Binary data are not
@@ -193,6 +199,14 @@ def require_outputs(request: InferRequest, bundle: Bundle) -> None:
             raise MalformedRequest(
                 f"output {shown(output.name)} does not support classification; request logits"
             )
+        form = output.parameters or OutputParameters()
+        if (form.datatype or form.normalize) and output.name != "features":
+            raise MalformedRequest(
+                f"output {shown(output.name)} supports neither datatype nor normalize; request"
+                " features"
+            )
+        if form.datatype == "FP16" and form.binary_data is False:
+            raise MalformedRequest("FP16 is always binary; omit binary_data, or request FP32")
         names.add(output.name)
 
 
@@ -200,26 +214,33 @@ def require_outputs(request: InferRequest, bundle: Bundle) -> None:
 class OutputTensor:
     """An output; `values` in row-major order."""
 
-    datatype: Literal["FP32", "BYTES"]
+    datatype: Literal["FP32", "FP16", "BYTES"]
     shape: list[int]
     values: list[float] | list[str]
 
     def binary(self) -> bytes:
         """Return the values as binary data: little-endian floats, or texts after their lengths."""
-        if self.datatype == "FP32":
-            return np.asarray(self.values, "<f4").tobytes()
+        if self.datatype != "BYTES":
+            return np.asarray(self.values, "<f4" if self.datatype == "FP32" else "<f2").tobytes()
         texts = [str(value).encode() for value in self.values]
         return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 
 def output_tensor(
-    name: str, classes: int | None, vectors: NDArray[np.float32], labels: Sequence[str]
+    name: str, parameters: OutputParameters, vectors: NDArray[np.float32], labels: Sequence[str]
 ) -> OutputTensor:
     """Return one output for all images.
 
-    vectors: [N, width] logits or features. classes: return this number of best
-    classes as 'logit:index:label' instead of the logits.
+    vectors: [N, width] logits or features. parameters: with `classification`, return this number of
+    best classes as 'logit:index:label' instead of the logits. Raises InvalidParameter for features
+    that FP16 cannot hold.
     """
+    classes = parameters.classification
+    if name == "features":
+        half = parameters.datatype == "FP16"
+        vectors = convert(vectors, parameters.normalize, "float16" if half else "float32")
+        values = vectors.ravel().tolist()
+        return OutputTensor("FP16" if half else "FP32", list(vectors.shape), values)
     if name == "probabilities":
         probabilities = sigmoid(vectors)
         return OutputTensor("FP32", list(vectors.shape), probabilities.ravel().tolist())

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from pcae_serve import schemas
+from pcae_serve.bundle.features import convert
 from pcae_serve.bundle.probabilities import sigmoid, softmax
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 
@@ -19,10 +20,15 @@ def classification(
 
 
 def embedding(
-    answer: InferenceResult, inference: InferenceRequest, explain: bool
+    answer: InferenceResult,
+    inference: InferenceRequest,
+    explain: bool,
+    normalize: bool = False,
+    dtype: str = "float32",
 ) -> schemas.Embedding:
-    """Return the features of an image."""
-    return schemas.Embedding(features=answer.vector.tolist(), **_common(answer, inference, explain))
+    """Return the features of an image. Raises InvalidParameter, see `features.convert`."""
+    features = convert(answer.vector, normalize, dtype)
+    return schemas.Embedding(features=features.tolist(), **_common(answer, inference, explain))
 
 
 def timings(answer: InferenceResult) -> schemas.Timings:

@@ -287,3 +287,39 @@ def test_a_safetensors_file_is_read_as_a_pickle_is(tmp_path: Path) -> None:
     save_file(vit().state_dict(), tmp_path / "x.safetensors")
     model = read_source(tmp_path / "x.safetensors", HALF).checkpoint.model
     assert torch.equal(model.state_dict()["head.weight"], vit().state_dict()["head.weight"])
+
+
+# Pooling
+
+
+def test_features_may_be_pooled_in_another_way(tmp_path: Path) -> None:
+    normed = replace(TINY, classes=0, pooling="cls")
+    path = saved(vit(normed).state_dict(), tmp_path)
+    for changes, expected in (
+        (replace(HALF, pooling="cls"), normed),
+        (replace(HALF, pooling="mean"), replace(normed, pooling="normed-mean")),
+    ):
+        found = read_source(path, changes).checkpoint.model
+        assert found.config == expected
+        assert torch.equal(found.norm.weight, vit(normed).norm.weight)
+
+
+def test_a_mean_before_the_final_norm_is_the_mean(tmp_path: Path) -> None:
+    config = replace(TINY, classes=0, pooling="mean")
+    path = saved(vit(config).state_dict(), tmp_path)
+    assert read_source(path, replace(HALF, pooling="mean")).checkpoint.model.config == config
+    refused(path, replace(HALF, pooling="cls"), "its final norm was trained on the mean over")
+
+
+@pytest.mark.parametrize(
+    ("changes", "pooling", "message"),
+    [
+        ({}, "mean", "the head of .* reads its own pooling"),
+        ({"pooling": "cls", "distilled": True, "classes": 0}, "mean", "a distilled model must"),
+    ],
+)
+def test_other_features_need_weights_for_them(
+    tmp_path: Path, changes: dict[str, Any], pooling: Any, message: str
+) -> None:
+    path = saved(vit(replace(TINY, **changes)).state_dict(), tmp_path)
+    refused(path, replace(HALF, pooling=pooling), message)

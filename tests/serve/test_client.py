@@ -169,6 +169,8 @@ def test_features_of_a_model_without_a_head(tmp_path: Path) -> None:
                 answer = client.embed(image_bytes(255), tier="fast", budget_ms=9000)
                 assert answer.features == [0, 0, 0, 0, 0, 0, 0, 5]
                 assert answer.tier == "fast"
+                unit = client.embed(image_bytes(255), normalize=True, dtype="float16")
+                assert unit.features == [0, 0, 0, 0, 0, 0, 0, 1]
                 with pytest.raises(Refused, match="/embed"):
                     client.classify(image_bytes())
 

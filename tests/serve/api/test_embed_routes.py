@@ -1,9 +1,12 @@
 """POST /embed, in process with the simulated engine."""
 
+from io import BytesIO
+
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.support.apps import problem
+from tests.support.apps import batch, problem
 from tests.support.images import image_bytes
 
 
@@ -45,3 +48,76 @@ def test_the_route_of_the_other_task_names_the_right_one(
     assert "/classify" in document["detail"]
     assert document["type"] == "urn:pcae-serve:task-not-supported"
     assert "/embed" in problem(headless.post("/classify", content=body), 404)["detail"]
+
+
+RAW, NPY = "application/octet-stream", "application/x-npy"
+
+
+def test_features_of_length_1_in_float16(headless: TestClient) -> None:
+    answer = headless.post("/embed?normalize=true&dtype=float16", content=image_bytes(255)).json()
+    assert answer["features"] == [0, 0, 0, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(("dtype", "order"), [("float32", "<f4"), ("float16", "<f2")])
+def test_features_as_an_array(headless: TestClient, dtype: str, order: str) -> None:
+    url = f"/embed?tier=fast&dtype={dtype}"
+    raw = headless.post(url, content=image_bytes(255), headers={"Accept": RAW})
+    assert raw.headers["content-type"] == RAW
+    assert np.frombuffer(raw.content, order).tolist() == [0, 0, 0, 0, 0, 0, 0, 5]
+    stated = [raw.headers[name] for name in ("x-shape", "x-dtype", "x-tier", "x-met-budget")]
+    assert stated == ["8", dtype, "fast", "true"]
+    assert raw.headers["vary"] == "Accept"
+    assert "server-timing" in raw.headers
+    npy = headless.post(url, content=image_bytes(255), headers={"Accept": NPY})
+    loaded = np.load(BytesIO(npy.content), allow_pickle=False)
+    assert (loaded.dtype, loaded.tobytes()) == (np.dtype(order), raw.content)
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("*/*", "application/json"),
+        ("text/html", "application/json"),
+        (f"{RAW};q=0.5, application/json", "application/json"),
+        (f"application/json;q=0.1, {NPY};q=x, {RAW};q=0.5", RAW),
+        (f"{NPY}, {RAW}", NPY),
+    ],
+)
+def test_the_form_that_the_client_prefers(headless: TestClient, accept: str, kind: str) -> None:
+    response = headless.post("/embed", content=image_bytes(), headers={"Accept": accept})
+    assert response.headers["content-type"] == kind
+
+
+@pytest.mark.parametrize(
+    ("query", "accept", "words"),
+    [
+        ("dtype=int8", "*/*", "dtype 'int8': input should be 'float32' or 'float16'"),
+        ("normalize=maybe", "*/*", "normalize 'maybe': input should be a valid boolean"),
+        ("normalise=true", "*/*", "did you mean normalize?"),
+        ("explain=true", RAW, "explain needs an answer in JSON"),
+    ],
+)
+def test_what_an_answer_cannot_be_is_refused(
+    headless: TestClient, query: str, accept: str, words: str
+) -> None:
+    for route, body in (
+        ("/embed", {"content": image_bytes()}),
+        ("/embed/batch", {"files": batch(image_bytes())}),
+    ):
+        response = headless.post(f"{route}?{query}", headers={"Accept": accept}, **body)
+        assert words in problem(response, 422)["detail"]
+
+
+def test_each_image_of_a_batch_has_features_or_a_problem(headless: TestClient) -> None:
+    images = batch(image_bytes(255), b"no image", image_bytes(0))
+    items = headless.post("/embed/batch?normalize=true", files=images).json()["results"]
+    assert [item["status"] for item in items] == [200, 415, 200]
+    assert items[0]["answer"]["features"] == [0, 0, 0, 0, 0, 0, 0, 1]
+    assert items[1]["problem"]["type"] == "urn:pcae-serve:unsupported-type"
+    raw = headless.post("/embed/batch?tier=fast", files=images, headers={"Accept": RAW})
+    stated = [raw.headers[name] for name in ("x-shape", "x-status", "x-tier", "x-met-budget")]
+    assert stated == ["2,8", "200,415,200", "fast,fast", "true,true"]
+    assert np.frombuffer(raw.content, "<f4").reshape(2, 8)[:, [0, 7]].tolist() == [[0, 5], [5, 0]]
+    broken = batch(b"no image")
+    raw = headless.post("/embed/batch", files=broken, headers={"Accept": RAW})
+    assert (raw.headers["x-shape"], raw.content) == ("0,0", b"")

@@ -259,6 +259,14 @@ def test_a_bundle_without_a_head_answers_with_features(
         by_name = outputs(client.post(INFER, json=files(image_bytes(255))))
         wanted = [{"name": "features", "parameters": {"classification": 2}}]
         error(client.post(INFER, json=files(image_bytes(255), outputs=wanted)), 400)
+        halves = {"datatype": "FP16", "normalize": True}
+        wanted = [{"name": "features", "parameters": halves}]
+        half = client.post(INFER, json=files(image_bytes(255), outputs=wanted))
+        values = np.frombuffer(half.content[int(half.headers[LENGTH]) :], "<f2")
+        assert values.tolist() == [0, 0, 0, 0, 0, 0, 0, 1]
+        wanted = [{"name": "features", "parameters": halves | {"binary_data": False}}]
+        message = error(client.post(INFER, json=files(image_bytes(255), outputs=wanted)), 400)
+        assert message.startswith("FP16 is always binary")
     assert by_name.keys() == {"features"}
     assert by_name["features"]["data"] == [0, 0, 0, 0, 0, 0, 0, 5]
 

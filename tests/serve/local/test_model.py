@@ -325,6 +325,10 @@ def test_features_come_from_bundles_without_a_head(model: Model, tmp_path: Path)
     with pcae_serve.load(root, backend="simulated") as features:
         assert len(features.embed(image_bytes()).features) == 8
         assert [len(each.features) for each in features.embed([image_bytes()] * 2)] == [8, 8]
+        unit = features.embed(image_bytes(), normalize=True, dtype="float16").features
+        assert sorted(unit) == [0, 0, 0, 0, 0, 0, 0, 1]
+        with pytest.raises(InvalidParameter, match="dtype is float32 or float16, not 'int8'"):
+            features.embed(image_bytes(), dtype="int8")  # type: ignore[call-overload]
         with pytest.raises(TaskNotSupported, match="models compute features; call embed"):
             features.classify(image_bytes())
 

@@ -9,7 +9,7 @@ import pytest
 from pcae_serve.bundle.preprocess import decode_image
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.errors import MalformedRequest, TooLarge
-from pcae_serve.open_inference.schema import InferRequest
+from pcae_serve.open_inference.schema import InferRequest, OutputParameters
 from pcae_serve.open_inference.tensors import (
     MAX_JSON_PARTS,
     image_files,
@@ -185,17 +185,26 @@ NAMES = ["a", "b", "ç"]
 
 
 def test_output_tensors() -> None:
-    logits = output_tensor("logits", None, VECTORS, NAMES)
+    logits = output_tensor("logits", OutputParameters(), VECTORS, NAMES)
     assert (logits.datatype, logits.shape, logits.values) == (
         "FP32",
         [2, 3],
         VECTORS.ravel().tolist(),
     )
     assert logits.binary() == VECTORS.tobytes()
-    label = output_tensor("label", None, VECTORS, NAMES)
+    label = output_tensor("label", OutputParameters(), VECTORS, NAMES)
     assert (label.datatype, label.shape, label.values) == ("BYTES", [2], ["b", "a"])
     assert label.binary() == elements(b"b", b"a")
-    ranked = output_tensor("logits", 2, VECTORS, NAMES)
+    ranked = output_tensor("logits", OutputParameters(classification=2), VECTORS, NAMES)
     assert (ranked.datatype, ranked.shape) == ("BYTES", [2, 2])
     assert ranked.values == ["2.000000:1:b", "0.500000:0:a", "3.000000:0:a", "3.000000:2:ç"]
-    assert output_tensor("logits", 99, VECTORS, NAMES).shape == [2, 3]
+    many = OutputParameters(classification=99)
+    assert output_tensor("logits", many, VECTORS, NAMES).shape == [2, 3]
+
+
+def test_features_in_half_precision() -> None:
+    wanted = OutputParameters(datatype="FP16", normalize=True)
+    half = output_tensor("features", wanted, VECTORS, [])
+    assert (half.datatype, half.shape) == ("FP16", [2, 3])
+    unit = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
+    assert half.binary() == unit.astype("<f2").tobytes()

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.tokens import Pooling
 from pcae_training.checkpoint import CheckpointError
 from pcae_training.model import ViTConfig
 
@@ -40,6 +41,26 @@ class LoadedCheckpoint:
             multi_label=False,
             head_problem=None,
         )
+
+    def pool_features(self, kind: Literal["cls", "mean"]) -> "LoadedCheckpoint":
+        """Return a copy, of one without a head, with other features from the same weights.
+
+        cls: the normed CLS token. mean: the mean over normed patches; of a model whose final norm
+        comes after its mean, that. Raise CheckpointError if the weights have no such features.
+        """
+        own, poolings = self.config.pooling, dict[str, Pooling](cls="cls", mean="normed-mean")
+        if own in (poolings[kind], kind):
+            return self
+        if own == "mean":
+            raise CheckpointError("its final norm was trained on the mean over patches, not on CLS")
+        if self.config.projection:
+            raise CheckpointError(f"its features are a projection of its own pooling ({own})")
+        try:
+            config = replace(self.config, pooling=poolings[kind])
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        weights = {name: t for name, t in self.weights.items() if not name.startswith("attn_pool")}
+        return replace(self, config=config, weights=weights)
 
     def check_classes(self, path: Path) -> None:
         """Raise CheckpointError, naming `path`, if the classes that it has cannot be used."""
