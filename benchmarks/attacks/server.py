@@ -30,7 +30,7 @@ class ServerProcess:
 
     def memory_mb(self) -> float:
         """Return the proportional set size of the server and its descendants."""
-        return sum(map(_proportional_mb, _family(self.process.pid)))
+        return sum(map(proportional_mb, family(self.process.pid)))
 
     def log_mb(self) -> float:
         return self.log.stat().st_size / 1e6
@@ -111,7 +111,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> int:
         time.sleep(0.1)
 
 
-def _family(pid: int) -> list[int]:
+def family(pid: int) -> list[int]:
     """Return a process and all its descendants."""
     family = [pid]
     for member in family:
@@ -124,7 +124,7 @@ def _family(pid: int) -> list[int]:
     return family
 
 
-def _proportional_mb(pid: int) -> float:
+def proportional_mb(pid: int) -> float:
     """Return the memory of a process; pages that n processes share count 1 / n each."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
