@@ -334,11 +334,14 @@ class _Base:
         explain: bool = False,
         normalize: bool = False,
         dtype: Literal["float32", "float16"] = "float32",
+        patches: bool = False,
     ) -> _Call[Embedding]:
         """Return the features of an image, from a server whose model has no head.
 
         normalize: divide the features by their Euclidean length.
         dtype: "float32", or "float16" for values that are rounded to it.
+        patches: also return the state of every patch [H][W][D], from a bundle that was exported
+            with --dense.
 
         The other parameters and the errors are those of `classify`.
 
@@ -358,6 +361,7 @@ class _Base:
             # absent by default, so that older servers understand the request
             normalize=normalize or None,
             dtype=None if dtype == "float32" else dtype,
+            patches=patches or None,
         )
 
     def _tiers(self) -> _Call[Tiers]:

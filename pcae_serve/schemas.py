@@ -55,6 +55,11 @@ class Features(BaseModel):
     features: list[float] = Field(
         description="features of the image, as the model computes them; with normalize, of length 1"
     )
+    patches: list[list[list[float]]] | None = Field(
+        None,
+        description="with patches: the state of every patch [H][W][D], in the same form as the"
+        " features; a dropped patch has the state that it was dropped with",
+    )
 
 
 class Classification(Result, Classes):  # fields of the last base come first

@@ -10,8 +10,9 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic_settings import CliPositionalArg, NoDecode
 
-from pcae_export import card, pack
+from pcae_export import card, feature_fidelity, pack
 from pcae_export.choice import DEFAULT_REDUCTION, choose_reduction
+from pcae_export.feature_fidelity import FeatureFidelity
 from pcae_export.front_report import FRONT_IMAGE, draw_front, format_front
 from pcae_export.half_precision import Half, choose_half
 from pcae_export.images import IMAGES_HELP, decode, parity_pixels, shuffle_rows
@@ -73,7 +74,7 @@ class WriteBundle(BaseModel):
             "weights", "answers", "labels", "heads", "image_size", "resize", "normalise",
             "features", "pooling",
         ),
-        "bundle": ("name", "model_id", "card_note", "force"),
+        "bundle": ("dense", "name", "model_id", "card_note", "force"),
     }  # fmt: skip
 
     paths: CliPositionalArg[Annotated[list[ModelName], Metavar("[SOURCE] OUT")]] = Field(
@@ -188,6 +189,9 @@ class WriteBundle(BaseModel):
         description="features of a model without a head: its CLS token, the mean over its patches,"
         " or as the model itself pools",
     )
+    dense: bool = Field(
+        False, description="let graphs for CPUs also return the state of every patch (for /embed)"
+    )
     name: str | None = Field(
         None, min_length=1, description="the bundle's name (default: OUT's file name)"
     )
@@ -289,6 +293,8 @@ class WriteBundle(BaseModel):
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         pack.plan_tiers(parts)
+        if self.dense:
+            pack.check_dense(parts)
         photos = self._photos(next(iter(parts.values())).checkpoint)
         tables, fitted = list[str](), None
         if photos is not None:
@@ -328,7 +334,7 @@ class WriteBundle(BaseModel):
             measured = measure_quality(draft, engine, images, rows, bool(images.classes))
             if warning := warn_of_few_images(list(draft.tiers), measured):
                 print(f"warning: {warning}", file=sys.stderr)
-            return Evaluation(measured, parity)
+            return Evaluation(measured, parity, self._features(draft, stored, images, rows))
 
         bundle = pack.write_bundle(
             parts,
@@ -337,6 +343,7 @@ class WriteBundle(BaseModel):
             evaluate=evaluate,
             note="\n\n".join(filter(None, [*origins, self.card_note, *tables])),
             pictures=pictures,
+            dense=self.dense,
             force=self.force,
         )
         print(f"wrote {self.out} ({_megabytes(bundle.root):.1f} MB)")
@@ -344,6 +351,23 @@ class WriteBundle(BaseModel):
             print(f"\n{table}\n")
         _print_tiers(bundle)
         print(f"serve it with: pcae-serve --bundle {self.out}")
+
+    def _features(
+        self,
+        draft: Bundle,
+        stored: Mapping[str, Checkpoint],
+        images: LabelledImages,
+        rows: Sequence[int],
+    ) -> dict[str, FeatureFidelity]:
+        """Measure each tier's kinds of features on the first rows; {} for models with a head."""
+        if draft.answers != "features":
+            return {}
+        pixels = decode(images, rows[: feature_fidelity.MAX_IMAGES])
+        found: dict[str, FeatureFidelity] = {}
+        for model_id, checkpoint in stored.items():
+            tiers = [tier for tier in draft.tiers if tier.model == model_id]
+            found |= feature_fidelity.measure_tiers(checkpoint, pixels, tiers)
+        return found
 
     def _models(self) -> dict[str, tuple[str, dict[str, TierSpec]]]:
         """Return each model's checkpoint and tiers, by model id."""

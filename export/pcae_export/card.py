@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from pcae_export.feature_fidelity import FeatureFidelity
 from pcae_export.verify import AGREEMENT, COSINE, LEGEND, MARGIN, TOLERANCE, Parity
 from pcae_serve.bundle.manifest import Manifest, Model, Tier
 from pcae_training.checkpoint import Checkpoint
@@ -16,6 +18,8 @@ PRECISION = (
 )
 #: Training settings that are paths on the training machine or do not affect the result.
 PRIVATE = {"out", "init", "resume", "stop_after", "threads", "workers"}
+#: Headings of the kinds of features.
+KINDS = {"cls": "CLS", "mean": "mean over patches", "dense": "patches"}
 #: Model sizes among the settings, omitted for a phase that started from another's model.
 SIZES = {"image_size", "width", "depth", "heads"}
 
@@ -26,11 +30,12 @@ def render(
     checkpoints: Mapping[str, Checkpoint],
     parity: Mapping[str, Parity],
     note: str = "",
+    features: Mapping[str, FeatureFidelity] = MappingProxyType({}),
 ) -> str:
     """Return the card in Markdown.
 
     manifest: may be the draft's. tiers: with their quality. checkpoints, parity: by model id. note:
-    a paragraph to insert before the tiers.
+    a paragraph to insert before the tiers. features: by tier, of models without a head.
     """
     several = len(checkpoints) > 1
     parts = [f"# {manifest.name}"]
@@ -38,6 +43,8 @@ def render(
         parts.append((f"**{model_id}**: " if several else "") + _about(checkpoint))
     parts += [*([note.strip()] if note.strip() else []), "## Tiers"]
     parts.append("\n".join(_tiers(tiers, checkpoints)))
+    if features:
+        parts += ["## Features", "\n".join(_features(tiers, features))]
     parts.append("## Training")
     for model_id, checkpoint in checkpoints.items():
         parts += [f"**{model_id}**"] if several else []
@@ -114,6 +121,28 @@ def _tiers(tiers: Sequence[Tier], checkpoints: Mapping[str, Checkpoint]) -> Iter
             f" all tiers, its token counts are an input), as served; {PRECISION}. MAC ratio:"
             " multiply-adds of the largest model at keep ratio 1 over the tier's."
         )
+
+
+def _features(tiers: Sequence[Tier], features: Mapping[str, FeatureFidelity]) -> Iterator[str]:
+    """Yield a table of how close each tier's features are to those at keep ratio 1."""
+    kinds = [kind for kind in KINDS if any(kind in found.cosines for found in features.values())]
+    yield f"| tier | keep ratio | {' | '.join(KINDS[kind] for kind in kinds)} | images |"
+    yield "|" + " --- |" * (3 + len(kinds))
+    for tier in tiers:
+        if (found := features.get(tier.name)) is None:
+            continue
+        cells = [
+            f"{found.cosines[kind].mean():.4f}" if kind in found.cosines else "-" for kind in kinds
+        ]
+        yield f"| {tier.name} | {tier.keep_ratio:g} | {' | '.join(cells)} | {found.images} |"
+    yield ""
+    yield (
+        "Mean cosine to the same features at keep ratio 1, by torch on the weights as stored; a"
+        " bundle returns CLS or the mean (`--pooling`), and patches with `--dense`. Patches: the"
+        " mean over all patches of an image; one that was dropped has the state that it was dropped"
+        " with, one that was merged that of the patch it went into. Tiers in int8 are not measured"
+        " here."
+    )
 
 
 def _full_macs(checkpoint: Checkpoint) -> int:

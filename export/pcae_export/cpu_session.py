@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from pcae_serve.bundle.manifest import PATCHES
 from pcae_serve.engines.base import Output, Pixels
 from pcae_serve.errors import PcaeError, one_line
 
@@ -40,7 +41,9 @@ def run_graph(
     except Exception as error:  # ONNX Runtime raises a dozen types of its own
         raise GraphError(f"ONNX Runtime cannot run {file}: {one_line(error)}") from None
     vectors, *kept = (np.concatenate(outputs) for outputs in zip(*parts, strict=True))
-    return Output(vectors, tuple(kept))
+    dense = session.get_outputs()[-1].name == PATCHES
+    patches = kept.pop() if dense else None
+    return Output(vectors, tuple(kept), patches=patches)
 
 
 def slice_batches(count: int, batch_sizes: Sequence[int]) -> Iterator[slice]:

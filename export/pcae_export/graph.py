@@ -27,7 +27,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from pcae_export.weights import Place
-from pcae_serve.bundle.manifest import WEIGHTS
+from pcae_serve.bundle.manifest import PATCHES, WEIGHTS
 from pcae_serve.bundle.preprocess import Preprocess
 from pcae_training.block import Attention, Block
 from pcae_training.evaluate import normalise
@@ -66,15 +66,16 @@ class Elastic(nn.Module):
         preprocess: Preprocess,
         dtype: torch.dtype = torch.float16,
         attention: type[Attention] | None = None,
+        dense: bool = False,
     ) -> None:
         """Wrap a model.
 
         dtype: of products. attention: its implementation; by default symbolic, which only
-        `torch.onnx.export` can run.
+        `torch.onnx.export` can run. dense: also return the patch grid.
         """
         super().__init__()
         self.model = to_half_products(model, dtype, attention or _NamedAttention)
-        self.preprocess, self.dtype = preprocess, dtype
+        self.preprocess, self.dtype, self.dense = preprocess, dtype, dense
         if model.config.reduction == "random":
             patches = model.config.geometry.patches
             self.register_buffer("order", fixed_order(patches), persistent=False)
@@ -82,12 +83,15 @@ class Elastic(nn.Module):
     def forward(self, pixels: Tensor, token_counts: Tensor) -> tuple[Tensor, ...]:
         """Return logits [N, classes] or features [N, D], then per stage kept int32 [N, m_i].
 
+        The last output of a dense graph is the patch grid, float32 [N, H, W, D].
+
         pixels uint8 [N, H, W, 3]; token_counts int64 [stages]. A stage that drops nothing only
         permutes the patches, to which blocks and pooling are invariant.
         """
         model = self.model
         images = pixels.float().permute(0, 3, 1, 2)  # cast first: TensorRT cannot transpose uint8
-        tokens = model.tokens(model.embed(normalise(images, self.preprocess).to(self.dtype)))
+        x = model.embed(normalise(images, self.preprocess).to(self.dtype))
+        tokens = model.tokens(x, dense=self.dense)
         left = torch.tensor(tokens.patches)
         kept: list[Tensor] = []
         for i, block in enumerate(model.blocks):
@@ -104,7 +108,8 @@ class Elastic(nn.Module):
                 tokens = reduce_tokens(tokens, m, dropped, model.config.reduction, scores, some)
                 kept.append(tokens.position.int())
                 left = count
-        return model.pool(tokens._replace(x=tokens.x.float())), *kept
+        patches = [model.patch_grid(tokens)] if self.dense else []
+        return model.pool(tokens._replace(x=tokens.x.float())), *kept, *patches
 
 
 def _number(value: Tensor, low: int, high: int) -> int:
@@ -161,8 +166,11 @@ class _NamedAttention(Attention):
         return cast(Tensor, self.proj(mixed))
 
 
-def trace(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
-    """Trace the network (about 30 s for a ViT-B). Its weights become inputs: see `bind_weights`."""
+def trace(model: VisionTransformer, preprocess: Preprocess, dense: bool = False) -> ir.Model:
+    """Trace the network (about 30 s for a ViT-B). Its weights become inputs: see `bind_weights`.
+
+    dense: with PATCHES as the last output.
+    """
     size, stages = model.config.image_size, len(model.config.reduction_points)
     example = (
         torch.zeros(2, size, size, model.config.channels, dtype=torch.uint8),
@@ -173,14 +181,14 @@ def trace(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
         # torch.onnx 2.13 uses a deprecated part of torch.utils._pytree
         warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec", FutureWarning)
         program = torch.onnx.export(
-            Elastic(model, preprocess).eval(),
+            Elastic(model, preprocess, dense=dense).eval(),
             example,
             dynamo=True,
             optimize=False,  # keeps every weight unchanged, under its own name
             opset_version=OPSET,
             verbose=False,
             input_names=["pixels", "token_counts"],
-            output_names=[answer, *(f"kept_{i}" for i in range(stages))],
+            output_names=[answer, *(f"kept_{i}" for i in range(stages)), *[PATCHES] * dense],
             dynamic_shapes={"pixels": {0: torch.export.Dim.DYNAMIC}, "token_counts": None},
         )
     assert program is not None  # None only with dynamo=False
@@ -194,6 +202,9 @@ def trace(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
     pixels, *_ = graph.inputs
     pixels.shape = ir.Shape(["batch", size, size, model.config.channels])
     vectors, *kept = graph.outputs
+    if dense:
+        side = model.config.grid
+        kept.pop().shape = ir.Shape(["batch", side, side, model.config.width])
     vectors.shape = ir.Shape(["batch", model.config.classes or model.config.features])
     for i, output in enumerate(kept):
         output.shape = ir.Shape(["batch", f"patches_{i}"])
@@ -203,8 +214,13 @@ def trace(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
 def make_elastic(
     traced: ir.Model, precision: Precision = "float32", fused: bool = False
 ) -> ir.Model:
-    """Return a traced graph in a precision, with attention in plain operators or fused."""
+    """Return a traced graph in a precision, with attention in plain operators or fused.
+
+    Graphs in half precision do not return PATCHES.
+    """
     model, dtype = traced.clone(), _TYPES[precision]
+    if precision != "float32" and model.graph.outputs[-1].name == PATCHES:
+        model.graph.outputs.pop()
     _retype(model.graph, dtype)
     if dtype == ir.DataType.BFLOAT16:
         model.graph.opset_imports[""] = BFLOAT16_OPSET
@@ -295,7 +311,8 @@ def make_static(elastic: ir.Model, token_counts: Sequence[int]) -> ir.Model:
     model.graph.inputs.remove(counts)
     counts.const_value = ir.tensor(np.array(token_counts, dtype=np.int64), name=counts.name)
     model.graph.register_initializer(counts)
-    for output, m in zip(model.graph.outputs[1:], token_counts, strict=True):
+    kept = [output for output in model.graph.outputs[1:] if output.name != PATCHES]
+    for output, m in zip(kept, token_counts, strict=True):
         output.shape = ir.Shape(["batch", m])
     return _tidy(model)
 

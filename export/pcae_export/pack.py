@@ -20,6 +20,7 @@ import onnxscript
 import torch
 
 from pcae_export import card, graph, int8, weights
+from pcae_export.feature_fidelity import FeatureFidelity
 from pcae_export.half_precision import Half
 from pcae_export.measure import Measured
 from pcae_export.progress import Progress
@@ -82,6 +83,7 @@ class Evaluation:
 
     measured: Mapping[str, Measured] = field(default_factory=dict)  # by tier
     parity: Mapping[str, Parity] = field(default_factory=dict)  # by model
+    features: Mapping[str, FeatureFidelity] = field(default_factory=dict)  # by tier, without a head
 
 
 #: Verifies and measures a draft, which lacks only quality and card, and its models with the weights
@@ -97,18 +99,22 @@ def write_bundle(
     evaluate: Evaluate = lambda draft, stored: Evaluation(),
     note: str = "",
     pictures: Mapping[str, bytes] = MappingProxyType({}),
+    dense: bool = False,
     force: bool = False,
 ) -> Bundle:
     """Export `parts` (by model id) to a bundle at `out`.
 
-    pictures: files of the card, by name. Without `evaluate` nothing is verified or measured, as for
-    benchmarks on random weights. Raises PackError if `out` exists (unless it is a bundle and
-    `force` is set), a tier leaves no patch, or the parts cannot share a bundle; also what
-    `evaluate` raises. Nothing is left behind then.
+    pictures: files of the card, by name. dense: graphs for CPUs also return patch grids.
+
+    Without `evaluate` nothing is verified or measured, as for benchmarks on random weights. Raises
+    PackError if `out` exists (unless it is a bundle and `force` is set), a tier leaves no patch, or
+    the parts cannot share a bundle; also what `evaluate` raises. Nothing is left behind then.
     """
     out = out.absolute()
     check_output(out, force)
     planned = plan_tiers(parts)
+    if dense:
+        check_dense(parts)
     stored = {model_id: _stored(part.checkpoint) for model_id, part in parts.items()}
     with _temporary_folder(out) as fresh:
         for model_id, checkpoint in stored.items():
@@ -120,15 +126,17 @@ def write_bundle(
             _write_json(folder / "preprocessor_config.json", checkpoint.preprocess.to_config())
             weights.write(weights.to_half(checkpoint.model.state_dict()), folder / WEIGHTS)
             tiers = [tier for tier in planned if tier.model == model_id]
-            _graphs(name or out.name, checkpoint, tiers, parts[model_id].half, folder)
+            _graphs(name or out.name, checkpoint, tiers, parts[model_id].half, folder, dense)
         (fresh / CARD).write_text("")
         for file, content in pictures.items():
             (fresh / file).write_bytes(content)
-        models = {id_: _describe_model(stored[id_], part) for id_, part in parts.items()}
+        models = {id_: _describe_model(stored[id_], part, dense) for id_, part in parts.items()}
         draft = _seal(fresh, name or out.name, stored, models, planned)
         evaluation = evaluate(draft, stored)
         final = rank_tiers(planned, evaluation.measured)
-        text = card.render(draft.manifest, final, stored, evaluation.parity, note)
+        text = card.render(
+            draft.manifest, final, stored, evaluation.parity, note, evaluation.features
+        )
         (fresh / CARD).write_text(text)
         _seal(fresh, name or out.name, stored, models, final)
         atomic.replace_folder(fresh, out)
@@ -143,6 +151,21 @@ def check_output(out: Path, force: bool) -> None:
         raise PackError(f"{out} exists; choose another folder, or replace it with --force")
     if out.is_symlink() or not (out / MANIFEST).is_file():
         raise PackError(f"{out} exists and is not a bundle: --force replaces only bundles")
+
+
+def check_dense(parts: Mapping[str, Part]) -> None:
+    """Raise PackError if the models cannot share a bundle that returns patch grids."""
+    grids = set()
+    for model_id, part in parts.items():
+        config = part.checkpoint.model.config
+        if config.classes:
+            raise PackError(
+                f"model {model_id!r} has a head, and only POST /embed returns patches; drop it with"
+                " --features, or omit --dense"
+            )
+        grids.add((config.grid, config.width))
+    if len(grids) > 1:
+        raise PackError("--dense needs models whose patch grids have one shape")
 
 
 def plan_tiers(parts: Mapping[str, Part]) -> list[Tier]:
@@ -212,7 +235,12 @@ def _stored(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _graphs(
-    bundle: str, checkpoint: Checkpoint, tiers: list[Tier], half: Half | None, folder: Path
+    bundle: str,
+    checkpoint: Checkpoint,
+    tiers: list[Tier],
+    half: Half | None,
+    folder: Path,
+    dense: bool,
 ) -> None:
     """Write all graphs of one model: elastic, static, and for GPUs fused and plain ones in half."""
     model, preprocess = checkpoint.model, checkpoint.preprocess
@@ -228,7 +256,7 @@ def _graphs(
         progress.update()
 
     with progress:
-        traced = graph.trace(model, preprocess)
+        traced = graph.trace(model, preprocess, dense)
         progress.update()
         elastic = graph.make_elastic(traced)
         save(elastic, ELASTIC_GRAPH, "float32")
@@ -307,7 +335,7 @@ def _seal(
     return load_bundle(root)
 
 
-def _describe_model(checkpoint: Checkpoint, part: Part) -> Model:
+def _describe_model(checkpoint: Checkpoint, part: Part, dense: bool) -> Model:
     config = checkpoint.model.config
     return Model(
         image_size=config.image_size,
@@ -320,6 +348,7 @@ def _describe_model(checkpoint: Checkpoint, part: Part) -> Model:
         reduction=config.reduction,
         pooling=config.pooling,
         answers=checkpoint.answers,
+        patch_width=config.width if dense else None,
         half=part.half,
         half_range=part.half_range,
     )

@@ -33,6 +33,7 @@ class Reference:
     vectors: Tensor  # [N, classes] logits, or [N, D] features
     kept: list[Tensor]  # per stage [N, m_i], original indices
     margin: Tensor  # [N], the smallest gap of any choice; infinite if nothing is dropped
+    patches: Tensor | None = None  # [N, H, W, D], if they were asked for
 
 
 @torch.inference_mode()
@@ -41,12 +42,14 @@ def run_torch(
     pixels: Pixels,
     counts: Sequence[int],
     kept: Sequence[NDArray[np.int32]] | None = None,
+    dense: bool = False,
 ) -> Reference:
     """Return torch's outputs for pixels uint8 [N, H, W, 3] at the given token counts.
 
-    kept, per stage [N, m_i]: the patches to keep in place of torch's own choice.
+    kept, per stage [N, m_i]: the patches to keep in place of torch's own choice. dense: with the
+    patch grids.
     """
-    model, outputs = checkpoint.model.eval(), []
+    model, outputs, grids = checkpoint.model.eval(), [], list[Tensor]()
     order = fixed_order(model.config.geometry.patches)
     for rows in slice_batches(len(pixels), (BATCH,)):
         images = normalise(
@@ -54,13 +57,20 @@ def run_torch(
         )
         sets = None if kept is None else [torch.from_numpy(stage[rows]) for stage in kept]
         with _Margins(model, counts) as margins:
-            vectors, positions = model.classify(images, counts, noise=order, kept=sets)
+            if dense:
+                vectors, positions, grid = model.classify_densely(
+                    images, counts, noise=order, kept=sets
+                )
+                grids.append(grid)
+            else:
+                vectors, positions = model.classify(images, counts, noise=order, kept=sets)
         outputs.append((vectors, positions, margins.smallest(len(images))))
     stages = zip(*(positions for _, positions, _ in outputs), strict=True)
     return Reference(
         vectors=torch.cat([vectors for vectors, _, _ in outputs]),
         kept=[torch.cat(stage) for stage in stages],
         margin=torch.cat([margin for _, _, margin in outputs]),
+        patches=torch.cat(grids) if dense else None,
     )
 
 

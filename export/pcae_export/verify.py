@@ -45,6 +45,7 @@ AGREEMENT = 0.995  # share of images with torch's class, for half and int8 graph
 CONFIDENCE = 0.99  # probability that a graph with exactly AGREEMENT passes
 COSINE = 0.99  # mean cosine of features to torch's, for half and int8 graphs. Values up to
 # 0.999 occur if half precision keeps or merges other patches; the keep ratio itself costs far more
+PATCH_COSINE = 0.95  # mean cosine of patches to torch's, for int8 graphs
 MARGIN = 1e-5  # similarity gap of a near tie; float32 rounding is about 1e-6
 MIN_IMAGES = 16
 MAX_NEAR_TIES = 0.5  # share of the images at a tier, above which parity would prove too little
@@ -68,6 +69,15 @@ class ParityError(PcaeError):
 
 
 @dataclass(frozen=True)
+class ComparedPatches:
+    """The patch grids of one graph against torch's; the first two are as in Compared."""
+
+    largest: float
+    largest_equal: float
+    cosine: float  # mean over all patches, of each to torch's with equal sets
+
+
+@dataclass(frozen=True)
 class Compared:
     """One graph of one tier compared with torch."""
 
@@ -82,6 +92,7 @@ class Compared:
     cosine: float  # mean over images, of the answer to torch's
     near_ties: int  # images
     other_sets: int  # images on which the graph keeps other patches than torch
+    patches: ComparedPatches | None = None  # of graphs that return them
 
 
 @dataclass(frozen=True)
@@ -114,24 +125,37 @@ class Parity:
                 text += f", the same class on at least {100 * min(shares):.1f} % of the images"
             else:
                 text += f", cosine at least {min(row.cosine for row in rough):.5f}"
+        if grids := [row.patches for row in self.rows if row.patches is not None]:
+            text += (
+                f"; patches of {len(grids)} graphs: cosine at least"
+                f" {min(grid.cosine for grid in grids):.5f}"
+            )
         return text + "".join(f"; not run: {reason}" for reason in self.not_run)
 
     def format_table(self) -> Iterator[str]:
         """Yield the rows as lines of a Markdown table. LEGEND explains its columns."""
         features = any(row.agreement is None for row in self.rows)
         alike = "cosine" if features else "same class"
+        dense = any(row.patches is not None for row in self.rows)
+        heading = " patches: largest difference | with equal sets | cosine |" if dense else ""
         yield (
             "| tier | graph | precision | images | largest difference | mean | with equal sets"
-            f" | {alike} | near ties | other patches |"
+            f" | {alike} | near ties | other patches |{heading}"
         )
-        yield "| --- |" + " --- |" * 9
+        yield "| --- |" + " --- |" * (12 if dense else 9)
         for row in self.rows:
             same = f"{row.cosine:.6f}" if row.agreement is None else f"{100 * row.agreement:.1f} %"
             yield (
                 f"| {row.tier} | {row.graph} | {row.precision} | {row.images} | {row.largest:.1e}"
                 f" | {row.mean:.1e} | {row.largest_equal:.1e} | {same} | {row.near_ties}"
-                f" | {row.other_sets} |"
+                f" | {row.other_sets} |" + (_patch_cells(row.patches) if dense else "")
             )
+
+
+def _patch_cells(grid: ComparedPatches | None) -> str:
+    if grid is None:
+        return " - | - | - |"
+    return f" {grid.largest:.1e} | {grid.largest_equal:.1e} | {grid.cosine:.6f} |"
 
 
 def verify_model(bundle: Bundle, checkpoint: Checkpoint, pixels: Pixels, model: str) -> Parity:
@@ -154,7 +178,8 @@ def verify_model(bundle: Bundle, checkpoint: Checkpoint, pixels: Pixels, model: 
                 continue
             counts = tier.token_counts
             if counts not in references:
-                references[counts] = run_torch(checkpoint, pixels, counts)
+                dense = bundle.patch_grid is not None
+                references[counts] = run_torch(checkpoint, pixels, counts, dense=dense)
             expected, where = references[counts], f"tier {tier.name!r}, {graph} graph"
             if precision == "float32":
                 _check_margins(expected, tier.name)
@@ -210,20 +235,28 @@ def compare_outputs(
         raise ParityError(f"tier {tier!r}, {graph} graph: output shapes are {shapes}, not {wanted}")
     if not np.isfinite(found.vectors).all():
         raise ParityError(f"tier {tier!r}, {graph} graph: some outputs are not finite")
+    if precision in ("float32", "int8"):
+        _require_patches(found, expected, f"tier {tier!r}, {graph} graph")
     clear = (expected.margin > MARGIN).numpy()
     other = np.zeros(len(vectors), dtype=bool)
     for kept, reference in zip(found.kept, expected.kept, strict=True):
         other |= (np.sort(kept) != reference.sort(dim=1).values.numpy()).any(axis=1)
     difference = np.abs(found.vectors - vectors)  # [N, classes or D]
     equal = difference.max(axis=1)
+    grids = None  # torch's, with equal sets
+    if found.patches is not None and expected.patches is not None:
+        grids = expected.patches.numpy().copy()
     if other.any():
         forced = run_torch(
             checkpoint, pixels[other], [stage.shape[1] for stage in found.kept],
-            [stage[other] for stage in found.kept],
+            [stage[other] for stage in found.kept], dense=grids is not None,
         )  # fmt: skip
         equal[other] = np.abs(found.vectors[other] - forced.vectors.numpy()).max(axis=1)
+        if grids is not None and forced.patches is not None:
+            grids[other] = forced.patches.numpy()
+    comparable = np.ones_like(clear)
     if checkpoint.model.config.reduction == "merged":
-        equal = equal[clear]  # the patch that a dropped one is merged into may be a near tie, too
+        comparable = clear  # the patch that a dropped one is merged into may be a near tie, too
     same = same_answer(found.vectors, vectors, checkpoint.answers)
     return Compared(
         tier=tier,
@@ -232,18 +265,75 @@ def compare_outputs(
         images=len(vectors),
         largest=_largest(difference[clear]),
         mean=float(difference[clear].mean()) if clear.any() else 0.0,
-        largest_equal=_largest(equal),
+        largest_equal=_largest(equal[comparable]),
         agreement=float(same.mean()) if checkpoint.model.config.classes else None,
         cosine=float(cosine(found.vectors, vectors).mean()),
         near_ties=int((~clear).sum()),
         other_sets=int(other.sum()),
+        patches=None
+        if grids is None
+        else _compare_patches(found, expected, grids, clear, comparable),
     )
+
+
+def _require_patches(found: Output, expected: Reference, where: str) -> None:
+    """Raise ParityError unless a graph returns finite patch grids if the bundle has them."""
+    if expected.patches is None:
+        return
+    shape = None if found.patches is None else found.patches.shape
+    if shape != tuple(expected.patches.shape):
+        raise ParityError(f"{where}: patches have shape {shape}, not {expected.patches.shape}")
+    if not np.isfinite(found.patches).all():  # type: ignore[arg-type]
+        raise ParityError(f"{where}: some patches are not finite")
+
+
+def _compare_patches(
+    found: Output,
+    expected: Reference,
+    equal: NDArray[np.float32],
+    clear: NDArray[np.bool_],
+    comparable: NDArray[np.bool_],
+) -> ComparedPatches:
+    """Compare patch grids [N, H, W, D] with torch's, and with torch's for equal sets, `equal`.
+
+    clear: images without a near tie. comparable: those whose sets are equal.
+    """
+    assert found.patches is not None
+    assert expected.patches is not None
+    patches, width = found.patches, equal.shape[-1]
+    served = np.abs(patches - expected.patches.numpy())
+    alike = cosine(patches.reshape(-1, width), equal.reshape(-1, width))
+    return ComparedPatches(
+        largest=_largest(served[clear]),
+        largest_equal=_largest(np.abs(patches - equal)[comparable]),
+        cosine=float(alike.mean()),
+    )
+
+
+def _check_patches(row: Compared, expected: Reference, where: str) -> None:
+    """Raise ParityError if a graph's patches exceed the limits of its precision."""
+    grid = row.patches
+    if grid is None or expected.patches is None:
+        return
+    if row.precision == "float32":
+        limit = TOLERANCE * max(1.0, float(expected.patches.abs().max()))
+        largest = max(grid.largest, grid.largest_equal)
+        if not largest <= limit:
+            raise ParityError(
+                f"{where}: a patch differs from torch by {largest:.3g}, more than {limit:g}"
+            )
+    elif not grid.cosine >= PATCH_COSINE:
+        raise ParityError(
+            f"{where}: {row.precision} patches have a mean cosine of {grid.cosine:.5f} to torch's,"
+            f" below {PATCH_COSINE}"
+        )
 
 
 def check_parity(row: Compared, found: Output, expected: Reference, rule: Rule, where: str) -> None:
     """Raise ParityError if a graph exceeds the limits of its precision."""
     largest = float(expected.vectors.abs().max())
     logits = row.agreement is not None
+    _check_patches(row, expected, where)
     if row.precision != "float32":
         misses = 0 if row.agreement is None else round((1 - row.agreement) * row.images)
         allowed = int(binom.ppf(CONFIDENCE, row.images, 1 - AGREEMENT))

@@ -1,25 +1,37 @@
-"""Answers with features as arrays in place of JSON: which form a request accepts, and the bytes.
+"""Answers with features in the form that a request accepts, sent and then forgotten.
 
+json  application/json: the document of schemas
 raw   application/octet-stream: the numbers in row-major, little-endian order; headers state
-      shape and number format
-npy   application/x-npy: the file format of numpy, which states them itself
+      shape and number format. Patches follow the features.
+npy   application/x-npy: the file format of numpy, which states them itself. Patches are a
+      second file after the first.
 """
 
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
 from fastapi import Request, Response
 from numpy.typing import NDArray
+from pydantic_core import to_json
+from starlette.types import Receive, Scope, Send
+
+from pcae_serve import schemas
+from pcae_serve.runtime.memory_budget import Reservation
 
 RAW, NPY = "application/octet-stream", "application/x-npy"
-SHAPE, DTYPE = "X-Shape", "X-Dtype"
+SHAPE, PATCHES_SHAPE, DTYPE = "X-Shape", "X-Patches-Shape", "X-Dtype"
 TIER, MET_BUDGET, STATUS = "X-Tier", "X-Met-Budget", "X-Status"
-HEADERS = (SHAPE, DTYPE, TIER, MET_BUDGET, STATUS)
+HEADERS = (SHAPE, PATCHES_SHAPE, DTYPE, TIER, MET_BUDGET, STATUS)
 
 Format = Literal["json", "raw", "npy"]
 _FORMATS: dict[str, Format] = {"application/json": "json", RAW: "raw", NPY: "npy"}
+
+#: Bytes that a number of a patch grid takes at most until its answer has been sent: as computed
+#: (4), in the form asked for (4), as it is written, and once more when the parts are joined.
+NUMBER_BYTES: Mapping[Format, int] = {"json": 8 + 2 * 26, "raw": 8 + 2 * 4, "npy": 8 + 2 * 4}
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
@@ -33,6 +45,7 @@ DOCUMENTED: dict[str, Any] = {
     "content": {RAW: _BINARY, NPY: _BINARY},
     "headers": {
         SHAPE: _header("its shape, such as 384, or 8,384 for several images"),
+        PATCHES_SHAPE: _header("with patches, the shape of the second array, such as 16,16,384"),
         DTYPE: _header("its number format, float32 or float16; the order is little-endian"),
         TIER: _header("the tier that answered, or one for each row, joined by commas"),
         MET_BUDGET: _header("whether the answer was in time (true or false), one for each row"),
@@ -44,6 +57,23 @@ DOCUMENTED_BATCH: dict[str, Any] = DOCUMENTED | {
     "headers": DOCUMENTED["headers"]
     | {STATUS: _header("the status of each image; those with 200 have a row, in their order")}
 }
+
+
+class HeldResponse(Response):
+    """A response whose memory is held until it has been sent."""
+
+    def __init__(
+        self, content: bytes, media_type: str, headers: dict[str, str], held: Sequence[Reservation]
+    ) -> None:
+        super().__init__(content, media_type=media_type, headers=headers)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for reservation in self._held:
+                reservation.release()
 
 
 def accepted_format(request: Request) -> Format:
@@ -81,13 +111,36 @@ def encode(array: NDArray[Any], form: Format) -> bytes:
 
 
 def array_response(
-    form: Format, array: NDArray[Any], headers: dict[str, str], response: Response
+    form: Format,
+    features: NDArray[Any],
+    patches: NDArray[Any] | None,
+    headers: dict[str, str],
+    held: Sequence[Reservation],
 ) -> Response:
-    """Return a response with an array, the headers that describe it, and those of `response`."""
-    answer = Response(
-        encode(array, form),
-        media_type=RAW if form == "raw" else NPY,
-        headers={SHAPE: ",".join(map(str, array.shape)), DTYPE: array.dtype.name} | headers,
-    )
-    answer.headers.update(response.headers)
-    return answer
+    """Return a response with one or two arrays, and the headers that describe them.
+
+    held: released once it has been sent.
+    """
+    shapes = {SHAPE: _shape(features), DTYPE: features.dtype.name}
+    content = encode(features, form)
+    if patches is not None:
+        shapes[PATCHES_SHAPE] = _shape(patches)
+        content += encode(patches, form)
+    return HeldResponse(content, RAW if form == "raw" else NPY, shapes | headers, held)
+
+
+def _shape(array: NDArray[Any]) -> str:
+    return ",".join(map(str, array.shape))
+
+
+async def embedding_json(document: schemas.Embedding, patches: NDArray[Any]) -> bytes:
+    """Return an embedding without patches as JSON that has these, [H, W, D].
+
+    Other requests run between the rows: writing a whole grid takes tens of milliseconds.
+    """
+    parts = []
+    for row in patches:
+        parts.append(to_json(row.tolist()))
+        await asyncio.sleep(0)
+    before, after = to_json(document).split(b'"patches":null', 1)
+    return b"".join([before, b'"patches":[', b",".join(parts), b"]", after])

@@ -1,13 +1,28 @@
 """POST /embed and /embed/batch: features of images."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
+from pydantic_core import to_json
 
 from pcae_serve import schemas
 from pcae_serve.api import array_answers, problems
-from pcae_serve.api.array_answers import MET_BUDGET, STATUS, TIER, Format, accepted_format
+from pcae_serve.api.array_answers import (
+    MET_BUDGET,
+    NUMBER_BYTES,
+    STATUS,
+    TIER,
+    Format,
+    HeldResponse,
+    accepted_format,
+    array_response,
+    embedding_json,
+)
 from pcae_serve.api.image_requests import (
     Answered,
     answer_image,
@@ -19,6 +34,7 @@ from pcae_serve.api.parameters import EmbedParameters
 from pcae_serve.bundle.features import convert
 from pcae_serve.errors import InvalidParameter, OutOfService, RequestError
 from pcae_serve.runtime import results
+from pcae_serve.runtime.memory_budget import Reservation
 
 router = APIRouter(tags=["Images"], responses=problems.documented(problems.IMAGE_PROBLEMS))
 
@@ -35,16 +51,28 @@ async def embed(request: Request, response: Response) -> schemas.Embedding | Res
     With `Accept: application/octet-stream` or `application/x-npy` the answer is the array alone.
     """
     form = accepted_format(request)
-    response.headers["Vary"] = "Accept"
     answered = await answer_image(
-        request, response, EmbedParameters, "features", partial(_check, form)
+        request,
+        response,
+        EmbedParameters,
+        "features",
+        partial(_check, form),
+        NUMBER_BYTES[form],
     )
-    if form == "json":
-        return _embedding(answered)
+    response.headers["Vary"] = "Accept"
     given, result = answered.parameters, answered.result
-    headers = {TIER: result.tier.name, MET_BUDGET: _word(result.met_budget)}
-    array = convert(result.vector, given.normalize, given.dtype)
-    return array_answers.array_response(form, array, headers, response)
+    held = [answered.held] if answered.held is not None else []
+    if form != "json":
+        headers = {TIER: result.tier.name, MET_BUDGET: _word(result.met_budget)}
+        features = convert(result.vector, given.normalize, given.dtype)
+        patches = _convert_patches(answered)
+        answer = array_response(form, features, patches, headers, held)
+    elif given.patches:
+        answer = HeldResponse(await _dense_json(answered), "application/json", {}, held)
+    else:
+        return _embedding(answered)
+    answer.headers.update(response.headers)
+    return answer
 
 
 @router.post(
@@ -62,13 +90,26 @@ async def embed_batch(request: Request, response: Response) -> schemas.Embedding
     row for each image whose status, in the header X-Status, is 200.
     """
     form = accepted_format(request)
-    response.headers["Vary"] = "Accept"
     outcomes = await answer_images(
-        request, response, EmbedParameters, "features", partial(_check, form)
+        request,
+        response,
+        EmbedParameters,
+        "features",
+        partial(_check, form),
+        NUMBER_BYTES[form],
     )
-    if form == "json":
+    response.headers["Vary"] = "Accept"
+    held = [each.held for each in outcomes if isinstance(each, Answered) and each.held is not None]
+    if form != "json":
+        answer = _arrays_of_several(form, outcomes, held)
+    elif held:
+        items = [await _dense_item(outcome) for outcome in outcomes]
+        content = b'{"results":[' + b",".join(items) + b"]}"
+        answer = HeldResponse(content, "application/json", {}, held)
+    else:
         return schemas.EmbeddingBatch(results=[_item(outcome) for outcome in outcomes])
-    return _array_of_several(form, outcomes, response)
+    answer.headers.update(response.headers)
+    return answer
 
 
 def _check(form: Format, given: EmbedParameters) -> None:
@@ -78,10 +119,28 @@ def _check(form: Format, given: EmbedParameters) -> None:
 
 
 def _embedding(answered: Answered[EmbedParameters]) -> schemas.Embedding:
+    """Return the document of an answer, without patches. Raises InvalidParameter."""
     given = answered.parameters
     return results.embedding(
-        answered.result, answered.inference, given.explain, given.normalize, given.dtype
+        replace(answered.result, patches=None),
+        answered.inference,
+        given.explain,
+        given.normalize,
+        given.dtype,
     )
+
+
+def _convert_patches(answered: Answered[EmbedParameters]) -> NDArray[Any] | None:
+    """Return the patch grid in the form that was asked for. Raises InvalidParameter."""
+    given, patches = answered.parameters, answered.result.patches
+    return None if patches is None else convert(patches, given.normalize, given.dtype)
+
+
+async def _dense_json(answered: Answered[EmbedParameters]) -> bytes:
+    """Return the document of an answer with patches. Raises InvalidParameter."""
+    patches = _convert_patches(answered)
+    assert patches is not None
+    return await embedding_json(_embedding(answered), patches)
 
 
 def _item(outcome: Answered[EmbedParameters] | RequestError) -> schemas.EmbeddingItem:
@@ -93,10 +152,23 @@ def _item(outcome: Answered[EmbedParameters] | RequestError) -> schemas.Embeddin
     return schemas.EmbeddingItem(status=outcome.status, problem=problems.document(outcome))
 
 
-def _array_of_several(
-    form: Format, outcomes: list[Answered[EmbedParameters] | RequestError], response: Response
+async def _dense_item(outcome: Answered[EmbedParameters] | RequestError) -> bytes:
+    """Return what `_item` does as JSON, with patches."""
+    try:
+        if not isinstance(outcome, RequestError):
+            answer = await _dense_json(outcome)
+            return b'{"status":200,"problem":null,"answer":' + answer + b"}"
+    except RequestError as error:
+        outcome = error
+    return to_json(_item(outcome))
+
+
+def _arrays_of_several(
+    form: Format,
+    outcomes: list[Answered[EmbedParameters] | RequestError],
+    held: Sequence[Reservation],
 ) -> Response:
-    """Return an array with a row for each image that was answered.
+    """Return arrays with a row for each image that was answered.
 
     Raises InvalidParameter, or OutOfService if the images were answered by different bundles.
     """
@@ -104,17 +176,20 @@ def _array_of_several(
     if len({id(each.result.bundle) for each in answered}) > 1:
         raise OutOfService("the bundle was reloaded between the images; retry", retry_after_s=1)
     statuses = [200 if isinstance(each, Answered) else each.status for each in outcomes]
-    vectors = np.zeros((0, 0), np.float32)
+    features, patches = np.zeros((0, 0), np.float32), None
     if answered:
         vectors = np.stack([each.result.vector for each in answered])  # [N, D]
         given = answered[0].parameters
-        vectors = convert(vectors, given.normalize, given.dtype)
+        features = convert(vectors, given.normalize, given.dtype)
+        if given.patches:
+            grids = [each.result.patches for each in answered if each.result.patches is not None]
+            patches = convert(np.stack(grids), given.normalize, given.dtype)  # [N, H, W, D]
     headers = {
         STATUS: ",".join(map(str, statuses)),
         TIER: ",".join(each.result.tier.name for each in answered),
         MET_BUDGET: ",".join(_word(each.result.met_budget) for each in answered),
     }
-    return array_answers.array_response(form, vectors, headers, response)
+    return array_response(form, features, patches, headers, held)
 
 
 def _word(value: bool) -> str:

@@ -10,10 +10,11 @@ from fastapi import Request, Response
 from pcae_serve.api import auth, parameters, proxy_delay, server_timing
 from pcae_serve.api.body import announced_bytes, unless_disconnected
 from pcae_serve.api.form import IMAGE, is_form, read_image, read_images, require_plain_body
-from pcae_serve.api.parameters import MAX_BUDGET_MS, ImageParameters
+from pcae_serve.api.parameters import MAX_BUDGET_MS, EmbedParameters, ImageParameters
 from pcae_serve.api.state import service_of
 from pcae_serve.errors import RequestError
 from pcae_serve.observability.logs import join_counts
+from pcae_serve.runtime.memory_budget import Reservation
 from pcae_serve.runtime.request_group import RequestGroup
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.runtime.uploads import Upload
@@ -56,6 +57,7 @@ class Answered(Generic[P]):
     parameters: P
     inference: InferenceRequest
     result: InferenceResult
+    held: Reservation | None = None  # of its patch grid; to be released when it has been sent
 
 
 async def answer_image(
@@ -64,14 +66,15 @@ async def answer_image(
     kind: type[P],
     answers: Output,
     check: Callable[[P], None] = lambda _: None,
+    number_bytes: int = 0,
 ) -> Answered[P]:
     """Read the image in the body, run it, and record its timing in `response`.
 
     kind: the parameters that the request may have. check: raises InvalidParameter for parameters
-    that it must not have.
+    that it must not have. number_bytes: see InferenceRequest.
     """
     service = service_of(request)
-    reader = ParameterReader(request, kind, answers, check)
+    reader = ParameterReader(request, kind, answers, check, number_bytes)
     require_plain_body(request)
 
     async def read(upload: Upload) -> bytes:
@@ -83,8 +86,9 @@ async def answer_image(
         copies = 2 if is_form(request) else 1  # the form, and the file in it
         work = offered.run(await offered.receive(read, announced_bytes(request), copies))
         result = await unless_disconnected(request, work)
+        held = offered.hand_over_answer() if reader.inference.patches else None
     server_timing.record_timing(request, response, [result])
-    return Answered(reader.parameters, reader.inference, result)
+    return Answered(reader.parameters, reader.inference, result, held)
 
 
 async def answer_images(
@@ -93,13 +97,14 @@ async def answer_images(
     kind: type[P],
     answers: Output,
     check: Callable[[P], None] = lambda _: None,
+    number_bytes: int = 0,
 ) -> list[Answered[P] | RequestError]:
     """Read the images in the form, run each on its own, and record the slowest in `response`.
 
-    Returns what became of each, in their order. kind, check: see `answer_image`.
+    Returns what became of each, in their order. kind, check, number_bytes: see `answer_image`.
     """
     service = service_of(request)
-    reader = ParameterReader(request, kind, answers, check)
+    reader = ParameterReader(request, kind, answers, check, number_bytes)
     require_plain_body(request)
     given = reader.parameters
     service.bundle.allowed_tiers(given.tier, given.min_tier)  # refuse before anything is uploaded
@@ -108,9 +113,10 @@ async def answer_images(
         try:
             with group.offer(reader.inference) as offered:
                 result = await offered.run(image)
+                held = offered.hand_over_answer() if reader.inference.patches else None
         except RequestError as error:
             return error
-        return Answered(reader.parameters, reader.inference, result)
+        return Answered(reader.parameters, reader.inference, result, held)
 
     limit, max_images = body_limit(service.settings), service.settings.max_images
 
@@ -145,8 +151,10 @@ class ParameterReader(Generic[P]):
         kind: type[P],
         answers: Output,
         check: Callable[[P], None] = lambda _: None,
+        number_bytes: int = 0,
     ) -> None:
         """Read query and header. Raises InvalidParameter, also what `check` raises."""
+        self._number_bytes = number_bytes
         self._request, self._kind, self._answers, self._check = request, kind, answers, check
         self._arrival_s = proxy_delay.arrival_s(request.scope.get("state", {}))
         self._default_ms = service_of(request).settings.budget_ms
@@ -170,6 +178,8 @@ class ParameterReader(Generic[P]):
             given.min_tier,
             self._answers,
             *callers_of(self._request),
+            patches=isinstance(given, EmbedParameters) and given.patches,
+            number_bytes=self._number_bytes,
         )
 
 

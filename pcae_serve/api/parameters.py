@@ -56,6 +56,11 @@ class EmbedParameters(ImageParameters):
         False, description="divide the features by their Euclidean length, so that it is 1"
     )
     dtype: DType = Field("float32", description="number format of the features")
+    patches: bool = Field(
+        False,
+        description="also return the state of every patch, from a bundle that was exported with"
+        " --dense",
+    )
 
 
 P = TypeVar("P", bound=ImageParameters)

@@ -7,6 +7,7 @@ models/<id>/           config.json, preprocessor_config.json, model.safetensors,
 
 from datetime import datetime
 from itertools import pairwise
+from math import isqrt
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
@@ -16,12 +17,15 @@ from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity, wilson_inte
 from pcae_serve.bundle.tokens import Pooling, Rule
 from pcae_serve.frozen_model import FrozenModel
 
-#: Version 2 says what outputs mean (`answers`); version 1 had logits of classes, or features.
-SCHEMA_VERSION = 2
+#: Version 3 says whether graphs return patch grids (`patch_width`), version 2 what outputs mean
+#: (`answers`); version 1 had logits of classes, or features.
+SCHEMA_VERSION = 3
 MANIFEST = "bundle.json"
 WEIGHTS = "model.safetensors"
 ELASTIC_GRAPH = "elastic.onnx"
 INT8_GRAPH = "elastic.int8.onnx"
+#: The last output of dense graphs: the state of every patch, float32 [N, H, W, patch_width].
+PATCHES = "patches"
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,39}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -67,6 +71,7 @@ class Model(FrozenModel):
     reduction: Rule = "ptr"
     pooling: Pooling
     answers: Answers = "classes"
+    patch_width: Count | None = None  # of the patch grid that its graphs return; None: without
     half: Literal["float16", "bfloat16"] | None = None  # of its graphs for GPUs; None: no graphs
     half_range: HalfRange | None = None  # None if it was not measured
 
@@ -138,7 +143,7 @@ class Tier(FrozenModel):
 class Manifest(FrozenModel):
     """The content of bundle.json."""
 
-    schema_version: Literal[1, 2] = 2
+    schema_version: Literal[1, 2, 3] = 3
     name: Text
     created: datetime
     producer: Annotated[dict[Text, Text], Field(max_length=100)]  # versions of what wrote it
@@ -181,6 +186,13 @@ class Manifest(FrozenModel):
             raise ValueError(
                 "all models of a bundle must give classes, labels, or features of one width"
             )
+        if len({(m.patch_width, m.patches) for m in self.models.values() if m.patch_width}) > 1 or (
+            len({m.patch_width is None for m in self.models.values()}) > 1
+        ):
+            raise ValueError("all models of a bundle must give patch grids of one shape, or none")
+        for name, m in self.models.items():
+            if m.patch_width and isqrt(m.patches) ** 2 != m.patches:
+                raise ValueError(f"model {name!r} has {m.patches} patches, not a square grid")
         if bool(self.labels) != (answers.pop()[0] != "features"):
             raise ValueError(
                 "models that give classes or labels need names for them; models that compute"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
+from math import isqrt
 from pathlib import Path
 from typing import Literal
 
@@ -91,6 +92,13 @@ class Bundle:
     def width(self) -> int:
         """Return the length of an output vector: the number of labels, or of features."""
         return len(self.labels) or next(iter(self.manifest.models.values())).width
+
+    @property
+    def patch_grid(self) -> tuple[int, int, int] | None:
+        """Return the shape [H, W, D] of an image's patch grid, or None if graphs return none."""
+        model = next(iter(self.manifest.models.values()))
+        side = isqrt(model.patches)
+        return None if model.patch_width is None else (side, side, model.patch_width)
 
     def file(self, model: str, name: str) -> Path:
         """Return the path of one of a model's files."""

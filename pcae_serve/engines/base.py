@@ -5,7 +5,7 @@ onnxruntime   CPU                                simulated   no graph, dummy out
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ class Output(NamedTuple):
     vectors: NDArray[np.float32]  # [N, classes] logits, or [N, width] features without a head
     kept: tuple[NDArray[np.int32], ...]  # per stage [N, m_i]: original indices of the kept patches
     padding: int = 0  # rows computed beyond N to fill a batch of a fixed size
+    patches: NDArray[np.float32] | None = None  # [N, H, W, D], if they were asked for
 
 
 class Engine(Protocol):
@@ -67,6 +68,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the engine's memory. It cannot run afterwards."""
+        ...
+
+
+@runtime_checkable
+class DenseEngine(Engine, Protocol):
+    """An engine that can also return the patch grids of a bundle that has them."""
+
+    def run_densely(self, tier: Tier, pixels: Pixels) -> Output:
+        """Run a batch as `run` does; the output has patches."""
         ...
 
 

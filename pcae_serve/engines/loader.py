@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import nvidia
-from pcae_serve.engines.base import GPU_BACKENDS, Engine, run_directly
+from pcae_serve.engines.base import GPU_BACKENDS, DenseEngine, Engine, run_directly
 from pcae_serve.errors import PcaeError, StartError, one_line
 from pcae_serve.settings import CACHE_DIR, MAX_BATCH, Settings
 from pcae_serve.version import install_command
@@ -94,6 +95,7 @@ def check_engine(engine: Engine, bundle: Bundle, batches: Sequence[int] = (1,)) 
                     f"tier {tier.name!r} does not run on {engine.device} with a batch of {batch}:"
                     f" {one_line(error)}"
                 ) from None
+            _check_patches(engine, bundle, tier, batch)
             width, counts = output.vectors.shape[1], tuple(k.shape[1] for k in output.kept)
             if width != bundle.width:
                 raise StartError(
@@ -105,6 +107,20 @@ def check_engine(engine: Engine, bundle: Bundle, batches: Sequence[int] = (1,)) 
                     f"tier {tier.name!r} keeps {counts} patches, but the manifest has"
                     f" {tier.token_counts}; export the bundle again"
                 )
+
+
+def _check_patches(engine: Engine, bundle: Bundle, tier: Tier, batch: int) -> None:
+    """Raise StartError if a dense bundle's patch grids do not match its manifest."""
+    if bundle.patch_grid is None or not isinstance(engine, DenseEngine):
+        return
+    size = bundle.image_size
+    found = engine.run_densely(tier, np.zeros((batch, size, size, 3), np.uint8)).patches
+    if found is None or found.shape[1:] != bundle.patch_grid:
+        shape = None if found is None else found.shape[1:]
+        raise StartError(
+            f"tier {tier.name!r} returns patches of shape {shape}, but the manifest has"
+            f" {bundle.patch_grid}; export the bundle again"
+        )
 
 
 def _on_gpu(

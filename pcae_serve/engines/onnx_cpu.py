@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from pcae_serve.bundle.manifest import Tier
+from pcae_serve.bundle.manifest import PATCHES, Tier
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import cpus
 from pcae_serve.engines.base import Output, Pixels
@@ -45,12 +45,25 @@ class OnnxRuntimeEngine:
         self._options: ort.RunOptions | None = None  # of the batch in progress
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
+        vectors, *kept = self._run(tier, pixels, patches=False)
+        return Output(vectors, tuple(kept))
+
+    def run_densely(self, tier: Tier, pixels: Pixels) -> Output:
+        vectors, *kept, patches = self._run(tier, pixels, patches=True)
+        return Output(vectors, tuple(kept), patches=patches)
+
+    def _run(self, tier: Tier, pixels: Pixels, patches: bool) -> list[Any]:
+        """Return the outputs of a batch, with the patch grid as the last one or without it."""
         counts = np.array(tier.token_counts, dtype=np.int64)
         feeds: dict[str, Any] = {"pixels": pixels, "token_counts": counts}
         self._options = options = ort.RunOptions()
         session = self._sessions[tier.model, tier.elastic_graph]
-        vectors, *kept = session.run(None, feeds, options)
-        return Output(vectors, tuple(kept))
+        outputs = [output.name for output in session.get_outputs()]
+        if not patches and outputs[-1] == PATCHES:
+            outputs.pop()
+            options.only_execute_path_to_fetches = True  # else the grid is computed, and dropped
+        found: list[Any] = session.run(outputs, feeds, options)
+        return found
 
     def terminate(self) -> None:
         if self._options is not None:

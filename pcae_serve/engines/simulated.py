@@ -38,7 +38,7 @@ class SimulatedEngine:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.device, self._seconds, self._sleep = device, seconds, sleep
-        self._width = bundle.width
+        self._width, self._patch_grid = bundle.width, bundle.patch_grid
 
     def terminate(self) -> None:
         """Do nothing: the sleep cannot be interrupted."""
@@ -56,3 +56,11 @@ class SimulatedEngine:
             np.tile(np.arange(count, dtype=np.int32), (batch, 1)) for count in tier.token_counts
         )
         return Output(vectors, kept)
+
+    def run_densely(self, tier: Tier, pixels: Pixels) -> Output:
+        """Run a batch; the state of each patch is its number, counted row by row from 1."""
+        assert self._patch_grid is not None
+        height, width, _ = self._patch_grid
+        numbers = np.arange(1, height * width + 1, dtype=np.float32).reshape(height, width, 1)
+        patches = np.broadcast_to(numbers, (len(pixels), *self._patch_grid))
+        return self.run(tier, pixels)._replace(patches=patches)

@@ -76,10 +76,12 @@ class Deadlines:
         deadline_s: float,
         tiers: Sequence[int],
         pinned: bool,
+        dense: bool = False,
     ) -> Iterator[Step | tuple[tuple[int, ...], RequestError]]:
         """Run images, numbered by the caller, before a deadline.
 
-        tiers: allowed, the cheapest first. pinned: the caller named the tier. Yields each batch,
+        tiers: allowed, the cheapest first. pinned: the caller named the tier. dense: with patch
+        grids. Yields each batch,
         and the numbers of images that are too late with their error.
         """
         queue, arrivals = Queue(), Arrivals()
@@ -110,7 +112,7 @@ class Deadlines:
                 )
             ids = tuple(request.id for request in choice.requests)
             tier = self._bundle.tiers[choice.tier]
-            batch = device.compute(tier, [pixels[id_] for id_ in ids])
+            batch = device.compute(tier, [pixels[id_] for id_ in ids], dense)
             self._latency.observe(choice.tier, len(ids), batch.end_s - batch.start_s, batch.end_s)
             return Step(choice.tier, ids, reason, batch)
 

@@ -43,14 +43,16 @@ class Device:
             raise PcaeError("the model is closed") from None
         return running.result()
 
-    def compute(self, tier: Tier, pixels: Sequence[NDArray[np.uint8]]) -> Batch:
+    def compute(
+        self, tier: Tier, pixels: Sequence[NDArray[np.uint8]], dense: bool = False
+    ) -> Batch:
         """Run a batch of pixels, each uint8 [H, W, 3]. Only on the device's thread.
 
-        Raises EngineFailed.
+        dense: with patch grids. Raises EngineFailed.
         """
         start_s = time.monotonic()
         try:
-            output = worker.compute(self.engine, tier, np.stack(pixels))
+            output = worker.compute(self.engine, tier, np.stack(pixels), dense)
         except MemoryError:
             raise
         except Exception as error:  # libraries raise types of their own

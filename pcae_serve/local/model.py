@@ -16,7 +16,7 @@ from pcae_serve.errors import InvalidParameter, TaskNotSupported
 from pcae_serve.local.deadlines import POLICY
 from pcae_serve.local.image_source import ImageLike, is_image, is_sequence
 from pcae_serve.local.runner import Answered, Outcome, Runner, open_runner
-from pcae_serve.runtime import results
+from pcae_serve.runtime import refusals, results
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.runtime.tier_info import describe_bundle
 from pcae_serve.settings import CACHE_DIR, MAX_BATCH
@@ -168,6 +168,7 @@ class Model:
         explain: bool = False,
         normalize: bool = False,
         dtype: DType = "float32",
+        patches: bool = False,
     ) -> schemas.Embedding: ...
     @overload
     def embed(  # type: ignore[overload-overlap]
@@ -180,6 +181,7 @@ class Model:
         explain: bool = False,
         normalize: bool = False,
         dtype: DType = "float32",
+        patches: bool = False,
     ) -> list[schemas.Embedding]: ...
     @overload
     def embed(
@@ -192,6 +194,7 @@ class Model:
         explain: bool = False,
         normalize: bool = False,
         dtype: DType = "float32",
+        patches: bool = False,
     ) -> Iterator[schemas.Embedding]: ...
     @overload
     def embed(
@@ -204,6 +207,7 @@ class Model:
         explain: bool = False,
         normalize: bool = False,
         dtype: DType = "float32",
+        patches: bool = False,
         on_error: OnError,
     ) -> Any: ...
 
@@ -217,19 +221,24 @@ class Model:
         explain: bool = False,
         normalize: bool = False,
         dtype: DType = "float32",
+        patches: bool = False,
         on_error: OnError = "raise",
     ) -> Any:
         """Return the features of images, from a bundle whose models have no head.
 
         normalize: divide the features by their Euclidean length.
         dtype: "float32", or "float16" for values that are rounded to it.
+        patches: also return the state of every patch [H][W][D], from a bundle that was exported
+            with --dense.
 
         The other parameters and the errors are those of `classify`.
         """
         if dtype not in get_args(DType):
             raise InvalidParameter(f"dtype is float32 or float16, not {dtype!r}")
         document = partial(results.embedding, explain=explain, normalize=normalize, dtype=dtype)
-        return self._answer(images, "features", tier, min_tier, budget_ms, on_error, document)
+        return self._answer(
+            images, "features", tier, min_tier, budget_ms, on_error, document, patches
+        )
 
     def tiers(self) -> schemas.Tiers:
         """Return the bundle, the device and the tiers, the cheapest first.
@@ -267,12 +276,15 @@ class Model:
         budget_ms: float | None,
         on_error: OnError,
         document: Callable[[InferenceResult, InferenceRequest], D],
+        dense: bool = False,
     ) -> D | list[D] | Iterator[D]:
         """Check the arguments, and answer one image, a sequence, or lazily any iterable."""
         bundle = self._runner.bundle
         if output != bundle.output:
             other = "classify" if bundle.output == "logits" else "embed"
             raise TaskNotSupported(f"this bundle's models compute {bundle.output}; call {other}")
+        if dense and (error := refusals.no_patches(bundle, [self._runner.engine])):
+            raise error
         if on_error not in ("raise", "return"):
             raise ValueError(f'on_error is "raise" or "return", not {on_error!r}')
         if budget_ms is not None and not (isfinite(budget_ms) and budget_ms > 0):
@@ -286,9 +298,9 @@ class Model:
         def answers(several: Iterable[ImageLike]) -> Iterator[D]:
             outcomes: Iterable[Outcome]
             if budget_ms is None:
-                outcomes = self._runner.run(several, tiers, pinned)
+                outcomes = self._runner.run(several, tiers, pinned, dense)
             else:
-                outcomes = self._runner.run_in_time(list(several), tiers, pinned, budget_ms)
+                outcomes = self._runner.run_in_time(list(several), tiers, pinned, budget_ms, dense)
             for outcome in outcomes:
                 if isinstance(outcome, Answered):
                     yield document(outcome.result, request)

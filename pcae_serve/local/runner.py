@@ -86,23 +86,31 @@ class Runner:
         return max(tiers, key=lambda tier: (accuracy[tier], -tier))
 
     def run(
-        self, images: Iterable[ImageLike], tiers: Sequence[int], pinned: bool
+        self,
+        images: Iterable[ImageLike],
+        tiers: Sequence[int],
+        pinned: bool,
+        dense: bool = False,
     ) -> Iterator[Outcome]:
         """Yield what became of each image, in order, on the most accurate of the allowed tiers.
 
-        pinned: the caller named the tier.
+        pinned: the caller named the tier. dense: with patch grids.
         """
         tier = self.most_accurate(tiers)
         reason = "the caller names this tier" if pinned else "no budget: the most accurate tier"
-        for batch in self.batches(images, lambda: (tier, reason)):
+        for batch in self.batches(images, lambda: (tier, reason), dense):
             yield from batch
 
     def batches(
-        self, images: Iterable[ImageLike], choose: Callable[[], tuple[int, str]]
+        self,
+        images: Iterable[ImageLike],
+        choose: Callable[[], tuple[int, str]],
+        dense: bool = False,
     ) -> Iterator[list[Outcome]]:
         """Yield what became of images, in order and in full batches.
 
-        choose: returns the index of the tier that the next batch runs on, and why.
+        choose: returns the index of the tier that the next batch runs on, and why. dense: with
+        patch grids.
         """
         self.require_usable()
         ahead = 2 * self.max_batch
@@ -114,7 +122,7 @@ class Runner:
                 continue
             index, reason = choose()
             compute = partial(
-                self._device.compute, self.bundle.tiers[index], [row.pixels for row in rows]
+                self._device.compute, self.bundle.tiers[index], [row.pixels for row in rows], dense
             )
             batch, row = self._device.call(compute), iter(range(len(rows)))
             yield [
@@ -125,11 +133,16 @@ class Runner:
             ]
 
     def run_in_time(
-        self, images: Sequence[ImageLike], tiers: Sequence[int], pinned: bool, budget_ms: float
+        self,
+        images: Sequence[ImageLike],
+        tiers: Sequence[int],
+        pinned: bool,
+        budget_ms: float,
+        dense: bool = False,
     ) -> list[Outcome]:
         """Return what became of each image; the budget covers all of them together.
 
-        Raises BudgetTooSmall.
+        dense: with patch grids. Raises BudgetTooSmall.
         """
         deadlines, arrival_s = self.measure(), time.monotonic()
         deadline_s = arrival_s + budget_ms / 1e3
@@ -147,7 +160,8 @@ class Runner:
             else:
                 outcomes[i] = each
         pixels = {i: each.pixels for i, each in decoded.items()}
-        for step in deadlines.run(self._device, pixels, arrival_s, deadline_s, tiers, pinned):
+        steps = deadlines.run(self._device, pixels, arrival_s, deadline_s, tiers, pinned, dense)
+        for step in steps:
             if isinstance(step, Step):
                 for row, i in enumerate(step.ids):
                     outcomes[i] = self._answered(
@@ -237,6 +251,7 @@ class Runner:
             queue_s=batch.start_s - decoded.end_s,
             compute_s=batch.end_s - batch.start_s,
             total_s=batch.end_s - start_s,
+            patches=None if batch.output.patches is None else batch.output.patches[row],
         )
         return Answered(result, decoded.pixels)
 

@@ -69,6 +69,16 @@ class Reservation:
         self.release()
 
 
+class AnswerReservation(Reservation):
+    """The bytes of an answer that outlives its request.
+
+    They are released once it has been sent, or forgotten because its client left.
+    """
+
+    def __del__(self) -> None:
+        self.release()
+
+
 class ParallelWork:
     """What work takes of which at most `parallel` pieces run at a time: its largest pieces.
 

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from pcae_serve.engines.base import Output
 from pcae_serve.errors import RequestError
 from pcae_serve.observability.outcomes import Outcome
 from pcae_serve.runtime import refusals
+from pcae_serve.runtime.memory_budget import AnswerReservation, Reservation
 from pcae_serve.runtime.refusals import Refusal, Refused
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.runtime.resources import Resources
@@ -42,12 +44,14 @@ class OfferedRequest:
         settings: Settings,
         bundle: Bundle,
         resources: Resources,
+        require: Callable[[InferenceRequest], None],
         arrive: Callable[["OfferedRequest", float, float], None],
         enqueue: Callable[["OfferedRequest"], None],
     ) -> None:
         """Create a request that has neither body nor result.
 
-        scheduled: the same request for the scheduler. arrive: asks the scheduler to admit it, or
+        scheduled: the same request for the scheduler. require: raises TaskNotSupported for what
+        cannot be returned. arrive: asks the scheduler to admit it, or
         refuses it; takes the seconds of decoding on an idle server, and until it will be decoded.
         enqueue: puts it into the scheduler's queue once its pixels are there.
         """
@@ -60,9 +64,10 @@ class OfferedRequest:
         self.decode_s = self.queued_s = 0.0
         self.reason = ""  # why its tier was chosen; set at dispatch
         self._settings, self._bundle, self._resources = settings, bundle, resources
-        self._arrive, self._enqueue = arrive, enqueue
+        self._require, self._arrive, self._enqueue = require, arrive, enqueue
         self._bytes = resources.memory.reserve()  # of its body, then of its pixels
         self._pixels_bytes = 3 * bundle.image_size**2
+        self._answer_handed_over = False
         self._decoding = self._ended = False
         self._timeout: asyncio.Timeout | None = None  # of the upload or decoder, while it runs
 
@@ -73,9 +78,10 @@ class OfferedRequest:
     def revise(self, request: InferenceRequest) -> None:
         """Replace what is requested, before the request arrives at the scheduler.
 
-        Raises InvalidParameter if there is no such tier.
+        Raises InvalidParameter if there is no such tier, or TaskNotSupported.
         """
         assert not self.arrived
+        self._require(request)
         tiers = self._bundle.allowed_tiers(request.tier, request.min_tier)
         self.request = request
         self.scheduled = replace(self.scheduled, deadline_s=request.deadline_s, tiers=tiers)
@@ -113,11 +119,14 @@ class OfferedRequest:
             cost = decoders.predict(self._bundle.preprocess, body)
             if len(body) + cost.bytes > limit_bytes:
                 raise Refused(refusals.over_memory(len(body) + cost.bytes, limit_bytes))
+            if self._computed_bytes > limit_bytes:
+                hint = "omit patches, or accept application/octet-stream"
+                raise Refused(refusals.over_memory(self._computed_bytes, limit_bytes, hint))
         idle_s = decoders.idle_s(cost)
         self._arrive(self, idle_s, decoders.wait_s(cost) if decoders.busy(cost) else idle_s)
         self.raise_if_refused()
         with self._outcomes():
-            if not self._bytes.try_resize(max(self._bytes.held_bytes, self._pixels_bytes)):
+            if not self._bytes.try_resize(max(self._bytes.held_bytes, self._computed_bytes)):
                 raise Refused(refusals.memory_full())
         await self._decode(body, cost)
         if not self.result.done():
@@ -152,9 +161,17 @@ class OfferedRequest:
             queue_s=start_s - self.queued_s,
             compute_s=now_s - start_s,
             total_s=now_s - self.request.arrival_s,
+            patches=self._own_patches(output, row),
         )
         self.result.set_result(result)
         return result
+
+    def _own_patches(self, output: Output, row: int) -> NDArray[np.float32] | None:
+        """Return a copy of the image's patch grid, so that those of its batch can be freed."""
+        if output.patches is None or not self.request.patches:
+            return None
+        own: NDArray[np.float32] = output.patches[row].copy()
+        return own
 
     def raise_if_refused(self) -> None:
         """Raise the error that the request was refused with, if any."""
@@ -196,7 +213,31 @@ class OfferedRequest:
         if self._ended:
             self._bytes.release()
         else:
-            self._bytes.try_resize(self._pixels_bytes)
+            self._bytes.try_resize(self._computed_bytes)
+
+    @property
+    def _answer_bytes(self) -> int:
+        """Bytes of the patch grid until the answer has been sent; 0 if it is not requested."""
+        grid = self._bundle.patch_grid
+        if grid is None or not self.request.patches or self._answer_handed_over:
+            return 0
+        return prod(grid) * self.request.number_bytes
+
+    @property
+    def _computed_bytes(self) -> int:
+        """Bytes that the request holds once it is decoded."""
+        return self._pixels_bytes + self._answer_bytes
+
+    def hand_over_answer(self) -> Reservation:
+        """Return the reservation of the patch grid, which then outlives the request.
+
+        Call it once there is a result. The caller releases it when the answer has been sent.
+        """
+        answer, count = AnswerReservation(self._resources.memory), self._answer_bytes
+        self._answer_handed_over = True
+        self._bytes.try_resize(self._bytes.held_bytes - count)
+        answer.try_resize(count)
+        return answer
 
     def _expired(self) -> Refusal:
         return refusals.expired_before_decoded(self.request.budget_ms)

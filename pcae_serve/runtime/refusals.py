@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from math import floor
 from typing import Literal, NamedTuple
 
+from pcae_serve.bundle.reader import Bundle
+from pcae_serve.engines.base import DenseEngine, Engine
 from pcae_serve.errors import (
     BudgetTooSmall,
     DeadlineExceeded,
@@ -146,10 +148,10 @@ def memory_full() -> Refusal:
     return Refusal(error, Outcome.REJECTED_FULL)
 
 
-def over_memory(needed_bytes: int, limit_bytes: int) -> Refusal:
+def over_memory(needed_bytes: int, limit_bytes: int, hint: str = "send a smaller image") -> Refusal:
     error = TooLarge(
         f"this request needs {needed_bytes:,} bytes of memory, over the limit of {limit_bytes:,};"
-        " send a smaller image"
+        f" {hint}"
     )
     return Refusal(error, Outcome.UNREADABLE)
 
@@ -236,6 +238,20 @@ def stopping() -> Refusal:
 def stopped() -> Refusal:
     """Return the refusal of an admitted request that was unanswered when the server stopped."""
     return Refusal(Draining(), Outcome.DRAINING)
+
+
+def no_patches(bundle: Bundle, engines: Iterable[Engine]) -> TaskNotSupported | None:
+    """Return the error for a request for patches, or None if they can be returned."""
+    if bundle.patch_grid is None:
+        return TaskNotSupported(
+            "this bundle's graphs do not return patches; export it again with --dense"
+        )
+    for engine in engines:
+        if not isinstance(engine, DenseEngine):
+            return TaskNotSupported(
+                f"backend {engine.name} does not return patches; use --backend onnxruntime"
+            )
+    return None
 
 
 def wrong_kind(answers: Literal["logits", "features"]) -> TaskNotSupported:

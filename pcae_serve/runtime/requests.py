@@ -23,6 +23,9 @@ class InferenceRequest:
     caller: str = ""  # whom its share of a busy server belongs to; empty: unknown
     key_name: str | None = None  # of its API key, for rate limit, metrics and logs
 
+    patches: bool = False  # the patch grid is wanted as well
+    number_bytes: int = 4  # what each of its numbers takes until it is sent, all forms together
+
     @property
     def deadline_s(self) -> float:
         return self.arrival_s + self.budget_ms / 1e3
@@ -42,3 +45,4 @@ class InferenceResult:
     queue_s: float
     compute_s: float
     total_s: float
+    patches: NDArray[np.float32] | None = None  # [H, W, D], if requested

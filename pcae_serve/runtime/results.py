@@ -26,9 +26,16 @@ def embedding(
     normalize: bool = False,
     dtype: str = "float32",
 ) -> schemas.Embedding:
-    """Return the features of an image. Raises InvalidParameter, see `features.convert`."""
-    features = convert(answer.vector, normalize, dtype)
-    return schemas.Embedding(features=features.tolist(), **_common(answer, inference, explain))
+    """Return the features of an image, and its patch grid if it was requested.
+
+    Raises InvalidParameter, see `features.convert`.
+    """
+    features, patches = convert(answer.vector, normalize, dtype), answer.patches
+    return schemas.Embedding(
+        features=features.tolist(),
+        patches=None if patches is None else convert(patches, normalize, dtype).tolist(),
+        **_common(answer, inference, explain),
+    )
 
 
 def timings(answer: InferenceResult) -> schemas.Timings:

@@ -136,8 +136,7 @@ class Servable:
         The request ends with the context: it is counted once, and the scheduler forgets it. Raises
         TaskNotSupported, InvalidParameter, or the RequestError that it is refused with.
         """
-        if request.answers is not None and request.answers != self.bundle.output:
-            raise refusals.wrong_kind(request.answers)
+        self._require_supported(request)
         scheduled = self._scheduled(request, next(self._ids))
         offered = OfferedRequest(
             request,
@@ -145,6 +144,7 @@ class Servable:
             settings=self.settings,
             bundle=self.bundle,
             resources=resources,
+            require=self._require_supported,
             arrive=self._arrive,
             enqueue=self._enqueue,
         )
@@ -168,6 +168,13 @@ class Servable:
                 self._leave(offered)
             else:
                 offered.result.exception()  # mark it as retrieved, if nothing awaited it
+
+    def _require_supported(self, request: InferenceRequest) -> None:
+        """Raise TaskNotSupported if bundle or engines do not return what is requested."""
+        if request.answers is not None and request.answers != self.bundle.output:
+            raise refusals.wrong_kind(request.answers)
+        if request.patches and (error := refusals.no_patches(self.bundle, self.engines)):
+            raise error
 
     def load_refuses(self, request: InferenceRequest) -> bool:
         """Return whether the load would refuse a request if it arrived now. Changes no state.
@@ -280,8 +287,9 @@ class Servable:
                     self.bundle.dominated_above(admitted.scheduled.tiers),
                 )
         worker = self._workers[dispatch.device]
+        dense = any(request.request.patches for request in requests)
         worker.run(
-            lambda: worker.compute(tier, np.stack(pixels)),
+            lambda: worker.compute(tier, np.stack(pixels), dense),
             partial(self._batch_ended, batch),
             partial(self._batch_hung, batch),
         )

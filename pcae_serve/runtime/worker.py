@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pcae_serve.bundle.manifest import Tier
-from pcae_serve.engines.base import Engine, Output, Pixels
+from pcae_serve.engines.base import DenseEngine, Engine, Output, Pixels
 from pcae_serve.errors import BundleError, one_line
 from pcae_serve.runtime.threads import Device
 
@@ -35,10 +35,19 @@ class NotFinite(Exception):
     """The engine's output contains NaN or infinity."""
 
 
-def compute(engine: Engine, tier: Tier, pixels: Pixels) -> Output:
-    """Run a batch and check its output. Raises NotFinite, or what the engine raises."""
-    output = engine.run(tier, pixels)
-    if not np.isfinite(output.vectors).all():
+def compute(engine: Engine, tier: Tier, pixels: Pixels, dense: bool = False) -> Output:
+    """Run a batch and check its output. dense: with patch grids, on an engine that has them.
+
+    Raises NotFinite, or what the engine raises.
+    """
+    if dense:
+        assert isinstance(engine, DenseEngine)
+        output = engine.run_densely(tier, pixels)
+        assert output.patches is not None
+        finite = bool(np.isfinite(output.patches).all())
+    else:
+        output, finite = engine.run(tier, pixels), True
+    if not (finite and np.isfinite(output.vectors).all()):
         raise NotFinite(f"tier {tier.name!r} returned values that are not finite")
     return output
 
@@ -87,9 +96,9 @@ class Worker:
         """Whether a call is running or waiting on the device."""
         return self._calls > 0
 
-    def compute(self, tier: Tier, pixels: Pixels) -> Output:
+    def compute(self, tier: Tier, pixels: Pixels, dense: bool = False) -> Output:
         """Run a batch, on the device's thread. Raises NotFinite, or what the engine raises."""
-        return compute(self.engine, tier, pixels)
+        return compute(self.engine, tier, pixels, dense)
 
     def run(
         self,

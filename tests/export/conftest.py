@@ -68,10 +68,12 @@ def _traced_once() -> Iterator[None]:
     known: dict[object, ir.Model] = {}
     trace = graph.trace
 
-    def remembered(model: VisionTransformer, preprocess: Preprocess) -> ir.Model:
-        key = (model.config, preprocess.mean, preprocess.std)
+    def remembered(
+        model: VisionTransformer, preprocess: Preprocess, dense: bool = False
+    ) -> ir.Model:
+        key = (model.config, preprocess.mean, preprocess.std, dense)
         if key not in known:
-            known[key] = trace(model, preprocess)
+            known[key] = trace(model, preprocess, dense)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -220,6 +220,8 @@ def test_features_are_held_against_k_1_by_their_cosine(
     assert isinstance(full.fidelity, Fidelity)
     assert full.fidelity.cosine == pytest.approx(1)
     assert full.fidelity.n == 9
+    card = (bundle.root / "README.md").read_text()
+    assert "| full | 1 | 1.0000 | 1.0000 | 1.0000 | 9 |" in card.split("## Features")[1]
 
 
 def test_the_reduction_that_answers_best_is_chosen_and_the_card_says_so(

@@ -46,6 +46,12 @@ def manifest(files: dict[str, str], **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def backbone(**fields: Any) -> dict[str, Any]:
+    """Changes to a manifest whose model has no head; `fields` are the model's."""
+    model = manifest({})["models"]["vit"] | {"answers": "features"} | fields
+    return {"schema_version": 3, "labels": [], "models": {"vit": model}}
+
+
 def write_bundle(root: Path, **changes: Any) -> Path:
     """A bundle whose graphs are empty; `changes` replace parts of its manifest."""
     model = root / "models" / "vit"

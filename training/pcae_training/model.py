@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pcae_training.attention_pool import AttentionPool
 from pcae_training.block import Block
-from pcae_training.reduction import Tokens, reduce_tokens
+from pcae_training.reduction import PatchGrid, Tokens, reduce_tokens
 from pcae_training.rotary import RotaryPositions
 from pcae_training.vit_config import ViTConfig as ViTConfig
 
@@ -113,15 +113,44 @@ class VisionTransformer(nn.Module):
 
         kept: see `walk`.
         """
+        tokens, positions = self._last(
+            images, token_counts, drop_path=drop_path, noise=noise, kept=kept
+        )
+        return self.pool(tokens), positions
+
+    def classify_densely(
+        self,
+        images: Tensor,
+        token_counts: Sequence[int] | None = None,
+        *,
+        noise: Tensor | None = None,
+        kept: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Return what `classify` does, and the patch grid (see `patch_grid`)."""
+        tokens, positions = self._last(images, token_counts, noise=noise, kept=kept, dense=True)
+        return self.pool(tokens), positions, self.patch_grid(tokens)
+
+    def _last(
+        self,
+        images: Tensor,
+        token_counts: Sequence[int] | None,
+        *,
+        drop_path: Tensor | None = None,
+        noise: Tensor | None = None,
+        kept: Sequence[Tensor] | None = None,
+        dense: bool = False,
+    ) -> tuple[Tokens, list[Tensor]]:
+        """Return the tokens after the last block, and the patches kept after each stage."""
         positions, tokens = [], None
         layers = self.walk(
-            self.embed(images), token_counts, drop_path=drop_path, noise=noise, kept=kept
-        )
+            self.embed(images), token_counts, drop_path=drop_path, noise=noise, kept=kept,
+            dense=dense,
+        )  # fmt: skip
         for i, tokens in enumerate(layers, start=-1):
             if token_counts and i in self.config.reduction_points:
                 positions.append(tokens.position)
         assert tokens is not None  # `walk` yields at least the input tokens
-        return self.pool(tokens), positions
+        return tokens, positions
 
     def walk(
         self,
@@ -134,6 +163,7 @@ class VisionTransformer(nn.Module):
         prefix: int | None = None,
         points: Sequence[int] | None = None,
         append: bool = True,
+        dense: bool = False,
     ) -> Iterator[Tokens]:
         """Yield the input tokens x [B, prefix + n, D], then the tokens after each block and stage.
 
@@ -141,11 +171,12 @@ class VisionTransformer(nn.Module):
         `token_counts` apply after (default: the model's). append: whether the mean of the patches
         that a stage drops is appended (section 3.4), or not (pretraining, section 3.2). kept, per
         stage [B, m_i]: original indices of the patches to keep, instead of the rule's choice.
+        dense: store the states of patches that are dropped, for `patch_grid`.
         """
         points = self.config.reduction_points if points is None else points
         counts = dict(zip(points, token_counts or (), strict=bool(token_counts)))
         chosen = dict(zip(points, kept, strict=True)) if kept is not None else {}
-        tokens = self.tokens(x, prefix)
+        tokens = self.tokens(x, prefix, dense)
         yield tokens
         if self.config.reduction == "random" and counts and noise is None:
             noise = torch.rand(tokens.position.shape, device=x.device)
@@ -163,13 +194,14 @@ class VisionTransformer(nn.Module):
                 tokens = reduce_tokens(tokens, m, n - m, self.config.reduction, scores, int(append))
             yield tokens
 
-    def tokens(self, x: Tensor, prefix: int | None = None) -> Tokens:
-        """Return x [B, prefix + n, D] as the tokens before the first block."""
+    def tokens(self, x: Tensor, prefix: int | None = None, dense: bool = False) -> Tokens:
+        """Return x [B, prefix + n, D] as the tokens before the first block. dense: see `walk`."""
         prefix = self.config.prefix if prefix is None else prefix
         n = x.shape[1] - prefix
         position = torch.arange(n, device=x.device).expand(x.shape[0], -1)
         rotation = self.rotary(prefix) if self.config.rope_theta else None
-        return Tokens(x, n, position, prefix, rotation=rotation)
+        grid = PatchGrid() if dense else None
+        return Tokens(x, n, position, prefix, rotation=rotation, grid=grid)
 
     def scores(self, block: Block, tokens: Tokens, noise: Tensor | None) -> Tensor | None:
         """Return the scores [B, n] of the stage after `block`, of which the lowest are kept.
@@ -220,6 +252,19 @@ class VisionTransformer(nn.Module):
         *_, last = self.walk(self.embed(images))
         features: Tensor = self.norm(last.patch_tokens)
         return features
+
+    def patch_grid(self, tokens: Tokens) -> Tensor:
+        """Return the last state of every patch after the final norm, [B, H, W, D].
+
+        Dropped patches have the state that they were dropped with, merged ones that of the patch
+        they went into. tokens: of the last block, from a dense `walk`. With mean pooling, the norm
+        comes after the mean in the model itself; here it is applied to each patch.
+        """
+        assert tokens.grid is not None
+        states = tokens.grid.states_of(tokens.patch_tokens, tokens.position).float()
+        norm = self.fc_norm if self.config.pooling == "mean" else self.norm
+        grid: Tensor = norm(states).view(-1, self.config.grid, self.config.grid, self.config.width)
+        return grid
 
     def pool(self, tokens: Tokens) -> Tensor:
         """Return logits [B, classes] of the last block's tokens; features without a head."""

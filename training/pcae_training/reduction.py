@@ -26,6 +26,41 @@ from pcae_training.rotary import Rotation
 RULES: tuple[Rule, ...] = get_args(Rule)
 
 
+class PatchGrid(NamedTuple):
+    """Where the state of every patch of an image is found after reductions, dropped ones included.
+
+    Both are None before the first reduction; then the patches are all there, in order.
+    """
+
+    states: Tensor | None = None  # [B, P, D]: the last state of each patch that was dropped
+    slots: Tensor | None = None  # int64 [B, P], under `merged`: the kept patch that each went into
+
+    def drop(self, patches: Tensor, position: Tensor) -> "PatchGrid":
+        """Store the states of patches [B, n, D], before some are dropped. position: [B, n]."""
+        if self.states is None:
+            return PatchGrid(states=patches)
+        return PatchGrid(states=self.states.scatter(1, _per_channel(position, patches), patches))
+
+    def merge(self, nearest: Tensor) -> "PatchGrid":
+        """Follow patches into the kept ones. nearest: int64 [B, n], numbers of kept patches."""
+        return PatchGrid(slots=nearest if self.slots is None else nearest.gather(1, self.slots))
+
+    def states_of(self, patches: Tensor, position: Tensor) -> Tensor:
+        """Return the last state of every patch, [B, P, D]: row by row, as in the image.
+
+        patches [B, n, D], position [B, n]: those that are left. A dropped patch has its own state
+        from when it was dropped, a merged one that of the patch it was merged into.
+        """
+        if self.slots is not None:
+            return patches.gather(1, _per_channel(self.slots, patches))
+        return self.drop(patches, position).states  # type: ignore[return-value]
+
+
+def _per_channel(index: Tensor, values: Tensor) -> Tensor:
+    """Return an index [B, n] for every channel of values [B, m, D]: [B, n, D]."""
+    return index.unsqueeze(-1).expand(-1, -1, values.shape[2])
+
+
 class Tokens(NamedTuple):
     """The tokens between two blocks."""
 
@@ -35,6 +70,7 @@ class Tokens(NamedTuple):
     prefix: int
     sizes: Tensor | None = None  # float32 [1 or B, n + e]: patches each represents, if counted
     rotation: Rotation | None = None  # of all tokens, if positions are rotary
+    grid: PatchGrid | None = None  # of all patches, if their states are wanted
 
     @property
     def patch_tokens(self) -> Tensor:
@@ -102,9 +138,12 @@ def reduce_tokens(
     if scores is None:
         scores = redundancy(patches, rule == "ptr-normalised", sizes if rule == "merged" else None)
     index = scores.topk(keep, dim=1, largest=False).indices  # [B, m]
+    grid = tokens.grid
     if rule == "merged":
-        kept, sizes = _merge(patches, index, sizes)
+        kept, sizes, nearest = _merge(patches, index, sizes)
+        grid = None if grid is None else grid.merge(nearest)
     else:
+        grid = None if grid is None else grid.drop(patches, tokens.position)
         kept = patches.gather(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
         total = patches.float().sum(dim=1) - kept.float().sum(dim=1)  # no second gather
         mean = (total / dropped).to(patches.dtype).unsqueeze(1)  # NaN if nothing is dropped,
@@ -116,7 +155,8 @@ def reduce_tokens(
     if rotation is not None:
         appended = 0 if rule == "merged" else means
         rotation = rotation.keep(index, tokens.prefix, tokens.patches, appended)
-    return Tokens(x, keep, tokens.position.gather(1, index), tokens.prefix, sizes, rotation)
+    position = tokens.position.gather(1, index)
+    return Tokens(x, keep, position, tokens.prefix, sizes, rotation, grid)
 
 
 def _append_size(tokens: Tokens, keep: int, dropped: int | Tensor, means: int) -> Tensor:
@@ -127,8 +167,10 @@ def _append_size(tokens: Tokens, keep: int, dropped: int | Tensor, means: int) -
     return torch.cat([torch.ones(1, keep, device=device), *before, size.narrow(1, 0, means)], dim=1)
 
 
-def _merge(patches: Tensor, index: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+def _merge(patches: Tensor, index: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the kept patches [B, m, D], averaged with those merged into them, and sizes [B, m].
+
+    The third is int64 [B, n]: the number of the kept patch that each patch went into.
 
     Sums are a one-hot product [B, m, n] @ [B, n, D], because TensorRT has no scatter-add.
     """
@@ -143,7 +185,7 @@ def _merge(patches: Tensor, index: Tensor, sizes: Tensor | None) -> tuple[Tensor
     size = torch.ones(batch, n, 1, device=patches.device) if sizes is None else sizes[..., None]
     sizes = into.transpose(1, 2) @ size  # [B, m, 1]
     merged = (into.transpose(1, 2) @ (values * size)) / sizes
-    return merged.to(patches.dtype), sizes[..., 0]
+    return merged.to(patches.dtype), sizes[..., 0], nearest[..., 0]
 
 
 def fixed_order(patches: int) -> Tensor:

@@ -13,7 +13,7 @@ from pcae_serve.engines.simulated import SimulatedEngine
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 from tests.support.apps import quick, serving
-from tests.support.bundles import manifest, write_bundle
+from tests.support.bundles import backbone, manifest, write_bundle
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,13 @@ def headless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """A server whose model has no head and answers with 8 features."""
     models = {"vit": manifest({})["models"]["vit"] | {"answers": "features"}}
     with _served(tmp_path_factory.mktemp("features"), labels=[], models=models) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """The same with patch grids [4, 4, 6]; the state of a patch is its number, from 1."""
+    with _served(tmp_path_factory.mktemp("dense"), **backbone(patch_width=6)) as client:
         yield client
 
 

@@ -1,12 +1,18 @@
 """POST /embed, in process with the simulated engine."""
 
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.support.apps import batch, problem
+from pcae_serve.bundle.reader import load_bundle
+from pcae_serve.engines.simulated import SimulatedEngine
+from pcae_serve.runtime.service import Service
+from pcae_serve.settings import Settings
+from tests.support.apps import batch, problem, quick, serving
+from tests.support.bundles import backbone, write_bundle
 from tests.support.images import image_bytes
 
 
@@ -121,3 +127,68 @@ def test_each_image_of_a_batch_has_features_or_a_problem(headless: TestClient) -
     broken = batch(b"no image")
     raw = headless.post("/embed/batch", files=broken, headers={"Accept": RAW})
     assert (raw.headers["x-shape"], raw.content) == ("0,0", b"")
+
+
+#: The grid of the simulated engine, and the same with vectors of length 1.
+GRID = np.repeat(np.arange(1, 17, dtype=np.float32).reshape(4, 4, 1), 6, axis=2)
+UNIT = np.full((4, 4, 6), 6**-0.5)
+
+
+def test_patches_come_with_the_features_if_they_are_asked_for(dense: TestClient) -> None:
+    assert dense.post("/embed", content=image_bytes()).json()["patches"] is None
+    answer = dense.post("/embed?patches=true&tier=fast", content=image_bytes(255)).json()
+    assert answer["patches"] == GRID.tolist()
+    assert (answer["features"], answer["tier"]) == ([0, 0, 0, 0, 0, 0, 0, 5], "fast")
+    unit = dense.post(
+        "/embed?normalize=true&dtype=float16",
+        files={"image": ("a.png", image_bytes())},
+        data={"patches": "true"},
+    ).json()["patches"]
+    np.testing.assert_allclose(unit, UNIT, rtol=1e-3)
+
+
+def test_patches_as_arrays(dense: TestClient) -> None:
+    url = "/embed?patches=true"
+    raw = dense.post(url, content=image_bytes(), headers={"Accept": RAW})
+    assert (raw.headers["x-shape"], raw.headers["x-patches-shape"]) == ("8", "4,4,6")
+    assert np.array_equal(np.frombuffer(raw.content, "<f4")[8:], GRID.ravel())
+    file = BytesIO(dense.post(url, content=image_bytes(), headers={"Accept": NPY}).content)
+    assert np.load(file).shape == (8,)
+    assert np.array_equal(np.load(file), GRID)
+
+
+def test_patches_of_a_batch(dense: TestClient) -> None:
+    url, images = "/embed/batch?patches=true", batch(image_bytes(), b"no image", image_bytes())
+    items = dense.post(url, files=images).json()["results"]
+    assert [item["status"] for item in items] == [200, 415, 200]
+    assert items[2]["answer"]["patches"] == GRID.tolist()
+    assert items[1]["answer"] is None
+    raw = dense.post(url, files=images, headers={"Accept": RAW})
+    assert raw.headers["x-patches-shape"] == "2,4,4,6"
+    numbers = np.frombuffer(raw.content, "<f4")[16:]
+    assert np.array_equal(numbers.reshape(2, 4, 4, 6), np.stack([GRID, GRID]))
+
+
+def test_a_bundle_without_patches_says_how_to_export_them(headless: TestClient) -> None:
+    document = problem(headless.post("/embed?patches=true", content=image_bytes()), 404)
+    assert document["type"] == "urn:pcae-serve:task-not-supported"
+    assert "export it again with --dense" in document["detail"]
+    files = {"image": ("a.png", image_bytes())}
+    refused = headless.post("/embed", files=files, data={"patches": "true"})
+    assert "--dense" in problem(refused, 404)["detail"]
+
+
+def test_patches_count_in_the_memory_budget_until_they_are_sent(tmp_path: Path) -> None:
+    served = load_bundle(write_bundle(tmp_path / "bundle", **backbone(patch_width=20_000)))
+    known = Settings(cache_dir=tmp_path, profile_s=0.1, memory_mb=10, budget_ms=20_000)
+    service = Service(known, served, [SimulatedEngine(served, seconds=quick)])
+    memory = service._resources.memory
+    with serving(service) as client:
+        too_large = problem(client.post("/embed?patches=true", content=image_bytes()), 413)
+        assert "19,200,192 bytes of memory" in too_large["detail"]
+        assert "accept application/octet-stream" in too_large["detail"]
+        memory.peak_bytes = 0
+        raw = client.post("/embed?patches=true", content=image_bytes(), headers={"Accept": RAW})
+        assert len(raw.content) == 4 * (8 + 16 * 20_000)
+        assert memory.peak_bytes >= 16 * 16 * 20_000
+        assert memory.used_bytes == 0

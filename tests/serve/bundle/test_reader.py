@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pcae_serve.bundle.manifest import SCHEMA_VERSION
 from pcae_serve.bundle.reader import load_bundle
 from pcae_serve.errors import BundleError
 from tests.support.bundles import write_bundle
@@ -70,7 +71,7 @@ def test_a_manifest_that_is_none_is_refused(bundle_dir: Path, text: str) -> None
 
 
 def test_a_newer_schema_says_to_update(bundle_dir: Path) -> None:
-    edit(bundle_dir, schema_version=3)
+    edit(bundle_dir, schema_version=SCHEMA_VERSION + 1)
     assert "update pcae-serve" in refused(bundle_dir)
 
 

@@ -39,7 +39,7 @@ from pcae_serve.runtime.build import build_service
 from pcae_serve.schemas import Classification
 from pcae_serve.settings import Settings
 from tests.support.apps import serving
-from tests.support.bundles import write_bundle
+from tests.support.bundles import backbone, write_bundle
 from tests.support.hub import Hub
 from tests.support.images import image_bytes
 from tests.support.odd_images import CASES, exif, photo, save
@@ -329,8 +329,19 @@ def test_features_come_from_bundles_without_a_head(model: Model, tmp_path: Path)
         assert sorted(unit) == [0, 0, 0, 0, 0, 0, 0, 1]
         with pytest.raises(InvalidParameter, match="dtype is float32 or float16, not 'int8'"):
             features.embed(image_bytes(), dtype="int8")  # type: ignore[call-overload]
+        with pytest.raises(TaskNotSupported, match="export it again with --dense"):
+            features.embed(image_bytes(), patches=True)
         with pytest.raises(TaskNotSupported, match="models compute features; call embed"):
             features.classify(image_bytes())
+
+
+def test_patches_come_from_dense_bundles(tmp_path: Path) -> None:
+    root = write_bundle(tmp_path / "dense", **backbone(patch_width=6))
+    with pcae_serve.load(root, backend="simulated", cache_dir=tmp_path) as dense:
+        for budget_ms in (None, 60_000):
+            answer = dense.embed(image_bytes(), patches=True, budget_ms=budget_ms)
+            assert np.array(answer.patches).shape == (4, 4, 6)
+        assert dense.embed(image_bytes()).patches is None
 
 
 def test_threads_share_a_model(model: Model) -> None:

@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pcae_serve.runtime.memory_budget import MemoryBudget, ParallelWork, Reservation
+from pcae_serve.runtime.memory_budget import (
+    AnswerReservation,
+    MemoryBudget,
+    ParallelWork,
+    Reservation,
+)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
@@ -37,6 +42,14 @@ def test_after_its_release_a_reservation_holds_nothing_and_takes_nothing() -> No
         early.release()
         assert (early.held_bytes, budget.used_bytes) == (0, 50)
         assert not early.try_resize(10)
+
+
+def test_an_answer_that_is_forgotten_holds_nothing() -> None:
+    budget = MemoryBudget(100)
+    answer = AnswerReservation(budget)
+    assert answer.try_resize(30)
+    del answer
+    assert budget.used_bytes == 0
 
 
 def test_what_is_missing_may_be_reclaimed() -> None:
