@@ -141,6 +141,9 @@ class Tiers(BaseModel):
         " of them apply (a sigmoid each), use POST /classify; features: use POST /embed"
     )
     width: int = Field(description="length of the output: number of classes or of features")
+    patch_grid: list[int] | None = Field(
+        None, description="shape [H, W, D] of the patches that /embed returns; null if it does not"
+    )
     labels: list[str] = Field(description="class names in the order of the logits")
     tiers: list[TierInfo] = Field(description="cheapest first")
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from pcae_serve import schemas
 from pcae_serve.bundle.reader import Bundle
-from pcae_serve.engines.base import BACKEND_NOTES, GPU_BACKENDS, Engine
+from pcae_serve.engines.base import BACKEND_NOTES, GPU_BACKENDS, DenseEngine, Engine
 from pcae_serve.scheduling.latency import Forecast
 
 #: Batch sizes whose latencies are reported.
@@ -40,6 +40,9 @@ def describe_bundle(
         squash=bundle.preprocess.squash,
         answers=bundle.answers,
         width=bundle.width,
+        patch_grid=list(bundle.patch_grid)
+        if bundle.patch_grid is not None and isinstance(engine, DenseEngine)
+        else None,
         labels=list(bundle.labels),
         tiers=[
             describe_tier(bundle, i, engine, forecast, max_batch, in_service=i not in disabled)

@@ -135,6 +135,7 @@ UNIT = np.full((4, 4, 6), 6**-0.5)
 
 
 def test_patches_come_with_the_features_if_they_are_asked_for(dense: TestClient) -> None:
+    assert dense.get("/tiers").json()["patch_grid"] == [4, 4, 6]
     assert dense.post("/embed", content=image_bytes()).json()["patches"] is None
     answer = dense.post("/embed?patches=true&tier=fast", content=image_bytes(255)).json()
     assert answer["patches"] == GRID.tolist()
@@ -170,6 +171,7 @@ def test_patches_of_a_batch(dense: TestClient) -> None:
 
 
 def test_a_bundle_without_patches_says_how_to_export_them(headless: TestClient) -> None:
+    assert headless.get("/tiers").json()["patch_grid"] is None
     document = problem(headless.post("/embed?patches=true", content=image_bytes()), 404)
     assert document["type"] == "urn:pcae-serve:task-not-supported"
     assert "export it again with --dense" in document["detail"]
