@@ -430,7 +430,9 @@ class Client(_Base):
         clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """api_key: sent with every request. transport, clock, sleep: replaced in tests.
+        """Take the server's address.
+
+        api_key: sent with every request. transport, clock, sleep: replaced in tests.
 
         Raise ClientError if the URL or the key is unusable.
         """

@@ -30,6 +30,7 @@ from pcae_serve.version import __version__
 class _Api(FastAPI):
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
+            openapi.drop_validation_errors(super().openapi())
             openapi.add_headers(super().openapi())
         return super().openapi()
 

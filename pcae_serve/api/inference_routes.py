@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel
 from pydantic_core import to_json
 
@@ -57,6 +57,9 @@ from pcae_serve.version import __version__
 #: Header with the length of the JSON, if binary data follow it.
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
+
+Name = Annotated[str, Path(description="the name of the bundle")]
+Version = Annotated[str, Path(description=f"always {VERSION}")]
 
 router = APIRouter(prefix=problems.PROTOCOL, tags=["Open Inference Protocol"])
 
@@ -148,14 +151,14 @@ _ANSWER: dict[str, Any] = {
 # --- routes
 
 
-async def known_model(request: Request, name: str) -> None:
+async def known_model(request: Request, name: Name) -> None:
     """Raise UnknownModel unless the bundle has this name."""
     model = service_of(request).bundle.manifest.name
     if name != model:
         raise UnknownModel(f"this server has no model {shown(name)}: it serves {model!r}")
 
 
-async def known_version(request: Request, name: str, version: str) -> None:
+async def known_version(request: Request, name: Name, version: Version) -> None:
     """Raise UnknownModel unless the bundle has this name, and the version is the only one."""
     await known_model(request, name)
     if version != VERSION:

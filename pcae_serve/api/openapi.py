@@ -1,4 +1,4 @@
-"""Add response headers to the OpenAPI document; FastAPI omits them."""
+"""Correct what FastAPI writes into the OpenAPI document: response headers, answers never given."""
 
 from typing import Any
 
@@ -35,6 +35,22 @@ ERROR_HEADERS: dict[str, dict[str, Any]] = {
     "429": RETRY_AFTER,
     "503": RETRY_AFTER,
 }
+
+
+#: FastAPI's own answer for a parameter that it cannot read; here, every refusal is a problem.
+VALIDATION_ERRORS = ("HTTPValidationError", "ValidationError")
+
+
+def drop_validation_errors(document: dict[str, Any]) -> None:
+    """Remove the 422 that FastAPI adds to every route with a parameter in its path."""
+    for path in document["paths"].values():
+        for operation in path.values():
+            refused = operation["responses"].get("422", {}).get("content", {})
+            schema = refused.get("application/json", {}).get("schema", {})
+            if schema.get("$ref", "").endswith(f"/{VALIDATION_ERRORS[0]}"):
+                del operation["responses"]["422"]
+    for name in VALIDATION_ERRORS:
+        document["components"]["schemas"].pop(name, None)
 
 
 def add_headers(document: dict[str, Any]) -> None:

@@ -15,31 +15,33 @@ from pcae_serve.frozen_model import FrozenModel
 Z_95 = 1.959963984540054
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, description="number of images")]
+DataSet = Annotated[str, Field(description="where the images are from")]
 
 
 class Accuracy(FrozenModel):
     """Top-1 accuracy on labelled images, measured with the exported graph."""
 
-    top1: Share
-    n: Annotated[int, Field(ge=1)]
-    interval: tuple[Share, Share]  # 95 %, Wilson
-    data_set: str
+    top1: Share = Field(description="share of images whose first class is right")
+    n: Count
+    interval: tuple[Share, Share] = Field(description="95 % interval of top1 (Wilson)")
+    data_set: DataSet
 
 
 class Agreement(FrozenModel):
     """Share of images with the same top-1 class as at k = 1.0; used without labels."""
 
     share: Share
-    n: Annotated[int, Field(ge=1)]
-    data_set: str
+    n: Count
+    data_set: DataSet
 
 
 class Fidelity(FrozenModel):
     """Mean cosine of the tier's features to those at k = 1.0; used without a head."""
 
     cosine: Annotated[float, Field(ge=-1, le=1)]
-    n: Annotated[int, Field(ge=1)]
-    data_set: str
+    n: Count
+    data_set: DataSet
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:

@@ -41,9 +41,11 @@ def load(
 ) -> "Model":
     """Load a bundle into this process; without a name, the demo bundle inside the package.
 
-    bundle: folder of the bundle, or its name, such as hf://OWNER/NAME@REVISION. The other
-    parameters are those of the server of the same name (docs/configuration.md); no variable of the
-    server and no config file is read. device: one device.
+    bundle: folder of the bundle, or its name, such as hf://OWNER/NAME@REVISION.
+    device: one device.
+
+    The other parameters are those of the server of the same name (docs/configuration.md); no
+    variable of the server and no config file is read.
 
     Raise BundleError, FetchError or StartError, which are PcaeErrors, with a one-line reason.
     """
