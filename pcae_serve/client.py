@@ -293,6 +293,7 @@ class _Base:
         min_tier: str | None = None,
         top_k: int = 5,
         explain: bool = False,
+        max_looks: int | None = None,
     ) -> _Call[Classification]:
         """Classify an image and return its `top_k` most probable classes.
 
@@ -303,6 +304,8 @@ class _Base:
         min_tier: cheapest tier that "auto" may use; if it cannot meet the budget, the request is
             refused.
         explain: also return the indices of the patches kept after each stage.
+        max_looks: how often the image may run: 1 forbids a second look on a better tier. If None,
+            the server's setting applies.
 
         Raise BudgetExceeded, Refused or NotReachable, which are ClientErrors; OSError if the file
         cannot be read; ValueError if budget_ms is not a number above 0.
@@ -322,6 +325,7 @@ class _Base:
             min_tier=min_tier,
             top_k=top_k,
             explain=explain,
+            max_looks=max_looks,
         )
 
     def _embed(

@@ -13,7 +13,8 @@ class Prediction(BaseModel):
     label: str = Field(description="name of the class or label; two may have the same name")
     index: int = Field(description="index of the label in the bundle's list")
     probability: float = Field(
-        description="softmax over all classes, or for independent labels the sigmoid of the logit"
+        description="softmax over all classes, or for independent labels the sigmoid of the logit;"
+        " of the logits divided by the tier's temperature, if the bundle is calibrated"
     )
 
 
@@ -47,6 +48,15 @@ class Classes(BaseModel):
     """The part of an answer that only classification has."""
 
     predictions: list[Prediction] = Field(description="most probable first")
+    confidence: float | None = Field(
+        None,
+        description="probability of the first class or label; how often such answers are right, if"
+        " the bundle is calibrated",
+    )
+    looks: int = Field(
+        1,
+        description="how often the image ran: 2 if a second look on a better tier gave the answer",
+    )
 
 
 class Features(BaseModel):
@@ -72,6 +82,8 @@ class Classification(Result, Classes):  # fields of the last base come first
                     {"label": "Ankle boot", "index": 9, "probability": 0.885802},
                     {"label": "Sneaker", "index": 7, "probability": 0.070225},
                 ],
+                "confidence": 0.885802,
+                "looks": 1,
                 "tier": "fast",
                 "keep_ratio": 0.25,
                 "tokens": [49, 12, 3],

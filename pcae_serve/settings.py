@@ -72,7 +72,14 @@ class Settings(BaseSettings):
             "allowed_hosts",
             "allowed_origins",
         ),
-        "scheduling": ("policy", "waiting_price", "budget_ms", "max_batch", "queue_limit"),
+        "scheduling": (
+            "policy",
+            "waiting_price",
+            "max_looks",
+            "budget_ms",
+            "max_batch",
+            "queue_limit",
+        ),
         "request limits": (
             "max_body_mb",
             "max_images",
@@ -189,6 +196,13 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="accuracy, in percentage points, that must be gained for each 100 ms of"
         " response time that it costs; considered by policy pace; 0: use the whole budget",
+    )
+    max_looks: int = Field(
+        2,
+        ge=1,
+        le=2,
+        description="how often an image may run: 2 lets the server run an image whose answer is"
+        " unsure again on a better tier, if time is left and the bundle is calibrated",
     )
     budget_ms: float = Field(
         1000,

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliPositionalArg, NoDecode
 
 from pcae_export import card, feature_fidelity, pack
+from pcae_export.calibrate import calibrate, collect_answers
+from pcae_export.calibration_flags import CalibrationFlags
 from pcae_export.choice import DEFAULT_REDUCTION, choose_reduction
 from pcae_export.feature_fidelity import FeatureFidelity
 from pcae_export.front_report import FRONT_IMAGE, draw_front, format_front
@@ -33,6 +35,7 @@ from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
 from pcae_serve.sources.names import ModelName, is_remote, local_name
+from pcae_training import heldout_record
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.class_folders import Layout
 from pcae_training.data import DataError, LabelledImages, load
@@ -44,6 +47,7 @@ from pcae_training.data_settings import (
     MAX_UNREADABLE_HELP,
     ClassNames,
 )
+from pcae_training.heldout_record import HeldOut
 from pcae_training.inventory import print_inventory
 from pcae_training.skipped import MAX_UNREADABLE
 
@@ -51,7 +55,7 @@ from pcae_training.skipped import MAX_UNREADABLE
 TIER_IMAGES = 500
 
 
-class WriteBundle(BaseModel):
+class WriteBundle(CalibrationFlags):
     """Export checkpoints to a bundle that pcae-serve serves.
 
     SOURCE is a checkpoint of pcae-train, a state dict of timm, MAE, DeiT, DINO or DINOv2, a Hugging
@@ -66,6 +70,9 @@ class WriteBundle(BaseModel):
             "eval_data", "eval_split", "eval_layout", "eval_image_column", "eval_label_column",
             "eval_classes", "max_unreadable", "agreement", "limit", "parity_images",
             "choice_images", "tier_images",
+        ),
+        "images to calibrate second looks on": (
+            "calibration_data", "calibration_split", "calibration_images",
         ),
         "a classifier from photographs or words": (
             "classes_from", "classes_split", "classes", "template",
@@ -323,18 +330,29 @@ class WriteBundle(BaseModel):
             pictures[FRONT_IMAGE] = draw_front(
                 front, f"{self.name or self.out.name}: {front.machine}"
             )
+        others, rows = self._calibration(first, images, order)
+        order = order[len(rows) :]
         self._choose_half(parts, pixels)
 
         def evaluate(draft: Bundle, stored: Mapping[str, Checkpoint]) -> Evaluation:
             parity = {m: verify_model(draft, c, pixels, m) for m, c in stored.items()}
+            engine, calibration = OnnxRuntimeEngine(draft), None
+            if others is not None:
+                known = rows or range(len(others))
+                answers = collect_answers(draft, engine, others, known, bool(others.classes))
+                calibration = calibrate(answers, draft.tiers)
             if images is None:
-                known = {} if fitted is None else fitted.measured(parts[self.model_id].tiers)
-                return Evaluation(known, parity)
-            engine, rows = OnnxRuntimeEngine(draft), order[: self.limit]
-            measured = measure_quality(draft, engine, images, rows, bool(images.classes))
+                by_tier = {} if fitted is None else fitted.measured(parts[self.model_id].tiers)
+                return Evaluation(by_tier, parity, calibration=calibration)
+            used = order[: self.limit]
+            temperatures = {} if calibration is None else calibration.temperatures
+            measured = measure_quality(
+                draft, engine, images, used, bool(images.classes), temperatures
+            )
             if warning := warn_of_few_images(list(draft.tiers), measured):
                 print(f"warning: {warning}", file=sys.stderr)
-            return Evaluation(measured, parity, self._features(draft, stored, images, rows))
+            features = self._features(draft, stored, images, used)
+            return Evaluation(measured, parity, features, calibration)
 
         bundle = pack.write_bundle(
             parts,
@@ -470,6 +488,39 @@ class WriteBundle(BaseModel):
         print_inventory(images.inventory)
         return images
 
+    def _aligned(
+        self, data: str, split: str, checkpoint: Checkpoint, *, labelled: bool
+    ) -> LabelledImages:
+        """Open images whose labels are the checkpoint's. Raises PcaeError if they differ."""
+        images = self._load(data, split, checkpoint, labelled=labelled)
+        try:
+            images.align(checkpoint.labels)
+        except DataError as error:
+            raise PcaeError(
+                f"{error}; provide images with the checkpoint's labels, or measure without labels"
+                " (--agreement)"
+            ) from None
+        return images
+
+    def _calibration(
+        self, checkpoint: Checkpoint, images: LabelledImages | None, order: Sequence[int]
+    ) -> tuple[LabelledImages | None, Sequence[int]]:
+        """Return images to calibrate on and their rows; None without.
+
+        images, order: those of --eval-data that are left. Raises PcaeError.
+        """
+        if checkpoint.answers != "classes" or self.calibration_images == 0:
+            return None, ()
+        if self.calibration_data is None:
+            count = self.calibration_count(len(order)) if images is not None else 0
+            return (images, order[:count]) if count else (None, ())
+        labelled = bool(checkpoint.labels) and not self.agreement
+        others = self._aligned(
+            self.calibration_data, self.calibration_split, checkpoint, labelled=labelled
+        )
+        held_out = None if self.source is None else _held_out(self.source)
+        return others.subset(self.calibration_rows(others, held_out)).readable(), ()
+
     def _photos(self, backbone: Checkpoint) -> LabelledImages | None:
         """Return the readable photographs of --classes-from, in random order."""
         if self.classes_from is None:
@@ -490,14 +541,7 @@ class WriteBundle(BaseModel):
                 "images in class folders have one class each, but the model gives independent"
                 " labels; measure without classes (--agreement)"
             )
-        images = self._load(self.eval_data, self.eval_split, checkpoint, labelled=labelled)
-        try:
-            images.align(checkpoint.labels)
-        except DataError as error:
-            raise PcaeError(
-                f"{error}; provide images with the checkpoint's labels, or measure without labels"
-                " (--agreement)"
-            ) from None
+        images = self._aligned(self.eval_data, self.eval_split, checkpoint, labelled=labelled)
         if len(images) < self.parity_images and "parity_images" in self.model_fields_set:
             raise PcaeError(
                 f"{images.name} has only {len(images)} images of the {self.parity_images} to"
@@ -509,7 +553,8 @@ class WriteBundle(BaseModel):
         rows = shuffle_rows(len(images))
         if self.limit is not None:
             compared = self._tier_images(images) if self.tiers == "auto" else 0
-            rows = rows[: max(compared + self.limit, self.parity_images, self.choice_images)]
+            wanted = compared + self.limit_with_calibration(self.limit)
+            rows = rows[: max(wanted, self.parity_images, self.choice_images)]
         return images.subset(rows).readable()
 
     def _tier_images(self, images: LabelledImages) -> int:
@@ -522,6 +567,11 @@ class WriteBundle(BaseModel):
                 " the chosen tiers on; lower it"
             )
         return self.tier_images
+
+
+def _held_out(source: str) -> HeldOut | None:
+    """Return what SOURCE's training held out, if it is a run of pcae-train."""
+    return None if is_remote(source) else heldout_record.read(Path(source))
 
 
 def _with_rule(part: Part, rule: Rule) -> Part:

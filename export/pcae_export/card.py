@@ -31,11 +31,13 @@ def render(
     parity: Mapping[str, Parity],
     note: str = "",
     features: Mapping[str, FeatureFidelity] = MappingProxyType({}),
+    looks: str = "",
 ) -> str:
     """Return the card in Markdown.
 
     manifest: may be the draft's. tiers: with their quality. checkpoints, parity: by model id. note:
-    a paragraph to insert before the tiers. features: by tier, of models without a head.
+    a paragraph to insert before the tiers. features: by tier, of models without a head. looks:
+    what second looks reach, in Markdown.
     """
     several = len(checkpoints) > 1
     parts = [f"# {manifest.name}"]
@@ -45,6 +47,7 @@ def render(
     parts.append("\n".join(_tiers(tiers, checkpoints)))
     if features:
         parts += ["## Features", "\n".join(_features(tiers, features))]
+    parts += ["## Second looks", looks] if looks else []
     parts.append("## Training")
     for model_id, checkpoint in checkpoints.items():
         parts += [f"**{model_id}**"] if several else []

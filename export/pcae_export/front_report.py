@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pcae_export.plot_style import CHOSEN, OTHER, REPEATABLE
 from pcae_export.tier_front import MIN_STEP, Candidate, Front
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
 
@@ -21,9 +22,6 @@ MEASURES = {
     Agreement: "same class as at keep ratio 1, %",
     Fidelity: "cosine of the features to those at keep ratio 1",
 }
-_CHOSEN, _OTHER = "#d55e00", "#0072b2"
-#: Fixed ids and no date, so that equal fronts give equal files.
-_REPEATABLE: Any = {"svg.hashsalt": "pcae", "svg.fonttype": "none"}
 
 
 def format_front(front: Front) -> Iterator[str]:
@@ -59,7 +57,7 @@ def format_front(front: Front) -> Iterator[str]:
 def draw_front(front: Front, title: str) -> bytes:
     """Return an SVG of quality against time: all candidates, the front, and the chosen tiers."""
     factor = 1 if _is_cosine(front) else 100
-    with mpl.rc_context(_REPEATABLE):
+    with mpl.rc_context(REPEATABLE):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.add_subplot()
         optimal = [(1e3 * c.seconds, factor * c.score) for c in front.optimal]
@@ -67,9 +65,9 @@ def draw_front(front: Front, title: str) -> bytes:
         for precision, marker in (("float32", "o"), ("int8", "s")):
             some = [c for c in front.candidates if c.tier.precision == precision]
             if some:
-                _errorbars(axes, some, factor, color=_OTHER, marker=marker, label=precision)
+                _errorbars(axes, some, factor, color=OTHER, marker=marker, label=precision)
         chosen = list(front.chosen)
-        _errorbars(axes, chosen, factor, color=_CHOSEN, marker="*", markersize=12, label="chosen")
+        _errorbars(axes, chosen, factor, color=CHOSEN, marker="*", markersize=12, label="chosen")
         for name, candidate in front.named():
             axes.annotate(
                 f"{name} ({candidate.tier.keep_ratio:g})",

@@ -5,8 +5,9 @@ a head, but no labels    share of images with the same class as the same model a
 no head                  mean cosine of the features to those at k = 1.0
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from scipy.stats import t
 from pcae_export.images import decode
 from pcae_export.progress import Progress
 from pcae_serve.bundle.manifest import Tier
-from pcae_serve.bundle.probabilities import same_answer
+from pcae_serve.bundle.probabilities import margin, same_answer
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity, wilson_interval
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines.base import Engine
@@ -34,6 +35,7 @@ class Measured:
 
     quality: Quality
     scores: NDArray[np.float64]  # [N]: right or not, the same answer or not, or a cosine
+    margins: NDArray[np.float32] | None = None  # [N] of classes, if temperatures are known
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -44,16 +46,23 @@ class Measured:
 
 
 def measure_quality(
-    bundle: Bundle, engine: Engine, images: LabelledImages, rows: Sequence[int], labelled: bool
+    bundle: Bundle,
+    engine: Engine,
+    images: LabelledImages,
+    rows: Sequence[int],
+    labelled: bool,
+    temperatures: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, Measured]:
     """Return each tier's quality on the given rows of `images`, by tier name.
 
-    labelled: whether to compare with the images' labels, which must be the bundle's.
+    labelled: whether to compare with the images' labels, which must be the bundle's. temperatures:
+    by tier, of a calibrated bundle, for margins.
     """
     full_tiers = (
-        {} if labelled else {model: _full_tier(bundle, model) for model in bundle.manifest.models}
+        {} if labelled else {model: full_tier(bundle, model) for model in bundle.manifest.models}
     )
     scores: dict[str, list[NDArray[Any]]] = {tier.name: [] for tier in bundle.tiers}
+    margins: dict[str, list[NDArray[np.float32]]] = {name: [] for name in temperatures}
     with Progress("measuring quality", len(rows), "images") as progress:
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
@@ -68,11 +77,15 @@ def measure_quality(
                 else:
                     found = same_answer(vectors, best[tier.model], bundle.answers)
                 scores[tier.name].append(found)
+                if tier.name in temperatures:
+                    margins[tier.name].append(margin(vectors, temperatures[tier.name]))
             progress.update(len(batch))
-    return {
+    measured = {
         name: _to_measured(bundle, np.concatenate(parts).astype(float), images.name, labelled)
         for name, parts in scores.items()
     }
+    known = {name: np.concatenate(parts) for name, parts in margins.items()}
+    return {name: replace(found, margins=known.get(name)) for name, found in measured.items()}
 
 
 def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -98,7 +111,7 @@ def to_accuracy(correct: NDArray[Any], data_set: str) -> Measured:
     return Measured(quality, correct.astype(float))
 
 
-def _full_tier(bundle: Bundle, model: str) -> Tier:
+def full_tier(bundle: Bundle, model: str) -> Tier:
     """Return a float32 tier of the model at k = 1.0, even if the bundle has none."""
     known = bundle.manifest.models[model]
     counts = (known.patches,) * len(known.reduction_points)

@@ -20,13 +20,16 @@ import onnxscript
 import torch
 
 from pcae_export import card, graph, int8, weights
+from pcae_export.calibrate import measure_cascades
 from pcae_export.feature_fidelity import FeatureFidelity
 from pcae_export.half_precision import Half
+from pcae_export.looks_report import LOOKS_IMAGE, draw_looks, format_looks
 from pcae_export.measure import Measured
 from pcae_export.progress import Progress
 from pcae_export.ranking import rank_tiers
 from pcae_export.verify import Parity
 from pcae_serve import atomic
+from pcae_serve.bundle.calibration import Calibration
 from pcae_serve.bundle.manifest import (
     ELASTIC_GRAPH,
     INT8_GRAPH,
@@ -84,6 +87,7 @@ class Evaluation:
     measured: Mapping[str, Measured] = field(default_factory=dict)  # by tier
     parity: Mapping[str, Parity] = field(default_factory=dict)  # by model
     features: Mapping[str, FeatureFidelity] = field(default_factory=dict)  # by tier, without a head
+    calibration: Calibration | None = None
 
 
 #: Verifies and measures a draft, which lacks only quality and card, and its models with the weights
@@ -134,13 +138,27 @@ def write_bundle(
         draft = _seal(fresh, name or out.name, stored, models, planned)
         evaluation = evaluate(draft, stored)
         final = rank_tiers(planned, evaluation.measured)
+        looks = _report_looks(fresh, name or out.name, evaluation, final)
         text = card.render(
-            draft.manifest, final, stored, evaluation.parity, note, evaluation.features
+            draft.manifest, final, stored, evaluation.parity, note, evaluation.features, looks
         )
         (fresh / CARD).write_text(text)
-        _seal(fresh, name or out.name, stored, models, final)
+        _seal(fresh, name or out.name, stored, models, final, evaluation.calibration)
         atomic.replace_folder(fresh, out)
     return load_bundle(out)
+
+
+def _report_looks(root: Path, name: str, evaluation: Evaluation, tiers: list[Tier]) -> str:
+    """Draw what second looks reach, and return it as text for the card; empty if unmeasured."""
+    calibration, measured = evaluation.calibration, evaluation.measured
+    if calibration is None or not calibration.second_looks:
+        return ""
+    cascades = measure_cascades(measured, tiers, calibration)
+    if not cascades:
+        return ""
+    n = len(measured[tiers[0].name].scores)
+    (root / LOOKS_IMAGE).write_bytes(draw_looks(cascades, tiers, name, n))
+    return "\n".join(format_looks(cascades, tiers, calibration, n))
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -312,6 +330,7 @@ def _seal(
     stored: Mapping[str, Checkpoint],
     models: Mapping[str, Model],
     tiers: list[Tier],
+    calibration: Calibration | None = None,
 ) -> Bundle:
     """Write the manifest of all files in `root`, and load the bundle as the server would."""
     files = sorted(file for file in root.rglob("*") if file.is_file() and file != root / MANIFEST)
@@ -329,6 +348,7 @@ def _seal(
         labels=tuple(first.labels),
         models=dict(models),
         tiers=tuple(tiers),
+        calibration=calibration,
         files={file.relative_to(root).as_posix(): file_sha256(file) for file in files},
     )
     (root / MANIFEST).write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n")

@@ -10,7 +10,12 @@ from fastapi import Request, Response
 from pcae_serve.api import auth, parameters, proxy_delay, server_timing
 from pcae_serve.api.body import announced_bytes, unless_disconnected
 from pcae_serve.api.form import IMAGE, is_form, read_image, read_images, require_plain_body
-from pcae_serve.api.parameters import MAX_BUDGET_MS, EmbedParameters, ImageParameters
+from pcae_serve.api.parameters import (
+    MAX_BUDGET_MS,
+    ClassifyParameters,
+    EmbedParameters,
+    ImageParameters,
+)
 from pcae_serve.api.state import service_of
 from pcae_serve.errors import RequestError
 from pcae_serve.observability.logs import join_counts
@@ -180,6 +185,7 @@ class ParameterReader(Generic[P]):
             *callers_of(self._request),
             patches=isinstance(given, EmbedParameters) and given.patches,
             number_bytes=self._number_bytes,
+            max_looks=given.max_looks if isinstance(given, ClassifyParameters) else None,
         )
 
 

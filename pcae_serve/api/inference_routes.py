@@ -240,6 +240,7 @@ async def infer(request: Request) -> Response:
             parameters.min_tier,
             service.bundle.output,
             *callers,
+            max_looks=parameters.max_looks,
         )
         group.take(len(files))
         answers = await unless_disconnected(request, _answers(group, inference, files))
@@ -346,6 +347,7 @@ def _response(
         "parameters": {
             "tier": ",".join(answer.tier.name for answer in answers),
             "reason": "; ".join(answer.reason for answer in answers),
+            "looks": ",".join(str(answer.looks) for answer in answers),
             "met_budget": ",".join(str(answer.met_budget).lower() for answer in answers),
             "budget_ms": inference.budget_ms,
         },

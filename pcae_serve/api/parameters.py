@@ -47,6 +47,11 @@ class ClassifyParameters(ImageParameters):
     """Parameters of a request for classes."""
 
     top_k: int = Field(5, ge=1, description="number of classes to return, most probable first")
+    max_looks: Annotated[int, Field(ge=1, le=2)] | None = Field(
+        None,
+        description="how often the image may run at most: 1 forbids a second look on a better tier;"
+        " default: the server's max_looks",
+    )
 
 
 class EmbedParameters(ImageParameters):

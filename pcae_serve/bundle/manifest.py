@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from pcae_serve.bundle.calibration import Calibration
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity, wilson_interval
 from pcae_serve.bundle.tokens import Pooling, Rule
 from pcae_serve.frozen_model import FrozenModel
 
-#: Version 3 says whether graphs return patch grids (`patch_width`), version 2 what outputs mean
-#: (`answers`); version 1 had logits of classes, or features.
+#: Version 3 says whether graphs return patch grids (`patch_width`) and has `calibration`; version 2
+#: says what outputs mean (`answers`); version 1 had logits of classes, or features.
 SCHEMA_VERSION = 3
 MANIFEST = "bundle.json"
 WEIGHTS = "model.safetensors"
@@ -150,6 +151,7 @@ class Manifest(FrozenModel):
     labels: Annotated[tuple[Text, ...], Field(max_length=100_000)]  # empty for features
     models: Annotated[dict[Name, Model], Field(min_length=1, max_length=100)]
     tiers: Annotated[tuple[Tier, ...], Field(min_length=1, max_length=100)]  # by MACs, ascending
+    calibration: Calibration | None = None  # None: temperatures are 1, and no image runs twice
     # path in the bundle -> SHA-256, for every other file
     files: Annotated[dict[Text, Text], Field(max_length=10_000)]
 
@@ -215,6 +217,15 @@ class Manifest(FrozenModel):
             for file in (tier.elastic_graph, WEIGHTS, "preprocessor_config.json"):
                 if f"models/{tier.model}/{file}" not in self.files:
                     raise ValueError(f"models/{tier.model}/{file} is not listed in files")
+        if self.calibration is not None:
+            if set(self.calibration.tiers) != set(names):
+                raise ValueError("calibration must have every tier, and no other")
+            place = {name: i for i, name in enumerate(names)}
+            for look in self.calibration.second_looks:
+                if place[look.second] <= place[look.first]:
+                    raise ValueError(
+                        f"calibration: {look.second!r} must cost more than {look.first!r}"
+                    )
         for path in self.files:
             pure = PurePosixPath(path)
             if pure.is_absolute() or ".." in pure.parts or "\\" in path:

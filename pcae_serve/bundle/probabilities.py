@@ -19,6 +19,13 @@ def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return shares
 
 
+def margin(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float32]:
+    """Return the probability of the first class minus the second's, [...], for [..., classes]."""
+    two = np.partition(softmax(logits / temperature), -2, axis=-1)[..., -2:]
+    difference: NDArray[np.float32] = two[..., 1] - two[..., 0]
+    return difference
+
+
 def same_answer(
     one: NDArray[np.float32], other: NDArray[np.float32], answers: Answers
 ) -> NDArray[np.bool_]:

@@ -83,6 +83,11 @@ class Bundle:
         """Return what the models' outputs mean."""
         return next(iter(self.manifest.models.values())).answers
 
+    def temperature(self, tier: Tier) -> float:
+        """Return what a tier's logits are divided by before they become probabilities."""
+        calibration = self.manifest.calibration
+        return 1.0 if calibration is None else calibration.tiers[tier.name].temperature
+
     @property
     def output(self) -> Literal["logits", "features"]:
         """Return what the models compute."""

@@ -56,6 +56,10 @@ class Simulate(WorkloadFlags):
     )
     requests: Count = Field(4000, description="requests per run; none is discarded as warm-up")
     seeds: Count = Field(3, description="runs per policy, trace and rate, with seeds from 0")
+    max_looks: int = Field(
+        2, ge=1, le=2, description="how often an image may run, if --profile is of a calibrated"
+        " bundle",
+    )  # fmt: skip
     profile: str = Field(
         "gpu",
         description="latency profile: gpu or cpu (built in), machine (cached by the server here),"
@@ -101,6 +105,7 @@ class Simulate(WorkloadFlags):
             self.decode_ms / 1e3,
             self.host_ms / 1e3,
             self.waiting_price,
+            self.max_looks,
         )
         capacity_per_s = self._capacity(setup, traces)
         cells = [

@@ -20,6 +20,8 @@ from pcae_serve.errors import StartError, one_line
 from pcae_serve.frozen_model import FrozenModel
 from pcae_serve.runtime import latency_profile
 from pcae_serve.runtime.measured_profile import MAX_BATCH_S, MAX_FILE_BYTES, MAX_POINT_BATCH
+from pcae_serve.runtime.tiers import escalations
+from pcae_serve.scheduling.escalation import Escalation
 from pcae_serve.scheduling.latency import Latency, Seconds
 from pcae_serve.scheduling.tiers import TierTable
 from pcae_serve.settings import Settings
@@ -52,6 +54,8 @@ class Platform(FrozenModel):
     tiers: tuple[TimedTier, ...] = Field(min_length=1)
     #: Requests per second that load 1 stands for, by mix; computed if a mix is missing.
     capacity_per_s: dict[str, float] = Field(default_factory=dict)
+    #: What second looks gain; empty: unknown, so that there are none.
+    escalations: tuple[Escalation, ...] = ()
 
     @property
     def tier_table(self) -> TierTable:
@@ -59,7 +63,8 @@ class Platform(FrozenModel):
         intervals = [wilson_interval(tier.accuracy, tier.n) for tier in self.tiers if tier.n]
         known = len(intervals) == len(self.tiers)
         margins = difference_margins(accuracy, intervals) if known else ()
-        return TierTable(tuple(tier.name for tier in self.tiers), accuracy, margins)
+        names = tuple(tier.name for tier in self.tiers)
+        return TierTable(names, accuracy, margins, self.escalations)
 
     @property
     def full_s(self) -> float:
@@ -148,7 +153,12 @@ def of_profile(profile: latency_profile.Profile, bundle: Bundle, name: str) -> P
     origin = profile.origin
     on = origin.gpu or origin.processor or "unknown processor"
     source = f"measured {origin.date:%Y-%m-%d} on {on}, {origin.cores} cores: {bundle.root.name}"
-    return Platform(source=source, tiers=tuple(tiers))
+    looks = escalations(
+        [tier.name for tier in tiers],
+        [tier.accuracy for tier in tiers],
+        bundle.manifest.calibration,
+    )
+    return Platform(source=source, tiers=tuple(tiers), escalations=looks)
 
 
 def _read_machine(bundle: Bundle) -> Platform:

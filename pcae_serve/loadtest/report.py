@@ -86,20 +86,23 @@ def figures(
     tier_table: TierTable,
     tiers: Sequence[int],
     right: NDArray[np.bool_] | None = None,
+    accuracy: NDArray[np.float64] | None = None,
 ) -> Figures:
     """Return the figures of one run.
 
     tiers: the allowed ones, cheapest first. right: [n], whether the answer equals the label; with
-    it, effective accuracy counts correct answers.
+    it, effective accuracy counts correct answers. accuracy: [n], of each answer (default: its
+    tier's).
     """
     offered = len(outcome.end)
     if not offered:
         raise PcaeError("no request was offered")
     in_time = outcome.end == End.IN_TIME
-    accuracy = np.array(tier_table.accuracy)
+    of_tier = np.array(tier_table.accuracy)
+    of_answer = of_tier[outcome.tier] if accuracy is None else accuracy
     attainment = float(in_time.mean())
-    mean_accuracy = float(accuracy[outcome.tier[in_time]].mean()) if in_time.any() else None
-    low, best = accuracy[tiers[0]], accuracy[list(tiers)].max()
+    mean_accuracy = float(of_answer[in_time].mean()) if in_time.any() else None
+    low, best = of_tier[tiers[0]], of_tier[list(tiers)].max()
     recovered = None
     if mean_accuracy is not None and best > low:
         recovered = float((mean_accuracy - low) / (best - low))

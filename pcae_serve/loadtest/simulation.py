@@ -10,20 +10,25 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from pcae_serve.errors import StartError
 from pcae_serve.loadtest import capacity, progress, report, workload
+from pcae_serve.loadtest.drawn_looks import DrawnLooks
 from pcae_serve.loadtest.platforms import Platform
 from pcae_serve.loadtest.report import Figures, Row
 from pcae_serve.loadtest.simulator import draw, simulate
+from pcae_serve.scheduling.escalation import Escalations
 from pcae_serve.scheduling.policies import registry
+from pcae_serve.scheduling.policies.waiting_price import ACCURACY_PER_S
 from pcae_serve.scheduling.scheduler import Scheduler
 from pcae_serve.scheduling.tiers import TierTable
 
 #: Added to a cell's seed for its service times, so that they are independent of the arrivals.
 SERVICE_SEED = 1_000_003
+#: Added to a cell's seed for the margins of its answers.
+LOOK_SEED = 2_000_003
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Setup:
     decode_s: float  # from arrival to the queue
     host_s: float  # per request, taken from the core that batches run on
     waiting_price: float  # accuracy points per 100 ms, for the policies that consider it
+    max_looks: int = 2  # how often an image may run; more than once needs a calibrated bundle
 
     @property
     def known_capacity_per_s(self) -> float | None:
@@ -66,17 +72,22 @@ class CellResult:
 
 def run_cell(setup: Setup, cell: Cell) -> CellResult:
     """Simulate one cell from its seed."""
-    platform = setup.platform
+    platform, table = setup.platform, setup.platform.tier_table
+    if setup.max_looks < 2:
+        table = replace(table, escalations=())
     load = workload.make(
         cell.trace, setup.mix, cell.rate, setup.requests, platform.full_s, cell.seed
     )
     scheduler = Scheduler(
-        registry.create(cell.policy, platform.tier_table, setup.waiting_price),
+        registry.create(cell.policy, table, setup.waiting_price),
         platform.latency(setup.max_batch),
         devices=setup.devices,
         max_batch=setup.max_batch,
         queue_limit=setup.queue_limit,
+        escalations=Escalations(table.escalations),
+        price_per_s=setup.waiting_price * ACCURACY_PER_S,
     )
+    looks = DrawnLooks(table, len(load.times_s), cell.seed + LOOK_SEED)
     points = platform.seconds(setup.max_batch)
     seconds = draw(points, setup.max_batch, cell.seed + SERVICE_SEED)
     tiers = tuple(range(len(platform.tiers)))
@@ -88,10 +99,12 @@ def run_cell(setup: Setup, cell: Cell) -> CellResult:
         tiers,
         decode_s=setup.decode_s,
         host_s=setup.host_s,
+        margins=looks.margin if table.escalations else None,
     )
     count, span_s = len(load.times_s), float(load.times_s[-1])
     rate = (count - 1) / span_s if span_s > 0 else None
-    return CellResult(report.figures(outcome, platform.tier_table, tiers), count, rate)
+    figures = report.figures(outcome, table, tiers, accuracy=looks.accuracy(outcome))
+    return CellResult(figures, count, rate)
 
 
 def run_cells(setup: Setup, cells: Sequence[Cell], jobs: int) -> list[CellResult]:

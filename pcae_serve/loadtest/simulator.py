@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pcae_serve.scheduling.events import (
     Action,
+    Answer,
     Arrived,
     BatchAccounted,
     Decoded,
@@ -30,6 +31,8 @@ from pcae_serve.scheduling.scheduler import Scheduler
 
 #: (tier, batch size) -> seconds that the batch takes.
 Draw = Callable[[int, int], float]
+#: (request, tier) -> margin of the request's answer on that tier.
+Margins = Callable[[int, int], float]
 
 
 class End(IntEnum):
@@ -58,6 +61,7 @@ class Outcome:
     cancelled_s: float = 0.0  # part of busy_s spent on requests whose client left
     batches: list[int] = field(default_factory=list)  # sizes, in order
     span_s: float = 0.0  # from the first arrival to the last end
+    first: NDArray[np.int16] | None = None  # [n], the tier of the first look; None: as `tier`
 
 
 def draw(points: list[dict[int, Seconds]], max_batch: int, seed: int) -> Draw:
@@ -98,6 +102,7 @@ def simulate(
     decode_s: float = 0.0,
     host_s: float = 0.0,
     callers: Sequence[str] | None = None,
+    margins: Margins | None = None,
     observer: Callable[[Event, list[Action]], None] | None = None,
 ) -> Outcome:
     """Offer every request to the scheduler and carry out its actions until all have ended.
@@ -105,7 +110,8 @@ def simulate(
     times_s, budgets_s: [n], times ascending. tiers: the allowed ones, of all requests or of each of
     the n. decode_s: from arrival to the queue. host_s: HTTP and decoding time per request if they
     share the core with the batches; each arrival delays every batch in progress by it. callers: of
-    each of the n, if several share the devices. observer: called with every event and the actions
+    each of the n, if several share the devices. margins: of answers, for second looks; None: every
+    request has one look. observer: called with every event and the actions
     that it led to.
     """
     n = len(times_s)
@@ -115,6 +121,7 @@ def simulate(
         np.full(n, End.REJECTED, np.int8),
         np.full(n, -1, np.int16),
         np.array(times_s, float),
+        first=(first := np.full(n, -1, np.int16)),
     )
     allowed = tiers if isinstance(tiers, list) else [tiers] * n
     agenda: list[tuple[float, int, int, float]] = []  # time, order, device or ~id, seconds
@@ -140,12 +147,21 @@ def simulate(
                 events = [Decoded(now_s, ~device_or_id)]
             else:
                 dispatch = running.pop(device_or_id)
+                found = list[tuple[int, float]]()
                 for id_ in dispatch.ids:
-                    late = now_s > arrivals[id_] + budgets[id_]
-                    outcome.end[id_] = End.LATE if late else End.IN_TIME
+                    deadline_s = arrivals[id_] + budgets[id_]
+                    late = now_s > deadline_s
+                    if first[id_] >= 0 and late:  # the first answer was sent in time
+                        outcome.end_s[id_] = deadline_s
+                        continue
+                    if first[id_] < 0:
+                        first[id_] = dispatch.tier
+                        outcome.end[id_] = End.LATE if late else End.IN_TIME
+                        if margins is not None and not late:
+                            found.append((id_, margins(id_, dispatch.tier)))
                     outcome.tier[id_] = dispatch.tier
                     outcome.end_s[id_] = now_s
-                events = [Done(now_s, device_or_id, took_s)]
+                events = [Done(now_s, device_or_id, took_s, tuple(found))]
         elif wake_s == now_s:
             wake_s = float("inf")
             events = [Timer(now_s)]
@@ -158,6 +174,7 @@ def simulate(
                 decode_s=decode_s,
                 ready_s=now_s + decode_s,
                 caller=callers[next_] if callers else "",
+                max_looks=1 if margins is None else 2,
             )
             events = [Arrived(now_s, request)]
             for device in running:
@@ -188,6 +205,8 @@ def simulate(
                     case Remove(id=id_, why=why):
                         dropped = why == "dropped"
                         outcome.end[id_] = End.DROPPED if dropped else End.EXPIRED
+                        outcome.end_s[id_] = now_s
+                    case Answer(id=id_):
                         outcome.end_s[id_] = now_s
                     case SetTimer(at_s=at_s):
                         wake_s = max(at_s, now_s)

@@ -247,6 +247,7 @@ class Runner:
             bundle=self.bundle,
             tier=self.bundle.tiers[tier],
             reason=reason,
+            looks=1,
             decode_s=decoded.end_s - decoded.start_s,
             queue_s=batch.start_s - decoded.end_s,
             compute_s=batch.end_s - batch.start_s,

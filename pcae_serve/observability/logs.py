@@ -38,7 +38,7 @@ access = logging.getLogger("pcae_serve.access")
 #: Polled every few seconds by other programs: logged at level debug unless they fail.
 QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 #: Fields of a request's state that an application may set for the access log.
-STATE_FIELDS = ("caller", "tier", "images")
+STATE_FIELDS = ("caller", "tier", "looks", "images")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 #: C0, C1, separators that some readers treat as line ends, marks that change the direction of text,

@@ -96,6 +96,12 @@ class _Families:
             ["tier", "degraded"],
             registry=registry,
         )
+        self.looks = Counter(
+            "pcae_second_looks",
+            "Answers of second looks, by the tier that gave them; changed: the class changed.",
+            ["tier", "changed"],
+            registry=registry,
+        )
         self.compute_s = Counter(
             "pcae_compute_seconds",
             "Device time of batches, failed ones excluded.",
@@ -136,6 +142,7 @@ class _Tier:
     def __init__(self, families: _Families, name: str) -> None:
         self.stages_s = [families.stage_s.labels(stage, name) for stage in STAGES]
         self.answers = [families.answers.labels(name, degraded) for degraded in ("false", "true")]
+        self.looks = [families.looks.labels(name, changed) for changed in ("false", "true")]
         self.compute_s, self.batch = families.compute_s.labels(name), families.batch.labels(name)
         self.ratio = families.ratio.labels(name)
         self.disabled = families.disabled.labels(name)
@@ -306,6 +313,10 @@ class Metrics:
         if in_time:  # max: counters reject negative values and never recover from NaN
             self._accuracy.inc(max(0.0, accuracy))
             self._debt.inc(max(0.0, best_accuracy - accuracy))
+
+    def record_second_look(self, tier: str, *, changed: bool) -> None:
+        """Count an answer of a second look. changed: its class is not the first answer's."""
+        self._of(tier).looks[changed].inc()
 
     def record_batch(
         self,

@@ -35,6 +35,11 @@ class RequestParameters(_Input):
         description="cheapest tier that auto may use; if it cannot meet the budget, the request"
         " is refused",
     )
+    max_looks: Annotated[int | None, Field(ge=1, le=2)] = Field(
+        None,
+        description="how often an image may run at most: 1 forbids a second look on a better tier;"
+        " default: the server's max_looks",
+    )
     binary_data_output: bool = Field(
         False, description="return outputs as binary data unless an output sets binary_data"
     )
@@ -106,6 +111,7 @@ class ResponseParameters(BaseModel):
 
     tier: str = Field(description="the tiers used, joined by commas")
     reason: str = Field(description="why each tier was chosen, joined by semicolons")
+    looks: str = Field(description="how often each image ran, joined by commas")
     met_budget: str = Field(description="true or false for each image, joined by commas")
     budget_ms: float
 

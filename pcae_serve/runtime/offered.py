@@ -28,6 +28,9 @@ from pcae_serve.settings import Settings
 
 T = TypeVar("T")
 
+#: Called when a request ends with its first answer, without a second look.
+OnAnswer = Callable[["OfferedRequest", InferenceResult], None]
+
 
 class OfferedRequest:
     """A request whose headers have arrived: `receive` its body, then `run` it.
@@ -63,12 +66,17 @@ class OfferedRequest:
         self.pixels: NDArray[np.uint8] | None = None  # [H, W, 3], once decoded
         self.decode_s = self.queued_s = 0.0
         self.reason = ""  # why its tier was chosen; set at dispatch
+        # the first answer, while a second look may replace it
+        self.first_answer: InferenceResult | None = None
+        self.look_gain = 0.0  # accuracy that a second look is expected to gain over it
+        self._answer_at: asyncio.TimerHandle | None = None
         self._settings, self._bundle, self._resources = settings, bundle, resources
         self._require, self._arrive, self._enqueue = require, arrive, enqueue
         self._bytes = resources.memory.reserve()  # of its body, then of its pixels
         self._pixels_bytes = 3 * bundle.image_size**2
         self._answer_handed_over = False
         self._decoding = self._ended = False
+        self._on_answer: OnAnswer = lambda *_: None
         self._timeout: asyncio.Timeout | None = None  # of the upload or decoder, while it runs
 
     @property
@@ -134,37 +142,78 @@ class OfferedRequest:
         return await self.result
 
     def refuse(self, refusal: Refusal) -> None:
-        """End the request with an error, unless it has ended already."""
-        if not self.result.done():
+        """End the request with an error, unless it has ended already or has a first answer."""
+        if self.first_answer is not None:
+            self._send_first()
+        elif not self.result.done():
             self.outcome = refusal.outcome
             self.result.set_exception(refusal.error)
 
-    def deliver(
+    def answer(
         self, output: Output, row: int, tier: Tier, start_s: float, now_s: float
-    ) -> InferenceResult | None:
-        """Set the result from a row of a batch that ran from `start_s` to `now_s`.
-
-        Returns None if the request has ended already.
-        """
-        if self.result.done():
-            return None
-        in_time = now_s <= self.deadline_s
-        self.outcome = Outcome.IN_TIME if in_time else Outcome.LATE
-        result = InferenceResult(
+    ) -> InferenceResult:
+        """Return the answer in a row of a batch that ran from `start_s` to `now_s`."""
+        first = self.first_answer
+        total_s = now_s - self.request.arrival_s
+        compute_s = now_s - start_s + (0.0 if first is None else first.compute_s)
+        return InferenceResult(
             vector=output.vectors[row],
             kept=tuple(kept[row] for kept in output.kept),
-            met_budget=in_time,
+            met_budget=now_s <= self.deadline_s,
             bundle=self._bundle,
             tier=tier,
             reason=self.reason,
+            looks=1 if first is None else first.looks + 1,
             decode_s=self.decode_s,
-            queue_s=start_s - self.queued_s,
-            compute_s=now_s - start_s,
-            total_s=now_s - self.request.arrival_s,
+            queue_s=now_s - self.queued_s - compute_s,
+            compute_s=compute_s,
+            total_s=total_s,
             patches=self._own_patches(output, row),
         )
-        self.result.set_result(result)
-        return result
+
+    def deliver(self, result: InferenceResult) -> None:
+        """End the request with this result, unless it has ended already."""
+        if not self.result.done():
+            self.outcome = Outcome.IN_TIME if result.met_budget else Outcome.LATE
+            self.result.set_result(result)
+        self._forget_first()
+
+    def hold(self, first: InferenceResult, until_s: float, on_answer: OnAnswer) -> None:
+        """Keep the first answer until a second look replaces it, at most `until_s`.
+
+        on_answer: called with the request and its answer if it ends with the first one.
+        """
+        self.first_answer, self._on_answer = first, on_answer
+        loop = asyncio.get_running_loop()
+        self._answer_at = loop.call_at(until_s, self._send_first)
+
+    def send_first_answer(self) -> None:
+        """End the request with its first answer, if it has one."""
+        if self.first_answer is not None:
+            self._send_first()
+
+    def _send_first(self) -> None:
+        assert self.first_answer is not None
+        now_s, first = asyncio.get_running_loop().time(), self.first_answer
+        waited_s = now_s - self.request.arrival_s - first.total_s  # for the second look
+        result = replace(
+            first,
+            queue_s=first.queue_s + waited_s,
+            total_s=first.total_s + waited_s,
+            met_budget=now_s <= self.deadline_s,
+        )
+        ended = self.result.done()
+        self.deliver(result)
+        self.pixels = None  # the image will not run again
+        self._bytes.try_resize(0)
+        if not ended:
+            self._on_answer(self, result)
+
+    def _forget_first(self) -> None:
+        """Hold no first answer any more."""
+        if self._answer_at is not None:
+            self._answer_at.cancel()
+        self.first_answer = self._answer_at = None
 
     def _own_patches(self, output: Output, row: int) -> NDArray[np.float32] | None:
         """Return a copy of the image's patch grid, so that those of its batch can be freed."""
@@ -186,6 +235,9 @@ class OfferedRequest:
     def end(self) -> None:
         """End the request: what it holds is free, as soon as no decoder works on it."""
         self._ended = True
+        if self._answer_at is not None:  # the client left
+            self._answer_at.cancel()
+            self.first_answer = self._answer_at = None
         if not self._decoding:
             self._bytes.release()
 

@@ -5,10 +5,16 @@ Policies do not explain themselves; this is derived from what the forecast allow
 
 from collections.abc import Sequence
 
+from pcae_serve.bundle.probabilities import margin
+from pcae_serve.runtime.requests import InferenceResult
 from pcae_serve.scheduling.event_log import Setup
 from pcae_serve.scheduling.latency import Forecast
 from pcae_serve.scheduling.policies.registry import weighs_waiting
 from pcae_serve.scheduling.request_queue import Request
+
+
+#: An answer is called sure if a second look is expected to add less accuracy.
+SURE_GAIN = 0.01
 
 
 def explain_tier(
@@ -56,3 +62,22 @@ def explain_tier(
     if tier == tiers[0]:
         return f"only the fastest allowed tier fits {left}"
     return f"the most accurate tier that fits {left}"
+
+
+def explain_first_look(tier: str, gain: float) -> str:
+    """Return why the first answer was sent, of a request that could have run twice.
+
+    gain: accuracy that the second look was expected to add.
+    """
+    if gain < SURE_GAIN:
+        return f"tier {tier!r} is sure: a second look is expected to gain less than a point"
+    return f"tier {tier!r} answered; a second look did not fit into the time left or the load"
+
+
+def explain_second_look(first: InferenceResult) -> str:
+    """Return why a request runs again after its first answer."""
+    found = float(margin(first.vector, first.bundle.temperature(first.tier)))
+    return (
+        f"a second look: on tier {first.tier.name!r} the first class was only {100 * found:.0f}"
+        " points more probable than the second"
+    )

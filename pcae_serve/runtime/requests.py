@@ -19,9 +19,9 @@ class InferenceRequest:
     tier: str = "auto"
     min_tier: str | None = None
     answers: Literal["logits", "features"] | None = None  # None: what the bundle returns
-
     caller: str = ""  # whom its share of a busy server belongs to; empty: unknown
     key_name: str | None = None  # of its API key, for rate limit, metrics and logs
+    max_looks: int | None = None  # how often it may run; None: the server's setting
 
     patches: bool = False  # the patch grid is wanted as well
     number_bytes: int = 4  # what each of its numbers takes until it is sent, all forms together
@@ -41,6 +41,7 @@ class InferenceResult:
     bundle: Bundle  # that produced it
     tier: Tier
     reason: str  # why this tier
+    looks: int  # how often the image ran: once, or again on a better tier
     decode_s: float
     queue_s: float
     compute_s: float

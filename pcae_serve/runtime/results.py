@@ -14,8 +14,12 @@ def classification(
     answer: InferenceResult, inference: InferenceRequest, top_k: int, explain: bool
 ) -> schemas.Classification:
     """Return the `top_k` most probable classes or labels of an image; `answer` holds its logits."""
+    predictions = _predictions(answer, top_k)
     return schemas.Classification(
-        predictions=_predictions(answer, top_k), **_common(answer, inference, explain)
+        predictions=predictions,
+        confidence=predictions[0].probability,
+        looks=answer.looks,
+        **_common(answer, inference, explain),
     )
 
 
@@ -50,7 +54,7 @@ def timings(answer: InferenceResult) -> schemas.Timings:
 
 def _predictions(answer: InferenceResult, top_k: int) -> list[schemas.Prediction]:
     convert = sigmoid if answer.bundle.answers == "labels" else softmax
-    probabilities = convert(answer.vector)  # [labels]
+    probabilities = convert(answer.vector / answer.bundle.temperature(answer.tier))  # [labels]
     best = np.argsort(-answer.vector, kind="stable")[:top_k]
     return [
         schemas.Prediction(

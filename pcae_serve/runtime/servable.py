@@ -17,24 +17,28 @@ from typing import Any
 
 import numpy as np
 
+from pcae_serve.bundle.probabilities import margin
 from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.base import Engine, Output, run_directly
 from pcae_serve.errors import BundleError, one_line
 from pcae_serve.observability.metrics import Failure, Metrics
 from pcae_serve.runtime import refusals, tier_health
 from pcae_serve.runtime.background_tasks import BackgroundTasks
+from pcae_serve.runtime.memory_budget import MemoryBudget
 from pcae_serve.runtime.offered import OfferedRequest
-from pcae_serve.runtime.reasons import explain_tier
+from pcae_serve.runtime.reasons import explain_first_look, explain_second_look, explain_tier
 from pcae_serve.runtime.refusals import Refusal
-from pcae_serve.runtime.requests import InferenceRequest
+from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.runtime.resources import Resources
 from pcae_serve.runtime.scheduler_driver import SchedulerDriver
 from pcae_serve.runtime.threads import Device
 from pcae_serve.runtime.tier_health import TierHealth
 from pcae_serve.runtime.worker import NotFinite, Worker
+from pcae_serve.scheduling.escalation import Escalations
 from pcae_serve.scheduling.event_log import Recorder, Setup
 from pcae_serve.scheduling.events import (
     Action,
+    Answer,
     Arrived,
     BatchAccounted,
     ClientLeft,
@@ -42,12 +46,14 @@ from pcae_serve.scheduling.events import (
     DeviceLost,
     Dispatch,
     Done,
+    LooksEnded,
     Reject,
     Remove,
     StartTask,
     TierDisabled,
 )
 from pcae_serve.scheduling.request_queue import Request
+from pcae_serve.scheduling.second_looks import answer_by_s
 from pcae_serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -104,6 +110,7 @@ class Servable:
         self.setup = setup
         self._counted_accuracy = lru_cache(64)(setup.counted_accuracy)
         self._idle_accuracy = lru_cache(64)(partial(setup.idle_accuracy, latency=self.latency))
+        self._escalations = Escalations(setup.tier_table.escalations)
         self._metrics, self._make_engine = metrics, make_engine
         self._stopped = False
         self._offered: dict[int, OfferedRequest] = {}
@@ -199,7 +206,14 @@ class Servable:
     def _scheduled(self, request: InferenceRequest, id_: int) -> Request:
         """Return a request as the scheduler sees it. Raises InvalidParameter."""
         tiers = self.bundle.allowed_tiers(request.tier, request.min_tier)
-        return Request(id_, request.arrival_s, request.deadline_s, tiers, caller=request.caller)
+        return Request(
+            id_,
+            request.arrival_s,
+            request.deadline_s,
+            tiers,
+            caller=request.caller,
+            max_looks=request.max_looks or self.settings.max_looks,
+        )
 
     def _arrive(self, offered: OfferedRequest, decode_s: float = 0.0, wait_s: float = 0.0) -> None:
         """Have the scheduler admit or refuse a request.
@@ -248,6 +262,10 @@ class Servable:
                 fastest = self.bundle.tiers[admitted.scheduled.tiers[0]].name
                 queue_limit = self.settings.queue_limit
                 admitted.refuse(refusals.rejected(action, admitted.scheduled, fastest, queue_limit))
+            case Answer(id=id_):
+                answered = self._offered[id_]
+                answered.arrived = False  # the scheduler has forgotten it
+                answered.send_first_answer()
             case Remove(id=id_):
                 self._offered[id_].refuse(self._removal(action, self._offered[id_]))
             case BatchAccounted(device=device):
@@ -273,7 +291,9 @@ class Servable:
         batch = _Batch(dispatch, requests, now_s, predicted_s)
         self._batches[dispatch.device] = batch
         for admitted in requests:  # now, with the forecast that the tier was chosen by
-            if admitted.request.tier != "auto":
+            if admitted.first_answer is not None:
+                admitted.reason = explain_second_look(admitted.first_answer)
+            elif admitted.request.tier != "auto":
                 admitted.reason = "the request names this tier"
             else:
                 admitted.reason = explain_tier(
@@ -309,21 +329,69 @@ class Servable:
         batch.padding = output.padding
         if not batch.hung:
             self._health.succeeded(dispatch.tier)
+        margins, tier = list[tuple[int, float]](), self.bundle.tiers[dispatch.tier]
         for row, admitted in enumerate(batch.requests):
-            self._deliver(admitted, output, row, batch, now_s)
+            if admitted.result.done():  # the client left, or the batch hung
+                continue
+            result = admitted.answer(output, row, tier, batch.start_s, now_s)
+            if admitted.first_answer is None and self._may_look_again(admitted):
+                result = self._first_look(admitted, result, margins)
+            if admitted.first_answer is None or result.looks > 1:
+                self._deliver(admitted, result)
         # not the engine's own seconds: event loop and host add to every answer's latency
-        self._handle(Done(now_s, dispatch.device, now_s - batch.start_s))
+        seconds = now_s - batch.start_s
+        self._handle(Done(now_s, dispatch.device, seconds, tuple(margins)))
 
-    def _deliver(
-        self, admitted: OfferedRequest, output: Output, row: int, batch: _Batch, now_s: float
-    ) -> None:
+    def _may_look_again(self, admitted: OfferedRequest) -> bool:
+        """Return whether a request may run twice, if its first answer is unsure."""
+        may = admitted.scheduled.max_looks > 1 and admitted.request.tier == "auto"
+        return may and bool(self._escalations)
+
+    def _first_look(
+        self, admitted: OfferedRequest, result: InferenceResult, margins: list[tuple[int, float]]
+    ) -> InferenceResult:
+        """Keep a first answer that a second look may improve, and add its margin to `margins`.
+
+        Returns the answer with what its reason is if it is sent.
+        """
+        scheduled, tier = admitted.scheduled, self.bundle.tiers.index(result.tier)
+        found = float(margin(result.vector, self.bundle.temperature(result.tier)))
+        gains = self._escalations.gains(tier, found, scheduled.tiers)
+        admitted.look_gain = max(gains.values(), default=0.0)
+        if tier < scheduled.tiers[-1]:  # else the reason of the best tier says it
+            reason = explain_first_look(result.tier.name, admitted.look_gain)
+            result = replace(result, reason=reason)
+        until_s = answer_by_s(scheduled)
+        if gains and _now_s() < until_s:
+            admitted.hold(result, until_s, self._first_answer_sent)
+            margins.append((scheduled.id, found))
+        return result
+
+    def _first_answer_sent(self, admitted: OfferedRequest, result: InferenceResult) -> None:
+        """Count a request that ended with its first answer; have the scheduler forget it."""
+        self._leave(admitted)
+        self._count(admitted, result)
+
+    def _deliver(self, admitted: OfferedRequest, result: InferenceResult) -> None:
         """Give a request its result, and count it."""
-        tier = batch.dispatch.tier
-        result = admitted.deliver(output, row, self.bundle.tiers[tier], batch.start_s, now_s)
-        if result is None:  # the client left, or the batch hung
-            return
-        accuracy, tiers = self.setup.tier_table.accuracy[tier], admitted.scheduled.tiers
-        debt = max(0.0, self._idle_accuracy(tiers) - self._counted_accuracy(tiers)[tier])
+        if (first := admitted.first_answer) is not None:
+            changed = bool(first.vector.argmax() != result.vector.argmax())
+            self._metrics.record_second_look(result.tier.name, changed=changed)
+        admitted.deliver(result)
+        self._count(admitted, result)
+
+    def _count(self, admitted: OfferedRequest, result: InferenceResult) -> None:
+        """Count an answer.
+
+        An answer that a second look could have improved has a debt of what that was expected to
+        gain. One that no second look would improve has none, on whichever tier it ran.
+        """
+        tier, tiers = self.bundle.tiers.index(result.tier), admitted.scheduled.tiers
+        accuracy = self.setup.tier_table.accuracy[tier]
+        if self._may_look_again(admitted):
+            debt = admitted.look_gain if result.looks == 1 else 0.0
+        else:
+            debt = max(0.0, self._idle_accuracy(tiers) - self._counted_accuracy(tiers)[tier])
         self._metrics.record_answer(
             result.tier.name,
             decode_s=result.decode_s,
@@ -423,6 +491,17 @@ class Servable:
                 admitted.refuse(refusals.device_lost())
         if not self.works:
             self._refuse_all(refusals.device_lost())
+
+    def end_looks(self) -> None:
+        """Send every first answer that waits, and start no second look from now on."""
+        self._handle(LooksEnded(_now_s()))
+
+    def send_first_answers(self, memory: MemoryBudget, wanted_bytes: int) -> None:
+        """Send first answers that wait, until `wanted_bytes` are free."""
+        for offered in list(self._offered.values()):
+            if memory.free_bytes >= wanted_bytes:
+                break
+            offered.send_first_answer()
 
     def stop(self) -> None:
         """Refuse every request because the server is stopping; handle no more events."""

@@ -123,6 +123,7 @@ class Service:
         self._groups = 0  # requests for several images that are not answered
         self._decode_threads = settings.decode_threads or cpus.count_usable()
         self._resources = self._create_resources()
+        self._resources.memory.reclaim = self._reclaim
         self._trimmer: asyncio.Task[None] | None = None
         self._loader = Device("reload")
         self._devices = [Device(f"device-{i}") for i in range(len(engines))]
@@ -291,6 +292,7 @@ class Service:
         self.metrics.add_tiers([tier.name for tier in new.bundle.tiers])
         self._current = new
         self._retired.add(old)
+        old.end_looks()
         self.metrics.record_reload(Reload.DONE)
         self._record_build()
         seconds = time.monotonic() - begin_s
@@ -307,6 +309,8 @@ class Service:
         """Admit no more requests; those admitted are answered."""
         if self._state is not State.STOPPED:
             self._state = State.DRAINING
+            for servable in self._servables:
+                servable.end_looks()
 
     def refuse_unanswered(self) -> None:
         """Admit no more requests, and refuse those that are unanswered."""
@@ -432,10 +436,11 @@ class Service:
         recorder: Recorder | None = None,
     ) -> Servable:
         settings = self.settings
+        calibration = bundle.manifest.calibration if settings.max_looks > 1 else None
         setup = Setup(
             policy=settings.policy,
             waiting_price=settings.waiting_price,
-            tier_table=tier_table(bundle.tiers),
+            tier_table=tier_table(bundle.tiers, calibration),
             seconds=profile.seconds(),
             max_batch=settings.max_batch,
             queue_limit=settings.queue_limit,
@@ -453,6 +458,15 @@ class Service:
             recorder=recorder,
             on_device_lost=self._device_lost,
         )
+
+    def _reclaim(self, missing_bytes: int) -> None:
+        """Free memory: first the images that wait for a second look, then uploads that lag."""
+        memory = self._resources.memory
+        wanted_bytes = memory.free_bytes + missing_bytes
+        for servable in self._servables:
+            servable.send_first_answers(memory, wanted_bytes)
+        if memory.free_bytes < wanted_bytes:
+            self._resources.uploads.reclaim(wanted_bytes - memory.free_bytes)
 
     def _device_lost(self, device: int) -> None:
         for servable in self._servables:

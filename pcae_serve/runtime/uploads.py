@@ -91,7 +91,7 @@ class Uploads:
     def __init__(self, limit: int, min_bytes_s: float, memory: MemoryBudget) -> None:
         """limit: how many at once. min_bytes_s: minimum rate of each."""
         self._limit, self._min_bytes_s, self._memory = limit, min_bytes_s, memory
-        memory.reclaim = self._reclaim
+        memory.reclaim = self.reclaim
         self._uploads, self._held_bytes = set[Upload](), 0
         self._checking = False
 
@@ -154,7 +154,7 @@ class Uploads:
         if count > self._share_bytes:
             raise Refused(refusals.over_memory(count, self._share_bytes))
         if (missing_bytes := count - held - self._free_bytes) > 0:
-            self._reclaim(missing_bytes)
+            self.reclaim(missing_bytes)
         if count - held > self._free_bytes:
             raise Refused(refusals.memory_full())
 
@@ -175,7 +175,7 @@ class Uploads:
         """Bytes that uploads may take in addition to those that they hold."""
         return min(self._memory.free_bytes, self._share_bytes - self._held_bytes)
 
-    def _reclaim(self, missing_bytes: int) -> None:
+    def reclaim(self, missing_bytes: int) -> None:
         """Drop uploads that are behind, the furthest first, if that frees the missing bytes."""
         now_s = asyncio.get_running_loop().time()
         lagging = [

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from pcae_serve.bounded_json import parse_json
 from pcae_serve.errors import PcaeError, StartError, one_line
 from pcae_serve.frozen_model import FrozenModel
+from pcae_serve.scheduling.escalation import Escalations
 from pcae_serve.scheduling.events import (
     Action,
     Arrived,
@@ -26,6 +27,7 @@ from pcae_serve.scheduling.events import (
     DeviceLost,
     Done,
     Event,
+    LooksEnded,
     TaskSubmitted,
     TierDisabled,
     Timer,
@@ -48,14 +50,24 @@ MAX_LINE_BYTES = 4_000_000
 
 _EVENTS: dict[str, type[Event]] = {
     kind.__name__: kind
-    for kind in (Arrived, Decoded, ClientLeft, TierDisabled, TaskSubmitted, DeviceLost, Timer, Done)
+    for kind in (
+        Arrived,
+        Decoded,
+        ClientLeft,
+        TierDisabled,
+        TaskSubmitted,
+        DeviceLost,
+        LooksEnded,
+        Timer,
+        Done,
+    )
 }
 
 
 class Setup(FrozenModel):
     """Everything that determines a scheduler's actions, apart from its events."""
 
-    event_log: Literal[4] = 4  # version of the format
+    event_log: Literal[5] = 5  # version of the format
     pcae_serve: str = __version__  # another version may act differently
     policy: str
     waiting_price: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # points per 100 ms
@@ -94,6 +106,8 @@ class Setup(FrozenModel):
             max_batch=self.max_batch,
             queue_limit=self.queue_limit,
             weights=self.weights,
+            escalations=Escalations(self.tier_table.escalations),
+            price_per_s=self.waiting_price * ACCURACY_PER_S,
         )
 
 

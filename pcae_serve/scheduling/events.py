@@ -7,8 +7,12 @@
     TierDisabled    a tier has failed and runs no more requests    Remove, Dispatch
     TaskSubmitted   a background task joins its own queue          StartTask
     DeviceLost      a device will not return from its last call
-    Timer           the time of an earlier SetTimer has come       Remove, Dispatch
-    Done            a device finished its batch or task            BatchAccounted, Dispatch
+    LooksEnded      no second look may start from now on           Answer
+    Timer           the time of an earlier SetTimer has come       Remove, Answer, Dispatch
+    Done            a device finished its batch or task            BatchAccounted, Answer, Dispatch
+
+A request whose margin is in Done has a first answer, which is not sent yet: it waits for a second
+look until Answer, or until a Dispatch has its id again. The second answer then replaces the first.
 
 All times are seconds of one monotonic clock. The event log stores these classes field by field.
 """
@@ -57,6 +61,11 @@ class DeviceLost:
 
 
 @dataclass(frozen=True)
+class LooksEnded:
+    now_s: float
+
+
+@dataclass(frozen=True)
 class Timer:
     now_s: float
 
@@ -66,9 +75,21 @@ class Done:
     now_s: float
     device: int
     seconds: float | None  # None if the batch failed, and for tasks: nothing to learn from
+    #: Id and margin of the requests that a second look may gain something for.
+    margins: tuple[tuple[int, float], ...] = ()
 
 
-Event = Arrived | Decoded | ClientLeft | TierDisabled | TaskSubmitted | DeviceLost | Timer | Done
+Event = (
+    Arrived
+    | Decoded
+    | ClientLeft
+    | TierDisabled
+    | TaskSubmitted
+    | DeviceLost
+    | LooksEnded
+    | Timer
+    | Done
+)
 
 
 @dataclass(frozen=True)
@@ -114,6 +135,13 @@ class Remove:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """Send the first answer of a request; it gets no second look."""
+
+    id: int
+
+
+@dataclass(frozen=True)
 class StartTask:
     """Run this background task on this device."""
 
@@ -140,4 +168,4 @@ class BatchAccounted:
     cancelled: int  # rows whose client left while the batch ran
 
 
-Action = Dispatch | StartTask | Reject | Remove | SetTimer | BatchAccounted
+Action = Dispatch | StartTask | Reject | Remove | Answer | SetTimer | BatchAccounted

@@ -21,6 +21,7 @@ class Request:
     decode_s: float = 0.0  # predicted seconds of decoding it on an idle server
     ready_s: float = 0.0  # predicted time at which it will be decoded; it cannot run before
     caller: str = ""  # who sent it, see shares.py; empty: unknown
+    max_looks: int = 1  # how often it may run at most, see second_looks.py
 
     @property
     def budget_s(self) -> float:

@@ -5,7 +5,7 @@ actions.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import assert_never
@@ -13,8 +13,10 @@ from typing import assert_never
 from pcae_serve.scheduling.admission import DeviceCapacity, OverloadFactor, check_admission
 from pcae_serve.scheduling.arrivals import Arrivals
 from pcae_serve.scheduling.background import RECHECK_S, BackgroundTask, BackgroundTasks
+from pcae_serve.scheduling.escalation import Escalations
 from pcae_serve.scheduling.events import (
     Action,
+    Answer,
     Arrived,
     BatchAccounted,
     ClientLeft,
@@ -23,6 +25,7 @@ from pcae_serve.scheduling.events import (
     Dispatch,
     Done,
     Event,
+    LooksEnded,
     Reject,
     RejectReason,
     Remove,
@@ -36,6 +39,7 @@ from pcae_serve.scheduling.feasibility import Backlog, group_by_cheapest, keep_f
 from pcae_serve.scheduling.latency import Forecast, Latency
 from pcae_serve.scheduling.policies.base import Policy, Run, SchedulerView, Wait
 from pcae_serve.scheduling.request_queue import Queue, Request
+from pcae_serve.scheduling.second_looks import SecondLooks
 from pcae_serve.scheduling.shares import Shares
 
 log = logging.getLogger(__name__)
@@ -49,6 +53,7 @@ class _Running:
     run: Run | None  # None for a background task
     expected_end_s: float
     left: set[int] = field(default_factory=set)  # ids of the batch whose clients left
+    again: bool = False  # a batch of second looks, whose requests have a first answer
 
 
 class Scheduler:
@@ -63,11 +68,15 @@ class Scheduler:
         max_batch: int = 32,
         queue_limit: int = 256,
         weights: Mapping[str, float] | None = None,
+        escalations: Escalations | None = None,
+        price_per_s: float = 0.0,
     ) -> None:
         """Create a scheduler with an empty queue.
 
         queue_limit: largest number of waiting requests, those being decoded included; further ones
-        are refused. weights: of callers by name, 1 for others, see shares.py.
+        are refused. weights: of callers by name, 1 for others, see shares.py. escalations: what
+        second looks gain; None: there are none. price_per_s: accuracy that a second of response
+        time must bring in a second look.
         """
         self._policy, self._latency = policy, latency
         self.policy_failed = False  # the policy raised at least once; the first time is logged
@@ -76,13 +85,17 @@ class Scheduler:
         self._decoding, self._queue = Queue(), Queue()
         self._shares = Shares(weights or {}, (self._decoding, self._queue), queue_limit)
         self._background = BackgroundTasks()
+        self._escalations = escalations or None
+        self._looks = SecondLooks(escalations or Escalations(()), price_per_s)
         self._running: list[_Running | None] = [None] * devices
         self._lost: set[int] = set()
         self._timer_s: float | None = None
+        self._wake_s = list[float]()  # times to decide again, of the event being handled
 
     def handle(self, event: Event) -> list[Action]:
         """Handle one event and return the actions to take, in order. Events come in time order."""
         now_s, actions = event.now_s, list[Action]()
+        self._wake_s.clear()
         forecast = self._latency.forecast(now_s)
         match event:
             case Arrived(request=request):
@@ -103,15 +116,21 @@ class Scheduler:
             case DeviceLost(device=device):
                 self._lost.add(device)
                 self._running[device] = _Running(None, inf)
+            case LooksEnded():
+                actions += [Answer(id_) for id_ in self._looks.end()]
             case Timer():
                 self._timer_s = None
-            case Done(device=device, seconds=seconds):
+            case Done(device=device, seconds=seconds, margins=margins):
+                finished = self._running[device]
                 actions += self._finish(device, seconds, now_s)
                 forecast = self._latency.forecast(now_s)
+                actions += self._offer_looks(finished, margins, now_s, forecast)
             case _:
                 assert_never(event)
         actions += self._expire(now_s, forecast, event.id if isinstance(event, Decoded) else None)
         actions += self._dispatch(now_s, forecast)
+        actions += self._look_again(now_s, forecast)
+        actions += self._set_timer(now_s, forecast)
         if not self._busy and not self._queue and not self._decoding:
             self._overload_factor.caught_up()
             self._shares.caught_up()
@@ -240,7 +259,8 @@ class Scheduler:
                 yield requests[0].deadline_s - forecast.p50(tier, 1)
 
     def _leave(self, id_: int) -> None:
-        if self._decoding.remove(id_) is None and self._queue.remove(id_) is None:
+        waits = (self._decoding, self._queue, self._looks)
+        if all(queue.remove(id_) is None for queue in waits):
             for running in self._running:
                 run = None if running is None else running.run
                 if running is not None and run and any(r.id == id_ for r in run.requests):
@@ -256,7 +276,54 @@ class Scheduler:
                     queue.add(replace(request, tiers=rest))
                 else:
                     actions.append(Remove(request.id, "failed"))
-        return actions
+        return actions + [Answer(id_) for id_ in self._looks.disable(tier)]
+
+    def _offer_looks(
+        self,
+        first: _Running | None,
+        margins: Sequence[tuple[int, float]],
+        now_s: float,
+        forecast: Forecast,
+    ) -> Iterator[Action]:
+        """Keep those requests of a finished batch whose second look is worth its time."""
+        run = None if first is None else first.run
+        if first is None or run is None:
+            return
+        view = self._view(now_s, forecast)
+        requests = {request.id: request for request in run.requests}
+        for id_, margin in margins:
+            if id_ in first.left:
+                continue
+            late = self._overload_factor.overloaded
+            if late or not self._looks.offer(
+                requests[id_], run.tier, margin, view, len(run.requests)
+            ):
+                yield Answer(id_)
+
+    def _may_look(self, run: Run, device: int, now_s: float, forecast: Forecast) -> bool:
+        """Return whether a batch of second looks costs no accepted request its deadline."""
+        if not self._decoding:
+            return True
+        backlog = self._backlog(now_s, forecast)
+        end_s = now_s + forecast.p99(run.tier, len(run.requests))
+        busy = backlog.busy_until(end_s, self._working.index(device))
+        return busy.misses() <= backlog.misses()
+
+    def _look_again(self, now_s: float, forecast: Forecast) -> Iterator[Action]:
+        """Answer requests that can wait no longer; use idle devices for second looks."""
+        for id_ in self._looks.overdue(now_s, forecast):
+            yield Answer(id_)
+        for device, running in enumerate(self._running):
+            if running is not None or self._queue or not self._looks:
+                continue
+            run = self._looks.choose(self._view(now_s, forecast), len(self._decoding))
+            if run is None or not self._may_look(run, device, now_s, forecast):
+                break
+            ids = tuple(request.id for request in run.requests)
+            self._looks.take(ids)
+            end_s = now_s + forecast.p50(run.tier, len(ids))
+            self._running[device] = _Running(run, end_s, again=True)
+            yield Dispatch(device, run.tier, ids)
 
     def _finish(self, device: int, seconds: float | None, now_s: float) -> list[Action]:
         running = self._running[device]
@@ -266,9 +333,12 @@ class Scheduler:
         run, left = running.run, running.left
         if run is None:
             return []
-        late = sum(r.deadline_s < now_s and r.id not in left for r in run.requests)
+        late = 0  # of second looks: the first answer was sent in time
+        if not running.again:
+            late = sum(r.deadline_s < now_s and r.id not in left for r in run.requests)
         if seconds is not None:
             self._latency.observe(run.tier, len(run.requests), seconds, now_s)
+        if seconds is not None and not running.again:
             self._policy.observe(run, seconds, late)
             self._overload_factor.in_time(len(run.requests) - late - len(left))
             self._overload_factor.missed(late)
@@ -325,7 +395,7 @@ class Scheduler:
 
     def _dispatch(self, now_s: float, forecast: Forecast) -> list[Action]:
         """Give work to every free device: a due task, a batch, or a task if nothing is queued."""
-        actions, wake_s = list[Action](), list[float]()
+        actions = list[Action]()
         for device, running in enumerate(self._running):
             if running is not None or not self._queue:
                 continue
@@ -334,28 +404,36 @@ class Scheduler:
             ):
                 actions.append(self._start_task(device, now_s))
                 continue
-            view = SchedulerView(
-                now_s,
-                self._queue,
-                forecast,
-                self._arrivals,
-                self._max_batch,
-                len(self._running) - len(self._lost),
-            )
+            view = self._view(now_s, forecast)
             choice = self._keep_feasible(self._choose(view), device, now_s, forecast)
             if isinstance(choice, Wait):
-                wake_s.append(choice.until_s)
+                self._wake_s.append(choice.until_s)
                 break  # the devices are equal, so the policy would wait on the others as well
             actions += self._start_batch(device, choice, now_s, forecast)
         if self._background and not self._queue:
             actions += self._use_idle_devices(now_s, forecast)
             if self._background and None in self._running:
-                wake_s.append(now_s + RECHECK_S)
-        wake_s += self._latest_starts(forecast)
+                self._wake_s.append(now_s + RECHECK_S)
+        return actions
+
+    def _set_timer(self, now_s: float, forecast: Forecast) -> Iterator[SetTimer]:
+        """Wake up if a wait ends, or a request has to start or be answered."""
+        wake_s = [*self._wake_s, *self._latest_starts(forecast)]
+        wake_s += self._looks.latest_starts(forecast)
         if wake_s and (at_s := max(now_s, min(wake_s)) + _TIMER_SLACK_S) != self._timer_s:
             self._timer_s = at_s
-            actions.append(SetTimer(at_s))
-        return actions
+            yield SetTimer(at_s)
+
+    def _view(self, now_s: float, forecast: Forecast) -> SchedulerView:
+        return SchedulerView(
+            now_s,
+            self._queue,
+            forecast,
+            self._arrivals,
+            self._max_batch,
+            len(self._running) - len(self._lost),
+            None if self._looks.ended else self._escalations,
+        )
 
     def _start_batch(
         self, device: int, run: Run, now_s: float, forecast: Forecast

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pcae_serve.errors import StartError
+from pcae_serve.scheduling.escalation import Escalation
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class TierTable:
     names: tuple[str, ...]
     accuracy: tuple[float, ...]  # 0..1; agreement with the full model if accuracy is not measured
     margin: tuple[tuple[float, ...], ...] = ()
+    escalations: tuple[Escalation, ...] = ()  # what second looks gain; empty: unknown
 
     def index(self, name: str) -> int:
         """Return the position of the tier with this name. Raise StartError if there is none."""

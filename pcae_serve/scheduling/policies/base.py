@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pcae_serve.scheduling.arrivals import Arrivals
+from pcae_serve.scheduling.escalation import Escalations
 from pcae_serve.scheduling.latency import Forecast
 from pcae_serve.scheduling.request_queue import Queue, Request
 
@@ -22,6 +23,7 @@ class SchedulerView:
     arrivals: Arrivals
     max_batch: int
     devices: int = 1  # equal ones, this one included
+    escalations: Escalations | None = None  # what second looks gain; None: there are none
 
 
 @dataclass(frozen=True, slots=True)

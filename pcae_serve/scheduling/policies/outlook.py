@@ -101,6 +101,22 @@ class Outlook:
         single_s = self.view.forecast.p99(self.floor, 1)
         return self.worst_s(busy_s, taken, 0.0, image_s, self._last_s, single_s)
 
+    def blocked(self, busy_s: float, taken: int) -> float:
+        """Return the arrivals during a batch of `taken` that are expected to be late by it."""
+        view = self.view
+        arrivals, forecast = view.arrivals, view.forecast
+        left = max(0, len(view.queue) - taken)
+        coming, _ = arrivals.count_within(busy_s)
+        next_batch = max(1, min(self.useful, round(left + coming)))
+        done_s = busy_s + forecast.p99(self.floor, next_batch)
+        blocked = 0.0
+        for budgets in arrivals.classes:
+            if done_s <= budgets.budget_s:
+                break
+            over_s = min(busy_s, done_s - budgets.budget_s)
+            blocked += budgets.share * arrivals.count_within(over_s)[0]
+        return blocked / view.devices
+
     @cached_property
     def _last_s(self) -> list[float]:
         """For each horizon: seconds of the last batch before it, in steady traffic."""
@@ -162,14 +178,14 @@ class Batch:
 
 
 def look(view: SchedulerView) -> Outlook:
-    """Compute the horizons. The devices are equal and share the requests."""
+    """Compute the horizons. The devices are equal and share the requests; there may be none."""
     queue, forecast, now_s = view.queue, view.forecast, view.now_s
     arrivals, devices = view.arrivals, view.devices
     waiting, classes = queue.by_deadline, arrivals.classes
     # the cheapest tier of the most urgent request; less urgent ones may be pinned to cheaper tiers
-    floor = waiting[0].tiers[0]
-    tiers = [tier for tier in queue.tiers if tier >= floor]
-    tightest_s = classes[0].budget_s if classes else waiting[0].budget_s
+    floor = waiting[0].tiers[0] if waiting else 0
+    tiers = [tier for tier in queue.tiers if tier >= floor] or [floor]
+    tightest_s = classes[0].budget_s if classes else waiting[0].budget_s if waiting else inf
     useful = min(view.max_batch, forecast.useful_batch(floor))
     twice = max(1, forecast.largest_batch(floor, tightest_s / 2, view.max_batch))
 
@@ -178,7 +194,7 @@ def look(view: SchedulerView) -> Outlook:
     for budgets in classes:  # deadlines of the next arrivals
         within_s = budgets.budget_s * 1.0001
         deadlines.append((within_s, due(waiting, now_s + within_s)))
-    last_s = waiting[-1].deadline_s - now_s
+    last_s = waiting[-1].deadline_s - now_s if waiting else 0.0
     deadlines.append((max(last_s, classes[-1].budget_s if classes else 0.0) * 1.05, len(waiting)))
 
     horizons = []

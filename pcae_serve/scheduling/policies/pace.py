@@ -46,7 +46,7 @@ class Pace:
         outlook = look(view)
         floor = self._floor(outlook)
         better = self._better_batches(outlook, floor)
-        if self._price:
+        if self._price or view.escalations is not None:
             batch = self._price.best(outlook, floor, reversed(list(better)))
         else:
             batch = next(better, floor)
@@ -66,9 +66,9 @@ class Pace:
             if misses is None:
                 misses = (
                     outlook.expected_misses(floor.busy_s, floor.end),
-                    self._blocked(outlook, floor),
+                    outlook.blocked(floor.busy_s, floor.end),
                 )
-            if self._worthwhile(outlook, better, *misses):
+            if self._worthwhile(outlook, better, floor, *misses):
                 yield better
 
     def observe(self, run: Run, seconds: float, late: int) -> None:
@@ -136,33 +136,25 @@ class Pace:
         return worst_s <= ROUNDING_S
 
     def _worthwhile(
-        self, outlook: Outlook, batch: Batch, floor_misses: list[float], floor_blocked: float
+        self,
+        outlook: Outlook,
+        batch: Batch,
+        floor: Batch,
+        floor_misses: list[float],
+        floor_blocked: float,
     ) -> bool:
         """Return whether the accuracy gained outweighs the deadlines that may be missed."""
         gain = sum(
             self._price.relative_gain(request, batch.tier, outlook.floor)
             for request in batch.requests(outlook.view)
         )
+        looks = self._price.look_gain
+        if gain > 0 and outlook.view.escalations is not None:
+            gain += batch.size * (looks(outlook, batch) - looks(outlook, floor))
         if gain <= 0:
             return False
         misses = outlook.expected_misses(batch.busy_s, batch.size)
         more = max(its - floors for its, floors in zip(misses, floor_misses, strict=True))
         if WORST_CASE_PRICE * more > gain:
             return False
-        return self._blocked(outlook, batch) - floor_blocked <= gain
-
-    def _blocked(self, outlook: Outlook, batch: Batch) -> float:
-        """Return the expected arrivals during the batch that will be late because of it."""
-        view = outlook.view
-        arrivals, forecast = view.arrivals, view.forecast
-        left = max(0, len(view.queue) - batch.end)
-        coming, _ = arrivals.count_within(batch.busy_s)
-        next_batch = max(1, min(outlook.useful, round(left + coming)))
-        done_s = batch.busy_s + forecast.p99(outlook.floor, next_batch)
-        blocked = 0.0
-        for budgets in arrivals.classes:
-            if done_s <= budgets.budget_s:
-                break
-            over_s = min(batch.busy_s, done_s - budgets.budget_s)
-            blocked += budgets.share * arrivals.count_within(over_s)[0]
-        return blocked / view.devices
+        return outlook.blocked(batch.busy_s, batch.end) - floor_blocked <= gain

@@ -46,18 +46,38 @@ class WaitingPrice:
         accuracy, cheapest = self._accuracy(request, floor)
         return accuracy[tier] / max(accuracy[cheapest], LEAST_ACCURACY) - 1
 
+    def look_gain(self, outlook: Outlook, batch: Batch) -> float:
+        """Return what second looks are expected to gain per image after a batch."""
+        view, first = outlook.view, batch.tier
+        if view.escalations is None:
+            return 0.0
+        tiers = [tier for tier in outlook.tiers if tier > first]
+        requests = batch.requests(view)
+        rate = outlook.arrival_rate
+        first_s = max(outlook.image_s(first), view.forecast.p50(first, batch.size) / batch.size)
+        plan = view.escalations.plan(first, tiers, view.forecast, rate, first_s)
+        if plan is None:
+            return 0.0
+        until_s = view.now_s + batch.busy_s + view.forecast.p99(plan.second, 1)
+        may = sum(
+            request.max_looks > 1 and plan.second in request.tiers and request.deadline_s >= until_s
+            for request in requests
+        )
+        return plan.gain * may / len(requests)
+
     def best(self, outlook: Outlook, floor: Batch, better: Iterable[Batch]) -> Batch:
         """Return the batch with the greatest value; the floor has none, and wins ties.
 
         better: batches on other tiers, the cheapest first.
         """
-        best, best_value, most_gain = floor, 0.0, 0.0
+        best, best_value, most_gain = floor, self.look_gain(outlook, floor), 0.0
         for batch in better:
             gain = self._gain(outlook, batch)
             if gain <= most_gain:
                 continue  # a faster tier is as accurate
             most_gain = gain
             value = gain * _sustained_share(outlook, batch) - self._per_s * _delay_s(outlook, batch)
+            value += self.look_gain(outlook, batch)
             if value > best_value:
                 best, best_value = batch, value
         return best

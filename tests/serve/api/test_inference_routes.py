@@ -174,6 +174,7 @@ def test_parameters(client: TestClient, instant: TestClient) -> None:
     assert answer["parameters"] == {
         "tier": "fast",
         "reason": "the request names this tier",
+        "looks": "1",
         "met_budget": "true",
         "budget_ms": 20_000,
     }

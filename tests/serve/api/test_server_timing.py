@@ -16,7 +16,9 @@ from pcae_serve.settings import Settings
 from tests.support.apps import batch, fail, quick, wait_until
 from tests.support.images import image_bytes
 
-TIMES = r"decode;dur=[\d.]+, queue;dur=[\d.]+, compute;dur=[\d.]+, total;dur=([\d.]+)"
+TIMES = (
+    r'decode;dur=[\d.]+, queue;dur=[\d.]+, compute;dur=[\d.]+, total;dur=([\d.]+), looks;desc="1"'
+)
 
 
 def test_every_route_records_timing_alike(
@@ -36,15 +38,15 @@ def test_every_route_records_timing_alike(
             response = client.post(path, **how)
             [record] = caplog.records
             fields = record.__dict__["fields"]
-            logged = {name: fields[name] for name in ("tier", "images") if name in fields}
+            logged = {name: fields[name] for name in ("tier", "looks", "images") if name in fields}
             return response.headers.get("server-timing"), logged
 
         several = timed(f"/classify/batch{query}", files=batch(image, b"no image", image))
         for (times, logged), wanted in (
-            (timed(f"/classify{query}", content=image), {"tier": "fast"}),
-            (timed(path, content=image, headers=alone), {"tier": "full"}),
-            (timed(path, json=infer), {"tier": "fast:2"}),
-            (several, {"tier": "fast:2", "images": "200:2,415:1"}),
+            (timed(f"/classify{query}", content=image), {"tier": "fast", "looks": 1}),
+            (timed(path, content=image, headers=alone), {"tier": "full", "looks": 1}),
+            (timed(path, json=infer), {"tier": "fast:2", "looks": 2}),
+            (several, {"tier": "fast:2", "looks": 2, "images": "200:2,415:1"}),
         ):
             assert times is not None
             match = re.fullmatch(TIMES, times)

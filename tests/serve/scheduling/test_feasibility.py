@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pcae_serve.scheduling.escalation import Escalation, Escalations, Step
 from pcae_serve.scheduling.events import (
     Action,
+    Answer,
     Arrived,
     Decoded,
     Dispatch,
@@ -33,6 +35,9 @@ TIER_TABLE = TierTable(("fast", "mid", "full"), (0.90, 0.95, 1.00))
 #: Policies by name; after @, the price of waiting.
 POLICIES = [*OURS, *PUBLISHED, "fixed:full", "fixed:fast", "nexus:mid", "pace+drop", "greedy+drop"]
 POLICIES += ["pace@0.1", "pace@3", "pace+drop@1"]
+#: What second looks gain at margins up to 0.1, 0.3 and 0.6.
+STEPS = tuple(Step(margin, 0.25, gain) for margin, gain in ((0.1, 0.4), (0.3, 0.2), (0.6, 0.01)))
+LOOKS = Escalations([Escalation(i, j, STEPS) for i, j in ((0, 1), (0, 2), (1, 2))])
 #: Seconds of one image by tier.
 IMAGE_S = (0.010, 0.030, 0.060)
 
@@ -49,10 +54,19 @@ class ExactWorld:
     agenda: list[tuple[float, int, Event]] = field(default_factory=list)
     timer_s: float = inf
     order: int = 0
+    looks: bool = False  # answers may be unsure, and run again
+    in_hand: set[int] = field(default_factory=set)  # have a first answer, which is not sent
+    looked: int = 0  # second looks that ran
 
     @classmethod
     def create(
-        cls, policy: str, *, devices: int = 1, batching: bool = False, closed_loop: float = 0.0
+        cls,
+        policy: str,
+        *,
+        devices: int = 1,
+        batching: bool = False,
+        closed_loop: float = 0.0,
+        looks: bool = False,
     ) -> "ExactWorld":
         """batching: an image of a large batch costs 0.3 of a single one; else each the same."""
         fixed, each = (0.7, 0.3) if batching else (0.0, 1.0)
@@ -62,12 +76,20 @@ class ExactWorld:
         ]
         name, _, price = policy.partition("@")
         policy_ = create(name, TIER_TABLE, float(price or 0))
-        scheduler = Scheduler(policy_, Latency(seconds, 8), devices=devices, max_batch=8)
-        return cls(scheduler, seconds, closed_loop)
+        scheduler = Scheduler(
+            policy_,
+            Latency(seconds, 8),
+            devices=devices,
+            max_batch=8,
+            escalations=LOOKS if looks else None,
+        )
+        return cls(scheduler, seconds, closed_loop, looks=looks)
 
     def offer(self, now_s: float, budget_s: float, tiers: tuple[int, ...], caller: str = "") -> int:
         id_, deadline_s = len(self.requests), now_s + budget_s
-        self.requests[id_] = request = Request(id_, now_s, deadline_s, tiers, caller=caller)
+        self.requests[id_] = request = Request(
+            id_, now_s, deadline_s, tiers, caller=caller, max_looks=1 + self.looks
+        )
         self._push(Arrived(now_s, request))
         return id_
 
@@ -89,6 +111,8 @@ class ExactWorld:
 
     def _handle(self, event: Event) -> None:
         now_s = event.now_s
+        if isinstance(event, Done):
+            self.in_hand |= {id_ for id_, _ in event.margins}
         actions: list[Action] = self.scheduler.handle(event)
         if isinstance(event, Arrived) and not actions:
             self._handle(Decoded(now_s, event.request.id))
@@ -96,13 +120,23 @@ class ExactWorld:
             match action:
                 case Dispatch(device=device, tier=tier, ids=ids):
                     took_s = self.seconds[tier][len(ids)].p50
-                    for id_ in ids:
+                    again = self.in_hand & set(ids)
+                    assert again in (set(), set(ids))
+                    self.in_hand -= again
+                    self.looked += len(again)
+                    margins = list[tuple[int, float]]()
+                    for id_ in set(ids) - again:
+                        if self.looks and now_s + took_s < self.requests[id_].deadline_s:
+                            margins.append((id_, id_ % 7 / 10))
+                    for id_ in set(ids) - again:
                         request = self.requests[id_]
                         in_time = now_s + took_s <= request.deadline_s
                         self.ends[id_] = "in time" if in_time else "late"
                         if self.closed_loop == round(request.budget_s, 6):
                             self.offer(now_s + took_s, self.closed_loop, request.tiers)
-                    self._push(Done(now_s + took_s, device, took_s))
+                    self._push(Done(now_s + took_s, device, took_s, tuple(margins)))
+                case Answer(id=id_):
+                    self.in_hand.remove(id_)
                 case Reject(id=id_):
                     self.ends[id_] = "rejected"
                 case Remove(id=id_, why=why):
@@ -116,13 +150,16 @@ def check_all_accepted_in_time(
     offered: list[tuple[float, float, tuple[int, ...]]],
     devices: int,
     batching: bool,
+    looks: bool,
 ) -> None:
-    world, now_s = ExactWorld.create(policy, devices=devices, batching=batching), 0.0
+    world = ExactWorld.create(policy, devices=devices, batching=batching, looks=looks)
+    now_s = 0.0
     for i, (gap_s, budget_s, tiers) in enumerate(offered):
         now_s += gap_s
         world.offer(now_s, budget_s, tiers, caller=f"caller{i % 3}")
     world.run()
     assert len(world.ends) == len(offered)
+    assert not world.in_hand
     missed = {id_: end for id_, end in world.ends.items() if end not in ("in time", "rejected")}
     if devices == 1 and batching:  # the documented exception: see Scheduler._stays_feasible
         missed = {id_: end for id_, end in missed.items() if not shares_its_tier(world, id_)}
@@ -155,21 +192,29 @@ DEVICES = st.sampled_from([1, 1, 2, 3])
 
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=15)
-@given(offered=OFFERED, devices=DEVICES, batching=st.booleans())
+@given(offered=OFFERED, devices=DEVICES, batching=st.booleans(), looks=st.booleans())
 def test_every_accepted_request_is_in_time(
-    policy: str, offered: list[tuple[float, float, tuple[int, ...]]], devices: int, batching: bool
+    policy: str,
+    offered: list[tuple[float, float, tuple[int, ...]]],
+    devices: int,
+    batching: bool,
+    looks: bool,
 ) -> None:
-    check_all_accepted_in_time(policy, offered, devices, batching)
+    check_all_accepted_in_time(policy, offered, devices, batching, looks)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=300)
-@given(offered=OFFERED, devices=DEVICES, batching=st.booleans())
+@given(offered=OFFERED, devices=DEVICES, batching=st.booleans(), looks=st.booleans())
 def test_every_accepted_request_is_in_time_in_many_cases(
-    policy: str, offered: list[tuple[float, float, tuple[int, ...]]], devices: int, batching: bool
+    policy: str,
+    offered: list[tuple[float, float, tuple[int, ...]]],
+    devices: int,
+    batching: bool,
+    looks: bool,
 ) -> None:
-    check_all_accepted_in_time(policy, offered, devices, batching)
+    check_all_accepted_in_time(policy, offered, devices, batching, looks)
 
 
 def test_a_queue_of_one_tier_may_lose_one_of_its_own() -> None:
