@@ -12,7 +12,6 @@ from pcae_serve.scheduling.latency import Forecast
 from pcae_serve.scheduling.policies.registry import weighs_waiting
 from pcae_serve.scheduling.request_queue import Request
 
-
 #: An answer is called sure if a second look is expected to add less accuracy.
 SURE_GAIN = 0.01
 
