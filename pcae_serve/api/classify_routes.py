@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from pcae_serve import schemas
 from pcae_serve.api import problems
+from pcae_serve.api.direct_route import DirectRoute
 from pcae_serve.api.image_requests import (
     Answered,
     answer_image,
@@ -15,7 +16,11 @@ from pcae_serve.api.parameters import ClassifyParameters
 from pcae_serve.errors import RequestError
 from pcae_serve.runtime import results
 
-router = APIRouter(tags=["Images"], responses=problems.documented(problems.IMAGE_PROBLEMS))
+router = APIRouter(
+    tags=["Images"],
+    responses=problems.documented(problems.IMAGE_PROBLEMS),
+    route_class=DirectRoute,
+)
 
 
 @router.post("/classify", openapi_extra=one_image(ClassifyParameters))

@@ -134,6 +134,26 @@ def test_a_missing_key_is_401_and_an_unknown_one_403(guarded: TestClient) -> Non
     problem(basic, 401)
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-API-Key": ALICE, "Authorization": "Bearer mallory"},
+        {"X-API-Key": "", "Authorization": f"Bearer {ALICE}"},
+        {"X-API-Key": "mallory", "Authorization": f"Bearer {ALICE}"},
+        {"Authorization": "Bearer "},
+        {"Authorization": "Bearer"},
+        {"Authorization": ALICE},
+        {"Authorization": f"BEARER  {ALICE}"},
+        {"Authorization": ""},
+    ],
+)
+def test_classify_reads_keys_as_routes_of_fastapi_do(
+    guarded: TestClient, headers: dict[str, str]
+) -> None:
+    status = guarded.post("/classify", content=image_bytes(), headers=headers).status_code
+    assert status == guarded.get("/tiers", headers=headers).status_code
+
+
 def test_admin_routes_accept_only_admin_keys(guarded: TestClient) -> None:
     problem(guarded.post("/admin/reload"), 401)
     problem(guarded.post("/admin/reload", headers={"X-API-Key": ALICE}), 403)
