@@ -34,6 +34,7 @@ from pcae_serve.engines.base import Pixels
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
 from pcae_serve.errors import PcaeError
 from pcae_serve.flags import Metavar
+from pcae_serve.loadtest import plot_style
 from pcae_serve.sources.names import ModelName, is_remote, local_name
 from pcae_training import heldout_record
 from pcae_training.checkpoint import Checkpoint
@@ -328,7 +329,10 @@ class WriteBundle(CalibrationFlags):
             parts = assign_tiers(parts, front)
             tables.append("\n".join(format_front(front)))
             pictures[FRONT_IMAGE] = draw_front(
-                front, f"{self.name or self.out.name}: {front.machine}"
+                front,
+                plot_style.dated(
+                    f"{self.name or self.out.name}: {front.machine}; n = {count:,} images"
+                ),
             )
         others, rows = self._calibration(first, images, order)
         order = order[len(rows) :]

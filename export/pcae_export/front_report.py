@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from pcae_export.plot_style import CHOSEN, OTHER, REPEATABLE
 from pcae_export.tier_front import MIN_STEP, Candidate, Front
 from pcae_serve.bundle.quality import Accuracy, Agreement, Fidelity
+from pcae_serve.loadtest import plot_style
 
 #: File of the drawing in a bundle.
 FRONT_IMAGE = "front.svg"
@@ -61,7 +62,7 @@ def draw_front(front: Front, title: str) -> bytes:
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.add_subplot()
         optimal = [(1e3 * c.seconds, factor * c.score) for c in front.optimal]
-        axes.plot(*zip(*optimal, strict=True), color="0.75", linewidth=1, zorder=0)
+        axes.plot(*zip(*optimal, strict=True), color=plot_style.LINE, linewidth=1, zorder=0)
         for precision, marker in (("float32", "o"), ("int8", "s")):
             some = [c for c in front.candidates if c.tier.precision == precision]
             if some:
@@ -77,9 +78,9 @@ def draw_front(front: Front, title: str) -> bytes:
         axes.set_xscale("log")
         axes.set_xlabel("time of one image, ms (logarithmic)")
         axes.set_ylabel(_measure(front))
-        axes.set_title(title, fontsize=9)
-        axes.grid(color="0.92", which="both")
-        axes.legend(fontsize=8, frameon=False)
+        axes.set_title(title, fontsize=plot_style.TITLE)
+        plot_style.style(axes)
+        axes.legend(fontsize=plot_style.LABEL, frameon=False)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

@@ -10,6 +10,7 @@ from pcae_export.calibrate import Cascade, best_cascades
 from pcae_export.plot_style import CHOSEN, OTHER, REPEATABLE
 from pcae_serve.bundle.calibration import Calibration
 from pcae_serve.bundle.manifest import Tier
+from pcae_serve.loadtest import plot_style
 
 #: File of the drawing in a bundle.
 LOOKS_IMAGE = "second-looks.svg"
@@ -72,9 +73,10 @@ def draw_looks(cascades: Sequence[Cascade], tiers: Sequence[Tier], title: str, n
                 )  # fmt: skip
         axes.set_xlabel("multiply-adds per image, 10⁹ (mean)")
         axes.set_ylabel(f"{_measure(tiers)}, %")
-        axes.set_title(f"{title}: {n:,} images", fontsize=9)
-        axes.grid(color="0.92")
-        axes.legend(fontsize=8, frameon=False, loc="lower right")
+        heading = plot_style.dated(f"{title}; n = {n:,} images")
+        axes.set_title(heading, fontsize=plot_style.TITLE)
+        plot_style.style(axes)
+        axes.legend(fontsize=plot_style.LABEL, frameon=False, loc="lower right")
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

@@ -1,8 +1,10 @@
-"""The style of drawings in a card: colours for the colour-blind, files that repeat."""
+"""The style of drawings in a card: the colours of all plots, files that repeat."""
 
 from typing import Any
 
-#: What is recommended, and what it is compared with (Okabe and Ito, "Color universal design").
-CHOSEN, OTHER = "#d55e00", "#0072b2"
-#: Fixed ids and no date, so that equal drawings give equal files.
+from pcae_serve.loadtest.plot_style import COLOURS, EMPHASIS
+
+#: What is recommended, and what it is compared with.
+CHOSEN, OTHER = EMPHASIS, COLOURS[0]
+#: Fixed ids and no time of day, so that equal drawings of a day give equal files.
 REPEATABLE: Any = {"svg.hashsalt": "pcae", "svg.fonttype": "none"}

@@ -112,6 +112,9 @@ class Profile(BaseModel):
     json_: Path | None = Field(
         None, alias="json", description="also write all results to this file, as JSON"
     )
+    png: Path | None = Field(
+        None, description="plot the quality of the tiers against the time of an image to this file"
+    )
 
     def cli_cmd(self) -> None:
         given = self.model_dump(
@@ -145,6 +148,8 @@ class Profile(BaseModel):
                     "suggestion": None if suggested is None else asdict(suggested),
                 },
             )
+        if self.png is not None:
+            _draw(self.png, bundle, rows, describe(profile.origin, engine))
         print(f"serve it with: pcae-serve --bundle {self.bundle}")
 
     def _suggest(self, bundle: Bundle, engine: Engine, timed: Rounds, limit_s: float) -> Suggestion:
@@ -344,6 +349,23 @@ def _keep(profile: latency_profile.Profile, cache_dir: Path) -> Path:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise PcaeError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _draw(path: Path, bundle: Bundle, rows: Sequence[Row], machine: str) -> None:
+    """Draw the smallest and the largest batch size that were timed."""
+    from pcae_export.profile_chart import draw_profile  # loads matplotlib
+
+    batches = sorted({row.batch for row in rows})
+    image_ms = {
+        batch: [row.image_ms for row in rows if row.batch == batch]
+        for batch in dict.fromkeys((batches[0], batches[-1]))
+    }
+    caption = f"{machine}; n = {min(row.runs for row in rows):,} batches or more"
+    chart = draw_profile(bundle.tiers, image_ms, bundle.manifest.name, caption)
+    try:
+        path.write_bytes(chart)
     except OSError as error:
         raise PcaeError(f"cannot write {path}: {error.strerror}") from None
 

@@ -106,7 +106,8 @@ class Classify(BaseModel):
     )
     explain: Annotated[Path | None, Metavar("DIR")] = Field(
         None,
-        description="write a PNG for each image to this folder, with the dropped patches veiled",
+        description="write a PNG for each image to this folder, with the dropped patches veiled,"
+        " and a contact sheet of the first ones",
     )
 
     @field_validator("total_time")

@@ -131,7 +131,7 @@ class Simulate(WorkloadFlags):
             }
             report.write_json(self.json_, rows, about)
         if self.png is not None:
-            caption = f"{self.mix} budgets, {self.requests} requests, {self.seeds} seeds; "
+            caption = f"{self.mix} budgets; "
             report.write_png(self.png, rows, caption + platform.source.partition(":")[0])
 
     @property

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pcae_serve.bundle.quality import wilson_interval
 from pcae_serve.errors import PcaeError
+from pcae_serve.loadtest import plot_style
 from pcae_serve.loadtest.simulator import End, Outcome
 from pcae_serve.scheduling.policies.registry import OURS
 from pcae_serve.scheduling.tiers import TierTable
@@ -290,7 +291,8 @@ def write_json(
 def write_png(path: Path, rows: Sequence[Row], caption: str) -> None:
     """Plot attainment against accuracy recovered, a panel per trace (down) and level (across).
 
-    A line joins the Pareto-optimal policies; bars are the intervals over seeds.
+    A line joins the Pareto-optimal policies; bars are the intervals over seeds. caption: what was
+    measured; the number of requests and the date are added.
     """
     from matplotlib.figure import Figure
 
@@ -312,7 +314,8 @@ def write_png(path: Path, rows: Sequence[Row], caption: str) -> None:
         for axis in line[len(levels) :]:
             axis.set_visible(False)
         for axis, (level, panel) in zip(line, levels.items(), strict=False):
-            axis.set_title(f"{trace[0]}, {level}" if len(traces) > 1 else level, fontsize=9)
+            title = f"{trace[0]}, {level}" if len(traces) > 1 else level
+            axis.set_title(title, fontsize=plot_style.TITLE)
             _front(axis, panel, styles)
         line[0].set_ylabel("attainment, %")
     for axis in axes[-1]:
@@ -326,10 +329,12 @@ def write_png(path: Path, rows: Sequence[Row], caption: str) -> None:
     below = 0.4 + 0.22 * ceil(len(handles) / columns)
     height = figure.get_figheight()
     figure.legend(
-        handles.values(), handles.keys(), ncols=columns, fontsize=8, frameon=False,
+        handles.values(), handles.keys(), ncols=columns, fontsize=plot_style.LABEL, frameon=False,
         loc="lower center", bbox_to_anchor=(0.5, 0.24 / height),
     )  # fmt: skip
-    figure.text(0.5, 0.08 / height, caption, ha="center", fontsize=7, color="0.4")
+    seeds, offered = max(len(row.runs) for row in rows), max(row.offered for row in rows)
+    n = f"n = {offered:,} requests" + (f" × {seeds} seeds" if seeds > 1 else "")  # noqa: RUF001
+    plot_style.write_caption(figure, plot_style.dated(f"{caption}; {n}"))
     figure.tight_layout(rect=(0, below / height, 1, 1))
     _write(path, lambda: figure.savefig(path, format="png", dpi=150))
 
@@ -355,21 +360,21 @@ def _front(axis: "Axes", panel: Sequence[Row], styles: Mapping[str, dict[str, An
         for point in points
         if not any(o != point and o[0] >= point[0] and o[1] >= point[1] for o in points)
     )
-    axis.plot(*zip(*front, strict=True), color="0.75", linewidth=1, zorder=0) if front else None
-    axis.grid(color="0.92")
+    axis.plot(
+        *zip(*front, strict=True), color=plot_style.LINE, linewidth=1, zorder=0
+    ) if front else None
+    plot_style.style(axis)
     axis.margins(0.12)
-    axis.tick_params(labelsize=8)
 
 
 def _styles(policies: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return a colour and a marker for every policy; ours is a larger star."""
-    colours = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#a6761d", "#666666"]
-    markers = ["o", "s", "^", "v", "D", "P", "X", "<", ">"]
+    colours, markers = plot_style.COLOURS, plot_style.MARKERS
     styles = {}
     others = 0
     for policy in policies:
         if policy.removesuffix("+drop") in OURS:
-            style = {"color": "#d55e00", "marker": "*", "markersize": 12, "zorder": 4}
+            style = {"color": plot_style.EMPHASIS, "marker": "*", "markersize": 12, "zorder": 4}
             hollow = policy.endswith("+drop")
         else:
             style = {

@@ -4,14 +4,20 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from PIL import Image
+
 from pcae_serve.errors import PcaeError
+from pcae_serve.local.contact_sheet import ContactSheet
 from pcae_serve.local.overlay import overlay, overlay_name
 from pcae_serve.local.progress import Progress
 from pcae_serve.local.results_file import ResultsFile
 from pcae_serve.local.row_formats import Row
-from pcae_serve.local.run_output import failure, report, row_name
+from pcae_serve.local.run_output import failure, report, row_name, shown
 from pcae_serve.local.runner import Answered
 from pcae_serve.schemas import Classification
+
+#: A picture of the first overlays, in the folder of overlays.
+SHEET = "contact-sheet.png"
 
 
 class FolderRun:
@@ -34,11 +40,16 @@ class FolderRun:
         self._progress = Progress(images)
         self._failures = [failure(name, why) for name, why in problems.items()]
         self._tiers = Counter[str]()
+        self._sheet = ContactSheet()
+        self._overlay: Image.Image | None = None  # of the image that is answered next
         if explain is not None:
             _make_folder(explain)
 
     def answered(self, file: str, answer: Classification, took_ms: float) -> None:
         """Write an answer."""
+        if self._overlay is not None:
+            label = answer.predictions[0].label
+            self._sheet.add(self._overlay, f"{label} ({answer.tier})", Path(shown(file)).name)
         self._results.write(Row.of(row_name(file), answer))
         self._tiers[answer.tier] += 1
         self._progress.add(note=f"tier {answer.tier}")
@@ -50,7 +61,8 @@ class FolderRun:
         path = self._explain / overlay_name(row_name(file))
         _make_folder(path.parent)
         try:
-            overlay(answered.result, answered.pixels).save(path)
+            self._overlay = overlay(answered.result, answered.pixels)
+            self._overlay.save(path)
         except OSError as error:
             raise PcaeError(f"--explain {path}: {error.strerror or error}") from None
 
@@ -62,6 +74,7 @@ class FolderRun:
     def stopped(self) -> None:
         """Report that the run ends early."""
         self._progress.clear()
+        self._write_sheet()
         done, path = sum(self._tiers.values()), self._results.path
         report(f"stopped after {done:,} answers; the same command continues {path}")
 
@@ -72,6 +85,7 @@ class FolderRun:
         """
         self._progress.clear()
         self._results.finish()
+        self._write_sheet()
         for line in self._failures:
             report(line)
         before, now = len(self._results.finished), sum(self._tiers.values())
@@ -84,6 +98,15 @@ class FolderRun:
         if self._failures and self._strict:
             return False
         return bool(before or now or not self._failures)
+
+    def _write_sheet(self) -> None:
+        """Write a sheet of the overlays of this run, if there are several."""
+        if self._explain is not None and len(self._sheet) > 1:
+            path = self._explain / SHEET
+            try:
+                self._sheet.draw().save(path)
+            except OSError as error:
+                raise PcaeError(f"--explain {path}: {error.strerror or error}") from None
 
 
 def _make_folder(path: Path) -> None:

@@ -1,15 +1,18 @@
 """pcae-export profile: what it keeps, prints and refuses. Times come from a simulated engine."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
 from pcae_export import keep_ratios, profiling
 from pcae_export.keep_ratios import SuggestedTier, Suggestion
+from pcae_export.profile_chart import _quality, draw_profile
 from pcae_export.profiling import Profile, Row
 from pcae_serve.bundle.reader import Bundle, demo_path, load_bundle
 from pcae_serve.command import config, run
@@ -106,6 +109,20 @@ def test_what_cannot_be_done_is_told_in_one_line(
     lines = [line for line in capsys.readouterr().err.splitlines() if "pcae-export:" in line]
     assert len(lines) == 1  # beside progress bars
     assert message in lines[0]
+
+
+def test_a_chart_of_a_profile(demo: Bundle) -> None:
+    bare = [tier.model_copy(update={"accuracy": None}) for tier in demo.tiers]
+    for tiers in (demo.tiers, bare):
+        chart = draw_profile(tiers, {1: [1.0, 2.0, 3.0, 4.0], 8: [0.5, 1.0, 2.0, 3.0]}, "a", "b")
+        with Image.open(io.BytesIO(chart)) as picture:
+            assert picture.size == (960, 690)
+    assert _quality(bare)[0] == "keep ratio"
+    heading, values, bars = _quality(demo.tiers)
+    assert heading == "top-1, % (n = 10,000)"
+    assert values[0] == pytest.approx(87.15)
+    assert bars is not None
+    assert bars[0][0] == pytest.approx(0.67, abs=0.01)
 
 
 def test_ratios_are_of_the_same_round(demo: Bundle) -> None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from pcae_serve.bundle.preprocess import MAX_PIXELS, Preprocess
 from pcae_serve.errors import PcaeError, RequestError
 from pcae_serve.flags import Metavar
+from pcae_serve.loadtest import plot_style
 from pcae_serve.sources.locate import locate_checkpoint
 from pcae_serve.sources.names import ModelName
 from pcae_training.checkpoint import Checkpoint
@@ -289,12 +291,16 @@ def draw_chart(curves: Curves) -> bytes:
     axes = figure.add_subplot()
     for stage in curves.stages:
         axes.axvline(stage, color="0.7", linestyle=":")
-    for ratio, values in curves.values.items():
-        axes.plot(range(len(values)), values, marker="o", label=f"keep {ratio:g}")
+    looks = cycle(zip(plot_style.COLOURS, plot_style.MARKERS, strict=False))
+    for (ratio, values), (colour, marker) in zip(curves.values.items(), looks, strict=False):
+        label = f"keep {ratio:g}"
+        axes.plot(range(len(values)), values, color=colour, marker=marker, label=label)
     axes.set_xlabel("layer (0: input tokens; dotted: patches are dropped)")
     axes.set_ylabel("nuclear norm / tokens")
-    axes.set_title(f"Diversity of patch tokens, mean of {curves.images:,} images")
-    axes.legend()
+    title = f"Diversity of patch tokens, mean of {curves.images:,} images"
+    axes.set_title(plot_style.dated(title), fontsize=plot_style.TITLE)
+    plot_style.style(axes)
+    axes.legend(fontsize=plot_style.LABEL, frameon=False)
     return _png(figure)
 
 

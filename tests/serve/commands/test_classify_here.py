@@ -224,6 +224,8 @@ def test_overlays_veil_what_was_dropped(here: list[str]) -> None:
     patches = picture[::56, ::56, 0].ravel()  # 4 x 4 patches; the simulated engine keeps 0, 1, 2
     assert (patches[:3] == 0).all()
     assert (patches[3:] > 150).all()
+    with Image.open("photos/overlays/contact-sheet.png") as sheet:
+        assert sheet.size == (4 * 120 + 8, 148 + 8)  # of the last run, which had four images
     absolute = str(Path("photos/b.png").resolve())
     assert Path(f"photos/overlays/{absolute}.png").is_file()
     assert len(list(Path("photos/overlays/__").rglob("*.png"))) == 4  # not the overlays' own
@@ -344,7 +346,7 @@ def test_the_installed_command_on_the_demo(tmp_path: Path) -> None:
             for best in answer.predictions[:1]
         ]
     assert rows(str(tmp_path / "r.csv")) == expected
-    assert len(list((tmp_path / "x").rglob("*.png"))) == 5
+    assert len(list((tmp_path / "x").rglob("*.png"))) == 5 + 1  # and a sheet of them
 
 
 def test_a_bundle_by_name(

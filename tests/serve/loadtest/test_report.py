@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from pcae_serve.bundle.quality import wilson_interval
 from pcae_serve.errors import PcaeError
-from pcae_serve.loadtest import report
+from pcae_serve.loadtest import plot_style, report
 from pcae_serve.loadtest.report import Figures, Row, figures, summarise
 from pcae_serve.loadtest.simulator import End, Outcome
 from pcae_serve.scheduling.tiers import TierTable
@@ -168,6 +169,17 @@ def test_the_plot(tmp_path: Path) -> None:
     rows = [row(), row("slackfit"), row(load=2.0), row("slackfit", 2.0, nothing)]
     report.write_png(tmp_path / "r.png", rows, "a toy")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_states_how_many_requests_and_when(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    captions = []
+    monkeypatch.setattr(plot_style, "write_caption", lambda _, text: captions.append(text))
+    report.write_png(
+        tmp_path / "r.png", [row("greedy", 1.0, row().runs[0], row().runs[0])], "a toy"
+    )
+    assert re.fullmatch(r"a toy; n = 5 requests . 2 seeds; 20\d\d-\d\d-\d\d", captions[0])
 
 
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
