@@ -41,6 +41,11 @@ class Setting:
         """Return the JPEG files, in the order of their labels."""
         return [path.read_bytes() for path in sorted((self.folder / "images").glob("*.jpg"))]
 
+    def accuracies(self) -> dict[str, float]:
+        """Return the top-1 of each tier on the whole test split, as the bundle states it."""
+        found: dict[str, float] = json.loads(self.description.read_text())["accuracy"]
+        return found
+
     def labels(self) -> list[int] | None:
         """Return the images' classes; None for random weights."""
         found: list[int] | None = json.loads(self.description.read_text())["image_labels"]

@@ -5,6 +5,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.compare.log import Entry, Log
+from benchmarks.compare.models import Setting
 
 Value = Callable[[Entry], float | None]
 
@@ -17,7 +18,29 @@ def tables(log: Log) -> str:
         for setting in dict.fromkeys(e["setting"] for e in results if e["row"] == row):
             chosen = [e for e in results if (e["row"], e["setting"]) == (row, setting)]
             parts.append(f"## {row}, {setting}\n\n" + "\n".join(_table(chosen, columns)) + "\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, *_ladder(log)])
+
+
+def _ladder(log: Log) -> Iterable[str]:
+    """Yield a table of all rates that were tried with adaptive tiers, with the tiers' accuracy."""
+    prefix = "trial/capacity/"
+    tried = [e for e in log.under(prefix) if "pcae-serve-auto" in e["key"] and not e["void"]]
+    if not tried:
+        return
+    model = tried[0]["key"].removeprefix(prefix).partition("@")[0]
+    top1 = Setting(model, "full").accuracies()
+    names = list(top1)
+    yield f"## adaptive tiers, {model}: every rate that was tried\n"
+    yield (
+        "| requests/s | in time | answers: mean top-1 of their tiers | " + " | ".join(names) + " |"
+    )
+    yield "| --- |" * 1 + " --- |" * (len(names) + 2)
+    for entry in sorted(tried, key=lambda e: float(e["rate"])):
+        mix = entry["tiers"]
+        mean = sum(top1[name] * n for name, n in mix.items()) / sum(mix.values())
+        shares = [f"{mix.get(name, 0) / sum(mix.values()):.2f}" for name in names]
+        (within,) = entry["within"].values()
+        yield f"| {entry['rate']:.1f} | {within:.3f} | {mean:.4f} | " + " | ".join(shares) + " |"
 
 
 def _table(entries: list[Entry], columns: dict[str, tuple[Value, int]]) -> Iterable[str]:

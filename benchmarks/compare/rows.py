@@ -163,9 +163,12 @@ def one_by_one(
 def capacity(bench: Bench, jobs: list[Job]) -> None:
     """Row 1: the largest rate with 99 % of the answers within each window.
 
-    The searches of all servers take turns, trial by trial.
+    The searches of all servers take turns, trial by trial. A window in which no server reached the
+    target in the first round is left out of the others.
     """
-    searches = [Search(bench, job, m) for m in WINDOWS[jobs[0].setting] for job in jobs]
+    setting, later = jobs[0].setting, jobs[0].round > 0
+    multiples = [m for m in WINDOWS[setting] if not later or bench.capacity(setting, m)]
+    searches = [Search(bench, job, m) for m in multiples for job in jobs]
     waiting = list(searches)
     while waiting:
         for search in list(waiting):
@@ -229,7 +232,7 @@ class Search:
 
 def _first_step(bench: Bench, job: Job, multiple: int, unit_s: float) -> int:
     """Return a guess: this server's last capacity, or another one's, or the engine's rate."""
-    usual = {3: 0.5, 8: 0.85, 50: 1.05}.get(multiple, 0.9) / unit_s
+    usual = {3: 0.3, 8: 0.5, 50: 0.95}.get(multiple, 0.9) / unit_s
     guess = (
         bench.capacity(job.setting, multiple, job.server)
         or bench.capacity(job.setting, multiple)
@@ -380,7 +383,7 @@ def cold(bench: Bench, job: Job, running: Running) -> dict[str, Any]:
 #: Requests of a burst whose clients leave after a share of the time that all of them take.
 BURST, LEAVE_AFTER, BACKLOG = 40, 0.15, 200
 #: Seconds of a trial: at least, at a tenth of capacity, at twice capacity, of the trace.
-SHORTEST_S, OVERHEAD_S, OVERLOAD_S, TRACE_S, RECOVERY_S = 5.0, 15.0, 30.0, 12.0, 120.0
+SHORTEST_S, OVERHEAD_S, OVERLOAD_S, TRACE_S, RECOVERY_S = 5.0, 12.0, 20.0, 8.0, 60.0
 LOADS = (0.5, 1.0, 1.5)
 WINDOWS = {BALANCED: (3, 8, 50), TINY: (3, 8, 50), FULL: (8,)}
 BOTH = {BALANCED: FIXED, TINY: FIXED}

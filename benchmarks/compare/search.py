@@ -7,7 +7,7 @@ from math import log
 STEP = 1.04
 
 
-def largest_passing(start: int, reach: int = 32) -> Generator[int, bool, int | None]:
+def largest_passing(start: int, reach: int = 16) -> Generator[int, bool, int | None]:
     """Yield steps to try, receive whether each passes, and return the largest one that does.
 
     Steps pass up to some limit; each is asked once. From the guess `start` the distance doubles

@@ -99,7 +99,7 @@ def attempt(
     del figures["indices"]
     foreign = max(0.0, busy_s - spent_s) / took_s
     return figures | {
-        "rate": (n - 1) / float(load.times_s[-1]) if n > 1 else None,
+        "rate": (n - 1) / float(load.times_s[-1]) if load.times_s[-1] > 0 else None,
         "seconds": round(took_s, 2),
         "cpu_ms": 1e3 * spent_s / n,
         "foreign": round(foreign, 4),

@@ -34,7 +34,7 @@ def search(limit: float, start: int) -> tuple[int | None, list[int]]:
             return end.value, asked
 
 
-@pytest.mark.parametrize("limit", [-20, -3, -1, 0, 1, 7, 20])
+@pytest.mark.parametrize("limit", [-9, -3, -1, 0, 1, 7])
 @pytest.mark.parametrize("start", [-5, 0, 6])
 def test_the_search_finds_the_last_step_that_passes(limit: int, start: int) -> None:
     found, asked = search(limit, start)
