@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,3 +119,49 @@ def test_the_gpu_script_from_end_to_end(data: Path, tmp_path: Path) -> None:
 
     again = start(data, out, 1, tmp_path / "work")
     assert again.stdout.splitlines() == [f"{stage}: already recorded" for stage in STAGES]
+
+
+@pytest.fixture
+def recipes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the program recipes.py, at a size that takes seconds."""
+    spec = spec_from_file_location("recipes", ROOT / "benchmarks" / "recipes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "recipes", module)  # for its dataclasses
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "MODEL", module.MODEL | {"width": 32, "depth": 9, "heads": 1})
+    sizes = {"GALLERY": 50, "CHOSEN_ON": 20, "JUDGED_ON": 40, "SPREAD_ON": 20}
+    for name, count in sizes.items():
+        monkeypatch.setattr(module, name, range(count))
+    monkeypatch.setattr(module, "MORE", range(50, 90))
+    return module
+
+
+@pytest.mark.slow
+def test_a_search_for_recipes_repeats_no_run(data: Path, tmp_path: Path, recipes: Any) -> None:
+    everything = recipes.Variant(
+        centre="position", scale=True, layers=3, pixels=1.0, pixels_of="hidden", ema_end=0.9
+    )
+    runs = [
+        recipes.Run("lead", 2, recipes.LEAD),
+        recipes.Run("mae", 2, recipes.LEAD | {"method": "mae"}),
+        recipes.Run("still", 3, recipes.LEAD, recipes.Variant(still=0.4)),
+        recipes.Run("everything", 2, recipes.LEAD, everything, seed=1, judged=True),
+    ]
+    results = tmp_path / "runs.jsonl"
+    args = Namespace(data=str(data), work=tmp_path, results=results, threads=1)
+    recipes.search(runs, args)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    names = ["pixels", "untrained-0", "lead-2-0", "mae-2-0", "still-3-0"]
+    assert [line["name"] for line in lines] == [*names, "untrained-1-judged", "everything-2-1"]
+    assert all(0 <= share <= 1 for line in lines for share in line["chosen_on"].values())
+    assert len(lines[-1]["few_labels"]) == 5
+    recipes.describe_targets(args)
+    assert [*recipes.read(results)][-1] == "targets-234-4"
+    parts = [lines[2]["targets"][part] for part in ("constant", "position", "image")]
+    assert sum(parts) == pytest.approx(1, abs=1e-4)
+    assert lines[2]["targets"]["loss_position"] < lines[2]["targets"]["loss_constant"]
+    assert lines[-1]["momentum"] == recipes.LEAD["ema"]
+    recipes.search(runs, args)
+    assert len(results.read_text().splitlines()) == len(lines) + recipes.SEEDS
