@@ -70,6 +70,7 @@ def main() -> None:
     two.add_argument("--seeds", type=int, default=5)
     two.add_argument("--trace", nargs="*", default=TRACES)
     two.add_argument("--load", nargs="*", type=float, default=LOADS)
+    two.add_argument("--capacity", type=float, help="load 1, per second (default: computed)")
     two.add_argument("--rivals", action="store_true", help="other policies and fixed tiers, too")
     two.add_argument("--jobs", type=int, default=2)
     two.add_argument("--json", type=Path)
@@ -167,7 +168,7 @@ class KnownImages:
 def simulated(arguments: argparse.Namespace) -> None:
     """Print a row per trace, load and policy: with second looks, without, and fixed tiers."""
     platform = platforms.read(arguments.profile, demo_path())
-    capacity = find_capacity(platform, MIX, MAX_BATCH)
+    capacity = arguments.capacity or find_capacity(platform, MIX, MAX_BATCH)
     print(f"load 1 is {capacity:.1f}/s; full takes {1e3 * platform.full_s:.2f} ms", flush=True)
     policies = [("pace", 2), ("pace", 1)]
     if arguments.rivals:

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 
 from pcae_serve.bundle.probabilities import margin
 from pcae_serve.runtime.requests import InferenceResult
+from pcae_serve.scheduling.escalation import LEAST_GAIN
 from pcae_serve.scheduling.event_log import Setup
 from pcae_serve.scheduling.latency import Forecast
 from pcae_serve.scheduling.policies.registry import weighs_waiting
 from pcae_serve.scheduling.request_queue import Request
-
-#: An answer is called sure if a second look is expected to add less accuracy.
-SURE_GAIN = 0.01
 
 
 def explain_tier(
@@ -68,8 +66,11 @@ def explain_first_look(tier: str, gain: float) -> str:
 
     gain: accuracy that the second look was expected to add.
     """
-    if gain < SURE_GAIN:
-        return f"tier {tier!r} is sure: a second look is expected to gain less than a point"
+    if not gain:
+        return (
+            f"tier {tier!r} is sure: a second look is expected to gain less than"
+            f" {100 * LEAST_GAIN:g} points"
+        )
     return f"tier {tier!r} answered; a second look did not fit into the time left or the load"
 
 

@@ -13,6 +13,8 @@ from pcae_serve.scheduling.latency import Forecast
 
 #: Share of a device that first and second looks may take together.
 MAX_BUSY = 1.0
+#: A smaller gain is none: a better first look gains more for the same time.
+LEAST_GAIN = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Escalations:
         return {
             each.second: gain
             for each in self._by_first.get(first, ())
-            if each.second in tiers and (gain := each.gain(margin)) > 0
+            if each.second in tiers and (gain := each.gain(margin)) >= LEAST_GAIN
         }
 
     def plan(
@@ -85,6 +87,8 @@ class Escalations:
             image_s = forecast.p50(escalation.second, 1)
             left, gain, price_per_s = max(0.0, MAX_BUSY - rate * first_s), 0.0, 0.0
             for step in escalation.steps:
+                if step.gain < LEAST_GAIN:
+                    break
                 needed = rate * step.share * image_s
                 if needed > left:
                     gain += step.share * step.gain * left / needed

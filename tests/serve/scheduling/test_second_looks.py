@@ -25,11 +25,11 @@ from pcae_serve.scheduling.scheduler import Scheduler
 from tests.support.scheduler_views import ALL, LINES, TIER_TABLE, linear
 
 #: 0.1, 0.2 and 0.4 s for one image. Up to a margin of 0.1, a second look gains 0.3 on the third
-#: tier and 0.2 on the second; up to 0.5, a twentieth of that.
+#: tier and 0.2 on the second; up to 0.5, a tenth of that.
 STEPS = {2: 0.3, 1: 0.2}
 LOOKS = Escalations(
     [
-        Escalation(0, second, (Step(0.1, 0.1, gain), Step(0.5, 0.4, gain / 20)))
+        Escalation(0, second, (Step(0.1, 0.1, gain), Step(0.5, 0.4, gain / 10)))
         for second, gain in STEPS.items()
     ]
 )
