@@ -40,7 +40,7 @@ def render(
     what second looks reach, in Markdown.
     """
     several = len(checkpoints) > 1
-    parts = [f"# {manifest.name}"]
+    parts = ["\n".join(_hub_fields(manifest)), f"# {manifest.name}"]
     for model_id, checkpoint in checkpoints.items():
         parts.append((f"**{model_id}**: " if several else "") + _about(checkpoint))
     parts += [*([note.strip()] if note.strip() else []), "## Tiers"]
@@ -61,6 +61,16 @@ def render(
     made = ", ".join(f"{tool} {version}" for tool, version in manifest.producer.items())
     parts += ["## Made with", f"{made}, on {manifest.created:%Y-%m-%d}."]
     return "\n\n".join(parts) + "\n"
+
+
+def _hub_fields(manifest: Manifest) -> Iterator[str]:
+    """Yield the YAML that the Hugging Face hub reads: what to use the bundle with, and for."""
+    features = next(iter(manifest.models.values())).answers == "features"
+    yield "---"
+    yield "library_name: pcae-serve"
+    yield f"pipeline_tag: image-{'feature-extraction' if features else 'classification'}"
+    yield "tags: [vision-transformer, onnx, token-reduction]"
+    yield "---"
 
 
 def _about(checkpoint: Checkpoint) -> str:

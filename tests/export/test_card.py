@@ -199,3 +199,12 @@ def test_quality_in_words() -> None:
     tier = Tier(name="low", model="vit", keep_ratio=0.5, token_counts=(1,), macs=1)
     assert card.format_quality(tier) == "not measured"
     assert card.format_quality(tier.model_copy(update={"agreement": SAME})) == "62.5 % of 8"
+
+
+def test_the_card_begins_with_what_the_hub_reads(
+    rendered: Callable[..., str], tiny: Tiny, made: Any
+) -> None:
+    assert rendered(one(tiny())).startswith(
+        "---\nlibrary_name: pcae-serve\npipeline_tag: image-classification\n"
+        f"tags: [vision-transformer, onnx, token-reduction]\n---\n\n# {made.bundle.manifest.name}\n"
+    )

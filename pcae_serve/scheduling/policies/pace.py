@@ -68,7 +68,7 @@ class Pace:
                     outlook.expected_misses(floor.busy_s, floor.end),
                     outlook.blocked(floor.busy_s, floor.end),
                 )
-            if self._worthwhile(outlook, better, floor, *misses):
+            if self._worthwhile(outlook, better, *misses):
                 yield better
 
     def observe(self, run: Run, seconds: float, late: int) -> None:
@@ -136,21 +136,13 @@ class Pace:
         return worst_s <= ROUNDING_S
 
     def _worthwhile(
-        self,
-        outlook: Outlook,
-        batch: Batch,
-        floor: Batch,
-        floor_misses: list[float],
-        floor_blocked: float,
+        self, outlook: Outlook, batch: Batch, floor_misses: list[float], floor_blocked: float
     ) -> bool:
         """Return whether the accuracy gained outweighs the deadlines that may be missed."""
         gain = sum(
             self._price.relative_gain(request, batch.tier, outlook.floor)
             for request in batch.requests(outlook.view)
         )
-        looks = self._price.look_gain
-        if gain > 0 and outlook.view.escalations is not None:
-            gain += batch.size * (looks(outlook, batch) - looks(outlook, floor))
         if gain <= 0:
             return False
         misses = outlook.expected_misses(batch.busy_s, batch.size)

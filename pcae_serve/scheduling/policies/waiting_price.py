@@ -9,7 +9,8 @@
 If requests stay queued behind a batch, its tier is judged as if it stayed in use: the queue empties
 at its pace, and if the load is more than it can serve, it gains only for the share of the requests
 that it can serve while the others run on the floor tier. Otherwise the batch is judged by itself,
-and the queue empties at the pace of the floor tier. A slower tier therefore costs little on an idle
+and the queue empties at the pace of the floor tier. If second looks are possible, a tier's gain is
+always judged by that share, as that of the second looks is, and both are added. A slower tier therefore costs little on an idle
 device, and far more than its own time near saturation.
 """
 
@@ -106,7 +107,7 @@ class WaitingPrice:
 
 def _sustained_share(outlook: Outlook, batch: Batch) -> float:
     """Return the share of the requests that the load allows on the batch's tier, if it goes on."""
-    if _waiting_behind(outlook, batch) == 0:
+    if _waiting_behind(outlook, batch) == 0 and outlook.view.escalations is None:
         return 1.0
     rate = outlook.arrival_rate
     image_s, floor_s = outlook.image_s(batch.tier), outlook.floor_image_s
