@@ -25,6 +25,8 @@ HALF_LIFE_S = 20.0
 MAX_SLOWDOWN = 10.0
 #: A batch is useful if its cost per image is within 10 % of the best batch's.
 BATCH_GAIN = 0.10
+#: A batch is efficient if its cost per image is within 5 % of the best batch's.
+EFFICIENT_GAIN = 0.05
 #: The quantile that deadlines are planned with.
 QUANTILE = 0.99
 #: Step of the running p99, in log seconds: up by 0.99 of it for a slower batch, else down by 0.01.
@@ -53,6 +55,7 @@ class Latency:
             for tier in points
         ]
         self._useful = [_useful_batch(median) for median in self._median]
+        self._efficient = [_efficient_batch(median) for median in self._median]
         self._idle = [
             median[1] * tail for median, tail in zip(self._median, self._tail, strict=True)
         ]
@@ -64,7 +67,7 @@ class Latency:
         """Return predictions for batches that start now."""
         machine, tiers = self._factors(now_s)
         factors = [machine * tier for tier in tiers]
-        return Forecast(self._median, factors, self._tail, self._useful)
+        return Forecast(self._median, factors, self._tail, self._useful, self._efficient)
 
     def idle(self, tier: int) -> float:
         """Return the p99 seconds of one image on an idle machine, as measured."""
@@ -94,7 +97,7 @@ class Latency:
 class Forecast:
     """Predicted seconds of batches that start at one moment."""
 
-    __slots__ = ("_factors", "_median", "_tail", "_useful")
+    __slots__ = ("_efficient", "_factors", "_median", "_tail", "_useful")
 
     def __init__(
         self,
@@ -102,8 +105,10 @@ class Forecast:
         factors: Sequence[float],
         tail: Sequence[float],
         useful: Sequence[int],
+        efficient: Sequence[int],
     ) -> None:
-        self._median, self._factors, self._tail, self._useful = median, factors, tail, useful
+        self._median, self._factors, self._tail = median, factors, tail
+        self._useful, self._efficient = useful, efficient
 
     def p50(self, tier: int, batch: int) -> float:
         """Return the predicted median seconds of a batch."""
@@ -116,6 +121,10 @@ class Forecast:
     def useful_batch(self, tier: int) -> int:
         """Return the batch size beyond which the cost per image hardly falls."""
         return self._useful[tier]
+
+    def efficient_batch(self, tier: int) -> int:
+        """Return the batch size beyond which an image costs more than in smaller batches."""
+        return self._efficient[tier]
 
     def batch_for_rate(self, tier: int, rate: float, limit: int) -> int:
         """Return the smallest batch with a throughput of `rate` images per second, else `limit`."""
@@ -156,6 +165,12 @@ def _fit_line(batches: NDArray[np.float64], seconds: NDArray[np.float64]) -> tup
     if overhead_s < 0:
         return float((seconds / batches).mean()), 0.0
     return float(image_s), float(overhead_s)
+
+
+def _efficient_batch(median: Sequence[float]) -> int:
+    """Return the largest batch whose cost per image is within EFFICIENT_GAIN of the lowest."""
+    cost = [median[batch] / batch for batch in range(1, len(median))]
+    return max(i + 1 for i, c in enumerate(cost) if c <= (1 + EFFICIENT_GAIN) * min(cost))
 
 
 def _useful_batch(median: Sequence[float]) -> int:

@@ -85,8 +85,10 @@ class Pace:
         forecast, now_s = view.forecast, view.now_s
         waiting = view.queue.allowing(tier)
         # a request that arrives while a batch of size `twice` runs has time for another one like
-        # it: up to this size a larger batch causes no misses, so it may be larger than useful
-        max_size = max(outlook.useful, outlook.twice)
+        # it: up to this size a larger batch causes no misses, so it may be larger than useful, as
+        # long as its images do not cost more
+        efficient = forecast.efficient_batch(tier)
+        max_size = max(outlook.useful, min(outlook.twice, efficient))
         # required throughput, requests per second
         pace = max((h.waiting + h.mean) / h.within_s for h in outlook.horizons)
         size = forecast.batch_for_rate(tier, pace, max_size)

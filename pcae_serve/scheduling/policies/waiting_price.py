@@ -10,8 +10,8 @@ If requests stay queued behind a batch, its tier is judged as if it stayed in us
 at its pace, and if the load is more than it can serve, it gains only for the share of the requests
 that it can serve while the others run on the floor tier. Otherwise the batch is judged by itself,
 and the queue empties at the pace of the floor tier. If second looks are possible, a tier's gain is
-always judged by that share, as that of the second looks is, and both are added. A slower tier therefore costs little on an idle
-device, and far more than its own time near saturation.
+always judged by that share, as that of the second looks is, and both are added. A slower tier
+therefore costs little on an idle device, and far more than its own time near saturation.
 """
 
 from collections.abc import Iterable, Mapping

@@ -112,6 +112,15 @@ def test_largest_batch() -> None:
         assert largest == len(fits)
 
 
+def test_a_batch_is_efficient_until_its_images_cost_more() -> None:
+    """With a cache that 8 images fill, the cost per image rises by a fifth up to 32."""
+    cached = latency({1: 0.010, 4: 0.038, 8: 0.076, 32: 0.365}).forecast(0.0)
+    assert 8 < cached.efficient_batch(0) < 16
+    assert cached.useful_batch(0) == 1
+    falling = latency({1: 0.010, 32: 0.040}).forecast(0.0)
+    assert falling.efficient_batch(0) == len(falling._median[0]) - 1
+
+
 def test_useful_batch_depends_on_the_overhead_per_batch() -> None:
     assert latency({1: 0.010, 8: 0.080}).forecast(0.0).useful_batch(0) == 1  # a CPU
     gpu = latency({1: 0.0025, 8: 0.006}, most=200).forecast(0.0)  # 2 ms and 0.5 ms per image
