@@ -66,6 +66,10 @@ test: .venv-test/installed  ## run the fast tests, in a few minutes
 test-all: .venv-test/ray  ## run all tests that need no GPU, and measure coverage
 	$(TEST_PYTHON) -m pytest -m "not gpu" --cov --cov-report=term $(ARGS)
 
+.PHONY: test-browser
+test-browser: .venv-test/browser  ## test the playground in Debian's chromium; pictures in browser-screenshots/
+	$(TEST_PYTHON) -m pytest tests/browser $(ARGS)
+
 .PHONY: lint
 lint: .venv-test/installed  ## check rules, format, types, the direction of imports, spelling and language
 	$(TEST_PYTHON) -m ruff check
@@ -131,7 +135,11 @@ clean:  ## remove the environments, all caches, build/ and dist/
 	.venv-docs/bin/python -m pip install $(PIP_FLAGS) --no-deps --only-binary :all: --requirement $<
 	@touch $@
 
-# Added to the same environment; `make test` does not need it.
+# Added to the same environment; `make test` needs neither.
+.venv-test/browser: .venv-test/installed
+	$(PINS) $(TEST_PYTHON) -m pip install $(PIP_FLAGS) --editable '.[browser]'
+	@touch $@
+
 .venv-test/ray: .venv-test/installed
 	$(PINS) $(TEST_PYTHON) -m pip install $(PIP_FLAGS) --editable '.[dev,ray,browser]'
 	@touch $@

@@ -50,7 +50,8 @@ def test_a_sample_is_answered_with_tier_reason_and_times(demo: str, visit: Any) 
 
 
 def test_the_veil_covers_what_the_api_says_was_dropped(visit: Any, tmp_path: Path) -> None:
-    with server("--policy", "fixed:fast", cache=tmp_path) as (url, _):
+    one_look = ("--policy", "fixed:fast", "--max-looks", "1")
+    with server(*one_look, cache=tmp_path) as (url, _):
         page = visit(url)
         ask(page)
         answer = httpx2.post(
