@@ -90,7 +90,11 @@ function Playground() {
           <${Slider} position=${position} onChange=${setPosition} server=${server} answer=${answer} />
           <div aria-live="polite" aria-busy=${busy}>
             ${answer && picture && html`<${Answer} answer=${answer} picture=${picture} patches=${patchesOf(server, answer)} />`}
-            ${!picture && html`<p class="hint">Choose an image to see which tier answers.</p>`}
+            ${!picture && html`<p class="hint">
+              Choose an image to see which tier answers. A tier is the model at one keep ratio: the
+              share of the image's patches that each reduction keeps. Fewer patches take less time
+              and cost some accuracy.
+            </p>`}
           </div>
         </section>
         ${picture && html`
