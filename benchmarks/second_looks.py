@@ -325,6 +325,11 @@ def run_live(
     file.write_text(json.dumps(about | {"row": found["rows"][0]}) + "\n")
 
 
+def figure_of(row: Any) -> float:
+    """Return the effective accuracy of a run."""
+    return float(row["figures"]["effective_accuracy"]["mean"])
+
+
 def show_live(folder: Path) -> None:
     """Print the mean of each variant over its seeds, and differences to the first one by seed."""
     runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
@@ -339,11 +344,11 @@ def show_live(folder: Path) -> None:
                 print(f"  {name:16} {len(rows)} runs, all void")
                 continue
             means = {
-                figure: np.mean([r["runs"][0][figure] for r in valid.values()])
+                figure: np.mean([r["figures"][figure]["mean"] for r in valid.values()])
                 for figure in ("effective_accuracy", "attainment", "response_mean_ms")
             }
             changes = [
-                100 * (r["runs"][0]["effective_accuracy"] - ref["runs"][0]["effective_accuracy"])
+                100 * (figure_of(r) - figure_of(ref))
                 for seed, r in valid.items()
                 if (ref := by_key.get((trace, rate, ours, seed))) is not None
             ]
