@@ -513,7 +513,14 @@ class WriteBundle(CalibrationFlags):
 
         images, order: those of --eval-data that are left. Raises PcaeError.
         """
-        if checkpoint.answers != "classes" or self.calibration_images == 0:
+        if checkpoint.answers != "classes" or len(checkpoint.labels) < 2:
+            if self.calibration_data is not None or self.calibration_images:
+                raise PcaeError(
+                    "only models that give one of several classes are calibrated; omit"
+                    " --calibration-data and --calibration-images"
+                )
+            return None, ()
+        if self.calibration_images == 0:
             return None, ()
         if self.calibration_data is None:
             count = self.calibration_count(len(order)) if images is not None else 0

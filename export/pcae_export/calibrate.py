@@ -110,11 +110,16 @@ def calibrate(answers: Answers, tiers: Sequence[Tier]) -> Calibration | None:
 
 
 def fit_temperature(logits: NDArray[np.float32], right: NDArray[np.int64]) -> float:
-    """Return the temperature that makes the right classes [N] most likely, given logits [N, C]."""
+    """Return the temperature that makes the right classes [N] most likely, given logits [N, C].
+
+    As if one image in N + 2 had a random class: N right answers do not make the next one certain.
+    """
+    n = len(right)
 
     def loss(log_temperature: float) -> float:
-        probabilities = softmax(logits.astype(np.float64) / np.exp(log_temperature))
-        return -float(np.log(probabilities[np.arange(len(right)), right] + 1e-12).mean())
+        likelihood = np.log(softmax(logits.astype(np.float64) / np.exp(log_temperature)) + 1e-12)
+        of_right = likelihood[np.arange(n), right].mean()
+        return -float(of_right + (likelihood.mean() - of_right) / (n + 2))
 
     bounds = float(np.log(COLDEST)), float(np.log(HOTTEST))
     return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))

@@ -40,6 +40,13 @@ def test_the_temperature_makes_probabilities_honest() -> None:
     assert sure.mean() == pytest.approx(known.correct("fast").mean(), abs=0.02)
 
 
+def test_answers_that_were_all_right_are_not_certain() -> None:
+    right = np.arange(300) % CLASSES
+    logits: NDArray[np.float32] = np.eye(CLASSES, dtype=np.float32)[right] * 5
+    found = calibrating.fit_temperature(logits, right)
+    assert 0.99 < softmax(logits / found).max() < 0.9999
+
+
 def test_gains_fall_with_the_margin_and_have_intervals() -> None:
     found = calibrate(answers(), TIERS)
     assert found is not None

@@ -426,3 +426,12 @@ def test_what_verify_cannot_do(made: Any, tmp_path: Path, capsys: Capture) -> No
         capsys, 1, "verify", made.bundle.root, "--data", tmp_path / "none"
     )
     assert "--images" in fails(capsys, 2, "verify", made.bundle.root, "--images", "15")
+
+
+def test_calibration_is_for_classes(
+    tiny: Tiny, data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    checkpoints.save(tiny(depth=1, reduction_points=()), tmp_path / "m")
+    argv = ("bundle", tmp_path / "m", tmp_path / "out", *FULL, "--features")
+    line = fails(capsys, 1, *argv, "--calibration-data", data)
+    assert "only models that give one of several classes are calibrated" in line
