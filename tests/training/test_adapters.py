@@ -290,6 +290,7 @@ def test_compiled_with_gradients_recomputed(tune: Any, first: Path, monkeypatch:
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow  # test_trainer has a fast one
 def test_two_processes_train_as_one(tune: Any, first: Path, tmp_path: Path) -> None:
     flags = {"init": str(first), "lora": 2, "weight_ema": 0.9, "freeze_first": 0.4}
     alone, shared = tune("alone", **flags), tune("shared", **flags)
