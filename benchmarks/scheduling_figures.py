@@ -6,7 +6,7 @@
     scheduling-batches.svg   some requests of a burst: wait, batch, tier, deadline
 
 Both run policy `pace` with the built-in profile `gpu` and `mixed` budgets. Colours differ in
-lightness, so that they are told apart without hue, and every one is named in the figure.
+lightness, so that they differ without hue, and every one is named in the figure.
 """
 
 import sys

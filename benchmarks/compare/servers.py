@@ -32,7 +32,7 @@ Head = dict[str, str]
 
 @dataclass(frozen=True)
 class Server:
-    """A way to serve a model. `query` has {budget_ms}; only pcae-serve is told of budgets."""
+    """A way to serve a model. `query` has {budget_ms}; only pcae-serve knows of budgets."""
 
     name: str
     environment: str

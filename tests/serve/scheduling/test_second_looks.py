@@ -19,6 +19,7 @@ from pcae_serve.scheduling.events import (
     TierDisabled,
     Timer,
 )
+from pcae_serve.scheduling.policies.base import Run, SchedulerView, Wait
 from pcae_serve.scheduling.policies.fixed import Fixed
 from pcae_serve.scheduling.request_queue import Request
 from pcae_serve.scheduling.scheduler import Scheduler
@@ -101,6 +102,20 @@ def test_first_looks_go_first() -> None:
     assert of(actions, Answer, Dispatch) == [Answer(2), Dispatch(0, 2, (1,))]
 
 
+def test_no_second_look_runs_while_a_policy_waits_with_a_queue() -> None:
+    class Patient(Fixed):
+        def choose(self, view: SchedulerView) -> Run | Wait:  # type: ignore[override]
+            return Wait(0.6) if view.now_s < 0.6 and view.now_s > 0.05 else super().choose(view)
+
+    latency = linear(*LINES)
+    machine = Scheduler(Patient(TIER_TABLE, "fast"), latency, escalations=LOOKS)
+    arrive(machine, 1, 0.0, 9.0)
+    arrive(machine, 2, 0.0, 9.0)
+    actions = machine.handle(Done(0.1, 0, 0.1, ((1, 0.05),)))
+    assert of(actions, Answer, Dispatch) == []
+    assert of(machine.handle(Timer(0.61)), Dispatch) == [Dispatch(0, 0, (2,))]
+
+
 def test_the_larger_gain_goes_first_and_similar_ones_share_a_batch() -> None:
     machine = scheduler()
     for id_ in (1, 2, 3):
@@ -113,7 +128,7 @@ def test_the_larger_gain_goes_first_and_similar_ones_share_a_batch() -> None:
 
 
 def waiting_behind(machine: Scheduler, budget_s: float = 1.0) -> None:
-    """Leave request 1 with an answer in hand, while request 2 runs from 0.1 to 0.2 s."""
+    """Leave request 1 with a first answer, while request 2 runs from 0.1 to 0.2 s."""
     arrive(machine, 1, 0.0, budget_s)
     arrive(machine, 2, 0.0, 9.0)
     actions = machine.handle(Done(0.1, 0, 0.1, ((1, 0.05),)))
