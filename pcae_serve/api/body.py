@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable
+from contextlib import suppress
 from io import BytesIO
 from typing import TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from pcae_serve.errors import TooLarge
+from pcae_serve.errors import RequestError, TooLarge
 from pcae_serve.runtime.uploads import Upload
 
 T = TypeVar("T")
@@ -50,18 +51,21 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     For requests whose body has been read: until then, its reader raises ClientDisconnect.
     """
 
-    async def disconnect() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+    async def end_on_disconnect(scope: asyncio.Timeout) -> None:
+        with suppress(RequestError):  # what follows the body is not valid HTTP
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+        scope.reschedule(asyncio.get_running_loop().time())
 
-    answer, disconnected = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+    watch: asyncio.Task[None] | None = None
     try:
-        await asyncio.wait({answer, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientDisconnect
-        return answer.result()
+        async with asyncio.timeout(None) as scope:  # without a time: only a disconnect ends it
+            watch = asyncio.create_task(end_on_disconnect(scope))
+            return await work
+    except TimeoutError:
+        if not scope.expired():  # the work's own
+            raise
+        raise ClientDisconnect from None
     finally:
-        disconnected.cancel()
-        if not answer.done():  # the client left, or the server cancels this request
-            answer.cancel()
-            await asyncio.wait({answer})  # it has ended before this returns
+        if watch is not None:
+            watch.cancel()

@@ -21,6 +21,9 @@ from pcae_serve.runtime.threads import Threads
 
 #: Largest predicted seconds and bytes of an image that a thread decodes.
 THREAD_S, THREAD_BYTES = 0.1, 128 << 20
+#: Largest predicted seconds and bytes of an image that the event loop decodes: handing it to a
+#: thread and back costs more CPU time.
+LOOP_S, LOOP_BYTES = 0.5e-3, 4 << 20
 #: CPU time that a process may take for an image: this, and so many times the prediction.
 LIMIT_S, LIMIT_TIMES = 2.0, 10.0
 #: Limits of the correction of predicted seconds: how much slower or faster this machine may be.
@@ -30,15 +33,16 @@ MEMORY_S = 1.0
 
 
 class Decoders:
-    """Two lanes: threads for small images, processes for large ones, which never delay the small.
+    """Three lanes: the event loop for tiny images, threads for small and processes for large ones.
 
-    A process can be killed when a budget has passed; a thread cannot, so only what is predicted to
-    take little time and memory is decoded on one.
+    Large images never delay small ones. A process can be killed when a budget has passed; a thread
+    cannot, so only what is predicted to take little time and memory is decoded on one.
     """
 
     def __init__(self, count: int, *, max_pixels: int, memory: MemoryBudget) -> None:
         """count: images that are decoded in parallel, in each lane. max_pixels: limit per image."""
         self._max_pixels = max_pixels
+        self._tiny = _Lane(1, memory)
         self._small, self._large = _Lane(count, memory), _Lane(count, memory)
         self._threads = Threads("decode", count)
         self._processes = DecodeProcesses(count)
@@ -90,7 +94,9 @@ class Decoders:
             decoding = asyncio.ensure_future(self._decode_large(preprocess, body, cost))
             decoding.add_done_callback(ended)
             return decoding
-        call = _Call(partial(self._timed, preprocess, body, cost))
+        call = _Call(partial(self._timed, preprocess, body, cost, lane.speed))
+        if lane is self._tiny:
+            return _answer_now(call, ended)
         return self._threads.submit(call, ended)
 
     async def shutdown(self, limit_s: float) -> bool:
@@ -99,13 +105,17 @@ class Decoders:
         return await self._threads.shutdown(limit_s)
 
     def _lane(self, cost: DecodeCost) -> "_Lane":
+        if cost.seconds <= LOOP_S and cost.bytes <= LOOP_BYTES:
+            return self._tiny
         small = cost.seconds <= THREAD_S and cost.bytes <= THREAD_BYTES
         return self._small if small else self._large
 
-    def _timed(self, preprocess: Preprocess, body: bytes, cost: DecodeCost) -> NDArray[np.uint8]:
+    def _timed(
+        self, preprocess: Preprocess, body: bytes, cost: DecodeCost, speed: "_Speed"
+    ) -> NDArray[np.uint8]:
         start_s = time.monotonic()
         pixels = decode_image(preprocess, body, self._max_pixels, cost.bytes)
-        self._small.speed.add(cost.seconds, time.monotonic() - start_s)
+        speed.add(cost.seconds, time.monotonic() - start_s)
         return pixels
 
     async def _decode_large(
@@ -121,6 +131,20 @@ class Decoders:
         speed = self._large.speed
         if finished or seconds > speed.factor * cost.seconds:
             speed.add(cost.seconds, seconds)
+
+
+def _answer_now(
+    call: Callable[[], NDArray[np.uint8]], on_end: Callable[[], None]
+) -> asyncio.Future[NDArray[np.uint8]]:
+    """Call, and return a future that is done."""
+    answer: asyncio.Future[NDArray[np.uint8]] = asyncio.get_running_loop().create_future()
+    try:
+        answer.set_result(call())
+    except Exception as error:
+        answer.set_exception(error)
+    finally:
+        on_end()
+    return answer
 
 
 class _Lane:

@@ -246,11 +246,11 @@ class OfferedRequest:
         start_s = loop.time()
         try:
             with self._outcomes():
-                decode = self._resources.decoders.decode(
-                    self._bundle.preprocess, body, cost, self._decoder_ended
-                )
-            self._decoding = True
-            self.pixels = await self._bounded(decode, self.deadline_s, self._expired)
+                decode = self._start_decoding(body, cost)
+                if decode.done():  # the event loop has decoded it
+                    self.pixels = decode.result()
+            if self.pixels is None:
+                self.pixels = await self._bounded(decode, self.deadline_s, self._expired)
         except RequestError:
             raise
         except Exception:
@@ -258,6 +258,17 @@ class OfferedRequest:
             raise
         self.queued_s = loop.time()
         self.decode_s = self.queued_s - start_s
+
+    def _start_decoding(self, body: bytes, cost: DecodeCost) -> asyncio.Future[NDArray[np.uint8]]:
+        """Have the file decoded. Raises Refused if there is no memory."""
+        self._decoding = True
+        try:
+            return self._resources.decoders.decode(
+                self._bundle.preprocess, body, cost, self._decoder_ended
+            )
+        except Refused:
+            self._decoding = False
+            raise
 
     def _decoder_ended(self) -> None:
         """Hold the pixels instead of the body."""

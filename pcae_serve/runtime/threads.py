@@ -38,12 +38,32 @@ class Threads:
         on_end: called once, on the event loop, when no thread works on the call any more. That may
         be later than the end of the returned future: a call that runs cannot be cancelled.
         """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
         running = self._threads.submit(call)
-        if on_end is not None:
-            running.add_done_callback(partial(_call_on, asyncio.get_running_loop(), on_end))
+
+        def ended() -> None:
+            if on_end is not None:
+                on_end()
+            if answer.done():  # it was cancelled
+                return
+            if running.cancelled():
+                answer.cancel()
+            elif (error := running.exception()) is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(running.result())
+
+        def answered(_: asyncio.Future[T]) -> None:
+            if answer.cancelled():
+                running.cancel()
+
+        # one wake-up of the loop for all that follows a call (asyncio.wrap_future adds another)
         self._running.add(running)  # asyncio's future may be cancelled while the call continues
         running.add_done_callback(self._running.discard)
-        return asyncio.wrap_future(running)
+        running.add_done_callback(partial(_call_on, loop, ended))
+        answer.add_done_callback(answered)
+        return answer
 
     @property
     def busy(self) -> bool:

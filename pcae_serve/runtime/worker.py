@@ -114,15 +114,9 @@ class Worker:
         """
         loop = asyncio.get_running_loop()
         end_call = terminate or self.engine.terminate
-        watchdog: asyncio.TimerHandle | None = None
-
-        def start_watchdog() -> None:
-            nonlocal watchdog
-            watchdog = loop.call_later(self._watchdog_s, time_out)
 
         def watched() -> T:
-            # only now: another bundle's batch may have used the device before
-            loop.call_soon_threadsafe(start_watchdog)
+            watchdog.start()  # only now: another bundle's batch may have used the device before
             return call()
 
         def time_out() -> None:
@@ -132,11 +126,11 @@ class Worker:
 
         def returned(done: asyncio.Future[T]) -> None:
             self._calls -= 1
-            if watchdog is not None:
-                watchdog.cancel()
+            watchdog.cancel()
             ended(done)
 
         self._calls += 1
+        watchdog = _Watchdog(self._watchdog_s, time_out)
         running = self._device.submit(watched)
         running.add_done_callback(returned)
 
@@ -190,3 +184,33 @@ class Worker:
             self.name,
         )
         self._on_lost()
+
+
+class _Watchdog:
+    """The time limit of a call, from the moment that it starts on its thread.
+
+    The thread only notes the time: waking the event loop for each call would cost more.
+    """
+
+    def __init__(self, limit_s: float, time_out: Callable[[], None]) -> None:
+        """time_out: called on the event loop, once, unless this is cancelled before."""
+        self._limit_s, self._time_out = limit_s, time_out
+        self._loop = asyncio.get_running_loop()
+        self._start_s: float | None = None
+        self._timer = self._loop.call_later(limit_s, self._check)
+
+    def start(self) -> None:
+        """Note that the call starts. May be called from any thread."""
+        self._start_s = self._loop.time()
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+    def _check(self) -> None:
+        left_s = self._limit_s
+        if self._start_s is not None:
+            left_s -= self._loop.time() - self._start_s
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._check)
+        else:
+            self._time_out()

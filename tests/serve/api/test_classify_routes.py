@@ -193,7 +193,7 @@ def test_images_of_a_batch_do_not_slip_past_the_limit(
         files = batch(*[image_bytes(250)] * 30)
         answer = client.post("/classify/batch?budget_ms=60000", files=files)
     statuses = Counter(result["status"] for result in answer.json()["results"])
-    assert statuses == {200: 8, 503: 22}
+    assert statuses == {200: 9, 503: 21}  # one runs at once, eight wait
 
 
 @pytest.mark.parametrize(

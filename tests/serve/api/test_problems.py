@@ -154,7 +154,8 @@ def test_a_request_whose_budget_passes_while_images_are_decoded_gets_504(
 ) -> None:
     monkeypatch.setattr(Preprocess, "__call__", lambda *_: time.sleep(1.0))
     with serving(Service(settings(), small_bundle, [gate])) as client:
-        document = problem(client.post("/classify?budget_ms=200", content=image_bytes()), 504)
+        image = image_bytes(size=(400, 400))  # for a thread
+        document = problem(client.post("/classify?budget_ms=200", content=image), 504)
         assert "before the image was received and decoded" in document["detail"]
 
 

@@ -17,7 +17,8 @@ from pcae_serve.runtime.refusals import Refused
 from tests.support.images import image_bytes
 
 PREPROCESS = Preprocess(image_size=8, resize=8, mean=(0.5,) * 3, std=(0.5,) * 3)
-BODY = image_bytes(level=7, size=(100, 100))
+BODY = image_bytes(level=7, size=(400, 400))  # for a thread
+TINY = image_bytes(level=7)
 
 
 def decoders(memory: MemoryBudget | None = None) -> Decoders:
@@ -28,14 +29,52 @@ def ended() -> None:
     """Nothing is held."""
 
 
-def test_pixels_of_an_image() -> None:
+@pytest.mark.parametrize("body", [TINY, BODY])
+def test_pixels_of_an_image(body: bytes) -> None:
     async def scenario() -> None:
         subject = decoders()
-        pixels = await subject.decode(PREPROCESS, BODY, subject.predict(PREPROCESS, BODY), ended)
-        np.testing.assert_array_equal(pixels, PREPROCESS(BODY))
+        pixels = await subject.decode(PREPROCESS, body, subject.predict(PREPROCESS, body), ended)
+        np.testing.assert_array_equal(pixels, PREPROCESS(body))
         assert await subject.shutdown(5.0)
 
     asyncio.run(scenario())
+
+
+def test_only_a_tiny_image_is_decoded_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    where, decode = list[int](), Preprocess.__call__
+
+    def noting(self: Preprocess, body: bytes, *limits: Any) -> Any:
+        where.append(threading.get_ident())
+        return decode(self, body, *limits)
+
+    monkeypatch.setattr(Preprocess, "__call__", noting)
+
+    async def scenario() -> None:
+        subject = decoders()
+        for body in (TINY, BODY):
+            await subject.decode(PREPROCESS, body, subject.predict(PREPROCESS, body), ended)
+        await subject.shutdown(5.0)
+
+    asyncio.run(scenario())
+    assert [thread == threading.get_ident() for thread in where] == [True, False]
+
+
+def test_a_tiny_image_holds_nothing_when_it_cannot_be_read() -> None:
+    ends = list[str]()
+
+    async def scenario() -> None:
+        memory = MemoryBudget(10**9)
+        subject = decoders(memory)
+        cost = subject.predict(PREPROCESS, TINY)
+        call = subject.decode(PREPROCESS, TINY[:45], cost, lambda: ends.append("x"))
+        with pytest.raises(UnreadableImage):
+            await call
+        assert not subject.busy(cost)
+        assert memory.used_bytes == 0
+        await subject.shutdown(5.0)
+
+    asyncio.run(scenario())
+    assert ends == ["x"]
 
 
 def test_the_wait_is_the_work_ahead_and_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,8 @@ def test_a_decoder_that_does_not_come_back_does_not_hold_the_end_up(
     async def scenario() -> bool:
         service = Service(settings(), small_bundle, [Gate()])
         await service.start()
-        call = asyncio.create_task(classify(service, 1, 60_000))
+        body = image_bytes(size=(400, 400))  # for a thread
+        call = asyncio.create_task(infer(service, 60_000, body))
         await asyncio.to_thread(entered.wait, 20)
         await asyncio.wait_for(service.stop(), 15)
         with pytest.raises(Draining):
@@ -384,7 +385,7 @@ def test_a_stop_frees_what_unanswered_requests_hold(
         await asyncio.to_thread(gate.entered.wait, 20)
         while service.waiting > 1:
             await asyncio.sleep(0.005)
-        slow = image_bytes() + b"slow"
+        slow = image_bytes(size=(400, 400)) + b"slow"
         calls += [asyncio.create_task(infer(service, 60_000, slow)) for _ in range(2)]
         calls += [asyncio.create_task(upload())]
         while len(service._resources.uploads) != 1 or service.waiting != 3:
