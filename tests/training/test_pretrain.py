@@ -176,6 +176,27 @@ def test_mae_is_the_mean_squared_error_of_standardised_patches() -> None:
     assert not torch.isclose(loss(raw, pixels), loss(learner, pixels))
 
 
+def test_a_pixel_weight_adds_the_error_of_all_hidden_patches() -> None:
+    learner, pixels = objective(pixel_weight=0.5), batch(2)
+    values, parts = split(learner, pixels)
+    targets = learner.targets(values, parts.hidden, SampleRng(0, 0, 2))
+    latent = learner.encode(values, parts.visible, None)
+    decoded = learner.decoder(latent, parts.visible, parts.hidden)  # type: ignore[operator]
+    places = torch.tensor(
+        [
+            [hidden.tolist().index(position) for position in kept]
+            for hidden, kept in zip(parts.hidden, targets.position.tolist(), strict=True)
+        ]
+    )
+    tokens = torch.stack([decoded[i, places[i], :16] for i in range(2)])
+    features = 1 - F.cosine_similarity(tokens, targets.tokens, dim=-1)
+    target = torch.stack([values[i, parts.hidden[i]] for i in range(2)])
+    target = (target - target.mean(-1, keepdim=True)) / target.std(-1, keepdim=True)
+    expected = features.mean() + 0.5 * F.mse_loss(decoded[..., 16:], target)
+    torch.testing.assert_close(loss(learner, pixels), expected, rtol=1e-4, atol=1e-5)
+    assert learner.macs() > objective().macs()  # it decodes 27 patches instead of 3
+
+
 def test_simmim_carries_mask_tokens_to_the_pixels() -> None:
     learner, pixels = objective(method="simmim"), batch(2)
     model = learner.model
@@ -216,9 +237,11 @@ def test_mae_with_dropped_targets(setting: str) -> None:
     assert whole.teacher is None
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_everything_that_learns_gets_a_gradient(method: str) -> None:
-    learner = objective(method=method)
+@pytest.mark.parametrize(
+    ("method", "flags"), [*((method, {}) for method in METHODS), ("pcae", {"pixel_weight": 1})]
+)
+def test_everything_that_learns_gets_a_gradient(method: str, flags: dict[str, Any]) -> None:
+    learner = objective(method=method, **flags)
     loss(learner, batch()).backward()  # type: ignore[no-untyped-call]
     without = [
         name
@@ -289,6 +312,8 @@ def test_random_dropping_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"reduce_after": "0,4,9"}, "outside the 9 blocks"),
         ({"reduce_after": "4,0"}, "must be in ascending order"),
         ({"drop_targets": "loss"}, "--drop-targets is only for --method mae"),
+        ({"method": "mae", "pixel_weight": 1}, "--pixel-weight is only for --method pcae, not mae"),
+        ({"pixel_weight": -1}, "greater than or equal to 0"),
         ({"stream": True}, "--epoch-size"),
         ({"epoch_size": 10}, "--epoch-size is only for --stream"),
         ({"min_lr": 1}, "--min-lr 1.0 is above the peak"),

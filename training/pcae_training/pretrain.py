@@ -2,7 +2,7 @@
 
 pcae         the student encodes the visible patches; a decoder predicts the teacher's tokens of
              those hidden patches that progressive reduction keeps; the teacher is the student's
-             moving average (section 3)
+             moving average (section 3); with --pixel-weight also the pixels of all hidden patches
 mae          a decoder predicts the pixels of all hidden patches (arXiv 2111.06377)
 simmim       the encoder processes mask tokens too and predicts the pixels (arXiv 2111.09886)
 pcae-simmim  the encoder processes mask tokens for the teacher's kept tokens (appendix D)
@@ -41,6 +41,7 @@ class Targets(NamedTuple):
 
     tokens: Tensor  # [B, w, D], each token standardised
     position: Tensor  # [B, w]: their index among the image's patches
+    kept: Tensor  # [B, w]: their index among the hidden patches
 
 
 class Teacher(nn.Module):
@@ -81,7 +82,8 @@ class Teacher(nn.Module):
         )
         tokens = self.network.norm(last.x).float()
         variance, mean = torch.var_mean(tokens, dim=-1, keepdim=True)
-        return Targets((tokens - mean) / (variance + 1e-6).sqrt(), hidden.gather(1, last.position))
+        standardised = (tokens - mean) / (variance + 1e-6).sqrt()
+        return Targets(standardised, hidden.gather(1, last.position), last.position)
 
     @torch.no_grad()
     def follow(self, student: VisionTransformer) -> None:
@@ -176,6 +178,17 @@ class Pretraining(nn.Module):
         targets: Targets = self.teacher(values, hidden, noise)
         return targets
 
+    def pixel_errors(self, prediction: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
+        """Return the mean squared error of predicted pixels of the patches `wanted`: [b, w].
+
+        prediction [b, w, C p p]. The pixels of each patch are standardised if the settings say so.
+        """
+        target = gather(values, wanted)
+        if self.settings.normalise_pixels:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        return (prediction.float() - target).square().mean(dim=-1)
+
     def views(self, images: Tensor) -> dict[str, Tensor]:
         """Return the patch tokens [b, n, D] of whole, normalised images: the encoder's `features`.
 
@@ -207,7 +220,7 @@ class Pretraining(nn.Module):
                 lengths.append(left)
                 left = after.get(block, left)
             teacher = _blocks(config, lengths) + hidden * config.geometry.patch_values * width
-            wanted = hidden if settings.drop_targets == "loss" else left
+            wanted = hidden if settings.decodes_all else left
         tokens = config.prefix + visible + (wanted if masks_encoded else 0)
         student = _blocks(config, [tokens] * config.depth)
         student += visible * config.geometry.patch_values * width
@@ -262,18 +275,30 @@ class Pretraining(nn.Module):
 
 
 class Pcae(Pretraining):
-    """Predict the teacher's kept tokens from the visible patches (paper, section 3)."""
+    """Predict the teacher's kept tokens from the visible patches (paper, section 3).
+
+    With --pixel-weight the decoder predicts MAE's pixels of all hidden patches as well. That is not
+    in the paper: the teacher of a short run knows little, pixels teach from the first step.
+    """
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
-        config = start.model.config
-        self.decoder = build_decoder(config, start.settings, outputs=config.width)
+        config, settings = start.model.config, start.settings
+        self.outputs = [config.width]
+        if settings.pixel_weight:
+            self.outputs.append(config.geometry.patch_values)
+        self.decoder = build_decoder(config, settings, outputs=sum(self.outputs))
 
     def loss(self, values: Tensor, mask: Mask, rng: SampleRng, drop_path: Tensor | None) -> Tensor:
         targets = self.targets(values, mask.hidden, rng)
         latent = self.encode(values, mask.visible, drop_path)
-        prediction = self.decoder(latent, mask.visible, targets.position)
-        return cosine_loss(prediction, targets.tokens)
+        if not (weight := self.settings.pixel_weight):
+            prediction = self.decoder(latent, mask.visible, targets.position)
+            return cosine_loss(prediction, targets.tokens)
+        decoded = self.decoder(latent, mask.visible, mask.hidden)
+        tokens, pixels = decoded.split(self.outputs, dim=-1)  # [b, h, D], [b, h, C p p]
+        errors = self.pixel_errors(pixels, values, mask.hidden)
+        return cosine_loss(gather(tokens, targets.kept), targets.tokens) + weight * errors.mean()
 
 
 class PcaeSimMim(Pretraining):
@@ -322,12 +347,7 @@ class Mae(Pretraining):
 
     def errors(self, latent: Tensor, values: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
         """Return the mean squared error of each patch `wanted` [b, w], decoded together: [b, w]."""
-        prediction: Tensor = self.decoder(latent, visible, wanted)
-        target = gather(values, wanted)
-        if self.settings.normalise_pixels:
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (variance + 1e-6).sqrt()
-        return (prediction.float() - target).square().mean(dim=-1)
+        return self.pixel_errors(self.decoder(latent, visible, wanted), values, wanted)
 
 
 class SimMim(Pretraining):

@@ -26,7 +26,8 @@ class PretrainSettings(WatchSettings, InitSettings):
         **RunSettings.flag_groups,
         "run": ("method", "init", "weights", *RunSettings.flag_groups["run"]),
         "method": (
-            "mask_ratio", "mask_unit", "decoder_depth", "decoder_width", "normalise_pixels",
+            "mask_ratio", "mask_unit", "decoder_depth", "decoder_width", "pixel_weight",
+            "normalise_pixels",
         ),
         "teacher": ("ema", "reduce_after", "teacher_keep", "reduction", "drop_targets"),
         "watch": ("watch_images", "eval_data", "eval_split"),
@@ -49,8 +50,16 @@ class PretrainSettings(WatchSettings, InitSettings):
         description="token width of the decoder; default: 512 for ViT-B, proportionally less for"
         " narrower encoders",
     )
+    pixel_weight: float = Field(
+        0.0,
+        ge=0,
+        description="pcae: weight of a second loss, that of mae on the pixels of all hidden"
+        " patches; 0: none, as in the paper",
+    )
     normalise_pixels: bool = Field(
-        True, description="mae: standardise the target pixels of each patch"
+        True,
+        description="standardise the target pixels of each patch (mae, and pcae with"
+        " --pixel-weight)",
     )
 
     ema: float | None = Field(
@@ -88,6 +97,8 @@ class PretrainSettings(WatchSettings, InitSettings):
     def _check_combinations(self) -> Self:
         if self.drop_targets != "none" and self.method != "mae":
             raise ValueError("--drop-targets is only for --method mae: pcae always drops targets")
+        if self.pixel_weight and self.method != "pcae":
+            raise ValueError(f"--pixel-weight is only for --method pcae, not {self.method}")
         if self.init is None:
             self.check_model(self.config(classes=0))
         return self
@@ -132,6 +143,11 @@ class PretrainSettings(WatchSettings, InitSettings):
     def predicts_teacher(self) -> bool:
         """Whether the targets are the teacher's tokens."""
         return self.method.startswith("pcae")
+
+    @property
+    def decodes_all(self) -> bool:
+        """Whether the decoder predicts all hidden patches, those that a teacher drops included."""
+        return self.drop_targets == "loss" or self.pixel_weight > 0
 
     @property
     def has_teacher(self) -> bool:
