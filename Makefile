@@ -60,7 +60,7 @@ serve: .venv/installed  ## install the server for CPUs into .venv, then serve on
 
 .PHONY: test
 test: .venv-test/installed  ## run the fast tests, in a few minutes
-	$(TEST_PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+	$(TEST_PYTHON) -m pytest --numprocesses 3 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 .PHONY: test-all
 test-all: .venv-test/ray  ## run all tests that need no GPU, and measure coverage

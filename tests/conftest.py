@@ -1,5 +1,11 @@
 """Fixtures for the tests of several packages."""
 
+import os
+
+# Matrices are tiny: more threads of a library only wait for each other, up to 20 times as long.
+# Before numpy is imported, and for the processes that tests start.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
+
 import importlib
 from collections.abc import Iterator
 from pathlib import Path

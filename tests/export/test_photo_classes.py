@@ -33,7 +33,8 @@ def write_photos(root: Path, each: int = 8, colours: Any = COLOURS) -> Path:
 
 @pytest.fixture
 def backbone(tiny: Callable[..., Checkpoint], tmp_path: Path) -> Path:
-    checkpoints.save(replace(tiny(classes=0), labels=[]), tmp_path / "backbone")
+    small = tiny(classes=0, depth=2, reduction_points=(0,))  # tracing takes time for each stage
+    checkpoints.save(replace(small, labels=[]), tmp_path / "backbone")
     return tmp_path / "backbone"
 
 

@@ -20,9 +20,9 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYT
     ("module", "arguments", "stream", "code"),
     [
         (SERVE, ["--help"], "stdout", 1),  # fits the buffer: fails in the flush at exit
-        (SERVE, ["--help"], "stderr", 0),
         (SERVE, ["--port", "99999"], "stderr", 1),
-        (SERVE, ["--port", "99999"], "stdout", 2),
+        pytest.param(SERVE, ["--help"], "stderr", 0, marks=pytest.mark.slow),
+        pytest.param(SERVE, ["--port", "99999"], "stdout", 2, marks=pytest.mark.slow),
         (SERVE, ["classify", "none.png"], "stderr", 1),
         pytest.param(SERVE, ["classify", "--help"], "stdout", 1, marks=pytest.mark.slow),
         pytest.param(SERVE, ["simulate", "--help"], "stdout", 1, marks=pytest.mark.slow),

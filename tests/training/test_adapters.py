@@ -215,16 +215,23 @@ class Killed(BaseException):
     """As abrupt as a process that is gone: nothing gets to save."""
 
 
+EXTRAS: tuple[dict[str, Any], ...] = (
+    {},
+    {"lora_targets": "all", "weight_ema": 0.9, "select": "best"},
+    {"freeze_first": 0.4, "select": "best", "checkpoint_gradients": True},
+    {"weight_ema": 0.9, "distil_from": "average", "distil": 1.0},
+)
+
+
 @pytest.mark.parametrize(
-    "extra",
+    ("step", "extra"),
     [
-        {},
-        {"lora_targets": "all", "weight_ema": 0.9, "select": "best"},
-        {"freeze_first": 0.4, "select": "best", "checkpoint_gradients": True},
-        {"weight_ema": 0.9, "distil_from": "average", "distil": 1.0},
+        # each kind of state once: none in the first epoch, the others in the second
+        pytest.param(step, extra, marks=[] if (step == 1) == (not extra) else pytest.mark.slow)
+        for step in (1, 4)
+        for extra in EXTRAS
     ],
 )
-@pytest.mark.parametrize("step", [1, 4])
 def test_killed_anywhere_and_resumed_is_unbroken(
     step: int, extra: dict[str, Any], tune: Any, first: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +278,7 @@ def test_the_average_is_that_of_the_merged_weights(tune: Any, first: Path) -> No
     assert objective.kept is objective.average.module  # type: ignore[union-attr]
 
 
+@pytest.mark.slow  # test_checkpoint_gradients has a fast one, without adapters
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it, and hides this
 def test_compiled_with_gradients_recomputed(tune: Any, first: Path, monkeypatch: Any) -> None:
     compile_block = nn.Module.compile

@@ -1,5 +1,6 @@
 """Teachers: checkpoints and ONNX graphs that another model learns from."""
 
+import itertools
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -98,9 +99,17 @@ def export(path: Path, example: Tensor, *, fixed: bool = False, **kind: Any) -> 
     return path
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("probabilities", [False, True])
+#: Between them, the two cells of the fast suite have each value of each argument.
+FAST_LAYOUTS = [(True, torch.uint8, False), (False, torch.float32, True)]
+
+
+@pytest.mark.parametrize(
+    ("channels_last", "dtype", "probabilities"),
+    [
+        pytest.param(*cell, marks=[] if cell in FAST_LAYOUTS else pytest.mark.slow)
+        for cell in itertools.product((False, True), (torch.uint8, torch.float32), (False, True))
+    ],
+)
 def test_a_graph_of_any_layout(
     channels_last: bool, dtype: torch.dtype, probabilities: bool, tmp_path: Path
 ) -> None:

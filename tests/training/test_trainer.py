@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,9 +19,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.command import run
 from pcae_serve.errors import PcaeError
 from pcae_training import checkpoint as checkpoints
 from pcae_training.checkpoint import Checkpoint
+from pcae_training.commands import Train
 from pcae_training.finetune import Finetuning, finetune
 from pcae_training.finetune_settings import FinetuneSettings
 from pcae_training.model import VisionTransformer, ViTConfig
@@ -103,9 +106,9 @@ EVERY_STEP, EVERY_EPOCH = 1e-9, 1e9
 @pytest.mark.parametrize(
     ("step", "save_every_s"),
     [
-        (1, EVERY_STEP),  # in the first epoch
-        (3, EVERY_EPOCH),  # at its end
+        (3, EVERY_EPOCH),  # at the end of the first epoch
         (5, EVERY_STEP),  # in the second epoch
+        pytest.param(1, EVERY_STEP, marks=pytest.mark.slow),  # fast in test_adapters
         pytest.param(3, EVERY_STEP, marks=pytest.mark.slow),
         pytest.param(4, EVERY_STEP, marks=pytest.mark.slow),
         pytest.param(4, EVERY_EPOCH, marks=pytest.mark.slow),
@@ -172,7 +175,9 @@ def test_a_pretraining_is_resumed_with_its_teacher(
     assert any(name.startswith("optimizer/decoder.") for name in one)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_and_saves_the_run(
     number: signal.Signals, tune: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,13 +193,27 @@ def test_a_signal_stops_and_saves_the_run(
     assert same(weights(whole.out), weights(stopped.out))
 
 
+def test_a_stopped_command_returns_143(
+    learn: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = learn("stopped")
+    kill_at(1, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(Train, ["pretrain", *flags(stopped)]) == 143
+    lines = capsys.readouterr().err.splitlines()
+    assert "training: 0 of 80 images" in lines  # a log, not a terminal
+    again = f"continue with the same command and --resume (--out {stopped.out})"
+    assert lines[-1] == f"pcae-train: stopped and saved; {again}"
+    assert checkpoints.load(stopped.out).training["step"] == 2
+
+
+@pytest.mark.slow
 def test_a_stopped_command_exits_with_143(learn: Any) -> None:
-    run = learn("run")
-    flags = [f"--data={run.data}", f"--out={run.out}", "--image-size=8", "--patch-size=2"]
+    made = learn("run")
+    flags = [f"--data={made.data}", f"--out={made.out}", "--image-size=8", "--patch-size=2"]
     flags += ["--width=8", "--heads=2", "--batch-size=10", "--epochs=120000", "--log-every=1"]
     with subprocess.Popen([*TRAIN, "pretrain", *flags], stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 300
-        while not (run.out / "metrics.jsonl").exists() or not metrics(run.out):
+        while not (made.out / "metrics.jsonl").exists() or not metrics(made.out):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -204,15 +223,15 @@ def test_a_stopped_command_exits_with_143(learn: Any) -> None:
         assert process.wait(300) == 143
     lines = printed.splitlines()
     assert "training: 0 of 4,800,000 images" in lines  # a log, not a terminal
-    again = f"continue with the same command and --resume (--out {run.out})"
+    again = f"continue with the same command and --resume (--out {made.out})"
     assert lines[-1] == f"pcae-train: stopped and saved; {again}"
-    assert checkpoints.load(run.out).training["step"] >= 1
+    assert checkpoints.load(made.out).training["step"] >= 1
 
 
-def flags(run: FinetuneSettings | PretrainSettings) -> list[str]:
+def flags(settings: FinetuneSettings | PretrainSettings) -> list[str]:
     """The command line that gives these settings."""
     given = []
-    for name, value in run.model_dump(exclude_defaults=True).items():
+    for name, value in settings.model_dump(exclude_defaults=True).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             given.append(f"--{flag}" if value else f"--no-{flag}")
@@ -230,6 +249,42 @@ def two_processes(command: str, run: FinetuneSettings | PretrainSettings) -> lis
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
+def in_two_processes(settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tune with this process as the first of two, which saves starting torchrun and it."""
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as reserved:
+        port = reserved.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [*TRAIN, "finetune", *flags(settings)]
+    second = subprocess.Popen(
+        command,
+        env=ONE_THREAD | world | {"RANK": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        with monkeypatch.context() as patch:
+            for name, value in world.items() | {("RANK", "0")}:
+                patch.setenv(name, value)
+            assert finetune(settings) is not None
+        printed, _ = second.communicate(timeout=600)
+    finally:
+        second.kill()
+        second.wait()
+    assert second.returncode == 0, printed[-3000:]
+    assert "wrote" not in printed  # only the first process writes
+
+
+def with_torchrun(settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = two_processes("finetune", settings)
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("wrote") == 1
+
+
+@pytest.mark.parametrize(
+    "launch", [in_two_processes, pytest.param(with_torchrun, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "classes",
     [
@@ -238,17 +293,18 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
         pytest.param({"class_weights": "auto"}, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_train_as_one(classes: dict[str, Any], tune: Any) -> None:
+def test_two_processes_train_as_one(
+    classes: dict[str, Any],
+    launch: Callable[[FinetuneSettings, pytest.MonkeyPatch], None],
+    tune: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The second epoch, going on from what one process made of the first."""
     more = {"seed": 3, "batch_size": 8, "accumulate": 2, "randaugment": 9, "erase": 0.5, **classes}
     alone, shared = tune("alone", **more), tune("shared", **more)
     finetune(alone)
     finetune(shared.model_copy(update={"stop_after": 1}))
-    again = shared.model_copy(update={"resume": True})
-    command = two_processes("finetune", again)
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("wrote") == 1
+    launch(shared.model_copy(update={"resume": True}), monkeypatch)
     one, two = metrics(alone.out), metrics(shared.out)
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (one, two)]
     assert len(losses[0]) == 6
