@@ -1,6 +1,7 @@
 """pcae-serve replay, as a person calls it, against real sockets."""
 
 import csv
+import gc
 import io
 import json
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ def _unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "MAX_LAG_S", 60.0)
     monkeypatch.setattr(replay, "PAUSE_S", 0.0)
     monkeypatch.setattr(replay, "POLL_S", 0.01)
+    # what tests have imported stays excluded from garbage collection (see tests/conftest.py)
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)
 
 
 def replayed(url: str, tmp_path: Path, *flags: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
