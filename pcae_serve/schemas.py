@@ -57,6 +57,9 @@ class Classes(BaseModel):
         1,
         description="how often the image ran: 2 if a second look on a better tier gave the answer",
     )
+    first_tier: str | None = Field(
+        None, description="name of the tier of the first look, if the second gave the answer"
+    )
 
 
 class Features(BaseModel):
@@ -155,6 +158,9 @@ class Tiers(BaseModel):
     width: int = Field(description="length of the output: number of classes or of features")
     patch_grid: list[int] | None = Field(
         None, description="shape [H, W, D] of the patches that /embed returns; null if it does not"
+    )
+    max_looks: int = Field(
+        1, description="how often an image may run: 2 if the bundle is calibrated and --max-looks 2"
     )
     labels: list[str] = Field(description="class names in the order of the logits")
     tiers: list[TierInfo] = Field(description="cheapest first")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pcae_serve.bundle.reader import demo_path
+from pcae_serve.bundle.reader import demo_path, load_bundle
 from tests.support.server_process import server
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_command_runs_or_says_why_not() -> None:
     pages = {file.name for file in (ROOT / "docs").glob("*.md") if here(file.name)}
-    assert pages == {"client.md", "local.md", "scheduling.md", "training.md"}
+    assert pages == {"classes.md", "client.md", "local.md", "scheduling.md", "training.md"}
     for page, exempt in ELSEWHERE.items():
         for start, reason in exempt.items():
             assert all((ROOT / file).exists() for file in re.findall(r"[\w/]+\.py", reason)), reason
@@ -132,6 +132,20 @@ def test_the_shell_of_the_client(reader: Path, tmp_path: Path) -> None:
     with server("--budget-ms", "20000", cache=tmp_path) as (url, _):
         answer = json.loads(shell(asks.replace("http://127.0.0.1:8000", url), reader, tmp_path))
     assert answer["predictions"][0]["label"] == "Bag"
+
+
+@pytest.mark.slow
+def test_a_bundle_of_photographs_is_served(reader: Path, tmp_path: Path) -> None:
+    """With another bundle of that name: tests/export/test_photo_classes.py makes one."""
+    serves, asks = here("classes.md")
+    command, flag, bundle = serves.split()
+    assert (command, flag) == ("pcae-serve", "--bundle")
+    with server(flag, str(reader / bundle), cache=tmp_path) as (url, _):
+        asks = asks.replace("localhost:8000", url.removeprefix("http://"))
+        answer = json.loads(
+            shell(asks.replace("budget_ms=1000", "budget_ms=20000"), reader, tmp_path)
+        )
+    assert answer["predictions"][0]["label"] in load_bundle(reader / bundle).labels
 
 
 @pytest.mark.slow

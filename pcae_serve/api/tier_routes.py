@@ -25,5 +25,6 @@ async def tiers(request: Request) -> schemas.Tiers:
         device=service.device,
         policy=service.settings.policy,
         budget_ms=service.settings.budget_ms,
+        max_looks=service.settings.max_looks,
         disabled=service.disabled_tiers,
     )

@@ -257,6 +257,7 @@ class Model:
             device=runner.engine.device,
             policy=POLICY,
             budget_ms=inf,
+            max_looks=1,
         )
 
     def close(self) -> None:

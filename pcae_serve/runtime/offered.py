@@ -169,6 +169,7 @@ class OfferedRequest:
             compute_s=compute_s,
             total_s=total_s,
             patches=self._own_patches(output, row),
+            first_tier=None if first is None else first.tier,
         )
 
     def deliver(self, result: InferenceResult) -> None:

@@ -47,3 +47,4 @@ class InferenceResult:
     compute_s: float
     total_s: float
     patches: NDArray[np.float32] | None = None  # [H, W, D], if requested
+    first_tier: Tier | None = None  # of the first look, if this is the answer of the second

@@ -19,6 +19,7 @@ def classification(
         predictions=predictions,
         confidence=predictions[0].probability,
         looks=answer.looks,
+        first_tier=None if answer.first_tier is None else answer.first_tier.name,
         **_common(answer, inference, explain),
     )
 

@@ -20,6 +20,7 @@ def describe_bundle(
     device: str,
     policy: str,
     budget_ms: float,
+    max_looks: int,
     disabled: Collection[int] = (),
 ) -> schemas.Tiers:
     """Return a bundle, what runs it and its tiers, the cheapest first.
@@ -43,6 +44,7 @@ def describe_bundle(
         patch_grid=list(bundle.patch_grid)
         if bundle.patch_grid is not None and isinstance(engine, DenseEngine)
         else None,
+        max_looks=1 if bundle.manifest.calibration is None else max_looks,
         labels=list(bundle.labels),
         tiers=[
             describe_tier(bundle, i, engine, forecast, max_batch, in_service=i not in disabled)

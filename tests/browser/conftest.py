@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,21 @@ def chromium() -> Iterator[Any]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server with the demo."""
     with server("--waiting-price", "0", cache=tmp_path_factory.mktemp("cache")) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server with a tiny backbone that returns the state of each patch."""
+    from pcae_training import checkpoint  # imports torch
+    from tests.export.conftest import make_tiny
+    from tests.support.exporting import bundled
+
+    root = tmp_path_factory.mktemp("dense")
+    checkpoint.save(replace(make_tiny(classes=0, pooling="cls"), labels=[]), root / "checkpoint")
+    flags = ("--dense", "--half", "none", "--tier", "low=0.5", "--tier", "full=1")
+    made = bundled(root / "checkpoint", root / "bundle", *flags)
+    with server("--bundle", str(made.root), cache=root / "cache") as (url, _):
         yield url
 
 

@@ -1,11 +1,13 @@
-"""Bundles without graphs: what the simulated engine serves."""
+"""Bundles without graphs, which the simulated engine serves, and changed copies of the demo."""
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from pcae_serve.bundle.preprocess import Preprocess
+from pcae_serve.bundle.reader import demo_path
 
 TIERS = {"fast": (0.6, 1000, 0.80), "balanced": (0.8, 2000, 0.85), "full": (1.0, 4000, 0.90)}
 
@@ -66,4 +68,20 @@ def write_bundle(root: Path, **changes: Any) -> Path:
         (model / name).write_bytes(content)
     files = {f"models/vit/{n}": hashlib.sha256(c).hexdigest() for n, c in contents.items()}
     (root / "bundle.json").write_text(json.dumps(manifest(files, **changes)))
+    return root
+
+
+def copy_demo(root: Path, processor: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """Copy the demo; `processor` and `changes` replace fields of its preprocessing and manifest.
+
+    Its calibration is dropped, because it belongs to the demo's pixels and tiers.
+    """
+    shutil.copytree(demo_path(), root)
+    document = json.loads((root / "bundle.json").read_text()) | {"calibration": None} | changes
+    if processor is not None:
+        name = "models/vit/preprocessor_config.json"
+        file = root / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | processor))
+        document["files"][name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (root / "bundle.json").write_text(json.dumps(document))
     return root

@@ -2,8 +2,8 @@
 import { html, useState } from "../vendor/htm-preact.js";
 import { Picture } from "./picture.js";
 
-/** Show an answer. */
-export function Answer({ answer, picture, patches }) {
+/** Show an answer. patches: of the tier, before the first reduction. */
+export function Answer({ answer, picture, patches, server }) {
   const stages = answer.kept?.length ?? 0;
   const [chosen, setChosen] = useState(null);
   const stage = Math.min(chosen ?? stages, stages);
@@ -18,28 +18,43 @@ export function Answer({ answer, picture, patches }) {
           <input type="range" min="0" max=${stages} value=${stage} aria-valuetext="${stage}: ${remaining}"
             onInput=${(event) => setChosen(Number(event.target.value))} />
         </label>
+        ${answer.tokens.at(-1) === patches && html`<p>
+          This tier keeps every patch. A smaller budget buys a tier that drops some.</p>`}
       </figcaption>
     </figure>
     <div>
-      <p class="result"><strong>${answer.tier}</strong>, keep ratio ${answer.keep_ratio}
+      <p class="result"><strong><${Looks} answer=${answer} /></strong>, keep ratio ${answer.keep_ratio}
         ${answer.met_budget ? "" : html`, <em>late</em>`}</p>
-      <p>${answer.reason}</p>
-      ${answer.predictions && html`<${Bars} predictions=${answer.predictions} />`}
+      <p class="reason">${answer.reason}</p>
+      ${answer.predictions && html`<${Bars} answer=${answer} server=${server} />`}
       ${answer.features && html`<p>${answer.features.length} features</p>`}
       <${Times} times=${answer.timings_ms} budget=${answer.budget_ms} />
     </div>
   </div>`;
 }
 
-function Bars({ predictions }) {
+/** Name the tier that answered, and that of the first look if there were two. */
+function Looks({ answer }) {
+  if (!answer.first_tier) return answer.tier;
+  return html`${answer.first_tier} <span role="img" aria-label="then, as a second look,">→</span> ${answer.tier}`;
+}
+
+function Bars({ answer, server }) {
+  const kind = server.answers === "labels" ? "labels" : "classes";
+  const sure = html`<span class="value">${(100 * answer.confidence).toFixed(1)} %</span>`;
   return html`<table class="bars">
-    <caption>Most probable classes</caption>
-    <tbody>${predictions.map(({ label, probability }) => html`<tr>
+    <caption>Most probable ${kind}; confidence ${sure}, ${answer.looks === 1 ? "one look" : "two looks"}</caption>
+    <tbody>${answer.predictions.map(({ label, probability }) => html`<tr>
       <th scope="row">${label}</th>
       <td><meter min="0" max="1" value=${probability} aria-label="probability of ${label}"></meter></td>
       <td>${(100 * probability).toFixed(1)} %</td>
     </tr>`)}</tbody>
   </table>`;
+}
+
+/** Return a time in milliseconds with as many digits as one reads. */
+export function inMs(value) {
+  return `${value.toFixed(value < 100 ? 1 : 0)} ms`;
 }
 
 /** Show the time of each stage as a part of a bar, and as text. */
@@ -57,7 +72,7 @@ function Times({ times, budget }) {
         return part;
       })}
     </svg>
-    <figcaption>${stages.map((name) => html`<span class="key-${name}">${name} ${times[name]} ms</span> `)}
-      total ${times.total} ms of ${budget} ms</figcaption>
+    <figcaption>${stages.map((name) => html`<span class="legend key-${name}">${name} ${inMs(times[name])}</span> `)}
+      <span>total ${inMs(times.total)} of ${budget} ms</span></figcaption>
   </figure>`;
 }

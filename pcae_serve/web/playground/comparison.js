@@ -1,6 +1,7 @@
 // The same image on every tier: time, answer, agreement, and the patches that remain.
 import { html, useState } from "../vendor/htm-preact.js";
 import { infer } from "./api.js";
+import { inMs } from "./answer.js";
 import { Picture } from "./picture.js";
 
 /** Budget of a request that names its tier, in milliseconds: enough for any of them. */
@@ -32,19 +33,20 @@ export function Comparison({ server, picture, apiKey, onError }) {
   const best = shown.at(-1)?.answer;
   return html`<section aria-labelledby="compare">
     <h2 id="compare">All tiers on this image</h2>
-    <button onClick=${compare} disabled=${busy}>Compare all tiers</button>
+    <p class="controls"><button onClick=${compare} disabled=${busy}>Compare all tiers</button>
+      <span class="hint">The same image on each tier, one after the other.</span></p>
     ${shown.length > 0 && html`<div class="scroll" tabindex="0" role="region" aria-label="table of the answers"><table>
       <thead><tr>${["tier", "patches that remain", "compute", ...(best.predictions ? ["answer", "confidence"] : ["cosine to the last"]), "kept"]
         .map((title) => html`<th scope="col">${title}</th>`)}</tr></thead>
       <tbody>${shown.map(({ tier, answer }) => html`<tr>
         <th scope="row">${tier.name}</th>
         <td>${answer.tokens.join(", ")} of ${tier.patches}</td>
-        <td>${answer.timings_ms.compute.toFixed(1)} ms</td>
+        <td>${inMs(answer.timings_ms.compute)}</td>
         ${answer.predictions ? html`
           <td>${answer.predictions[0].label}${differs(answer, best) ? " (differs from the last)" : ""}</td>
           <td>${(100 * answer.predictions[0].probability).toFixed(1)} %</td>` : html`
           <td>${cosine(answer.features, best.features).toFixed(3)}</td>`}
-        <td><${Picture} picture=${picture} patches=${tier.patches} kept=${answer.kept.at(-1)} side=${112}
+        <td><${Picture} picture=${picture} patches=${tier.patches} kept=${answer.kept.at(-1)} side=${224}
           label="patches that ${tier.name} keeps: ${answer.tokens.at(-1)} of ${tier.patches}" /></td>
       </tr>`)}</tbody>
     </table></div>`}

@@ -1,8 +1,8 @@
 // Accuracy against latency of every tier, as measured on this machine.
 import { html } from "../vendor/htm-preact.js";
+import { scale, ticks, useWidth } from "./axes.js";
 
-const WIDTH = 480;
-const HEIGHT = 260;
+const HEIGHT = 280;
 const LEFT = 56;
 const BOTTOM = 40;
 
@@ -19,22 +19,23 @@ function quality(tier) {
 
 /** Show the front. chosen: name of the tier that answered last. */
 export function Front({ server, chosen }) {
+  const [element, width] = useWidth(600);
   const points = server.tiers
     .map((tier) => ({ tier, latency: tier.latency_ms?.[1], quality: quality(tier) }))
     .filter((point) => point.latency && point.quality);
-  if (points.length < 2) return null;
+  if (points.length < 2) return html`<div ref=${element} />`;
   const name = points[0].quality.name;
-  const x = scale(0, 1.1 * Math.max(...points.map((point) => point.latency)), LEFT, WIDTH - 12);
+  const x = scale(0, 1.1 * Math.max(...points.map((point) => point.latency)), LEFT, width - 60);
   const least = Math.min(...points.map((point) => point.quality.low));
   const most = Math.max(...points.map((point) => point.quality.high));
   const margin = Math.max(0.002, 0.15 * (most - least));
   const y = scale(least - margin, Math.min(1, most + margin), HEIGHT - BOTTOM, 12);
   return html`<section aria-labelledby="front">
     <h2 id="front">Accuracy against latency</h2>
-    <svg class="front" viewBox="0 0 ${WIDTH} ${HEIGHT}" role="img"
+    <div ref=${element}><svg class="front" viewBox="0 0 ${width} ${HEIGHT}" role="img"
       aria-label="Each tier's ${name} against its latency; the table below has the numbers">
-      <path class="axis" d="M${LEFT} 12V${HEIGHT - BOTTOM}H${WIDTH - 12}" />
-      <text x=${(LEFT + WIDTH) / 2} y=${HEIGHT - 6} text-anchor="middle">latency of one image, ms</text>
+      <path class="axis" d="M${LEFT} 12V${HEIGHT - BOTTOM}H${width - 12}" />
+      <text x=${(LEFT + width) / 2} y=${HEIGHT - 6} text-anchor="middle">latency of one image, ms</text>
       <text x="14" y=${HEIGHT / 2 - 14} text-anchor="middle" transform="rotate(-90 14 ${HEIGHT / 2 - 14})">${name}, %</text>
       ${ticks(x).map((value) => html`<text x=${x.at(value)} y=${HEIGHT - BOTTOM + 16} text-anchor="middle">${value}</text>`)}
       ${ticks(y).map((value) => html`<text x=${LEFT - 6} y=${y.at(value) + 4} text-anchor="end">${(100 * value).toFixed(1)}</text>`)}
@@ -43,9 +44,10 @@ export function Front({ server, chosen }) {
           <title>${tier.name}: ${(100 * value).toFixed(2)} %, ${latency} ms</title>
           <path d="M${x.at(latency)} ${y.at(low)}V${y.at(high)}" />
           <circle cx=${x.at(latency)} cy=${y.at(value)} r=${tier.name === chosen ? 7 : 4.5} />
-          <text x=${x.at(latency) + 9} y=${y.at(value) + (i % 2 ? -8 : 16)}>${tier.name}</text>
+          <text x=${x.at(latency) + (i % 2 ? -9 : 9)} y=${y.at(value) + (i % 2 ? -9 : 17)}
+            text-anchor=${i % 2 ? "end" : "start"}>${tier.name}</text>
         </g>`)}
-    </svg>
+    </svg></div>
     <div class="scroll" tabindex="0" role="region" aria-label="table of the tiers"><table>
       <thead><tr><th scope="col">tier</th><th scope="col">keep ratio</th><th scope="col">${name}</th>
         <th scope="col">latency, one image</th><th scope="col">eight images</th></tr></thead>
@@ -61,19 +63,4 @@ function percent(found) {
   if (!found) return "–";
   const bounds = found.low < found.high ? ` (${(100 * found.low).toFixed(2)}–${(100 * found.high).toFixed(2)})` : "";
   return `${(100 * found.value).toFixed(2)} %${bounds}`;
-}
-
-/** Return a linear scale from values to places. */
-function scale(least, most, first, last) {
-  return { least, most, at: (value) => first + ((value - least) / (most - least)) * (last - first) };
-}
-
-/** Return about five round values of a scale. */
-function ticks({ least, most }) {
-  const rough = (most - least) / 5;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((each) => each >= rough);
-  const found = [];
-  for (let i = Math.ceil(least / step); i * step <= most; i += 1) found.push(Number((i * step).toPrecision(6)));
-  return found;
 }

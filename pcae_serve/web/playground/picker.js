@@ -1,29 +1,37 @@
 // Ways to bring an image: file, camera, drop, paste, samples.
 import { html, useEffect, useState } from "../vendor/htm-preact.js";
-import { Problem } from "./api.js";
+import { unreachable } from "./api.js";
 
-/** Offer the ways, and call onChoose with a blob and its name. */
-export function Picker({ onChoose, onError }) {
+/** Offer the ways, and call onChoose with a blob, its name and the number of files that came. */
+export function Picker({ onChoose, onError, picture }) {
   const [over, setOver] = useState(false);
   const take = (files) => {
-    const file = [...(files ?? [])].find((each) => each.type.startsWith("image/")) ?? files?.[0];
-    if (file) onChoose(file, file.name || "the pasted image");
+    const found = [...(files ?? [])];
+    const file = found.find((each) => each.type.startsWith("image/")) ?? found[0];
+    if (file) onChoose(file, file.name || "the pasted image", found.length);
   };
+  // anywhere on the page: a browser would open a file that misses its place, and leave the page
   useEffect(() => {
-    const paste = (event) => take(event.clipboardData?.files);
-    document.addEventListener("paste", paste);
-    return () => document.removeEventListener("paste", paste);
+    const listeners = {
+      paste: (event) => take(event.clipboardData?.files),
+      dragover: (event) => (event.preventDefault(), setOver(true)),
+      dragleave: (event) => event.relatedTarget === null && setOver(false),
+      drop: (event) => {
+        event.preventDefault();
+        setOver(false);
+        take(event.dataTransfer?.files);
+      },
+    };
+    for (const [name, listener] of Object.entries(listeners)) document.addEventListener(name, listener);
+    return () => {
+      for (const [name, listener] of Object.entries(listeners)) document.removeEventListener(name, listener);
+    };
   }, [onChoose]);
 
-  const drop = (event) => {
-    event.preventDefault();
-    setOver(false);
-    take(event.dataTransfer?.files);
-  };
   const sample = async (name) => {
     const response = await fetch(sampleUrl(name)).catch(() => null);
-    if (response?.ok) onChoose(await response.blob(), name);
-    else onError(new Problem("No answer", "the server cannot be reached; is it running?", 0, ""));
+    if (response?.ok) onChoose(await response.blob(), name, 1);
+    else onError(unreachable());
   };
   const samples = document.body.dataset.samples.split(",").filter(Boolean);
   const choose = (event) => {
@@ -32,20 +40,24 @@ export function Picker({ onChoose, onError }) {
   };
 
   return html`
-    <div class=${over ? "drop over" : "drop"} onDragOver=${(event) => (event.preventDefault(), setOver(true))}
-      onDragLeave=${() => setOver(false)} onDrop=${drop}>
-      <label>Choose an image <input type="file" accept="image/*" onChange=${choose} /></label>
-      <label class="camera">Take a photograph
-        <input type="file" accept="image/*" capture="environment" onChange=${choose} />
-      </label>
-      <p>or drop one here, or paste one</p>
+    <div class=${over ? "drop over" : "drop"}>
+      <${FileButton} label="Choose an image" onChange=${choose} />
+      <${FileButton} label="Take a photograph" onChange=${choose} camera />
+      <p>or drop one on this page, or paste one</p>
     </div>
     ${samples.length > 0 && html`<div class="samples" role="group" aria-label="Samples">
-      ${samples.map((name) => html`<button onClick=${() => sample(name)}>
+      ${samples.map((name) => html`<button onClick=${() => sample(name)} aria-pressed=${picture?.name === name}>
         <img src=${sampleUrl(name)} alt=${name.replace("-", " ")} width="56" height="56" />
       </button>`)}
     </div>`}
   `;
+}
+
+/** Show a file input as a button. */
+export function FileButton({ label, onChange, camera = false }) {
+  return html`<label class=${camera ? "button camera" : "button"}>${label}
+    <input type="file" accept="image/*" capture=${camera ? "environment" : undefined} onChange=${onChange} />
+  </label>`;
 }
 
 function sampleUrl(name) {

@@ -22,8 +22,8 @@ export function Similarity({ server, picture, apiKey, onError }) {
     <h2 id="similar">Similarity of images</h2>
     ${images.length < 2 ? html`<p class="hint">Choose a second image to compare it.</p>` : html`
       <div class="scroll" tabindex="0" role="region" aria-label="table of cosines"><table>
-        <thead><tr><td></td>${images.map(({ name }) => html`<th scope="col">${name}</th>`)}</tr></thead>
-        <tbody>${images.map((row) => html`<tr><th scope="row">${row.name}</th>
+        <thead><tr><td></td>${images.map(({ name }) => html`<th scope="col" class="name">${name}</th>`)}</tr></thead>
+        <tbody>${images.map((row) => html`<tr><th scope="row" class="name">${row.name}</th>
           ${images.map((column) => html`<td>${cosine(row.features, column.features).toFixed(3)}</td>`)}</tr>`)}</tbody>
       </table></div>`}
   </section>`;

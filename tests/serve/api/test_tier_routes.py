@@ -16,6 +16,7 @@ def test_tiers_report_accuracy_and_latency(client: TestClient) -> None:
     assert document["tiers"][0]["accuracy"]["top1"] == 0.80
     assert document["tiers"][2]["latency_ms"]["1"] >= 40
     assert (document["backend"], document["backend_note"]) == ("simulated", None)
+    assert document["max_looks"] == 1  # it is not calibrated
     assert (document["answers"], document["width"]) == ("classes", 4)
     reported = {key: document["tiers"][0][key] for key in ("model", "reduction", "precision")}
     assert reported == {"model": "vit", "reduction": "ptr", "precision": "float32"}

@@ -315,9 +315,11 @@ def test_each_image_of_a_batch_has_its_own_looks(
         files = [("image", ("i.png", image_bytes(), "image/png")) for _ in range(3)]
         reply = client.post("/classify/batch?budget_ms=30000", files=files)
         answers = [each["answer"] for each in reply.json()["results"]]
-        assert {(each["looks"], each["tier"]) for each in answers} == {(2, "full")}
+        looks = {(each["looks"], each["first_tier"], each["tier"]) for each in answers}
+        assert looks == {(2, "fast", "full")}
+        assert client.get("/tiers").json()["max_looks"] == 2
         one = client.post("/classify?budget_ms=30000&max_looks=1", content=image_bytes()).json()
-        assert (one["looks"], one["tier"]) == (1, "fast")
+        assert (one["looks"], one["first_tier"], one["tier"]) == (1, None, "fast")
         # softmax of 0.25, 0, 0, 0: the logits divided by the temperature
         assert one["confidence"] == one["predictions"][0]["probability"]
         assert one["confidence"] == pytest.approx(np.exp(0.25) / (np.exp(0.25) + 3), abs=1e-5)
