@@ -46,14 +46,17 @@ function Bars({ answer, server }) {
     <caption>Most probable ${kind}; confidence ${sure}, ${answer.looks === 1 ? "one look" : "two looks"}</caption>
     <tbody>${answer.predictions.map(({ label, probability }) => html`<tr>
       <th scope="row">${label}</th>
-      <td><meter min="0" max="1" value=${probability} aria-label="probability of ${label}"></meter></td>
+      <td><svg viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">
+        <rect class="budget-bar" width="100" height="6" />
+        <rect class="compute" width=${100 * probability} height="6" /></svg></td>
       <td>${(100 * probability).toFixed(1)} %</td>
     </tr>`)}</tbody>
   </table>`;
 }
 
-/** Return a time in milliseconds with as many digits as one reads. */
+/** Return a time in milliseconds with as many digits as one reads; a dash if there is none. */
 export function inMs(value) {
+  if (value === undefined) return "–";
   return `${value.toFixed(value < 100 ? 1 : 0)} ms`;
 }
 

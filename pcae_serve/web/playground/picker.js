@@ -14,9 +14,14 @@ export function Picker({ onChoose, onError, picture }) {
   useEffect(() => {
     const listeners = {
       paste: (event) => take(event.clipboardData?.files),
-      dragover: (event) => (event.preventDefault(), setOver(true)),
+      dragover: (event) => {
+        if (!event.dataTransfer?.types.includes("Files")) return;
+        event.preventDefault();
+        setOver(true);
+      },
       dragleave: (event) => event.relatedTarget === null && setOver(false),
       drop: (event) => {
+        if (!event.dataTransfer?.files.length) return;
         event.preventDefault();
         setOver(false);
         take(event.dataTransfer?.files);
