@@ -31,6 +31,18 @@ def test_ci_runs_on_every_supported_python() -> None:
     assert ".ci/run" in [step.get("run") for step in job["steps"]]
 
 
+def test_pictures_of_the_browser_tests_are_kept_whatever_their_outcome() -> None:
+    steps = load(".github/workflows/ci.yml")["jobs"]["run"]["steps"]
+    [(i, kept)] = [
+        (i, step) for i, step in enumerate(steps) if "upload-artifact" in step.get("uses", "")
+    ]
+    assert steps[i - 1]["run"] == ".ci/run"
+    assert kept["if"] == "always()"
+    folder = kept["with"]["path"].rstrip("/")
+    assert f'Path("{folder}")' in (ROOT / "tests" / "browser" / "conftest.py").read_text()
+    assert f"/{folder}/" in (ROOT / ".gitignore").read_text()
+
+
 @pytest.mark.parametrize("workflow", ["ci", "release"])
 def test_workflows_call_what_exists(workflow: str) -> None:
     jobs = load(f".github/workflows/{workflow}.yml")["jobs"]

@@ -59,6 +59,29 @@ def test_every_document_has_one_place_in_the_navigation() -> None:
     assert sorted(in_navigation(settings["nav"])) == sorted([*documents, *site.NAMED.values()])
 
 
+def test_pages_stand_in_the_order_in_which_people_need_them() -> None:
+    settings = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]
+    order = [page.removesuffix(".md") for page in in_navigation(settings["nav"])]
+    needed = [
+        "start",
+        "export",
+        "classes",
+        "training",
+        "tiers",
+        "operations",
+        "capacity",
+        "gpu",
+        "reduction",
+        "scheduling",
+        "rest",
+        "python",
+        "commands",
+        "paper",
+        "errors",
+    ]
+    assert sorted(needed, key=order.index) == needed
+
+
 def test_a_link_out_of_docs_leads_to_a_copy(pages: Path) -> None:
     assert "(repository/docker/Dockerfile.md)" in (pages / "containers.md").read_text()
     assert (pages / "repository/docker/Dockerfile.md").read_text().count("``````") == 2
