@@ -410,7 +410,8 @@ def test_the_map_shows_how_similar_patches_are(dense: str, visit: Any) -> None:
     content = scene("PNG")
     chooser = page.get_by_label("Choose an image")
     chooser.set_input_files({"name": "a.png", "mimeType": "", "buffer": content}, timeout=WAIT_MS)
-    second = {"name": "b.png", "mimeType": "", "buffer": scene("PNG", 3)}
+    turned = scene("PNG", 3)
+    second = {"name": "b.png", "mimeType": "", "buffer": turned}
     page.get_by_label("Choose a second image").set_input_files(second, timeout=WAIT_MS)
     page.get_by_text("second image: b.png").wait_for(timeout=WAIT_MS)
 
@@ -424,7 +425,7 @@ def test_the_map_shows_how_similar_patches_are(dense: str, visit: Any) -> None:
     for key in ("ArrowDown", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowUp", "ArrowUp"):
         page.keyboard.press(key)
     page.get_by_text("Chosen: row 1, column 2.").wait_for(timeout=WAIT_MS)
-    own, other = grid(content), grid(second["buffer"])
+    own, other = grid(content), grid(turned)
     nearest = page.locator("table.nearest tbody tr")
     for image, vectors in (("first", own), ("second", other)):
         cosines = vectors @ own[1]
