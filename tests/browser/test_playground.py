@@ -65,11 +65,13 @@ def check_veil(page: Any, answer: dict[str, Any]) -> None:
     """Move through the stages; the patches without a veil are those that the API keeps."""
     assert answer["tokens"][-1] < 40
     set_range(page, "After reduction", 0)
+    page.get_by_text("0 of 3: all patches").wait_for(timeout=WAIT_MS)
+    page.wait_for_timeout(300)  # effects draw after the text
     bare = pixels(page)
     for stage, kept in enumerate(answer["kept"], start=1):
         set_range(page, "After reduction", stage)
         page.get_by_text(f"{stage} of 3: ").wait_for(timeout=WAIT_MS)
-        for _ in range(WAIT_MS // 100):  # effects draw after the text
+        for _ in range(WAIT_MS // 100):
             veiled = pixels(page)
             bright = [i for i in range(196) if veiled[i] == bare[i]]
             if bright == kept:
@@ -124,6 +126,7 @@ def test_the_page_shows_the_pixels_that_the_model_sees(
             "turned.jpg": scene("JPEG", 6),
             "mirrored.jpg": scene("JPEG", 5),
             "turned.webp": scene("WebP", 8),
+            "mirrored.webp": scene("WebP", 7),
             "turned.png": scene("PNG", 3),
         }.items():
             file = {"name": name, "mimeType": "", "buffer": content}

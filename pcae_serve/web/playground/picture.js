@@ -1,5 +1,6 @@
 // An image as the model sees it, and a canvas that veils the patches that were dropped.
 import { html, useEffect, useRef } from "../vendor/htm-preact.js";
+import { decodeUpright } from "./orientation.js";
 
 /** Side of the canvas, in pixels: twice of what it takes on the page, for dense screens. */
 export const SIDE = 784;
@@ -9,7 +10,7 @@ export const SIDE = 784;
  * transparent: part of it is; the model sees the colours that are stored there.
  */
 export async function openPicture(blob, name, server) {
-  const found = await createImageBitmap(blob, { colorSpaceConversion: "none" }).catch(() => null);
+  const found = await decodeUpright(blob).catch(() => null);
   if (found === null) return { blob, name, bitmap: null, box: null, size: null, transparent: false };
   const { width, height } = found;
   const [bitmap, box] = await scaledDown(found, visibleBox(found, server));
