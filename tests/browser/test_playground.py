@@ -450,7 +450,7 @@ def test_colours_of_the_map_rise_with_similarity(dense: str, visit: Any) -> None
     chooser = page.get_by_label("Choose an image")
     for tier in ("full", "low"):
         chooser.set_input_files({"name": "a.png", "mimeType": "", "buffer": black}, timeout=WAIT_MS)
-        page.get_by_label("Tier", exact=True).select_option(tier, timeout=WAIT_MS)
+        page.locator("section[aria-labelledby=patches] select").select_option(tier)
         query = f"patches=true&normalize=true&tier={tier}&budget_ms=60000"
         answer = httpx2.post(f"{dense}/embed?{query}", content=black).json()
         vectors = np.array(answer["patches"]).reshape(64, -1)
