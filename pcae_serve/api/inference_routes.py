@@ -11,12 +11,14 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from pcae_serve.api import problems, proxy_delay, server_timing
+from pcae_serve.api.array_answers import NUMBER_BYTES, RAW, HeldResponse
 from pcae_serve.api.auth import require_key
 from pcae_serve.api.body import announced_bytes, read_body, unless_disconnected
 from pcae_serve.api.form import require_plain_body
 from pcae_serve.api.image_requests import body_limit, callers_of
 from pcae_serve.api.parameters import MAX_BUDGET_MS, require_no_query
 from pcae_serve.api.state import service_of
+from pcae_serve.bundle.manifest import PATCHES
 from pcae_serve.errors import (
     MalformedRequest,
     OutOfService,
@@ -44,12 +46,17 @@ from pcae_serve.open_inference.schema import (
 )
 from pcae_serve.open_inference.tensors import (
     File,
+    default_outputs,
     image_files,
     offered_outputs,
     output_tensor,
     parse_request,
+    patches_tensor,
     require_outputs,
+    wants_patches,
 )
+from pcae_serve.runtime import refusals
+from pcae_serve.runtime.memory_budget import Reservation
 from pcae_serve.runtime.request_group import RequestGroup
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.version import __version__
@@ -191,6 +198,9 @@ async def model_metadata(request: Request) -> ModelMetadata:
     """Return the model's tensors, tiers and limits. The model's name is the bundle's."""
     service = service_of(request)
     bundle, settings = service.bundle, service.settings
+    offered = offered_outputs(bundle)
+    if refusals.no_patches(bundle, service.engines):
+        offered.pop(PATCHES, None)  # the backend does not return them
     return ModelMetadata(
         name=bundle.manifest.name,
         versions=[VERSION],
@@ -198,7 +208,7 @@ async def model_metadata(request: Request) -> ModelMetadata:
         inputs=[TensorMetadata(name=INPUT, datatype="BYTES", shape=[-1])],
         outputs=[
             TensorMetadata(name=name, datatype=datatype, shape=[-1, *shape])
-            for name, (datatype, shape) in offered_outputs(bundle).items()
+            for name, (datatype, shape) in offered.items()
         ],
         parameters={
             "tiers": ",".join(tier.name for tier in bundle.tiers),
@@ -230,6 +240,9 @@ async def infer(request: Request) -> Response:
         max_images = service.settings.max_images
         infer_request, files = _parse(body, request.headers.get(HEADER_LENGTH), max_images)
         require_outputs(infer_request, service.bundle)
+        dense = wants_patches(infer_request)
+        if dense and (refused := refusals.no_patches(service.bundle, service.engines)):
+            raise refused
         parameters = infer_request.parameters or RequestParameters()
         service.bundle.allowed_tiers(parameters.tier, parameters.min_tier)
         budget_ms = parameters.budget_ms or service.settings.budget_ms
@@ -241,10 +254,14 @@ async def infer(request: Request) -> Response:
             service.bundle.output,
             *callers,
             max_looks=parameters.max_looks,
+            patches=dense,
+            number_bytes=NUMBER_BYTES["raw"],
         )
         group.take(len(files))
-        answers = await unless_disconnected(request, _answers(group, inference, files))
-    response = _response(infer_request, inference, answers)
+        answered = await unless_disconnected(request, _answers(group, inference, files))
+    answers = [answer for answer, _ in answered]
+    held = [reservation for _, reservation in answered if reservation is not None]
+    response = _response(infer_request, inference, answers, held)
     server_timing.record_timing(request, response, answers)
     return response
 
@@ -292,14 +309,18 @@ def _parse(
 
 async def _answers(
     group: RequestGroup, inference: InferenceRequest, files: Sequence[File]
-) -> list[InferenceResult]:
-    """Return the results of all images. The first refusal cancels the others and is raised."""
+) -> list[tuple[InferenceResult, Reservation | None]]:
+    """Return the results of all images, and what holds the memory of their patch grids.
 
-    async def answer(index: int, file: File) -> InferenceResult:
+    The first refusal cancels the others and is raised.
+    """
+
+    async def answer(index: int, file: File) -> tuple[InferenceResult, Reservation | None]:
         try:
             with group.offer(inference) as offered:
                 image = await offered.extract(asyncio.to_thread(file))
-                return await offered.run(image)
+                result = await offered.run(image)
+                return result, offered.hand_over_answer() if inference.patches else None
         except RequestError as error:
             if len(files) == 1:
                 raise
@@ -314,9 +335,15 @@ async def _answers(
 
 
 def _response(
-    infer_request: InferRequest, inference: InferenceRequest, answers: list[InferenceResult]
+    infer_request: InferRequest,
+    inference: InferenceRequest,
+    answers: list[InferenceResult],
+    held: Sequence[Reservation],
 ) -> Response:
-    """Return the answer with the requested outputs, as JSON or as JSON and binary data."""
+    """Return the answer with the requested outputs, as JSON or as JSON and binary data.
+
+    held: released once it has been sent.
+    """
     bundle = answers[0].bundle
     if any(answer.bundle is not bundle for answer in answers):
         raise OutOfService("the bundle was reloaded between the images; retry", retry_after_s=1)
@@ -324,17 +351,22 @@ def _response(
     binary_default = (infer_request.parameters or RequestParameters()).binary_data_output
     outputs, blobs = list[dict[str, Any]](), list[bytes]()
     for wanted in infer_request.outputs or [
-        RequestOutput(name=name) for name in offered_outputs(bundle)
+        RequestOutput(name=name) for name in default_outputs(bundle)
     ]:
         parameters = wanted.parameters or OutputParameters()
-        tensor = output_tensor(wanted.name, parameters, vectors, bundle.labels)
+        if wanted.name == PATCHES:
+            grids = [answer.patches for answer in answers if answer.patches is not None]
+            tensor = patches_tensor(parameters, grids)
+        else:
+            tensor = output_tensor(wanted.name, parameters, vectors, bundle.labels)
         output: dict[str, Any] = {
             "name": wanted.name,
             "datatype": tensor.datatype,
             "shape": tensor.shape,
         }
         binary = parameters.binary_data
-        if tensor.datatype == "FP16" or (binary_default if binary is None else binary):
+        always = tensor.datatype == "FP16" or wanted.name == PATCHES
+        if always or (binary_default if binary is None else binary):
             blobs.append(tensor.binary())
             output["parameters"] = {"binary_data_size": len(blobs[-1])}
         else:
@@ -356,8 +388,5 @@ def _response(
     text = to_json(document)
     if not blobs:
         return Response(text, media_type="application/json")
-    return Response(
-        b"".join([text, *blobs]),
-        headers={HEADER_LENGTH: str(len(text))},
-        media_type="application/octet-stream",
-    )
+    content = b"".join([text, *blobs])
+    return HeldResponse(content, RAW, {HEADER_LENGTH: str(len(text))}, held)

@@ -67,12 +67,17 @@ class RequestInput(_Input):
 
 
 class OutputParameters(_Input):
-    binary_data: bool | None = Field(None, description="return this output as binary data")
+    binary_data: bool | None = Field(
+        None, description="return this output as binary data; patches always are"
+    )
     datatype: Literal["FP32", "FP16"] | None = Field(
-        None, description="for features: their number format (default: FP32); FP16 is always binary"
+        None,
+        description="for features and patches: their number format (default: FP32); FP16 is always"
+        " binary",
     )
     normalize: bool = Field(
-        False, description="for features: divide each vector by its Euclidean length"
+        False,
+        description="for features and patches: divide each vector by its Euclidean length",
     )
     classification: Annotated[int, Field(ge=1)] | None = Field(
         None,
@@ -90,7 +95,7 @@ class InferRequest(_Input):
     parameters: RequestParameters | None = None
     inputs: Annotated[list[RequestInput], Field(min_length=1, max_length=8, fail_fast=True)]
     outputs: Annotated[list[RequestOutput] | None, Field(max_length=8, fail_fast=True)] = Field(
-        None, description="default: all outputs"
+        None, description="default: all outputs but patches"
     )
 
 

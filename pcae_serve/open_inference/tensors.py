@@ -3,6 +3,7 @@
 JSON ----------------> InferRequest --+
 binary data (bytes) ------------------+--> image files, as functions that return their bytes
 vectors [N, width] --> OutputTensor (JSON values or binary data)
+patch grids [H, W, D] --> OutputTensor (binary data)
 """
 
 import base64
@@ -22,6 +23,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from pcae_serve.bundle.features import convert
+from pcae_serve.bundle.manifest import PATCHES
 from pcae_serve.bundle.probabilities import sigmoid
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.errors import MalformedRequest, TooLarge, shown
@@ -181,8 +183,20 @@ def offered_outputs(bundle: Bundle) -> dict[str, tuple[str, list[int]]]:
             return vectors | {"label": ("BYTES", list[int]())}
         case "labels":  # independent, so there may be none or several
             return vectors | {"probabilities": ("FP32", [bundle.width])}
+        case "features" if bundle.patch_grid is not None:
+            return vectors | {PATCHES: ("FP32", list(bundle.patch_grid))}
         case "features":
             return vectors
+
+
+def default_outputs(bundle: Bundle) -> list[str]:
+    """Return the outputs of a request that names none: all but patch grids, which are large."""
+    return [name for name in offered_outputs(bundle) if name != PATCHES]
+
+
+def wants_patches(request: InferRequest) -> bool:
+    """Return whether a request names the output with patch grids."""
+    return any(output.name == PATCHES for output in request.outputs or ())
 
 
 def require_outputs(request: InferRequest, bundle: Bundle) -> None:
@@ -190,8 +204,9 @@ def require_outputs(request: InferRequest, bundle: Bundle) -> None:
     offered, names = offered_outputs(bundle), set[str]()
     for output in request.outputs or ():
         if output.name not in offered:
+            hint = "; this bundle was exported without --dense" if output.name == PATCHES else ""
             raise MalformedRequest(
-                f"unknown output {shown(output.name)}; choose from {', '.join(offered)}"
+                f"unknown output {shown(output.name)}; choose from {', '.join(offered)}{hint}"
             )
         if output.name in names:
             raise MalformedRequest(f"output {shown(output.name)} is requested twice")
@@ -200,11 +215,13 @@ def require_outputs(request: InferRequest, bundle: Bundle) -> None:
                 f"output {shown(output.name)} does not support classification; request logits"
             )
         form = output.parameters or OutputParameters()
-        if (form.datatype or form.normalize) and output.name != "features":
+        if (form.datatype or form.normalize) and output.name not in ("features", PATCHES):
             raise MalformedRequest(
                 f"output {shown(output.name)} supports neither datatype nor normalize; request"
                 " features"
             )
+        if output.name == PATCHES and form.binary_data is False:
+            raise MalformedRequest(f"output {PATCHES!r} is always binary; omit binary_data")
         if form.datatype == "FP16" and form.binary_data is False:
             raise MalformedRequest("FP16 is always binary; omit binary_data, or request FP32")
         names.add(output.name)
@@ -212,11 +229,11 @@ def require_outputs(request: InferRequest, bundle: Bundle) -> None:
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """An output; `values` in row-major order."""
+    """An output; `values` in row-major order, in an array if they are always binary."""
 
     datatype: Literal["FP32", "FP16", "BYTES"]
     shape: list[int]
-    values: list[float] | list[str]
+    values: list[float] | list[str] | NDArray[Any]
 
     def binary(self) -> bytes:
         """Return the values as binary data: little-endian floats, or texts after their lengths."""
@@ -256,3 +273,16 @@ def output_tensor(
         for i in row
     ]
     return OutputTensor("BYTES", list(best.shape), ranked)
+
+
+def patches_tensor(
+    parameters: OutputParameters, grids: Sequence[NDArray[np.float32]]
+) -> OutputTensor:
+    """Return the patch grids [H, W, D] of all images as one output [N, H, W, D].
+
+    Raises InvalidParameter for a state that FP16 cannot hold.
+    """
+    half = parameters.datatype == "FP16"
+    dtype = "float16" if half else "float32"
+    values = np.stack([convert(grid, parameters.normalize, dtype) for grid in grids])
+    return OutputTensor("FP16" if half else "FP32", list(values.shape), values)

@@ -20,7 +20,7 @@ from pcae_serve.open_inference.schema import InferResponse
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 from tests.support.apps import MakeSettings, busy, fail, outcomes, quick, serving, wait_until
-from tests.support.bundles import manifest, write_bundle
+from tests.support.bundles import backbone, manifest, write_bundle
 from tests.support.gate import Gate
 from tests.support.images import image_bytes
 from tests.support.inference_requests import (
@@ -270,6 +270,88 @@ def test_a_bundle_without_a_head_answers_with_features(
         assert message.startswith("FP16 is always binary")
     assert by_name.keys() == {"features"}
     assert by_name["features"]["data"] == [0, 0, 0, 0, 0, 0, 0, 5]
+
+
+#: The grid of the simulated engine.
+GRID = np.repeat(np.arange(1, 17, dtype=np.float32).reshape(4, 4, 1), 6, axis=2)
+
+
+def patches_of(response: Any, dtype: str) -> Any:
+    """The values of the output `patches`, the last one; it must be binary."""
+    assert response.status_code == 200, response.text
+    length = int(response.headers[LENGTH])
+    *_, last = json.loads(response.content[:length])["outputs"]
+    assert (last["name"], "data" in last) == ("patches", False)
+    data = response.content[-last["parameters"]["binary_data_size"] :]
+    return np.frombuffer(data, dtype).reshape(last["shape"])
+
+
+def test_patches_are_an_output_if_they_are_requested(dense: TestClient) -> None:
+    offered = dense.get("/v2/models/test").json()["outputs"]
+    assert offered[1] == {"name": "patches", "datatype": "FP32", "shape": [-1, 4, 4, 6]}
+    two = files(image_bytes(255), image_bytes(0))
+    assert outputs(dense.post(INFER, json=two)).keys() == {"features"}
+    names = [{"name": "features"}, {"name": "patches"}]
+    response = dense.post(INFER, json=two | {"outputs": names})
+    assert np.array_equal(patches_of(response, "<f4"), np.stack([GRID, GRID]))
+    first = json.loads(response.content[: int(response.headers[LENGTH])])["outputs"][0]
+    assert first["data"] == [0, 0, 0, 0, 0, 0, 0, 5, 5, 0, 0, 0, 0, 0, 0, 0]
+    unit = {"datatype": "FP16", "normalize": True}
+    wanted = [{"name": "patches", "parameters": unit}]
+    halves = patches_of(dense.post(INFER, json=two | {"outputs": wanted}), "<f2")
+    np.testing.assert_allclose(halves, np.full((2, 4, 4, 6), 6**-0.5), rtol=1e-3)
+
+
+def test_patches_that_cannot_be_returned(client: TestClient, headless: TestClient) -> None:
+    for bundle, offered in ((client, "logits, label"), (headless, "features")):
+        wanted = files(image_bytes(), outputs=[{"name": "patches"}])
+        message = error(bundle.post(INFER, json=wanted), 400)
+        assert message.endswith(f"choose from {offered}; this bundle was exported without --dense")
+
+
+@pytest.mark.parametrize("parameters", [{"binary_data": False}, {"classification": 3}])
+def test_patches_in_other_forms(dense: TestClient, parameters: dict[str, Any]) -> None:
+    wanted = [{"name": "patches", "parameters": parameters}]
+    message = error(dense.post(INFER, json=files(image_bytes(), outputs=wanted)), 400)
+    assert message.startswith("output 'patches' ")
+
+
+class _WithoutPatches:
+    """An engine as those for GPUs are: it returns features only."""
+
+    def __init__(self, engine: SimulatedEngine) -> None:
+        self.name, self.version, self.device = engine.name, engine.version, engine.device
+        self.threads, self.sizes = engine.threads, engine.sizes
+        self.run, self.terminate, self.close = engine.run, engine.terminate, engine.close
+
+
+def test_a_backend_without_patches_does_not_offer_them(
+    tmp_path: Path, settings: MakeSettings
+) -> None:
+    served = load_bundle(write_bundle(tmp_path / "dense", **backbone(patch_width=6)))
+    engine = _WithoutPatches(SimulatedEngine(served, seconds=quick))
+    with serving(Service(settings(), served, [engine])) as client:
+        names = [each["name"] for each in client.get("/v2/models/test").json()["outputs"]]
+        assert names == ["features"]
+        wanted = files(image_bytes(), outputs=[{"name": "patches"}])
+        assert "does not return patches" in error(client.post(INFER, json=wanted), 404)
+
+
+def test_patches_count_in_the_memory_budget_until_they_are_sent(
+    tmp_path: Path, settings: MakeSettings
+) -> None:
+    served = load_bundle(write_bundle(tmp_path / "wide", **backbone(patch_width=20_000)))
+    known = settings(memory_mb=15, budget_ms=20_000)
+    service = Service(known, served, [SimulatedEngine(served, seconds=quick)])
+    memory, wanted = service._resources.memory, {"outputs": [{"name": "patches"}]}
+    with serving(service) as client:
+        response = client.post(INFER, json=files(image_bytes()) | wanted)
+        assert patches_of(response, "<f4").shape == (1, 4, 4, 20_000)
+        assert memory.peak_bytes >= 16 * 16 * 20_000
+        assert memory.used_bytes == 0
+        several = files(*[image_bytes()] * 4) | wanted
+        assert client.post(INFER, json=several).status_code == 503
+        assert memory.used_bytes == 0
 
 
 # --- faults
