@@ -21,6 +21,7 @@ from pcae_export.images import IMAGES_HELP, decode, parity_pixels, shuffle_rows
 from pcae_export.measure import measure_quality
 from pcae_export.pack import Evaluation, Part, TierSpec
 from pcae_export.photo_classes import fit_classes
+from pcae_export.photo_copies import drop_copies
 from pcae_export.ranking import warn_of_few_images
 from pcae_export.source import Source, SourceOverrides, locate_source, read_source
 from pcae_export.text_classes import TEMPLATES, embed_prompts, read_prompts, text_model_type
@@ -303,14 +304,16 @@ class WriteBundle(CalibrationFlags):
         pack.plan_tiers(parts)
         if self.dense:
             pack.check_dense(parts)
-        photos = self._photos(next(iter(parts.values())).checkpoint)
+        photos, copies = self._photos(next(iter(parts.values())).checkpoint)
+        for note in copies:
+            print(f"warning: {note}", file=sys.stderr)
         tables, fitted = list[str](), None
         if photos is not None:
             [(model_id, part)] = parts.items()
             tables += self._choose_reductions(parts, undecided, photos, range(len(photos)))
             fitted = fit_classes(part.checkpoint, list(part.tiers.values()), photos)
             parts[model_id] = replace(part, checkpoint=fitted.checkpoint)
-            tables.append("\n".join(fitted.lines()))
+            tables.append("\n".join([*fitted.lines(), *(f"\n{note}." for note in copies)]))
         first = next(iter(parts.values())).checkpoint
         images = self._images(first)
         order = range(len(images)) if images else range(0)
@@ -532,12 +535,15 @@ class WriteBundle(CalibrationFlags):
         held_out = None if self.source is None else _held_out(self.source)
         return others.subset(self.calibration_rows(others, held_out)).readable(), ()
 
-    def _photos(self, backbone: Checkpoint) -> LabelledImages | None:
-        """Return the readable photographs of --classes-from, in random order."""
+    def _photos(self, backbone: Checkpoint) -> tuple[LabelledImages | None, list[str]]:
+        """Return the readable photographs of --classes-from, in random order and each once.
+
+        Also returns notes on what was left out.
+        """
         if self.classes_from is None:
-            return None
+            return None, []
         photos = self._load(self.classes_from, self.classes_split, backbone, labelled=True)
-        return photos.subset(shuffle_rows(len(photos))).readable()
+        return drop_copies(photos.subset(shuffle_rows(len(photos))).readable())
 
     def _images(self, checkpoint: Checkpoint) -> LabelledImages | None:
         """Return the readable images of --eval-data in random order, as many as are needed.

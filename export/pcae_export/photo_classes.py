@@ -108,8 +108,9 @@ def _check(photos: LabelledImages) -> None:
     few = [name for name, count in zip(photos.classes, counts, strict=True) if count < 2]
     if few:
         raise PcaeError(
-            f"{photos.name} has fewer than two readable photographs of {', '.join(few)}; a head is"
-            " measured on photographs that it has not seen, so each class needs two or more"
+            f"{photos.name} has fewer than two different readable photographs of"
+            f" {', '.join(few)}; a head is measured on photographs that it has not seen, so each"
+            " class needs two or more"
         )
 
 

@@ -64,6 +64,30 @@ def test_photographs_become_classes(
         assert "A head per keep ratio has +0.00" in text
 
 
+def test_copies_do_not_inflate_the_cross_validation(
+    tiny: Callable[..., Checkpoint], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of grey noise, a head is right only about photographs that it has seen."""
+    checkpoints.save(replace(tiny(classes=0), labels=[]), tmp_path / "backbone")
+    grey = dict.fromkeys(COLOURS, (128, 128, 128))
+    photos = write_photos(tmp_path / "photos", 10, grey)
+    for number, name in enumerate(grey):
+        shown = np.random.default_rng(number).integers(0, 256, (10, 16, 16, 3), np.uint8)
+        for place, pixels in enumerate(shown):
+            for copy in range(3):
+                Image.fromarray(pixels).save(photos / name / f"{place}-{copy}.png")
+            (photos / name / f"{place}.png").unlink()
+    words = ("--classes-from", photos, "--reduction", "ptr")
+    bundle = bundled(tmp_path / "backbone", tmp_path / "out", *TIERS, *words)
+    for tier in bundle.tiers:
+        assert tier.accuracy is not None
+        assert tier.accuracy.n == 30
+        assert tier.accuracy.top1 < 0.75
+    text = "60 of 90 photographs of photos/train are left out: each is a copy of one that is used"
+    assert f"warning: {text}" in capsys.readouterr().err
+    assert text in (bundle.root / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_images_apart_measure_the_tiers(made: Any, data: Path, tmp_path: Path) -> None:
     """--eval-data has the same classes, and the reduction rule is chosen once."""
@@ -107,8 +131,8 @@ def test_a_distilled_backbone_has_the_head_twice(
     ("photos", "message"),
     [
         ({"red": 8}, "has only one class, 'red': at least two are needed"),
-        ({"red": 1, "blue": 1}, "fewer than two readable photographs of blue, red"),
-        ({"red": 8, "blue": 1}, "fewer than two readable photographs of blue;"),
+        ({"red": 1, "blue": 1}, "fewer than two different readable photographs of blue, red"),
+        ({"red": 8, "blue": 1}, "fewer than two different readable photographs of blue;"),
     ],
 )
 def test_photographs_that_are_too_few(
