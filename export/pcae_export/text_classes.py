@@ -124,16 +124,13 @@ def embed_prompts(path: Path, prompts: Mapping[str, Sequence[str]]) -> TextHead:
         raise TextError(f"{path} has no usable text tower: {one_line(error)}") from None
     if missing := sorted(name for name in loaded["missing_keys"] if "vision" not in name):
         raise TextError(f"{path} lacks weights of its text tower: {missing[0]}, …")
-    # SigLIP was trained on prompts of full length, CLIP ends a prompt at its last token
     length = model.config.text_config.max_position_embeddings
-    whole = {"padding": "max_length", "max_length": length}
-    padding = whole if kind == "siglip" else {"padding": True}
     texts = [text for some in prompts.values() for text in some]
     parts = []
     with torch.inference_mode():
         for start in range(0, len(texts), BATCH):
             some = texts[start : start + BATCH]
-            tokens = tokenizer(some, return_tensors="pt", **padding)
+            tokens = _encode(tokenizer, kind, some, length)
             if (longest := tokens["input_ids"].shape[1]) > length:
                 raise TextError(
                     f"a prompt has {longest} tokens, and the text tower takes {length}; the longest"
@@ -145,3 +142,19 @@ def embed_prompts(path: Path, prompts: Mapping[str, Sequence[str]]) -> TextHead:
         classes = torch.stack([F.normalize(some.mean(dim=0), dim=0) for some in vectors])
         bias = float(model.logit_bias) if hasattr(model, "logit_bias") else 0.0
         return TextHead(classes.clone(), float(model.logit_scale.exp()), bias)
+
+
+def _encode(tokenizer: Any, kind: str, texts: Sequence[str], length: int) -> dict[str, Tensor]:
+    """Return the tokens [N, T] of prompts as the model was trained on them.
+
+    CLIP ends a prompt at its last token. SigLIP was trained on prompts that are padded on the right
+    to their full length, without a mask; SigLIP 2, whose tokenizer is Gemma's, on lower case, which
+    Gemma's does not do itself.
+    """
+    if kind == "clip":
+        return dict(tokenizer(list(texts), return_tensors="pt", padding=True))
+    tokenizer.padding_side = "right"
+    if type(tokenizer).__name__.startswith("Gemma"):
+        texts = [text.lower() for text in texts]
+    tokens = tokenizer(list(texts), return_tensors="pt", padding="max_length", max_length=length)
+    return {"input_ids": tokens["input_ids"]}

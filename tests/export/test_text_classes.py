@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from pcae_export.text_classes import TextError, embed_prompts, read_prompts
 from pcae_serve.engines.onnx_cpu import OnnxRuntimeEngine
@@ -29,7 +29,7 @@ FLAGS = ("--tier", "low=0.5", "--tier", "full=1", "--half", "none", "--normalise
 POINTS = ("--reduction-points", "0")
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, **config: Any) -> None:
     """A tokenizer of whole words: <pad>, the words, <start>, <end>."""
     names = ("<pad>", *WORDS, "<start>", "<end>")
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<pad>"))
@@ -39,7 +39,7 @@ def write_tokenizer(folder: Path) -> None:
     special = [(name, names.index(name)) for name in ("<start>", "<end>")]
     made.post_processor = processors.TemplateProcessing("<start> $A <end>", special_tokens=special)
     made.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"} | config
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -57,7 +57,8 @@ def model(kind: str, folder: Path) -> Any:
     made_class = getattr(transformers, FAMILIES[kind].name)
     made = randomised(made_class(made_class.config_class(**changes)))
     write(made, folder)
-    write_tokenizer(folder)
+    # as the published ones of SigLIP, which was trained without a mask
+    write_tokenizer(folder, **({"model_input_names": ["input_ids"]} if kind == "siglip" else {}))
     return made
 
 
@@ -84,9 +85,55 @@ def test_logits_are_those_of_transformers(kind: str, names: Path, tmp_path: Path
     with torch.inference_mode():
         expected = theirs(pixel_values=images, **tokens).logits_per_image.numpy()
     found = OnnxRuntimeEngine(bundle).run(bundle.tiers[-1], pixels).vectors
-    limit = 2e-3 * np.abs(expected).max()  # the bundle's weights are rounded to float16
+    bias = theirs.logit_bias.item() if kind == "siglip" else 0.0
+    limit = 2e-3 * np.abs(expected - bias).max()  # the bundle's weights are rounded to float16
     assert np.abs(found - expected).max() < limit
     assert np.ptp(expected, axis=1).min() > 10 * limit  # classes swapped would be seen
+
+
+def write_gemma_tokenizer(folder: Path, **config: Any) -> None:
+    """A tokenizer as SigLIP 2 has it: Gemma's, pieces of words that know upper case."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    names = special + [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=names, show_progress=False)
+    made.train_from_iterator(["This is a photo of a Cat.", "this is an old Boat."] * 3, trainer)
+    made.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
+    made.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": False} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"padding_side": "right", "do_lower_case": True, "model_input_names": ["input_ids"]}, {}],
+    ids=["as published", "only the class"],
+)
+def test_siglip_2_reads_lower_case_at_full_length(tmp_path: Path, config: dict[str, Any]) -> None:
+    """Its tokenizer is Gemma's; `transformers` has another class for what it was trained on."""
+    from transformers.models.siglip2.tokenization_siglip2 import Siglip2Tokenizer
+
+    text = TEXT | {
+        "vocab_size": 400, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 2,
+        "eos_token_id": 1, "projection_size": 16,
+    }  # fmt: skip
+    made_config = transformers.SiglipConfig(text_config=text, vision_config=PAIR["vision_config"])
+    theirs = randomised(transformers.SiglipModel(made_config))
+    write(theirs, tmp_path / "whole")
+    write_gemma_tokenizer(tmp_path / "whole", **config)
+    prompts = ["This is a photo of a Cat.", "THIS IS an old boat.", "This is \u00c9mile."]
+    head = embed_prompts(tmp_path / "whole", {text: [text] for text in prompts})
+
+    tokenizer = Siglip2Tokenizer.from_pretrained(tmp_path / "whole", padding_side="right")
+    ids = tokenizer(prompts, padding="max_length", max_length=64, return_tensors="pt")["input_ids"]
+    assert ids.shape == (3, 64)
+    with torch.inference_mode():
+        found = theirs.get_text_features(input_ids=ids)
+    expected = torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=1)
+    assert torch.allclose(head.vectors, expected, atol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
 
 
 def test_several_prompts_are_averaged(tmp_path: Path) -> None:
