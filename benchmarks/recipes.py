@@ -150,6 +150,29 @@ def first_wave() -> Iterator[Run]:
     yield run("ema-0.999", ema=0.999)
 
 
+#: An epoch in batches of 64.
+EPOCH = 938
+
+
+def second_wave() -> Iterator[Run]:
+    """Yield runs of an epoch: after 234 steps no encoder, MAE's included, was a better one."""
+
+    def run(label: str, variant: Variant | None = None, **flags: Any) -> Run:
+        return Run(label, EPOCH, {**LEAD, "batch_size": 64, **flags}, variant or Variant())
+
+    pixels = Variant(pixels=1.0, pixels_of="hidden")
+    both = Variant(centre="position", pixels=1.0, pixels_of="hidden")
+    frozen = Variant(centre="position", still=1.0)
+    yield run("pixels-hidden-lr-1e-3", pixels, lr=1e-3, warmup=0.1)
+    yield run("mae", method="mae", lr=1e-3, warmup=0.1, ema=None)
+    yield run("lead")
+    yield run("centre-position-pixels-lr-1e-3", both, lr=1e-3, warmup=0.1)
+    yield run("frozen-centre-position-lr-1e-3", frozen, lr=1e-3, warmup=0.1)
+    yield run("defaults", lr=None, warmup=0.05, ema=None)
+    yield run("mask-0.85", mask_ratio=0.85)
+    yield run("centre-position", Variant(centre="position"))
+
+
 class Changed(Pcae):
     """PCAE with a variant."""
 
@@ -250,7 +273,7 @@ def build_variant(
     return Changed(Start(encoder, settings, ema), variant, steps)
 
 
-WAVES = {"first": first_wave}
+WAVES = {"first": first_wave, "second": second_wave}
 
 
 def main() -> None:
