@@ -166,11 +166,41 @@ def second_wave() -> Iterator[Run]:
     yield run("pixels-hidden-lr-1e-3", pixels, lr=1e-3, warmup=0.1)
     yield run("mae", method="mae", lr=1e-3, warmup=0.1, ema=None)
     yield run("lead")
+    yield run("defaults", lr=None, warmup=0.05, ema=None)
     yield run("centre-position-pixels-lr-1e-3", both, lr=1e-3, warmup=0.1)
     yield run("frozen-centre-position-lr-1e-3", frozen, lr=1e-3, warmup=0.1)
-    yield run("defaults", lr=None, warmup=0.05, ema=None)
-    yield run("mask-0.85", mask_ratio=0.85)
-    yield run("centre-position", Variant(centre="position"))
+
+
+def third_wave() -> Iterator[Run]:
+    """Yield runs of an epoch around the best of the second wave, the one with pixels."""
+
+    def run(label: str, weight: float, steps: int = EPOCH, **flags: Any) -> Run:
+        given = {**LEAD, "batch_size": 64, "lr": 1e-3, "warmup": 0.1, **flags}
+        variant = Variant(pixels=weight, pixels_of="hidden") if weight else Variant()
+        return Run(label, steps, given, variant)
+
+    shallow = {"method": "mae", "ema": None, "decoder_depth": 2}  # the decoder of pcae
+    yield run("mae-decoder-2", 0.0, **shallow)
+    yield run("pixels-hidden-batch-32-lr-1e-3", 1.0, 2 * EPOCH, batch_size=32)
+    yield run("pixels-hidden-lr-2e-3", 1.0, lr=2e-3)
+    yield run("pixels-hidden-0.25-lr-1e-3", 0.25)
+    yield run("mae-batch-32", 0.0, 2 * EPOCH, batch_size=32, method="mae", ema=None)
+    yield run("pixels-hidden-ema-auto-lr-1e-3", 1.0, ema=None)
+
+
+def last_wave() -> Iterator[Run]:
+    """Yield what is compared on the 8,000 images: an epoch in batches of 32, three seeds."""
+
+    def run(label: str, seed: int, **flags: Any) -> Run:
+        given = {"batch_size": 32, "lr": 1e-3, "warmup": 0.1, "crop": 0.5, **flags}
+        return Run(label, 2 * EPOCH, given, seed=seed, judged=True)
+
+    for seed in range(1, 4):  # seed 0 has made the choices
+        yield run("judged-pixels", seed, method="pcae", ema=0.9995, pixel_weight=1.0)
+        yield run("judged-mae-decoder-2", seed, method="mae", decoder_depth=2)
+        yield run("judged-defaults", seed, method="pcae", lr=None, warmup=0.05)
+    for seed in range(1, 4):
+        yield run("judged-mae", seed, method="mae")
 
 
 class Changed(Pcae):
@@ -273,7 +303,7 @@ def build_variant(
     return Changed(Start(encoder, settings, ema), variant, steps)
 
 
-WAVES = {"first": first_wave, "second": second_wave}
+WAVES = {"first": first_wave, "second": second_wave, "third": third_wave, "last": last_wave}
 
 
 def main() -> None:
