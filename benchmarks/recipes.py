@@ -198,7 +198,7 @@ def last_wave() -> Iterator[Run]:
     for seed in range(1, 4):  # seed 0 has made the choices
         yield run("judged-pixels", seed, method="pcae", ema=0.9995, pixel_weight=1.0)
         yield run("judged-mae-decoder-2", seed, method="mae", decoder_depth=2)
-        yield run("judged-defaults", seed, method="pcae", lr=None, warmup=0.05)
+        yield run("judged-features", seed, method="pcae", ema=0.9995)
     for seed in range(1, 4):
         yield run("judged-mae", seed, method="mae")
 
