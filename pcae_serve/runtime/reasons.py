@@ -5,8 +5,6 @@ Policies do not explain themselves; this is derived from what the forecast allow
 
 from collections.abc import Sequence
 
-from pcae_serve.bundle.probabilities import margin
-from pcae_serve.runtime.requests import InferenceResult
 from pcae_serve.scheduling.escalation import LEAST_GAIN
 from pcae_serve.scheduling.event_log import Setup
 from pcae_serve.scheduling.latency import Forecast
@@ -74,10 +72,9 @@ def explain_first_look(tier: str, gain: float) -> str:
     return f"tier {tier!r} answered; a second look did not fit into the time left or the load"
 
 
-def explain_second_look(first: InferenceResult) -> str:
-    """Return why a request runs again after its first answer."""
-    found = float(margin(first.vector, first.bundle.temperature(first.tier)))
+def explain_second_look(tier: str, margin: float) -> str:
+    """Return why a request runs again after its first answer, on `tier`, with this margin."""
     return (
-        f"a second look: on tier {first.tier.name!r} the first class was only {100 * found:.0f}"
-        " points more probable than the second"
+        f"a second look: on tier {tier!r} the first class was only {100 * margin:.0f} points more"
+        " probable than the second"
     )

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from pcae_serve.bundle.probabilities import margin
 from pcae_serve.bundle.reader import Bundle, load_bundle
 from pcae_serve.engines.base import Engine, Output, run_directly
 from pcae_serve.errors import BundleError, one_line
@@ -26,11 +25,12 @@ from pcae_serve.runtime import refusals, tier_health
 from pcae_serve.runtime.background_tasks import BackgroundTasks
 from pcae_serve.runtime.memory_budget import MemoryBudget
 from pcae_serve.runtime.offered import OfferedRequest
-from pcae_serve.runtime.reasons import explain_first_look, explain_second_look, explain_tier
+from pcae_serve.runtime.reasons import explain_tier
 from pcae_serve.runtime.refusals import Refusal
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
 from pcae_serve.runtime.resources import Resources
 from pcae_serve.runtime.scheduler_driver import SchedulerDriver
+from pcae_serve.runtime.second_looks import FirstAnswers, send_first_answers
 from pcae_serve.runtime.threads import Device
 from pcae_serve.runtime.tier_health import TierHealth
 from pcae_serve.runtime.worker import NotFinite, Worker
@@ -53,7 +53,6 @@ from pcae_serve.scheduling.events import (
     TierDisabled,
 )
 from pcae_serve.scheduling.request_queue import Request
-from pcae_serve.scheduling.second_looks import answer_by_s
 from pcae_serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -110,7 +109,9 @@ class Servable:
         self.setup = setup
         self._counted_accuracy = lru_cache(64)(setup.counted_accuracy)
         self._idle_accuracy = lru_cache(64)(partial(setup.idle_accuracy, latency=self.latency))
-        self._escalations = Escalations(setup.tier_table.escalations)
+        self._first_answers = FirstAnswers(
+            bundle, Escalations(setup.tier_table.escalations), self._first_answer_sent
+        )
         self._metrics, self._make_engine = metrics, make_engine
         self._stopped = False
         self._offered: dict[int, OfferedRequest] = {}
@@ -292,7 +293,7 @@ class Servable:
         self._batches[dispatch.device] = batch
         for admitted in requests:  # now, with the forecast that the tier was chosen by
             if admitted.first_answer is not None:
-                admitted.reason = explain_second_look(admitted.first_answer)
+                admitted.reason = self._first_answers.explain_again(admitted.first_answer)
             elif admitted.request.tier != "auto":
                 admitted.reason = "the request names this tier"
             else:
@@ -334,38 +335,15 @@ class Servable:
             if admitted.result.done():  # the client left, or the batch hung
                 continue
             result = admitted.answer(output, row, tier, batch.start_s, now_s)
-            if admitted.first_answer is None and self._may_look_again(admitted):
-                result = self._first_look(admitted, result, margins)
+            if admitted.first_answer is None and self._first_answers.may_look_again(admitted):
+                result, found = self._first_answers.hold(admitted, result)
+                if found is not None:
+                    margins.append((admitted.scheduled.id, found))
             if admitted.first_answer is None or result.looks > 1:
                 self._deliver(admitted, result)
         # not the engine's own seconds: event loop and host add to every answer's latency
         seconds = now_s - batch.start_s
         self._handle(Done(now_s, dispatch.device, seconds, tuple(margins)))
-
-    def _may_look_again(self, admitted: OfferedRequest) -> bool:
-        """Return whether a request may run twice, if its first answer is unsure."""
-        may = admitted.scheduled.max_looks > 1 and admitted.request.tier == "auto"
-        return may and bool(self._escalations)
-
-    def _first_look(
-        self, admitted: OfferedRequest, result: InferenceResult, margins: list[tuple[int, float]]
-    ) -> InferenceResult:
-        """Keep a first answer that a second look may improve, and add its margin to `margins`.
-
-        Returns the answer with what its reason is if it is sent.
-        """
-        scheduled, tier = admitted.scheduled, self.bundle.tiers.index(result.tier)
-        found = float(margin(result.vector, self.bundle.temperature(result.tier)))
-        gains = self._escalations.gains(tier, found, scheduled.tiers)
-        admitted.look_gain = max(gains.values(), default=0.0)
-        if tier < scheduled.tiers[-1]:  # else the reason of the best tier says it
-            reason = explain_first_look(result.tier.name, admitted.look_gain)
-            result = replace(result, reason=reason)
-        until_s = answer_by_s(scheduled)
-        if gains and _now_s() < until_s:
-            admitted.hold(result, until_s, self._first_answer_sent)
-            margins.append((scheduled.id, found))
-        return result
 
     def _first_answer_sent(self, admitted: OfferedRequest, result: InferenceResult) -> None:
         """Count a request that ended with its first answer; have the scheduler forget it."""
@@ -388,7 +366,7 @@ class Servable:
         """
         tier, tiers = self.bundle.tiers.index(result.tier), admitted.scheduled.tiers
         accuracy = self.setup.tier_table.accuracy[tier]
-        if self._may_look_again(admitted):
+        if self._first_answers.may_look_again(admitted):
             debt = admitted.look_gain if result.looks == 1 else 0.0
         else:
             debt = max(0.0, self._idle_accuracy(tiers) - self._counted_accuracy(tiers)[tier])
@@ -498,10 +476,7 @@ class Servable:
 
     def send_first_answers(self, memory: MemoryBudget, wanted_bytes: int) -> None:
         """Send first answers that wait, until `wanted_bytes` are free."""
-        for offered in list(self._offered.values()):
-            if memory.free_bytes >= wanted_bytes:
-                break
-            offered.send_first_answer()
+        send_first_answers(self._offered.values(), memory, wanted_bytes)
 
     def stop(self) -> None:
         """Refuse every request because the server is stopping; handle no more events."""

@@ -98,9 +98,9 @@ class SecondLooks:
             useful = min(view.max_batch, forecast.useful_batch(tier))
             members, gain = list[Request](), 0.0
             for request in by_gain:
-                busy_s = forecast.p99(tier, len(members) + 1)
                 if len(members) >= useful:
                     break
+                busy_s = forecast.p99(tier, len(members) + 1)
                 if now_s + busy_s > request.deadline_s or (
                     members and now_s + busy_s > min(r.deadline_s for r in members)
                 ):

@@ -3,81 +3,28 @@
 import asyncio
 import re
 import threading
+from asyncio import FIRST_COMPLETED
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pcae_serve.bundle.manifest import Tier
 from pcae_serve.bundle.reader import Bundle, load_bundle
-from pcae_serve.engines.base import Output, Pixels
+from pcae_serve.runtime import latency_profile
 from pcae_serve.runtime import service as services
+from pcae_serve.runtime.replacement import Replacement
 from pcae_serve.runtime.requests import InferenceRequest, InferenceResult
+from pcae_serve.runtime.servable import Servable
 from pcae_serve.runtime.service import Service
 from pcae_serve.settings import Settings
 from tests.support.apps import serving
 from tests.support.bundles import write_bundle
 from tests.support.images import image_bytes
+from tests.support.unsure import CALIBRATION, FIRST, SECOND, Unsure
 
 MakeSettings = Callable[..., Settings]
 Call = asyncio.Task[InferenceResult]
-
-FIRST, SECOND = 0, 1  # the classes that the two looks answer with
-
-#: After `fast`, a margin up to 0.5 gains 0.3 on `full`.
-CALIBRATION: dict[str, Any] = {
-    "n": 1000,
-    "data_set": "toy",
-    "right": "label",
-    "tiers": {
-        name: {"temperature": 2.0, "margins": [0.5, 1.0], "shares": [0.5, 0.5]}
-        for name in ("fast", "balanced", "full")
-    },
-    "second_looks": [
-        {"first": "fast", "second": "full", "gains": [0.3, 0], "lows": [0.2, 0], "highs": [0.4, 0]}
-    ],
-}
-
-
-class Unsure:
-    """An engine that is unsure on `fast`, and sure of another class on `full` when it may run."""
-
-    name, version, device, threads = "unsure", "1", "cpu", 0
-    sizes = (1,)
-
-    def __init__(self) -> None:
-        self.open, self.entered = threading.Event(), threading.Event()
-        self.open.set()
-        self.firsts = threading.Semaphore(1_000_000)  # first looks that may run
-        self.fails: Exception | None = None
-        self.finite = True
-
-    def terminate(self) -> None:
-        self.open.set()
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
-    def run(self, tier: Tier, pixels: Pixels) -> Output:
-        logits = np.zeros((len(pixels), 4), np.float32)
-        if tier.name == "fast":
-            assert self.firsts.acquire(timeout=20)
-            logits[:, FIRST] = 0.5
-            return Output(logits, ())
-        self.entered.set()
-        assert self.open.wait(20)
-        if self.fails is not None:
-            raise self.fails
-        logits[:, SECOND] = 20.0 if self.finite else np.nan
-        return Output(logits, ())
-
-    run_densely = run
-
-    def shut(self) -> None:
-        """From now on, a second look waits inside."""
-        self.open.clear()
-        self.entered.clear()
 
 
 @pytest.fixture
@@ -243,36 +190,69 @@ def test_a_second_look_that_hangs_costs_no_answer(
 
 @pytest.mark.parametrize("end", ["drain", "reload"])
 def test_what_waits_is_sent_when_the_bundle_goes(
-    calibrated: Bundle, engine: Unsure, quick_first: Settings, end: str
+    calibrated: Bundle,
+    engine: Unsure,
+    quick_first: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
 ) -> None:
     """The device is busy with another first look, so that the second look has not begun."""
+    if end == "reload":  # without trials, which would need the device
+        monkeypatch.setattr(services, "load_replacement", replaced)
 
     async def scenario(service: Service) -> InferenceResult:
         servable = service._current
+        assert isinstance(servable, Servable)
         engine.firsts = threading.Semaphore(0)
         call, other = (asyncio.create_task(classify(service)) for _ in range(2))
-        while service.waiting != 1:
+        while not servable._driver.scheduler._queue:  # the other request, decoded
             await asyncio.sleep(0.005)
         engine.firsts.release()
-        while not any(each.first_answer for each in servable._offered.values()):  # type: ignore[union-attr]
+        while not any(each.first_answer for each in servable._offered.values()):
             await asyncio.sleep(0.005)
+        assert not call.done()
         if end == "drain":
             service.drain()
         else:
-            reload = asyncio.create_task(service.reload())
-            while service._current is servable:
-                await asyncio.sleep(0.005)
-                engine.firsts.release()  # the new bundle's trial runs on the same device
-            await reload
-        done, _ = await asyncio.wait({call}, timeout=5)
+            await service.reload()
+            assert service._current is not servable
+        done, _ = await asyncio.wait({call, other}, timeout=5, return_when=FIRST_COMPLETED)
         engine.firsts.release(100)
-        await other
-        assert done
+        assert done == {call}
+        assert is_first(await other)
         return call.result()
 
     result, counts = run(scenario, quick_first, calibrated, engine, lambda *_: Unsure())
-    assert result.looks == 1 or end == "reload"
+    assert is_first(result)
     assert 'pcae_requests_total{outcome="in_time"} 2.0' in counts
+
+
+def replaced(old: Servable, *_: Any) -> Replacement:
+    """Return the same bundle with another engine."""
+    engine = Unsure()
+    profile = latency_profile.load(old.bundle, engine, old.settings.cache_dir, 0.1)
+    return Replacement(old.bundle, [engine], profile)
+
+
+def test_a_second_look_that_runs_during_a_reload_still_answers(
+    calibrated: Bundle,
+    engine: Unsure,
+    quick_first: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(services, "load_replacement", replaced)
+
+    async def scenario(service: Service) -> InferenceResult:
+        call = await looking(service, engine)
+        await service.reload()
+        await asyncio.sleep(0.05)
+        assert not call.done()
+        engine.open.set()
+        return await asyncio.wait_for(call, 5)
+
+    result, counts = run(scenario, quick_first, calibrated, engine, lambda *_: Unsure())
+    assert (result.tier.name, result.looks) == ("full", 2)
+    assert 'pcae_requests_total{outcome="in_time"} 1.0' in counts
 
 
 def test_what_waits_is_sent_at_the_end(

@@ -127,6 +127,27 @@ def test_the_larger_gain_goes_first_and_similar_ones_share_a_batch() -> None:
     assert run.ids[:2] == (2, 3)
 
 
+def test_more_images_than_a_batch_holds_run_one_batch_after_the_other() -> None:
+    machine = scheduler(max_batch=2)
+    for id_ in range(5):
+        arrive(machine, id_, 0.0, 90.0)
+    now_s, looked, running = 0.0, list[int](), [0]
+    for _ in range(9):
+        now_s += 1.0
+        margins = tuple((id_, 0.05) for id_ in running if id_ not in looked)
+        first = now_s < 4
+        actions = machine.handle(Done(now_s, 0, 1.0, margins if first else ()))
+        batches = of(actions, Dispatch)
+        if not batches:
+            break
+        [batch] = batches
+        assert isinstance(batch, Dispatch)
+        assert len(batch.ids) <= 2
+        running = list(batch.ids)
+        looked += [] if batch.tier == 0 else running
+    assert sorted(looked) == [0, 1, 2, 3, 4]
+
+
 def waiting_behind(machine: Scheduler, budget_s: float = 1.0) -> None:
     """Leave request 1 with a first answer, while request 2 runs from 0.1 to 0.2 s."""
     arrive(machine, 1, 0.0, budget_s)
