@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -37,11 +37,17 @@ class Device:
 
         Raises PcaeError if the device is closed.
         """
+        return self.start(function).result()
+
+    def start(self, function: Callable[[], T]) -> Future[T]:
+        """Have a function run on the device's thread after those before it.
+
+        Raises PcaeError if the device is closed.
+        """
         try:
-            running = self._thread.submit(function)
+            return self._thread.submit(function)
         except RuntimeError:  # the executor's, once it is shut down
             raise PcaeError("the model is closed") from None
-        return running.result()
 
     def compute(
         self, tier: Tier, pixels: Sequence[NDArray[np.uint8]], dense: bool = False

@@ -92,6 +92,7 @@ class Model:
         min_tier: str | None = None,
         top_k: int = 5,
         explain: bool = False,
+        max_looks: int = 2,
     ) -> schemas.Classification: ...
     @overload
     def classify(  # type: ignore[overload-overlap]
@@ -103,6 +104,7 @@ class Model:
         min_tier: str | None = None,
         top_k: int = 5,
         explain: bool = False,
+        max_looks: int = 2,
     ) -> list[schemas.Classification]: ...
     @overload
     def classify(
@@ -114,6 +116,7 @@ class Model:
         min_tier: str | None = None,
         top_k: int = 5,
         explain: bool = False,
+        max_looks: int = 2,
     ) -> Iterator[schemas.Classification]: ...
     @overload
     def classify(
@@ -125,6 +128,7 @@ class Model:
         min_tier: str | None = None,
         top_k: int = 5,
         explain: bool = False,
+        max_looks: int = 2,
         on_error: OnError,
     ) -> Any: ...
 
@@ -137,6 +141,7 @@ class Model:
         min_tier: str | None = None,
         top_k: int = 5,
         explain: bool = False,
+        max_looks: int = 2,
         on_error: OnError = "raise",
     ) -> Any:
         """Classify images and return the `top_k` most probable classes of each.
@@ -149,6 +154,8 @@ class Model:
         each image from when it is taken, one at a time. If None, nothing is measured or refused.
         min_tier: cheapest tier that "auto" may use.
         explain: also return the indices of the patches kept after each stage.
+        max_looks: how often an image with a budget may run: 1 forbids a second look on a better
+            tier.
         on_error: "raise" the first error of an image; or "return" it in place of its answer.
 
         Raise RequestErrors as the server reports them (docs/errors.md), OSError if a file cannot be
@@ -156,8 +163,12 @@ class Model:
         """
         if top_k < 1:
             raise InvalidParameter(f"top_k must be at least 1, not {top_k}")
+        if max_looks not in (1, 2):
+            raise InvalidParameter(f"max_looks is 1 or 2, not {max_looks!r}")
         document = partial(results.classification, top_k=top_k, explain=explain)
-        return self._answer(images, "logits", tier, min_tier, budget_ms, on_error, document)
+        return self._answer(
+            images, "logits", tier, min_tier, budget_ms, on_error, document, max_looks=max_looks
+        )
 
     @overload
     def embed(  # type: ignore[overload-overlap]
@@ -280,6 +291,7 @@ class Model:
         on_error: OnError,
         document: Callable[[InferenceResult, InferenceRequest], D],
         dense: bool = False,
+        max_looks: int = 2,
     ) -> D | list[D] | Iterator[D]:
         """Check the arguments, and answer one image, a sequence, or lazily any iterable."""
         bundle = self._runner.bundle
@@ -303,7 +315,9 @@ class Model:
             if budget_ms is None:
                 outcomes = self._runner.run(several, tiers, pinned, dense)
             else:
-                outcomes = self._runner.run_in_time(list(several), tiers, pinned, budget_ms, dense)
+                outcomes = self._runner.run_in_time(
+                    list(several), tiers, pinned, budget_ms, dense, max_looks
+                )
             for outcome in outcomes:
                 if isinstance(outcome, Answered):
                     yield document(outcome.result, request)

@@ -24,10 +24,11 @@ from pcae_serve.engines import cpus
 from pcae_serve.engines.base import Engine
 from pcae_serve.engines.loader import load_engine
 from pcae_serve.errors import PcaeError, RequestError
-from pcae_serve.local.deadlines import Deadlines, Step
+from pcae_serve.local.deadlines import Deadlines
 from pcae_serve.local.decode_ahead import decode_ahead
-from pcae_serve.local.device import Batch, Device
+from pcae_serve.local.device import Device
 from pcae_serve.local.image_source import ImageLike, read_pixels
+from pcae_serve.local.looks import Look
 from pcae_serve.runtime import latency_profile, refusals
 from pcae_serve.runtime.requests import InferenceResult
 from pcae_serve.runtime.tiers import tier_table
@@ -125,8 +126,9 @@ class Runner:
                 self._device.compute, self.bundle.tiers[index], [row.pixels for row in rows], dense
             )
             batch, row = self._device.call(compute), iter(range(len(rows)))
+            took_s = batch.end_s - batch.start_s
             yield [
-                self._answered(each, batch, next(row), index, reason)
+                self._answered(each, Look(index, batch, next(row), reason, took_s, batch.end_s))
                 if isinstance(each, Decoded)
                 else each
                 for each in decoded
@@ -139,10 +141,12 @@ class Runner:
         pinned: bool,
         budget_ms: float,
         dense: bool = False,
+        max_looks: int = 2,
     ) -> list[Outcome]:
         """Return what became of each image; the budget covers all of them together.
 
-        dense: with patch grids. Raises BudgetTooSmall.
+        dense: with patch grids. max_looks: how often an image may run, if its tier is not pinned.
+        Raises BudgetTooSmall.
         """
         deadlines, arrival_s = self.measure(), time.monotonic()
         deadline_s = arrival_s + budget_ms / 1e3
@@ -160,16 +164,15 @@ class Runner:
             else:
                 outcomes[i] = each
         pixels = {i: each.pixels for i, each in decoded.items()}
-        steps = deadlines.run(self._device, pixels, arrival_s, deadline_s, tiers, pinned, dense)
-        for step in steps:
-            if isinstance(step, Step):
-                for row, i in enumerate(step.ids):
-                    outcomes[i] = self._answered(
-                        decoded[i], step.batch, row, step.tier, step.reason, arrival_s, deadline_s
-                    )
-            else:
-                ids, error = step
+        for answers in deadlines.run(
+            self._device, pixels, arrival_s, deadline_s, tiers, pinned, dense, max_looks
+        ):
+            if isinstance(answers, tuple):
+                ids, error = answers
                 outcomes |= dict.fromkeys(ids, error)
+                continue
+            for i, look in answers.items():
+                outcomes[i] = self._answered(decoded[i], look, arrival_s, deadline_s)
         return [outcomes[i] for i in range(len(images))]
 
     def measure(self) -> Deadlines:
@@ -231,28 +234,26 @@ class Runner:
     def _answered(
         self,
         decoded: Decoded,
-        batch: Batch,
-        row: int,
-        tier: int,
-        reason: str,
+        look: Look,
         arrival_s: float | None = None,
         deadline_s: float = inf,
     ) -> Answered:
-        """Return the answer in a row of a batch. arrival_s: None if the image has no budget."""
+        """Return the answer to an image. arrival_s: None if it has no budget."""
         start_s = decoded.start_s if arrival_s is None else arrival_s
+        output, row = look.batch.output, look.row
         result = InferenceResult(
-            vector=batch.output.vectors[row],
-            kept=tuple(kept[row] for kept in batch.output.kept),
-            met_budget=batch.end_s <= deadline_s,
+            vector=output.vectors[row],
+            kept=tuple(kept[row] for kept in output.kept),
+            met_budget=look.end_s <= deadline_s,
             bundle=self.bundle,
-            tier=self.bundle.tiers[tier],
-            reason=reason,
-            looks=1,
+            tier=self.bundle.tiers[look.tier],
+            reason=look.reason,
+            looks=look.looks,
             decode_s=decoded.end_s - decoded.start_s,
-            queue_s=batch.start_s - decoded.end_s,
-            compute_s=batch.end_s - batch.start_s,
-            total_s=batch.end_s - start_s,
-            patches=None if batch.output.patches is None else batch.output.patches[row],
+            queue_s=look.end_s - decoded.end_s - look.compute_s,
+            compute_s=look.compute_s,
+            total_s=look.end_s - start_s,
+            patches=None if output.patches is None else output.patches[row],
         )
         return Answered(result, decoded.pixels)
 
