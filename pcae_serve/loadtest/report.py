@@ -41,7 +41,11 @@ FORMULAS = {
     " / (best tier's - cheapest tier's), over the answers in time",
     "effective accuracy": "attainment x mean accuracy of the tiers used",
 }
-WITH_LABELS = {"effective accuracy": "correct answers in time / offered"}
+WITH_LABELS = {
+    "accuracy recovered": "(share of correct answers - cheapest tier's accuracy)"
+    " / (best tier's - cheapest tier's), over the answers in time",
+    "effective accuracy": "correct answers in time / offered",
+}
 LEGEND = (
     "goodput: answers in time per second; response: time from arrival to answer, over the answers"
     " in time; wasted: share of the devices' busy time.",
@@ -57,7 +61,7 @@ class Figures:
     attainment: float
     accuracy_recovered: float | None
     effective_accuracy: float
-    mean_accuracy: float | None  # of the tiers used, over the answers in time
+    mean_accuracy: float | None  # over the answers in time: expected, or with labels measured
     goodput_per_s: float  # answers in time per second
     response_mean_ms: float | None  # from arrival to answer, over the answers in time
     response_p50_ms: float | None
@@ -92,14 +96,16 @@ def figures(
     """Return the figures of one run.
 
     tiers: the allowed ones, cheapest first. right: [n], whether the answer equals the label; with
-    it, effective accuracy counts correct answers. accuracy: [n], of each answer (default: its
-    tier's).
+    it, accuracy is the share of correct answers. accuracy: [n], expected of each answer, if there
+    are no labels (default: its tier's).
     """
     offered = len(outcome.end)
     if not offered:
         raise PcaeError("no request was offered")
     in_time = outcome.end == End.IN_TIME
     of_tier = np.array(tier_table.accuracy)
+    if right is not None:
+        accuracy = right.astype(float)
     of_answer = of_tier[outcome.tier] if accuracy is None else accuracy
     attainment = float(in_time.mean())
     mean_accuracy = float(of_answer[in_time].mean()) if in_time.any() else None

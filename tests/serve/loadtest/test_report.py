@@ -76,6 +76,8 @@ def test_with_labels_only_right_answers_in_time_are_worth_something() -> None:
     right = np.array([True, False, True, True, True])
     found = figures(outcome(*FIVE), TIER_TABLE, (0, 1, 2), right)
     assert found.effective_accuracy == pytest.approx(1 / 5)  # late and refused ones are not
+    # of the two answers in time one is right, whatever their tiers are on average
+    assert found.mean_accuracy == pytest.approx(1 / 2)
 
 
 def test_nothing_in_time_has_no_accuracy() -> None:
