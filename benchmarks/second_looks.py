@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rounding import rounded
 
 from pcae_export.calibrate import best_cascades, measure_cascades
 from pcae_export.measure import mean_interval, measure_quality
@@ -84,6 +85,7 @@ def main() -> None:
     three.add_argument("--full-ms", type=float, required=True, help="of one image, for budgets")
     three.add_argument("--seeds", type=int, default=5)
     three.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    three.add_argument("--limit-s", type=float, default=np.inf, help="start no server after this")
     three.set_defaults(run=live)
     arguments = parser.parse_args()
     arguments.run(arguments)
@@ -241,8 +243,7 @@ def run_one(
         decode_s=DECODE_S,
         margins=images.margin if looks > 1 else None,
     )
-    right = images.is_right(outcome)
-    return report.figures(outcome, table, tiers, right, right.astype(float))
+    return report.figures(outcome, table, tiers, images.is_right(outcome))
 
 
 def compare(two: dict[str, Any], one: dict[str, Any]) -> str:
@@ -285,22 +286,52 @@ def live(arguments: argparse.Namespace) -> None:
     """Run every variant in turn, seed by seed; print the means of what is not void."""
     arguments.folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in VARIANTS if name in arguments.variants]
+    end_s = time.monotonic() + arguments.limit_s
     for seed in range(arguments.seeds):
         for name in names if seed % 2 == 0 else names[::-1]:
-            for trace in arguments.trace:
-                for rate in arguments.rates:
-                    file = arguments.folder / f"{name}_{trace}_{rate:g}_{seed}.json".replace(
-                        " ", ""
-                    ).replace(",", "-")
-                    if not file.exists():
-                        run_live(name, trace, rate, seed, file, arguments)
+            if time.monotonic() > end_s:
+                print("the time is up; the same command continues", file=sys.stderr)
+                return
+            missing = [
+                (trace, rate, file)
+                for trace in arguments.trace
+                for rate in arguments.rates
+                if not (file := run_file(arguments.folder, name, trace, rate, seed)).exists()
+            ]
+            if missing:
+                run_live(name, missing, seed, arguments)
     show_live(arguments.folder)
 
 
+def run_file(folder: Path, name: str, trace: str, rate: float, seed: int) -> Path:
+    """Return the file of a run's figures."""
+    variant = name.replace(" ", "").replace(",", "-")
+    return folder / f"{variant}_{trace}_{rate:g}_{seed}.json"
+
+
 def run_live(
-    name: str, trace: str, rate: float, seed: int, file: Path, arguments: argparse.Namespace
+    name: str, cells: Sequence[tuple[str, float, Path]], seed: int, arguments: argparse.Namespace
 ) -> None:
-    """Start a server on core 0, replay from core 1, stop it; write the figures."""
+    """Start a server on core 0, replay each cell from core 1, stop it; write the figures.
+
+    cells: trace, requests per second, file of the figures.
+    """
+    command = ["taskset", "-c", "0", str(BIN / "pcae-serve"), "--port", str(PORT)]
+    command += ["--threads", "1", "--no-access-log", *VARIANTS[name]]
+    command += ["--cache-dir", str(arguments.folder / "cache")]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        for trace, rate, file in cells:
+            row = replay(trace, rate, seed, arguments)
+            about = {"variant": name, "trace": trace, "rate": rate, "seed": seed}
+            file.write_text(json.dumps(about | {"at": time.time(), "row": row}) + "\n")
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def replay(trace: str, rate: float, seed: int, arguments: argparse.Namespace) -> Any:
+    """Send a trace to the server, and return its row of the report."""
     given = workload.make(trace, MIX, rate, arguments.requests, arguments.full_ms / 1e3, seed)
     with tempfile.TemporaryDirectory() as scratch:
         arrivals, out = Path(scratch) / "arrivals.csv", Path(scratch) / "out.json"
@@ -308,21 +339,11 @@ def run_live(
         arrivals.write_text(
             "arrival_s,budget_ms\n" + "".join(f"{at:.6f},{budget:.3f}\n" for at, budget in pairs)
         )
-        command = ["taskset", "-c", "0", str(BIN / "pcae-serve"), "--port", str(PORT)]
-        command += ["--threads", "1", "--no-access-log", *VARIANTS[name]]
-        command += ["--cache-dir", str(arguments.folder / "cache")]
-        server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        try:
-            replay = [str(BIN / "pcae-serve"), "replay", f"http://127.0.0.1:{PORT}", "--pin", "1"]
-            replay += ["--trace", str(arrivals), "--requests", str(arguments.requests)]
-            replay += ["--images", arguments.data, "--labels", "column", "--json", str(out)]
-            subprocess.run(replay, stdout=subprocess.DEVNULL, check=False)  # 1: it lagged
-            found = json.loads(out.read_text())
-        finally:
-            server.terminate()
-            server.wait(30)
-    about = {"variant": name, "trace": trace, "rate": rate, "seed": seed, "at": time.time()}
-    file.write_text(json.dumps(about | {"row": found["rows"][0]}) + "\n")
+        command = [str(BIN / "pcae-serve"), "replay", f"http://127.0.0.1:{PORT}", "--pin", "1"]
+        command += ["--trace", str(arrivals), "--requests", str(arguments.requests)]
+        command += ["--images", arguments.data, "--labels", "column", "--json", str(out)]
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # 1: it lagged
+        return json.loads(out.read_text())["rows"][0]
 
 
 def figure_of(row: Any) -> float:
@@ -363,15 +384,6 @@ def show_live(folder: Path) -> None:
                 f" {100 * means['attainment']:6.2f}  response {means['response_mean_ms']:6.1f} ms"
                 f"  runs {len(valid)} of {len(rows)}{against}"
             )
-
-
-def rounded(value: Any) -> Any:
-    """Return nested lists and mappings with numbers of six digits."""
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(each) for each in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

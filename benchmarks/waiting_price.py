@@ -25,6 +25,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rounding import rounded
+
 from pcae_serve.bundle.quality import wilson_interval
 from pcae_serve.loadtest import platforms, workload
 from pcae_serve.loadtest.platforms import BatchSeconds, Platform, TimedTier
@@ -96,15 +98,6 @@ def main() -> None:
     content = arguments.run(arguments)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rounded(content)) + "\n")
-
-
-def rounded(value: Any) -> Any:
-    """Return nested lists and mappings with numbers of six digits."""
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(each) for each in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 # simulated
