@@ -79,9 +79,8 @@ def _planned(
             f" {duration(late_s)} longer"
         )
 
-    def choose() -> tuple[int, str]:
-        return plan.choose(time.monotonic(), left), "chosen for --total-time"
+    def choose(done: int) -> tuple[int, str]:
+        return plan.choose(time.monotonic(), left - done), "chosen for --total-time"
 
     for outcomes in runner.batches(images, choose):
         yield from outcomes
-        left -= len(outcomes)

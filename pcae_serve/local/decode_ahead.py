@@ -11,17 +11,22 @@ R = TypeVar("R")
 
 
 def decode_ahead(
-    images: Iterable[T], submit: Callable[[T], Future[R]], batch: int, ahead: int
+    images: Iterable[T],
+    submit: Callable[[T], Future[R]],
+    choose_size: Callable[[], int],
+    ahead: int,
 ) -> Iterator[list[Future[R]]]:
-    """Yield the images' results in lists of `batch`, in order; the last may be shorter.
+    """Yield the images' results in lists, in order.
 
-    submit: starts decoding an image. ahead: images that may be decoded beyond the list in use.
+    submit: starts decoding an image. choose_size: returns the length of the next list; the last may
+    be shorter. ahead: images that may be decoded beyond the list in use.
     Images are taken from the iterable on this thread. If the iteration is given up, what has not
     begun is cancelled.
     """
     waiting, source = deque[Future[R]](), iter(images)
     try:
         while True:
+            batch = choose_size()
             for image in islice(source, batch + ahead - len(waiting)):
                 waiting.append(submit(image))
             if not waiting:

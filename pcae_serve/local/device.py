@@ -37,9 +37,9 @@ class Device:
 
         Raises PcaeError if the device is closed.
         """
-        return self.start(function).result()
+        return self.submit(function).result()
 
-    def start(self, function: Callable[[], T]) -> Future[T]:
+    def submit(self, function: Callable[[], T]) -> Future[T]:
         """Have a function run on the device's thread after those before it.
 
         Raises PcaeError if the device is closed.

@@ -102,7 +102,7 @@ class Group:
         """
         until_s = answer_by_s(self._example)
         while len(self._looks):
-            running = self._device.start(self._second_look)
+            running = self._device.submit(self._second_look)
             if not wait([running], max(0.0, until_s - time.monotonic())).done:
                 running.cancel()
                 break

@@ -1,6 +1,6 @@
 """Run images through a bundle in this process: decoded on threads, batched on the device's thread.
 
-run            no budget: full batches on one tier, while the next images are decoded
+run            no budget: large batches on one tier, while the next images are decoded
 run_in_time    a budget: the server's policy chooses tier and batch
 batches        each batch on a tier that the caller chooses, with the pixels
 """
@@ -24,6 +24,7 @@ from pcae_serve.engines import cpus
 from pcae_serve.engines.base import Engine
 from pcae_serve.engines.loader import load_engine
 from pcae_serve.errors import PcaeError, RequestError
+from pcae_serve.local.batch_sizes import BatchSizes
 from pcae_serve.local.deadlines import Deadlines
 from pcae_serve.local.decode_ahead import decode_ahead
 from pcae_serve.local.device import Device
@@ -77,6 +78,7 @@ class Runner:
         self._device, self._max_pixels = Device(engine), max_pixels
         self._decoders = ThreadPoolExecutor(decode_threads or cpus.count_usable(), "pcae-decode")
         self._cache_dir, self._profile_s = cache_dir, profile_s
+        self._sizes = BatchSizes(max_batch, fixed=engine.device != "cpu")
         self._deadlines: Deadlines | None = None  # until latencies are measured
         self._measuring = Lock()
         self._process, self._closed = os.getpid(), False
@@ -99,40 +101,68 @@ class Runner:
         """
         tier = self.most_accurate(tiers)
         reason = "the caller names this tier" if pinned else "no budget: the most accurate tier"
-        for batch in self.batches(images, lambda: (tier, reason), dense):
+        for batch in self.batches(images, lambda _: (tier, reason), dense):
             yield from batch
 
     def batches(
         self,
         images: Iterable[ImageLike],
-        choose: Callable[[], tuple[int, str]],
+        choose: Callable[[int], tuple[int, str]],
         dense: bool = False,
     ) -> Iterator[list[Outcome]]:
-        """Yield what became of images, in order and in full batches.
+        """Yield what became of images, in order and in batches of the fastest size.
 
-        choose: returns the index of the tier that the next batch runs on, and why. dense: with
-        patch grids.
+        The next batch begins before one is yielded, so that the device does not wait for what the
+        caller does with it. choose: takes the number of images that are done, and returns the index
+        of the tier that the next batch runs on, and why. dense: with patch grids.
         """
         self.require_usable()
-        ahead = 2 * self.max_batch
-        for futures in decode_ahead(images, self._submit, self.max_batch, ahead):
-            decoded = [_outcome(future) for future in futures]
-            rows = [each for each in decoded if isinstance(each, Decoded)]
-            if not rows:
-                yield [each for each in decoded if not isinstance(each, Decoded)]
-                continue
-            index, reason = choose()
-            compute = partial(
-                self._device.compute, self.bundle.tiers[index], [row.pixels for row in rows], dense
-            )
-            batch, row = self._device.call(compute), iter(range(len(rows)))
+        done = 0
+        running: Callable[[], list[Outcome]] | None = None
+        try:
+            ahead = self.max_batch
+            for futures in decode_ahead(images, self._submit, self._sizes.choose, ahead):
+                decoded = [_outcome(future) for future in futures]
+                finished, running = None if running is None else running(), None
+                done += 0 if finished is None else len(finished)
+                running = self._begin(decoded, partial(choose, done), dense)
+                if finished is not None:
+                    yield finished
+        except Exception:  # of the caller's images: those before them are answered
+            if running is not None:
+                yield running()
+            raise
+        if running is not None:
+            yield running()
+
+    def _begin(
+        self,
+        decoded: Sequence[Decoded | RequestError | OSError],
+        choose: Callable[[], tuple[int, str]],
+        dense: bool,
+    ) -> Callable[[], list[Outcome]]:
+        """Begin a batch, and return a function that waits for what became of its images."""
+        rows = [each for each in decoded if isinstance(each, Decoded)]
+        if not rows:
+            return lambda: [each for each in decoded if not isinstance(each, Decoded)]
+        index, reason = choose()
+        compute = partial(
+            self._device.compute, self.bundle.tiers[index], [row.pixels for row in rows], dense
+        )
+        running = self._device.submit(compute)
+
+        def finish() -> list[Outcome]:
+            batch, row = running.result(), iter(range(len(rows)))
             took_s = batch.end_s - batch.start_s
-            yield [
+            self._sizes.learn(index, len(rows), took_s)
+            return [
                 self._answered(each, Look(index, batch, next(row), reason, took_s, batch.end_s))
                 if isinstance(each, Decoded)
                 else each
                 for each in decoded
             ]
+
+        return finish
 
     def run_in_time(
         self,

@@ -38,7 +38,7 @@ from pcae_serve.local.runner import Runner
 from pcae_serve.runtime.build import build_service
 from pcae_serve.schemas import Classification
 from pcae_serve.settings import Settings
-from tests.support.apps import serving
+from tests.support.apps import serving, wait_until
 from tests.support.bundles import backbone, write_bundle
 from tests.support.hub import Hub
 from tests.support.images import image_bytes
@@ -197,8 +197,30 @@ def test_an_iterable_is_read_a_few_batches_ahead(model: Model, engine: Recorder)
     for _ in range(8):
         next(answers)
     assert 8 <= taken <= 4 * 4
-    assert [len(pixels) for _, pixels in engine.batches] == [4, 4]
+    batches = [len(pixels) for _, pixels in engine.batches]  # the third has begun
+    assert batches[:2] == [4, 4]
+    assert len(batches) <= 3
     answers.close()  # type: ignore[attr-defined]
+
+
+def test_the_device_runs_while_the_caller_handles_answers(model: Model, engine: Recorder) -> None:
+    """The next batch begins before the answers of one are given."""
+    answers = iter(model.classify(iter([image_bytes()] * 12)))
+    next(answers)
+    wait_until(lambda: len(engine.batches) == 2)
+    third = threading.Event()
+    engine.before = third.set
+    assert not third.wait(0.05)  # nor does it run further ahead
+    assert len([next(answers) for _ in range(4)]) == 4
+    assert third.wait(10)
+
+
+def test_images_before_one_that_is_none_are_answered(model: Model) -> None:
+    """Also those of a batch that ran when the fault was found."""
+    answers = iter(model.classify(iter([image_bytes(0)] * 9 + [3])))  # type: ignore[list-item]
+    assert [label(next(answers)) for _ in range(8)] == ["dark"] * 8
+    with pytest.raises(TypeError):
+        next(answers)
 
 
 def test_tiers_and_what_is_known_of_them(model: Model, engine: Recorder) -> None:
