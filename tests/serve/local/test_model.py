@@ -217,7 +217,7 @@ def test_the_device_runs_while_the_caller_handles_answers(model: Model, engine: 
 
 def test_images_before_one_that_is_none_are_answered(model: Model) -> None:
     """Also those of a batch that ran when the fault was found."""
-    answers = iter(model.classify(iter([image_bytes(0)] * 9 + [3])))  # type: ignore[list-item]
+    answers = iter(model.classify(iter([image_bytes(0)] * 9 + [3])))  # type: ignore[arg-type]
     assert [label(next(answers)) for _ in range(8)] == ["dark"] * 8
     with pytest.raises(TypeError):
         next(answers)
