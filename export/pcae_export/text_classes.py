@@ -24,6 +24,8 @@ from pcae_training.model import VisionTransformer
 
 #: Prompts in which a class name takes the place of `{}`, by model type: those of the papers' code.
 TEMPLATES = {"clip": "a photo of a {}.", "siglip": "This is a photo of {}."}
+#: Files of which a tokenizer needs one: without, transformers makes one that knows no words.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 #: Prompts that go through the text tower at a time.
 BATCH = 64
 
@@ -112,6 +114,8 @@ def embed_prompts(path: Path, prompts: Mapping[str, Sequence[str]]) -> TextHead:
     from transformers import AutoModel, AutoTokenizer
 
     kind = text_model_type(path)
+    if not any((path / name).is_file() for name in VOCABULARIES):
+        raise TextError(f"{path} has no tokenizer: none of {', '.join(VOCABULARIES)} is there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -135,6 +139,12 @@ def embed_prompts(path: Path, prompts: Mapping[str, Sequence[str]]) -> TextHead:
                 raise TextError(
                     f"a prompt has {longest} tokens, and the text tower takes {length}; the longest"
                     f" is {max(some, key=len)!r}"
+                )
+            words = model.config.text_config.vocab_size
+            if (largest := int(tokens["input_ids"].max())) >= words:
+                raise TextError(
+                    f"{path}: its tokenizer gives token {largest:,}, but its text tower has"
+                    f" {words:,}"
                 )
             found = model.eval().get_text_features(**tokens)
             parts.append(F.normalize(getattr(found, "pooler_output", found), dim=1))

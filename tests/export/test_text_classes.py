@@ -183,15 +183,27 @@ def test_a_prompt_that_is_too_long(tmp_path: Path) -> None:
         embed_prompts(tmp_path / "whole", {"cat": ["cat " * 15], "dog": ["dog"]})
 
 
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    model("clip", tmp_path / "whole")
+    write_gemma_tokenizer(tmp_path / "whole")
+    with pytest.raises(TextError, match=r"gives token \d+, but its text tower has 13"):
+        embed_prompts(tmp_path / "whole", {"cat": ["a cat"], "dog": ["a dog"]})
+
+
 def test_what_has_no_text_tower(
     made: Any, names: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours = ("bundle", made.checkpoint, tmp_path / "out", "--classes", names)
     assert "of type 'pcae_vit' and has no text tower" in fails(capsys, 1, *ours)
     model("clip", tmp_path / "whole")
-    (tmp_path / "whole" / "tokenizer.json").unlink()
     words = ("bundle", tmp_path / "whole", tmp_path / "out", *FLAGS, "--classes", names)
+    (tmp_path / "whole" / "tokenizer.json").write_text("{}")
     assert "has no usable tokenizer" in fails(capsys, 1, *words)
+    (tmp_path / "whole" / "tokenizer.json").unlink()
+    assert "has no tokenizer: none of tokenizer.json, vocab.json" in fails(capsys, 1, *words)
+    # transformers would make a tokenizer of a few marks without words
+    (tmp_path / "whole" / "tokenizer_config.json").unlink()
+    assert "has no tokenizer: none of tokenizer.json, vocab.json" in fails(capsys, 1, *words)
     assert not (tmp_path / "out").exists()
 
 
