@@ -125,14 +125,16 @@ def test_the_wheel_serves_in_an_empty_environment(dist: Path, tmp_path: Path) ->
     subprocess.run((*install, f"{file}[cpu,client]"), check=True, timeout=1800)
 
     environment = {"PATH": str(scripts), "HOME": str(tmp_path)}
-    process = subprocess.Popen(
-        [scripts / "pcae-serve", *ANY_PORT],
-        cwd=tmp_path,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with ready(process) as url:
+    log = tmp_path / "server.log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [scripts / "pcae-serve", *ANY_PORT],
+            cwd=tmp_path,
+            env=environment,
+            stderr=stderr,
+            text=True,
+        )
+    with ready(process, log) as url:
         sample = ROOT / "docs" / "samples" / "ankle-boot.png"
         done = subprocess.run(
             [scripts / "pcae-serve", "classify", "--url", url, sample],

@@ -20,7 +20,7 @@ from pcae_serve.commands.serve import listen
 from pcae_serve.observability import logs
 from pcae_serve.scheduling.event_log import replay
 from tests.support.images import image_bytes
-from tests.support.server_process import COMMAND, server
+from tests.support.server_process import COMMAND, log_of, server
 
 Failed = Callable[..., tuple[int, str]]
 
@@ -138,8 +138,8 @@ def test_a_client_that_leaves_puts_no_traceback_in_the_log(
                 connection.sendall(head.encode() + bytes(10))
         assert httpx2.post(f"{url}/classify", content=image_bytes()).status_code == 200
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=60)
-    assert "Traceback" not in log
+        process.wait(timeout=60)
+    assert "Traceback" not in log_of(tmp_path).read_text()
 
 
 def test_a_taken_port(bundle_dir: Path) -> None:

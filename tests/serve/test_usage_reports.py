@@ -18,7 +18,7 @@ from PIL import Image
 from pcae_serve import usage_reports
 from tests.support import no_network
 from tests.support.images import image_bytes
-from tests.support.server_process import ready
+from tests.support.server_process import log_of, ready
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,17 +106,18 @@ def test_the_server_writes_its_latency_profile_and_connects_to_nothing(
 ) -> None:
     xdg = {"XDG_CACHE_HOME": str(tmp_path / "xdg")} if cache == "xdg" else {}
     environment = own_home(tmp_path, **xdg)
-    process = subprocess.Popen(
-        [installed("pcae-serve"), "--port", "0", "--profile-s", "0.3"],
-        stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path / "work",
-        preexec_fn=no_network.deny_connections,
-    )  # fmt: skip
-    with ready(process) as url:
+    log = log_of(tmp_path)
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [installed("pcae-serve"), "--port", "0", "--profile-s", "0.3"],
+            stderr=stderr, text=True, env=environment, cwd=tmp_path / "work",
+            preexec_fn=no_network.deny_connections,
+        )  # fmt: skip
+    with ready(process, log) as url:
         answer = httpx2.post(f"{url}/classify?budget_ms=60000", content=image_bytes(1), timeout=90)
         assert answer.status_code == 200, answer.text
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=90)
-        assert process.returncode == 0, log
+        assert process.wait(timeout=90) == 0, log.read_text()
     folder = "xdg" if cache == "xdg" else "home/.cache"
     assert written(tmp_path) == [f"{folder}/pcae-serve/profiles/#.json"]
 

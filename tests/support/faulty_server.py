@@ -5,6 +5,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +26,10 @@ ADMIN = "an-admin-key-of-some-length"
 class Running:
     """A server, its process and its log so far."""
 
-    def __init__(self, url: str, process: subprocess.Popen[str], log: Path) -> None:
-        self.url, self.process, self._log = url, process, log
+    def __init__(
+        self, url: str, process: subprocess.Popen[str], log: Path, copy: threading.Thread
+    ) -> None:
+        self.url, self.process, self._log, self._copy = url, process, log, copy
         self.host, self.port = "127.0.0.1", int(url.rsplit(":", 1)[1])
         # one for all, since making one reads certificates; it keeps no connection
         self._client = httpx2.Client(timeout=60, limits=httpx2.Limits(max_keepalive_connections=0))
@@ -34,6 +37,12 @@ class Running:
     @property
     def log(self) -> str:
         return self._log.read_text()
+
+    def log_at_the_end(self) -> str:
+        """Wait until the server has ended; return all that it has logged."""
+        self.process.wait(timeout=60)
+        self._copy.join()
+        return self.log
 
     def ask(
         self, level: int = 200, query: str = "budget_ms=5000", **more: object
@@ -72,17 +81,22 @@ def serving(
         for which, most in (limits or {}).items():
             resource.setrlimit(which, (most, most))
 
-    with log.open("w") as file:
+    with log.open("w", buffering=1) as file:
         process = subprocess.Popen(
             [*command, *flags],
-            stderr=subprocess.PIPE if limits else file,
+            stderr=subprocess.PIPE if limits else file,  # a limit may forbid it to write files
             text=True,
             cwd=ROOT,
             env={"RETRY_S": "0.3"} | environment,
             preexec_fn=limited,
         )
+        copy = threading.Thread(target=file.writelines, args=(process.stderr or (),))
+        copy.start()
         with (
-            ready(process, None if limits else log) as url,
-            contextlib.closing(Running(url, process, log)) as running,
+            ready(process, log) as url,
+            contextlib.closing(Running(url, process, log, copy)) as running,
         ):
             yield running
+        copy.join()
+        if process.stderr is not None:
+            process.stderr.close()

@@ -1,6 +1,5 @@
 """pcae-serve as a process with a real socket, on a port of the system's choice."""
 
-import os
 import re
 import subprocess
 import sys
@@ -21,18 +20,26 @@ _ANNOUNCED = re.compile(r"listening on (http://\S+),")
 
 @contextmanager
 def server(*flags: str, cache: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Run pcae-serve; yield its address and process once it is ready."""
+    """Run pcae-serve, which logs to `log_of(cache)`; yield its address and process when ready."""
     command = (*COMMAND, *ANY_PORT, "--cache-dir", str(cache), *flags)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    with ready(process) as url:
+    log = log_of(cache)
+    with log.open("w") as stderr:
+        process = subprocess.Popen(command, stderr=stderr, text=True)
+    with ready(process, log) as url:
         yield url, process
 
 
+def log_of(cache: Path) -> Path:
+    """Return the file next to the folder `cache` that a server logs to."""
+    return cache.with_name(f"{cache.name}.log")
+
+
 @contextmanager
-def ready(process: subprocess.Popen[str], log: Path | None = None) -> Iterator[str]:
+def ready(process: subprocess.Popen[str], log: Path) -> Iterator[str]:
     """Yield the address of a server with ANY_PORT once it is ready; kill `process` afterwards.
 
-    log: the file that its standard error goes to; None: a pipe.
+    log: the file that its standard error goes to. A pipe that nobody reads would be full after
+    some hundred requests, and the server would wait.
     """
     deadline_s = time.monotonic() + READY_S
     try:
@@ -43,23 +50,16 @@ def ready(process: subprocess.Popen[str], log: Path | None = None) -> Iterator[s
         yield url
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
-def _announced(process: subprocess.Popen[str], log: Path | None, deadline_s: float) -> str:
+def _announced(process: subprocess.Popen[str], log: Path, deadline_s: float) -> str:
     """Return the address that the server logs."""
-    text = ""
-    while (match := _ANNOUNCED.search(text)) is None:
+    while True:
         ended = process.poll() is not None
-        if log is None:
-            assert process.stderr is not None
-            # no more than needed: the rest is left to `communicate`
-            byte = os.read(process.stderr.fileno(), 1)
-            ended, text = not byte, text + byte.decode("latin-1")
-        else:
-            text = log.read_text()
-            time.sleep(0.02)
-        if _ANNOUNCED.search(text) is None:
-            assert not ended, text
-            assert time.monotonic() < deadline_s, text
-    return match[1]
+        text = log.read_text()
+        if match := _ANNOUNCED.search(text):
+            return match[1]
+        assert not ended, text
+        assert time.monotonic() < deadline_s, text
+        time.sleep(0.02)

@@ -133,7 +133,7 @@ def test_idle_connections_beyond_the_descriptors_cost_nobody_an_answer(tmp_path:
         for each in idle:
             each.close()
         running.process.terminate()
-        _, log = running.process.communicate(timeout=60)
+        log = running.log_at_the_end()
     assert "Traceback" not in log
     assert log.count("the limit of 32 connections is reached") == 1
     assert "cannot accept" not in log

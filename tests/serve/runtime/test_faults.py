@@ -475,7 +475,7 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(tmp_path: Path) -> None:
         answer = httpx2.post(f"{running.url}/classify?budget_ms=9000", files={"image": large})
         assert answer.status_code == 200
         running.process.send_signal(signal.SIGTERM)
-        _, log = running.process.communicate(timeout=60)
+        log = running.log_at_the_end()
     assert "cannot cache the latency profile" in log
     assert not list((tmp_path / "cache").rglob("*.json"))
 

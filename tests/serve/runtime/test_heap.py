@@ -70,7 +70,8 @@ def test_memory_returns_to_the_system_after_a_burst(tmp_path: Path) -> None:
             return int(line.split()[1]) / 1e3
 
         def send(_: int) -> int:
-            return httpx2.post(f"{url}/classify?budget_ms=60000", content=body).status_code
+            address = f"{url}/classify?budget_ms=60000"
+            return httpx2.post(address, content=body, timeout=90).status_code
 
         at_rest = resident_mb()
         for _ in range(3):
