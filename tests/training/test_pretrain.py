@@ -302,6 +302,19 @@ def test_random_dropping_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (share - 3 / 27).abs().max() < 0.035
 
 
+def test_presets_are_other_defaults() -> None:
+    def values(**given: Any) -> tuple[float | None, ...]:
+        made = settings(**given)
+        return made.pixel_weight, made.ema, made.peak_lr, made.warmup
+
+    assert values(preset="short") == (1.0, 0.9995, 1e-3, 0.1)
+    assert values(preset="short", ema=0.999, lr=1e-4)[1:3] == (0.999, 1e-4)
+    assert values(preset="short", blr=1e-4, batch_size=512)[2] == pytest.approx(2e-4)
+    paper = settings(preset="paper", batch_size=1024)
+    assert (paper.epochs, paper.ema, paper.pixel_weight) == (300, 0.9999, 0.0)
+    assert (paper.peak_lr, 300 * paper.warmup) == pytest.approx((6e-4, 40))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -313,6 +326,7 @@ def test_random_dropping_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"reduce_after": "4,0"}, "must be in ascending order"),
         ({"drop_targets": "loss"}, "--drop-targets is only for --method mae"),
         ({"method": "mae", "pixel_weight": 1}, "--pixel-weight is only for --method pcae, not mae"),
+        ({"method": "mae", "preset": "short"}, "--preset short is only for --method pcae, not mae"),
         ({"pixel_weight": -1}, "greater than or equal to 0"),
         ({"stream": True}, "--epoch-size"),
         ({"epoch_size": 10}, "--epoch-size is only for --stream"),

@@ -1,7 +1,7 @@
 """Settings of `pcae-train pretrain`: its flags, recorded in run.json."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode
@@ -15,6 +15,14 @@ from pcae_training.watch_settings import WatchSettings
 
 Method = Literal["pcae", "mae", "simmim", "pcae-simmim"]
 
+#: Defaults of --preset; flags that are given override them.
+PRESETS: dict[str, dict[str, Any]] = {
+    # epochs, not hundreds of them: a teacher that hardly moves, and the pixels as targets, too
+    "short": {"pixel_weight": 1.0, "ema": 0.9995, "lr": 1e-3, "warmup": 0.1},
+    # ViT-B on ImageNet: a learning rate of 6e-4 after 40 of 300 epochs
+    "paper": {"epochs": 300, "batch_size": 1024, "blr": 1.5e-4, "warmup": 40 / 300, "ema": 0.9999},
+}
+
 
 class PretrainSettings(WatchSettings, InitSettings):
     """Pretrain an encoder without labels, to be fine-tuned with `finetune --init`.
@@ -24,7 +32,7 @@ class PretrainSettings(WatchSettings, InitSettings):
 
     flag_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **RunSettings.flag_groups,
-        "run": ("method", "init", "weights", *RunSettings.flag_groups["run"]),
+        "run": ("method", "preset", "init", "weights", *RunSettings.flag_groups["run"]),
         "method": (
             "mask_ratio", "mask_unit", "decoder_depth", "decoder_width", "pixel_weight",
             "normalise_pixels",
@@ -34,6 +42,11 @@ class PretrainSettings(WatchSettings, InitSettings):
     }  # fmt: skip
 
     method: Method = Field("pcae", description="pretraining method")
+    preset: Literal["short", "paper"] | None = Field(
+        None,
+        description="other defaults for pcae; short: what works in runs of a few epochs; paper: the"
+        " paper's run on ImageNet (see docs/training.md)",
+    )
     mask_ratio: float | None = Field(
         None, gt=0, lt=1, description="share of patches hidden; default: 0.75, SimMIM 0.6"
     )
@@ -93,8 +106,20 @@ class PretrainSettings(WatchSettings, InitSettings):
     def _split_blocks(cls, blocks: object) -> object:
         return blocks.strip("[]()").split(",") if isinstance(blocks, str) else blocks
 
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, given: Any) -> Any:
+        """Add the defaults of --preset to what is given."""
+        preset = PRESETS.get(str(given.get("preset"))) if isinstance(given, dict) else None
+        if preset is None:
+            return given
+        rates = {"lr", "blr"} if given.keys() & {"lr", "blr"} else set()
+        return {flag: value for flag, value in preset.items() if flag not in rates} | given
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
+        if self.preset is not None and self.method != "pcae":
+            raise ValueError(f"--preset {self.preset} is only for --method pcae, not {self.method}")
         if self.drop_targets != "none" and self.method != "mae":
             raise ValueError("--drop-targets is only for --method mae: pcae always drops targets")
         if self.pixel_weight and self.method != "pcae":

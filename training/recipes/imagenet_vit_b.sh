@@ -14,8 +14,7 @@ data=$1 out=$2 gpus=${3:-8}
 train=(torchrun --standalone --nproc-per-node "$gpus" -m pcae_training.cli)
 common=(--data "$data" --device cuda --precision bf16 --compile --batch-size 1024 --workers 12)
 
-"${train[@]}" pretrain --out "$out/pretrained" --width 768 --heads 12 --epochs 300 \
-  --warmup 0.1333 "${common[@]}" # 40 epochs
+"${train[@]}" pretrain --preset paper --out "$out/pretrained" --width 768 --heads 12 "${common[@]}"
 
 for keep in 1.0 0.9 0.8 0.7 0.6; do # one model per keep ratio, as in the paper
   "${train[@]}" finetune --init "$out/pretrained" --keep $keep --out "$out/keep-$keep" \
