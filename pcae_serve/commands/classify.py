@@ -64,7 +64,12 @@ class Classify(BaseModel):
     backend: Literal["auto", "tensorrt", "cuda", "onnxruntime", "simulated"] = Field(
         "auto", description="inference engine, in this process"
     )
-    threads: int = Field(0, ge=0, description="CPU threads per batch; 0: one for each usable core")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="CPU threads; 0: one for each usable core. They share a batch, or each has its"
+        " own if there are 16 images or more and no --budget-ms",
+    )
     tier: str = Field(
         "auto", description="name of a tier, or auto: the most accurate one that meets the budget"
     )

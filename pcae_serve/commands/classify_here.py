@@ -20,6 +20,9 @@ from pcae_serve.runtime.results import classification
 from pcae_serve.runtime.tiers import tier_table
 from pcae_serve.settings import CACHE_DIR
 
+#: Images from which on each core has a batch of its own.
+MANY = 16
+
 
 def classify_here(
     options: Classify, bundle: Bundle, names: Sequence[str], output: RunOutput
@@ -32,6 +35,7 @@ def classify_here(
         backend=options.backend,
         threads=options.threads,
         cache_dir=Path(os.environ.get(CACHE_VARIABLE) or CACHE_DIR),
+        parallel=options.budget_ms is None and len(names) >= MANY,
     ) as runner:
         request = InferenceRequest(0.0, options.budget_ms or inf, options.tier, options.min_tier)
         outcomes = _outcomes(options, runner, names, start_s)
@@ -62,7 +66,7 @@ def _outcomes(
         end_s = start_s + parse_duration(options.total_time)
         yield from _planned(runner, images, len(names), tiers, end_s)
     else:
-        yield from runner.run(images, tiers, pinned)
+        yield from runner.run(images, tiers, pinned, count=len(names))
 
 
 def _planned(
@@ -70,8 +74,9 @@ def _planned(
 ) -> Iterator[Outcome]:
     """Yield what became of `left` images, each batch on the tier that the plan chooses."""
     forecast, batch = runner.measure().forecast(), runner.max_batch
-    image_s = {tier: forecast.p50(tier, batch) / batch for tier in tiers}
-    plan = TimePlan(tiers, tier_table(runner.bundle.tiers).accuracy, image_s, end_s)
+    image_s = {tier: forecast.p50(tier, batch) / batch / runner.parallel for tier in tiers}
+    accuracy = tier_table(runner.bundle.tiers).accuracy
+    plan = TimePlan(tiers, accuracy, image_s, end_s, runner.parallel)
     if late_s := plan.late_s(time.monotonic(), left):
         fastest = runner.bundle.tiers[tiers[0]].name
         report(
@@ -82,5 +87,5 @@ def _planned(
     def choose(done: int) -> tuple[int, str]:
         return plan.choose(time.monotonic(), left - done), "chosen for --total-time"
 
-    for outcomes in runner.batches(images, choose):
+    for outcomes in runner.batches(images, choose, count=left):
         yield from outcomes

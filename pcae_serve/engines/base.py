@@ -80,6 +80,15 @@ class DenseEngine(Engine, Protocol):
         ...
 
 
+@runtime_checkable
+class SharedEngine(Engine, Protocol):
+    """An engine whose graphs several engines can use at the same time, without a copy."""
+
+    def share(self) -> Engine:
+        """Return an engine with the same graphs; calls of the two may overlap."""
+        ...
+
+
 def run_directly(engine: Engine) -> Engine:
     """Return the engine itself: batches run on the calling thread, without a queue."""
     return engine

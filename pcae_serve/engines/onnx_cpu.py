@@ -1,7 +1,8 @@
 """ONNX Runtime on the CPU: one session per elastic graph, which takes token counts as an input."""
 
 from collections.abc import Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
 import onnxruntime as ort
@@ -43,6 +44,10 @@ class OnnxRuntimeEngine:
             except Exception as error:  # ONNX Runtime raises a dozen types of its own
                 raise StartError(f"ONNX Runtime cannot load {graph}: {one_line(error)}") from None
         self._options: ort.RunOptions | None = None  # of the batch in progress
+
+    def share(self) -> Self:
+        """Return an engine with the same sessions; batches of the two may run at the same time."""
+        return copy(self)  # RunOptions are of a batch, sessions may run several
 
     def run(self, tier: Tier, pixels: Pixels) -> Output:
         vectors, *kept = self._run(tier, pixels, patches=False)

@@ -5,9 +5,12 @@ whose numbers no longer fit the cache takes longer per image.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
-#: Sizes to try, as well as the largest one.
+#: Sizes to try if one batch runs on all cores, as well as the largest one.
 SIZES = (8, 16)
+#: Sizes if each core has a batch of its own. Caches and memory are shared, so they are smaller.
+PARALLEL_SIZES = (4, 8, 16)
 #: Batches of each size and tier before one size is settled on; of their times, the best counts.
 TRIALS = 3
 
@@ -15,11 +18,10 @@ TRIALS = 3
 class BatchSizes:
     """Chooses the size of each batch: sizes take turns at first, then the fastest one is used."""
 
-    def __init__(self, largest: int, *, fixed: bool = False) -> None:
-        """largest: number of images that a batch may have. fixed: all batches are the largest."""
-        self._largest = largest
-        smaller = () if fixed else (size for size in SIZES if size < largest)
-        self._sizes = (*smaller, largest)
+    def __init__(self, largest: int, smaller: Sequence[int] = SIZES) -> None:
+        """largest: number of images that a batch may have. smaller: other sizes to try."""
+        self.largest = largest
+        self._sizes = (*(size for size in smaller if size < largest), largest)
         self._begun = defaultdict[int, Counter[int]](Counter)  # by tier: batches by size
         self._image_s = defaultdict[int, dict[int, float]](dict)  # by tier: seconds by size
         self._tier = -1  # of the last batch; the next one is expected to have the same
@@ -30,7 +32,7 @@ class BatchSizes:
         size: int = min(self._sizes, key=begun.__getitem__)
         if begun[size] >= TRIALS:
             known = self._image_s[self._tier]
-            size = min(known, key=known.__getitem__, default=self._largest)
+            size = min(known, key=known.__getitem__, default=self.largest)
         begun[size] += 1
         return size
 

@@ -7,10 +7,11 @@ batches        each batch on a tier that the caller chooses, with the pixels
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from functools import partial
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, Self
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 from pcae_serve.bundle.preprocess import MAX_PIXELS
 from pcae_serve.bundle.reader import Bundle
 from pcae_serve.engines import cpus
-from pcae_serve.engines.base import Engine
+from pcae_serve.engines.base import Engine, SharedEngine
 from pcae_serve.engines.loader import load_engine
 from pcae_serve.errors import PcaeError, RequestError
-from pcae_serve.local.batch_sizes import BatchSizes
+from pcae_serve.local.batch_sizes import PARALLEL_SIZES, SIZES, BatchSizes
 from pcae_serve.local.deadlines import Deadlines
 from pcae_serve.local.decode_ahead import decode_ahead
 from pcae_serve.local.device import Device
@@ -60,7 +61,7 @@ Outcome = Answered | RequestError | OSError
 
 
 class Runner:
-    """A bundle with one engine. Threads may share it, but not processes."""
+    """A bundle on one device. Threads may share it, but not processes."""
 
     def __init__(
         self,
@@ -72,16 +73,31 @@ class Runner:
         decode_threads: int = 0,
         cache_dir: Path = CACHE_DIR,
         profile_s: float = PROFILE_S,
+        parallel: int = 1,
     ) -> None:
-        """Create a runner. The engine is closed with it."""
+        """Create a runner. The engine is closed with it.
+
+        parallel: batches that run at the same time, if the engine can share its graphs.
+        """
         self.bundle, self.engine, self.max_batch = bundle, engine, max_batch
-        self._device, self._max_pixels = Device(engine), max_pixels
+        engines = [engine]
+        if isinstance(engine, SharedEngine):
+            engines += [engine.share() for _ in range(1, parallel)]
+        self._device, self._max_pixels = Device(engines), max_pixels
         self._decoders = ThreadPoolExecutor(decode_threads or cpus.count_usable(), "pcae-decode")
         self._cache_dir, self._profile_s = cache_dir, profile_s
-        self._sizes = BatchSizes(max_batch, fixed=engine.device != "cpu")
+        sizes = SIZES if engine.device == "cpu" else ()
+        self._sizes = BatchSizes(max_batch, sizes)
+        if self.parallel > 1:
+            self._sizes = BatchSizes(min(max_batch, PARALLEL_SIZES[-1]), PARALLEL_SIZES)
         self._deadlines: Deadlines | None = None  # until latencies are measured
         self._measuring = Lock()
         self._process, self._closed = os.getpid(), False
+
+    @property
+    def parallel(self) -> int:
+        """The number of batches that run at the same time."""
+        return self._device.parallel
 
     def most_accurate(self, tiers: Sequence[int]) -> int:
         """Return the most accurate of these tiers; of equally accurate ones, the cheapest."""
@@ -94,14 +110,15 @@ class Runner:
         tiers: Sequence[int],
         pinned: bool,
         dense: bool = False,
+        count: int | None = None,
     ) -> Iterator[Outcome]:
         """Yield what became of each image, in order, on the most accurate of the allowed tiers.
 
-        pinned: the caller named the tier. dense: with patch grids.
+        pinned: the caller named the tier. dense: with patch grids. count: of the images, if known.
         """
         tier = self.most_accurate(tiers)
         reason = "the caller names this tier" if pinned else "no budget: the most accurate tier"
-        for batch in self.batches(images, lambda _: (tier, reason), dense):
+        for batch in self.batches(images, lambda _: (tier, reason), dense, count):
             yield from batch
 
     def batches(
@@ -109,39 +126,62 @@ class Runner:
         images: Iterable[ImageLike],
         choose: Callable[[int], tuple[int, str]],
         dense: bool = False,
+        count: int | None = None,
     ) -> Iterator[list[Outcome]]:
         """Yield what became of images, in order and in batches of the fastest size.
 
         The next batch begins before one is yielded, so that the device does not wait for what the
         caller does with it. choose: takes the number of images that are done, and returns the index
-        of the tier that the next batch runs on, and why. dense: with patch grids.
+        of the tier that the next batch runs on, and why. dense: with patch grids. count: of the
+        images, if known; the last batches are then of a size that lets them end together.
         """
         self.require_usable()
-        done = 0
-        running: Callable[[], list[Outcome]] | None = None
+        begun = done = 0
+        most = self.parallel + (self.parallel > 1)  # one waits for the first idle core
+        running = deque[Callable[[], list[Outcome]]]()
+
+        def choose_size() -> int:
+            size = self._sizes.choose()
+            if count is None or self.parallel == 1:
+                return size
+            return min(size, max(1, ceil((count - begun) / self.parallel)))
+
+        def finish() -> list[Outcome]:
+            try:
+                return running.popleft()()
+            except Exception:  # those after it have no place in the order
+                running.clear()
+                raise
+
         try:
-            ahead = self.max_batch
-            for futures in decode_ahead(images, self._submit, self._sizes.choose, ahead):
+            ahead = self._sizes.largest * self.parallel
+            for futures in decode_ahead(images, self._submit, choose_size, ahead):
                 decoded = [_outcome(future) for future in futures]
-                finished, running = None if running is None else running(), None
+                begun += len(decoded)
+                finished = finish() if len(running) == most else None
                 done += 0 if finished is None else len(finished)
-                running = self._begin(decoded, partial(choose, done), dense)
+                typical = len(running) >= self.parallel - 1  # all cores are in use
+                running.append(self._begin(decoded, partial(choose, done), dense, typical))
                 if finished is not None:
                     yield finished
         except Exception:  # of the caller's images: those before them are answered
-            if running is not None:
-                yield running()
+            while running:
+                yield finish()
             raise
-        if running is not None:
-            yield running()
+        while running:
+            yield finish()
 
     def _begin(
         self,
         decoded: Sequence[Decoded | RequestError | OSError],
         choose: Callable[[], tuple[int, str]],
         dense: bool,
+        typical: bool,
     ) -> Callable[[], list[Outcome]]:
-        """Begin a batch, and return a function that waits for what became of its images."""
+        """Begin a batch, and return a function that waits for what became of its images.
+
+        typical: the batch's time says how fast its size is.
+        """
         rows = [each for each in decoded if isinstance(each, Decoded)]
         if not rows:
             return lambda: [each for each in decoded if not isinstance(each, Decoded)]
@@ -154,7 +194,8 @@ class Runner:
         def finish() -> list[Outcome]:
             batch, row = running.result(), iter(range(len(rows)))
             took_s = batch.end_s - batch.start_s
-            self._sizes.learn(index, len(rows), took_s)
+            if typical:
+                self._sizes.learn(index, len(rows), took_s)
             return [
                 self._answered(each, Look(index, batch, next(row), reason, took_s, batch.end_s))
                 if isinstance(each, Decoded)
@@ -298,11 +339,19 @@ def open_runner(
     max_batch: int = MAX_BATCH,
     max_pixels: int = MAX_PIXELS,
     cache_dir: Path = CACHE_DIR,
+    parallel: bool = False,
 ) -> Runner:
-    """Load an engine for a bundle. Raises StartError."""
+    """Load an engine for a bundle. Raises StartError.
+
+    parallel: on a CPU, each thread runs a batch of its own, instead of all of them one batch. This
+    computes more images per second, and each batch takes longer.
+    """
+    at_once = (threads or cpus.count_usable()) if parallel else 1
+    each = 1 if at_once > 1 else threads
     return Runner(
         bundle,
-        load_engine(backend, bundle, device, threads, max_batch, cache_dir),
+        load_engine(backend, bundle, device, each, max_batch, cache_dir),
+        parallel=at_once,
         max_batch=max_batch,
         max_pixels=max_pixels,
         decode_threads=decode_threads,

@@ -131,8 +131,8 @@ def test_a_run_that_is_stopped_keeps_its_rows(
     out = f"results.{suffix}"
     run = Runner.run
 
-    def stop(*arguments: Any) -> Any:
-        for i, each in enumerate(run(*arguments)):
+    def stop(*arguments: Any, **more: Any) -> Any:
+        for i, each in enumerate(run(*arguments, **more)):
             if i == 2:
                 raise KeyboardInterrupt
             yield each

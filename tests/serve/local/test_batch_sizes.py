@@ -47,7 +47,7 @@ def test_batches_before_the_first_answer_are_not_all_trials() -> None:
 
 def test_a_small_or_a_fixed_size_stays() -> None:
     assert {BatchSizes(4).choose() for _ in range(20)} == {4}
-    fixed = BatchSizes(32, fixed=True)
+    fixed = BatchSizes(32, ())
     assert run(fixed, 0, {32: 1.0}, 10) == [32] * 10
 
 

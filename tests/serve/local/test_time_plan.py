@@ -84,3 +84,23 @@ def test_durations(text: str, seconds: float) -> None:
 def test_what_is_not_a_duration(text: str) -> None:
     with pytest.raises(ValueError, match="is not a duration such as"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize("parallel", [2, 8])
+def test_batches_that_run_together_count_together(parallel: int) -> None:
+    """Each takes `parallel` times as long as the plan's seconds per image; none is mistaken."""
+    for total_s, expected in ((43, {2}), (22, {1})):
+        plan = TimePlan((0, 1, 2), ACCURACY, IMAGE_S, total_s, parallel)
+        now_s, left, batch, tiers = 0.0, 1000, 10, Counter[int]()
+        running: list[float] = []  # when each ends
+        while left > 0:
+            tier = plan.choose(now_s, left)
+            tiers[tier] += 1
+            running.append(now_s + parallel * batch * IMAGE_S[tier])
+            if len(running) == parallel + 1:  # one waits for the first that ends
+                running.sort()
+                now_s = running.pop(0)
+                running[-1] = now_s + parallel * batch * IMAGE_S[tier]
+                left -= batch
+        assert max(tiers, key=tiers.__getitem__) in expected
+        assert sum(tiers[tier] for tier in expected) > 0.9 * sum(tiers.values())
