@@ -45,16 +45,17 @@ class TierSearch:
     def run(self, parts: Mapping[str, Part], *, int8: bool) -> Front:
         """Measure every candidate of the models of `parts`, and choose tiers.
 
-        int8: include tiers with int8 products, unless they do not pass verification.
+        int8: include tiers with int8 products, except those that do not pass verification.
         """
         with tempfile.TemporaryDirectory(prefix="pcae-tiers-") as folder:
             draft = _draft(parts, Path(folder) / "draft", int8)
             candidates, noise, machine = self._measure(draft)
-            front = choose_tiers(candidates, _reference(candidates), noise, self.max_loss)
-            if failure := self._verify_int8(draft, parts, front):
-                print(f"note: tiers are chosen without int8: {failure}", file=sys.stderr)
-                exact = [c for c in candidates if c.tier.precision == "float32"]
-                front = choose_tiers(exact, _reference(exact), noise, self.max_loss)
+            proven: set[str] = set()
+            while True:
+                front = choose_tiers(candidates, _reference(candidates), noise, self.max_loss)
+                if not (refused := self._refuse_int8(draft, parts, front, proven)):
+                    break
+                candidates = [c for c in candidates if c.tier.name not in refused]
         return replace(front, machine=machine)
 
     def _measure(self, draft: Bundle) -> tuple[list[Candidate], float, str]:
@@ -80,16 +81,26 @@ class TierSearch:
         ]
         return candidates, noise, machine
 
-    def _verify_int8(self, draft: Bundle, parts: Mapping[str, Part], front: Front) -> str:
-        """Return why a chosen int8 tier differs from torch by more than it may, or ""."""
-        tiers = [c.tier for c in front.chosen if c.tier.precision == "int8"]
-        for model in dict.fromkeys(tier.model for tier in tiers):
-            some = _with_tiers(draft, [tier for tier in tiers if tier.model == model])
+    def _refuse_int8(
+        self, draft: Bundle, parts: Mapping[str, Part], front: Front, proven: set[str]
+    ) -> set[str]:
+        """Return the chosen int8 tiers that differ from torch by more than they may.
+
+        Prints why. proven: tiers that passed before; those that pass now are added.
+        """
+        refused = set()
+        for tier in (candidate.tier for candidate in front.chosen):
+            if tier.precision != "int8" or tier.name in proven:
+                continue
+            checkpoint = parts[tier.model].checkpoint
             try:
-                verify_model(some, parts[model].checkpoint, self.pixels, model)
+                verify_model(_with_tiers(draft, [tier]), checkpoint, self.pixels, tier.model)
+                proven.add(tier.name)
             except ParityError as error:
-                return str(error)
-        return ""
+                refused.add(tier.name)
+                what = f"keep ratio {tier.keep_ratio:g} in int8 ({tier.model})"
+                print(f"note: {what} is left out: {error}", file=sys.stderr)
+        return refused
 
 
 def _draft(parts: Mapping[str, Part], out: Path, int8: bool) -> Bundle:

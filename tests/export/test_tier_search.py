@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -82,9 +83,31 @@ def test_int8_that_differs_too_much_is_left_out(
     monkeypatch.setattr(tier_search, "choose_tiers", choose)
     monkeypatch.setattr(tier_search, "verify_model", refuse)
     bundle = bundled(made.checkpoint, tmp_path / "out", *AUTO, "--eval-data", data)
-    note = "note: tiers are chosen without int8: tier 'x': int8 gives another answer"
-    assert note in capsys.readouterr().err
+    err = capsys.readouterr().err
+    for ratio in ("0.4", "0.7", "1"):
+        assert f"note: keep ratio {ratio} in int8 (vit) is left out: tier 'x': int8 gives" in err
     assert {tier.precision for tier in bundle.tiers} == {"float32"}
+
+
+def test_only_the_int8_tier_that_differs_is_left_out(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiers = [
+        made.bundle.tiers[0].model_copy(update={"name": name, "precision": "int8"})
+        for name in ("good", "bad")
+    ]
+    front = Front((), (), tuple(Candidate(tier, None, 1.0) for tier in tiers), 0.0)  # type: ignore[arg-type]
+
+    def verify(draft: Bundle, *_: object) -> None:
+        if "bad" in [tier.name for tier in draft.tiers]:
+            raise ParityError("differs")
+
+    monkeypatch.setattr(tier_search, "verify_model", verify)
+    search = tier_search.TierSearch(None, (), None, 0.1)  # type: ignore[arg-type]
+    parts, proven = {tiers[0].model: SimpleNamespace(checkpoint=None)}, set[str]()
+    assert search._refuse_int8(made.bundle, parts, front, proven) == {"bad"}  # type: ignore[arg-type]
+    assert proven == {"good"}
+    assert capsys.readouterr().err.count("is left out: differs") == 1
 
 
 @pytest.mark.slow
