@@ -270,6 +270,10 @@ class WriteBundle(CalibrationFlags):
         """Raise ValueError if there are several models, or one of the flags `others` is given."""
         if len(self.sources) != 1 or any(tier.checkpoint for tier in tiers.values()):
             raise ValueError(f"{by} makes a classifier of one model; give one SOURCE")
+        if self.dense:
+            raise ValueError(
+                f"{by} makes a classifier, and only POST /embed returns patches; omit --dense"
+            )
         for flag in others:
             if flag in self.model_fields_set:
                 raise ValueError(f"{by} names the classes; omit --{flag.replace('_', '-')}")

@@ -127,7 +127,11 @@ def embed_prompts(path: Path, prompts: Mapping[str, Sequence[str]]) -> TextHead:
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise TextError(f"{path} has no usable text tower: {one_line(error)}") from None
     if missing := sorted(name for name in loaded["missing_keys"] if "vision" not in name):
-        raise TextError(f"{path} lacks weights of its text tower: {missing[0]}, …")
+        some = missing[0] if len(missing) == 1 else f"{missing[0]} and {len(missing) - 1} more"
+        raise TextError(
+            f"{path} lacks weights of its text tower ({some}); use a checkpoint with both towers,"
+            " or photographs (--classes-from)"
+        )
     length = model.config.text_config.max_position_embeddings
     texts = [text for some in prompts.values() for text in some]
     parts = []

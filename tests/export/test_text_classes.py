@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from pcae_export.text_classes import TextError, embed_prompts, read_prompts
@@ -207,12 +208,24 @@ def test_what_has_no_text_tower(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("every", [True, False], ids=["all", "one"])
+def test_missing_weights_are_named(tmp_path: Path, every: bool) -> None:
+    model("clip", tmp_path / "whole")
+    file = tmp_path / "whole" / "model.safetensors"
+    gone = "text_model." if every else "text_model.final_layer_norm.bias"
+    save_file({n: t for n, t in load_file(file).items() if not n.startswith(gone)}, file)
+    with pytest.raises(TextError, match=r"\(text_model\.[^\n]*\); use a checkpoint"):
+        embed_prompts(tmp_path / "whole", {"cat": ["a cat"], "dog": ["a dog"]})
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--template", "a {}"), "--template makes prompts of the names in --classes"),
         (("--classes", "x", "--labels", "y"), "--classes names the classes; omit --labels"),
         (("--classes", "x", "--classes-from", "y"), "omit --classes-from"),
+        (("--classes", "x", "--dense"), "only POST /embed returns patches; omit --dense"),
+        (("--classes-from", "x", "--dense"), "only POST /embed returns patches; omit --dense"),
         (("--classes", "x", "--tier", "a=other@0.5"), "makes a classifier of one model"),
     ],
 )
