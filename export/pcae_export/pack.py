@@ -46,6 +46,7 @@ from pcae_serve.errors import PcaeError
 from pcae_serve.version import __version__
 from pcae_training.checkpoint import Checkpoint
 from pcae_training.model_config import to_config
+from pcae_training.output import check_writable
 
 CARD = "README.md"
 
@@ -162,8 +163,12 @@ def _report_looks(root: Path, name: str, evaluation: Evaluation, tiers: list[Tie
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Raise PackError if `out` exists, unless `force` is set and it is a bundle."""
+    """Raise PackError if `out` exists, unless `force` is set and it is a bundle.
+
+    Raises PcaeError if it cannot be written, such as below a file.
+    """
     if not os.path.lexists(out):
+        check_writable(out)
         return
     if not force:
         raise PackError(f"{out} exists; choose another folder, or replace it with --force")

@@ -234,6 +234,13 @@ def test_force_replaces_only_bundles(made: Any, tmp_path: Path) -> None:
             pack.check_output(place, force=True)
 
 
+def test_a_place_below_a_file_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PcaeError, match="file is not a writable folder"):
+        pack.check_output(tmp_path / "file" / "out", force=False)
+    pack.check_output(tmp_path / "new" / "out", force=False)
+
+
 def test_a_place_that_cannot_be_written_to(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(pack.PackError, match=r"cannot write next to .*out"):

@@ -32,6 +32,7 @@ from pcae_serve.bundle.processor_config import read_own_processor
 from pcae_serve.errors import PcaeError
 from pcae_training.model import VisionTransformer
 from pcae_training.model_config import from_config, to_config
+from pcae_training.output import check_writable
 from pcae_training.weights_file import check_safetensors
 
 #: Characters of what torch says about weights that do not fit: it lists every tensor.
@@ -101,6 +102,8 @@ def check_replaceable(folder: Path) -> None:
         raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from None
     if not replaceable:
         raise CheckpointError(f"{folder} exists and is not a checkpoint, so it is not replaced")
+    if not folder.exists():
+        check_writable(folder)
 
 
 def load(folder: Path) -> Checkpoint:
