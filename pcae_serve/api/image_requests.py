@@ -185,6 +185,7 @@ class ParameterReader(Generic[P]):
             *callers_of(self._request),
             patches=isinstance(given, EmbedParameters) and given.patches,
             number_bytes=self._number_bytes,
+            smaller="omit patches, or accept application/octet-stream",
             max_looks=given.max_looks if isinstance(given, ClassifyParameters) else None,
         )
 

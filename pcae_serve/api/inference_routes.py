@@ -256,6 +256,7 @@ async def infer(request: Request) -> Response:
             max_looks=parameters.max_looks,
             patches=dense,
             number_bytes=NUMBER_BYTES["raw"],
+            smaller="leave patches out of the outputs",
         )
         group.take(len(files))
         answered = await unless_disconnected(request, _answers(group, inference, files))

@@ -128,8 +128,10 @@ class OfferedRequest:
             if len(body) + cost.bytes > limit_bytes:
                 raise Refused(refusals.over_memory(len(body) + cost.bytes, limit_bytes))
             if self._computed_bytes > limit_bytes:
-                hint = "omit patches, or accept application/octet-stream"
-                raise Refused(refusals.over_memory(self._computed_bytes, limit_bytes, hint))
+                refusal = refusals.over_memory(
+                    self._computed_bytes, limit_bytes, self.request.smaller
+                )
+                raise Refused(refusal)
         idle_s = decoders.idle_s(cost)
         self._arrive(self, idle_s, decoders.wait_s(cost) if decoders.busy(cost) else idle_s)
         self.raise_if_refused()

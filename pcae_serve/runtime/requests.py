@@ -25,6 +25,7 @@ class InferenceRequest:
 
     patches: bool = False  # the patch grid is wanted as well
     number_bytes: int = 4  # what each of its numbers takes until it is sent, all forms together
+    smaller: str = "omit patches"  # how a client asks for an answer of fewer bytes
 
     @property
     def deadline_s(self) -> float:

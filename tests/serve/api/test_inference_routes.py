@@ -589,3 +589,18 @@ def test_independent_labels_have_probabilities_in_place_of_a_label(
     logits, found = (np.array(by_name[n]["data"]) for n in ("logits", "probabilities"))
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits)), atol=1e-6)
     assert by_name["probabilities"]["shape"] == [1, 4]
+
+
+def test_patches_beyond_the_memory_have_a_hint_for_this_protocol(
+    tmp_path: Path, settings: MakeSettings
+) -> None:
+    served = load_bundle(write_bundle(tmp_path / "wide", **backbone(patch_width=20_000)))
+    known = settings(memory_mb=4, budget_ms=20_000)
+    service = Service(known, served, [SimulatedEngine(served, seconds=quick)])
+    with serving(service) as client:
+        response = client.post(
+            INFER, json=files(image_bytes()) | {"outputs": [{"name": "patches"}]}
+        )
+        assert response.status_code == 413
+        assert "leave patches out of the outputs" in response.text
+        assert "accept" not in response.text.lower()
