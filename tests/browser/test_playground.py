@@ -244,6 +244,24 @@ def test_an_image_is_dropped_and_another_pasted(demo: str, visit: Any) -> None:
     assert "of 2 files, only this one" in page.inner_text(".note")
 
 
+def test_the_front_marks_the_tier_that_answered(demo: str, visit: Any, tmp_path: Path) -> None:
+    tiers = []
+    with server(*ONE_LOOK, cache=tmp_path / "cache") as (cheapest, _):
+        for url in (demo, cheapest):
+            page = visit(url)
+            set_range(page, "Latency budget", 200)
+            assert page.locator("section[aria-labelledby=front] .chosen").count() == 0
+            with page.expect_response(lambda got: "/classify" in got.url) as answered:
+                ask(page)
+            tiers.append(answered.value.json()["tier"])
+            page.wait_for_selector("svg.front g.chosen", timeout=WAIT_MS)
+            [title] = page.locator("svg.front g.chosen title").all_text_contents()
+            assert title.startswith(f"{tiers[-1]}: ")
+            row = page.locator("section[aria-labelledby=front] tr.chosen th")
+            assert row.all_inner_texts() == [f"{tiers[-1]} (answered)"]
+    assert tiers[1] == "fast" != tiers[0]
+
+
 def test_all_tiers_side_by_side(demo: str, visit: Any) -> None:
     page = visit(demo)
     ask(page)
