@@ -44,6 +44,26 @@ def fetch(name: HubName, choose: Choose) -> Snapshot:
     return Snapshot(found, name.path, f"commit {found.name}", chosen)
 
 
+def check_data_set(repository: str) -> None:
+    """Ask the hub about a data set, before a library does that retries for long.
+
+    Raise FetchError if the hub cannot be reached, unless offline mode is on.
+    """
+    import huggingface_hub as hub
+    import huggingface_hub.constants
+
+    if hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        hub.HfApi().dataset_info(repository, timeout=TIMEOUT_S)
+    except Exception as error:  # it may refuse: the library that reads the data set says why
+        if _is_unreachable(error):
+            why = _describe_unreachable(hub, error)
+            raise FetchError(
+                f"{why}; with HF_HUB_OFFLINE=1, a copy in the cache is used if there is one"
+            ) from None
+
+
 @dataclass(frozen=True)
 class _HubFiles:
     """The files of a commit on the hub."""

@@ -56,6 +56,7 @@ def test_hub_names_go_to_datasets(
         return table(3)
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
+    monkeypatch.setattr("pcae_training.source.check_data_set", lambda name: None)
     assert numbers("zalando-datasets/fashion_mnist", "test", stream) == [0, 1, 2]
     assert asked == [("zalando-datasets/fashion_mnist", {"split": "test", **options})]
 
@@ -63,6 +64,26 @@ def test_hub_names_go_to_datasets(
 def test_offline_hub_name_is_one_line() -> None:
     message = fails("nobody/nothing")
     assert message.startswith("cannot read split 'train' of data set 'nobody/nothing': there is no")
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "photos"])
+def test_no_network_is_one_line_without_retries(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`datasets` alone writes a line for each of its retries, for half a minute."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("it retries"))
+    message = fails(name)
+    assert "there is no such folder, and as a name on the hub: cannot reach the hub at" in message
+    assert "HF_HUB_OFFLINE=1" in message
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["./photos", "/photos", "photos/", "a/b/c", "../photos"])
+def test_a_path_is_not_asked_for_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked"))
+    assert fails(name).endswith("there is no such folder or file")
 
 
 @pytest.mark.parametrize("stream", [False, True])

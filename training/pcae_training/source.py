@@ -13,6 +13,8 @@ from typing import Literal, overload
 import datasets  # type: ignore[import-untyped]
 
 from pcae_serve.errors import PcaeError, one_line
+from pcae_serve.sources.hub import check_data_set
+from pcae_serve.sources.names import FetchError
 
 #: Raised by `datasets` if a source is missing, damaged or of an unknown kind; IndexError is raised
 #: for an empty tar file.
@@ -60,9 +62,11 @@ def open_source(
         )
     try:
         if builder is None:
+            if not Path(source).exists():
+                check_data_set(source)
             return datasets.load_dataset(source, split=split, **options)
         return datasets.load_dataset(builder, data_files={split: source}, split=split, **options)
-    except READ_ERRORS as error:
+    except (*READ_ERRORS, FetchError) as error:
         reason = one_line(error)
         if builder is None and not Path(source).exists():
             reason = f"there is no such folder, and as a name on the hub: {reason}"
