@@ -73,7 +73,9 @@ def serve(
     gc.collect()
     gc.freeze()
     host, port = listener.getsockname()[:2]
-    log.info("listening on http://%s:%d, not ready yet", f"[{host}]" if ":" in host else host, port)
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    playground = "; the playground is at /" if service.settings.playground else ""
+    log.info("listening on http://%s, not ready yet%s", address, playground)
     server = Server(app, service)
     server.run(sockets=[listener])
     if failures:

@@ -68,8 +68,11 @@ def check_veil(page: Any, answer: dict[str, Any]) -> None:
     page.get_by_text("0 of 3: all patches").wait_for(timeout=WAIT_MS)
     page.wait_for_timeout(300)  # effects draw after the text
     bare = pixels(page)
+    explained = page.get_by_text("Veiled patches were dropped")
+    assert explained.count() == 0
     for stage, kept in enumerate(answer["kept"], start=1):
         set_range(page, "After reduction", stage)
+        explained.wait_for(timeout=WAIT_MS)
         page.get_by_text(f"{stage} of 3: ").wait_for(timeout=WAIT_MS)
         for _ in range(WAIT_MS // 100):
             veiled = pixels(page)
@@ -282,8 +285,11 @@ def test_a_burst_is_drawn_and_summed_up(demo: str, visit: Any) -> None:
     ask(page)
     page.click("text=Send a burst")
     page.wait_for_selector(".chart rect", timeout=WAIT_MS)
+    assert "most are refused" not in page.inner_text("section[aria-labelledby=burst]")
     page.wait_for_selector("text=images answered in", timeout=WAIT_MS)
     assert "within" in page.inner_text("section[aria-labelledby=burst]")
+    set_range(page, "Latency budget", 40)  # less than one image takes
+    page.get_by_text("most are refused").wait_for(timeout=WAIT_MS)
 
 
 def test_a_key_is_asked_for_and_kept_in_memory_alone(visit: Any, tmp_path: Path) -> None:

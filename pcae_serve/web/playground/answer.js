@@ -20,6 +20,8 @@ export function Answer({ answer, picture, patches, server }) {
         </label>
         ${answer.tokens.at(-1) === patches && html`<p>
           This tier keeps every patch. A smaller budget buys a tier that drops some.</p>`}
+        ${stage > 0 && answer.tokens.at(-1) < patches && html`<p>
+          Veiled patches were dropped: the model averages them into one token.</p>`}
       </figcaption>
     </figure>
     <div>

@@ -1,5 +1,6 @@
 // A bounded burst of requests: which tiers answer, how long it takes, and how the server recovers.
 import { html, useEffect, useRef, useState } from "../vendor/htm-preact.js";
+import { inMs } from "./answer.js";
 import { infer, inferBatch } from "./api.js";
 import { scale, ticks, useWidth } from "./axes.js";
 import { scaledCopy } from "./picture.js";
@@ -64,10 +65,13 @@ export function Burst({ server, picture, apiKey, budget }) {
   };
 
   const names = server.tiers.map(({ name }) => name);
+  const needed = requests * (server.tiers[0].latency_ms?.[IMAGES] ?? 0);
   return html`<section aria-labelledby="burst">
     <h2 id="burst">Under load</h2>
     <p class="hint">Sends copies of this image${large ? ` (${server.resize} pixels wide)` : ""} for ${SECONDS} s
-      with a budget of ${budget} ms, then single requests.</p>
+      with a budget of ${budget} ms, then single requests.
+      ${needed > budget && html` On tier ${server.tiers[0].name}, this many at once take about ${inMs(needed)}:
+        with this budget, most are refused.`}</p>
     <div class="budget"><label>Images at once: <span class="value">${requests * IMAGES}</span>
       <input type="range" min="1" max=${REQUESTS} value=${requests} disabled=${running}
         onInput=${(event) => setRequests(Number(event.target.value))} />
