@@ -98,7 +98,9 @@ def _run(
             return 2
         message = one_line(error).removeprefix("error parsing CLI: ")
         wrong = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        if wrong:
+        if wrong and wrong[1] in parser.options:
+            message += f"; this command does not take {wrong[1]}, another one does: see --help"
+        elif wrong:
             message += did_you_mean(wrong[1], parser.options, "--")
         elif word := re.match(r"unrecognized arguments: (\w\S*)", message):
             message += did_you_mean(word[1], parser.commands)

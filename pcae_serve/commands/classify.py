@@ -227,7 +227,7 @@ class Classify(BaseModel):
                 printer.failed(name, why)
             yield printer, images.names
             return
-        from pcae_serve.local.folder_run import FolderRun
+        from pcae_serve.local.folder_run import FolderRun, make_folder
         from pcae_serve.local.results_file import ResultsFile
 
         settings = answered_by | {
@@ -237,6 +237,8 @@ class Classify(BaseModel):
             "top_k": self.top_k,
             "total_time": self.total_time is not None,
         }
+        if self.explain is not None:
+            make_folder(self.explain)
         with ResultsFile(self.out, settings, self.top_k, overwrite=self.overwrite) as results:
             once = dict.fromkeys(images.names)
             names = [name for name in once if row_name(name) not in results.finished]

@@ -33,8 +33,8 @@ class FolderRun:
     ) -> None:
         """Begin a run.
 
-        images: that are still to be done. explain: folder of overlays. strict: any failure fails
-        the run. problems: names that stand for no image, and why.
+        images: that are still to be done. explain: folder of overlays, which exists. strict: any
+        failure fails the run. problems: names that stand for no image, and why.
         """
         self._results, self._explain, self._strict = results, explain, strict
         self._progress = Progress(images)
@@ -42,8 +42,6 @@ class FolderRun:
         self._tiers = Counter[str]()
         self._sheet = ContactSheet()
         self._overlay: Image.Image | None = None  # of the image that is answered next
-        if explain is not None:
-            _make_folder(explain)
 
     def answered(self, file: str, answer: Classification, took_ms: float) -> None:
         """Write an answer."""
@@ -59,7 +57,7 @@ class FolderRun:
         if self._explain is None:
             return
         path = self._explain / overlay_name(row_name(file))
-        _make_folder(path.parent)
+        make_folder(path.parent)
         try:
             self._overlay = overlay(answered.result, answered.pixels)
             self._overlay.save(path)
@@ -109,7 +107,8 @@ class FolderRun:
                 raise PcaeError(f"--explain {path}: {error.strerror or error}") from None
 
 
-def _make_folder(path: Path) -> None:
+def make_folder(path: Path) -> None:
+    """Make a folder of overlays unless it exists. Raise PcaeError with one line."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

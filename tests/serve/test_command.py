@@ -90,6 +90,34 @@ def test_one_line_and_an_exit_code(
     assert not message or errors[0].startswith(message)
 
 
+class Wash(BaseModel):
+    """Wash."""
+
+    soap: float = Field(1)
+
+
+class Dry(BaseModel):
+    """Dry."""
+
+    hot: bool = False
+
+
+class Laundry(BaseSettings):
+    """Wash and dry."""
+
+    model_config = config("laundry")
+    wash: CliSubCommand[Wash]
+    dry: CliSubCommand[Dry]
+
+
+def test_a_flag_of_another_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(Laundry, ["dry", "--soap", "2"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "laundry: unrecognized arguments: --soap 2; this command does not take --soap, another one"
+        " does: see --help"
+    ]
+
+
 def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(Kitchen, []) == 2
     assert capsys.readouterr().err.startswith("usage: kitchen")

@@ -252,6 +252,7 @@ def test_one_line_for_each_mistake(
     assert start([*here, *words]) == 1
     [first, *_] = capsys.readouterr().err.splitlines()
     assert first.startswith(f"pcae-serve: {line}")
+    assert not list(Path().glob("r*"))  # nothing is begun
 
 
 def test_a_full_disk_is_one_line_and_the_file_can_be_continued(here: list[str]) -> None:
