@@ -19,7 +19,6 @@ runs. Choices are made on those 2,000 test images. Runs of the last wave are jud
 import argparse
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from recipe_tables import row, table
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -188,19 +188,26 @@ def third_wave() -> Iterator[Run]:
     yield run("pixels-hidden-ema-auto-lr-1e-3", 1.0, ema=None)
 
 
+#: Steps of MAE with 8 decoder blocks that take as long as an epoch of PCAE with pixels, by the CPU
+#: seconds of the third wave (451 and 318).
+EQUAL_TIME = 1323
+
+
 def last_wave() -> Iterator[Run]:
     """Yield what is compared on the 8,000 images: an epoch in batches of 32, three seeds."""
 
-    def run(label: str, seed: int, **flags: Any) -> Run:
+    def run(label: str, seed: int, steps: int = 2 * EPOCH, **flags: Any) -> Run:
         given = {"batch_size": 32, "lr": 1e-3, "warmup": 0.1, "crop": 0.5, **flags}
-        return Run(label, 2 * EPOCH, given, seed=seed, judged=True)
+        return Run(label, steps, given, seed=seed, judged=True)
 
+    pixels: dict[str, Any] = {"method": "pcae", "ema": 0.9995, "pixel_weight": 1.0}
     for seed in range(1, 4):  # seed 0 has made the choices
-        yield run("judged-pixels", seed, method="pcae", ema=0.9995, pixel_weight=1.0)
+        yield run("judged-pixels", seed, **pixels)
         yield run("judged-mae-decoder-2", seed, method="mae", decoder_depth=2)
         yield run("judged-features", seed, method="pcae", ema=0.9995)
-    for seed in range(1, 4):
         yield run("judged-mae", seed, method="mae")
+        yield run("judged-mae-time", seed, EQUAL_TIME, method="mae")
+        yield run("judged-pixels-random", seed, **pixels, reduction="random")
 
 
 class Changed(Pcae):
@@ -257,7 +264,7 @@ class Changed(Pcae):
         for tokens in layers:
             place = (tokens.position.unsqueeze(1) == kept.unsqueeze(2)).float().argmax(dim=2)
             mean = mean + F.layer_norm(gather(tokens.x, place).float(), tokens.x.shape[-1:])
-        return Targets(F.layer_norm(mean, mean.shape[-1:]), hidden.gather(1, kept))
+        return Targets(F.layer_norm(mean, mean.shape[-1:]), hidden.gather(1, kept), kept)
 
     @torch.no_grad()
     def standardise(self, targets: Targets) -> Tensor:
@@ -456,8 +463,8 @@ def spread(objective: Pretraining, images: LabelledImages) -> dict[str, float]:
     noise = torch.rand(values.shape[:2], generator=torch.Generator().manual_seed(0))
     mask = hide_patches(noise, objective.settings.hidden_share)
     assert objective.teacher is not None
-    tokens, position = objective.teacher(values, mask.hidden, noise)
-    tokens = F.normalize(tokens, dim=-1)
+    targets = objective.teacher(values, mask.hidden, noise)
+    tokens, position = F.normalize(targets.tokens, dim=-1), targets.position
     rows = position.flatten()
     count = torch.bincount(rows, minlength=values.shape[1]).clamp(min=1)
     sums = torch.zeros(values.shape[1], tokens.shape[-1])
@@ -480,6 +487,7 @@ def settings_of(run: Run, folder: Path) -> PretrainSettings:
         data="fashion-mnist",
         out=folder,
         seed=run.seed,
+        resume_or_begin=True,
         epochs=-(-run.steps * batch_size // 60_000),
         watch_images=0,
         **{**MODEL, **run.flags},
@@ -500,8 +508,8 @@ def untrained(run: Run, data: Images) -> dict[str, Any]:
 
 def pretrain(run: Run, data: Images, folder: Path, threads: int) -> dict[str, Any]:
     """Make a run and measure its encoder. Raise Interrupted."""
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     settings = settings_of(run, folder)
+    stopped = settings.resume  # of a run that was stopped, the CPU time so far is lost
     count = run.steps * settings.batch_size // settings.epochs
     images = data.train.subset(range(count))
     torch.manual_seed(settings.seed)
@@ -535,7 +543,7 @@ def pretrain(run: Run, data: Images, folder: Path, threads: int) -> dict[str, An
         "loss": losses[-1],
         "lowest_loss": min(losses),
         **after,
-        "train_cpu_s": round(trained_s, 1),
+        "train_cpu_s": None if stopped else round(trained_s, 1),
         "cpu_s": round(time.process_time() - cpu_s, 1),
         "wall_s": round(time.monotonic() - started, 1),
         "threads": threads,
@@ -555,36 +563,6 @@ def append(results: Path, record: dict[str, Any]) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-
-
-def row(record: dict[str, Any]) -> list[str]:
-    """Return the cells of a result in the table."""
-    shares = record["chosen_on"]
-    trained = "loss" in record
-    return [
-        record["name"],
-        f"{record['loss']:.3f}" if trained else "",
-        f"{100 * shares['knn']:.1f}",
-        f"{100 * shares['ridge']:.1f}",
-        f"{record['rank']:.1f}",
-        f"{record['train_cpu_s']:.0f}" if trained else "",
-    ]
-
-
-def table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Yield the results as Markdown."""
-    yield "| run | loss | 5-NN | ridge | rank | CPU s |"
-    yield "| --- " * 6 + "|"
-    for record in found.values():
-        if "chosen_on" in record:
-            yield f"| {' | '.join(row(record))} |"
-    yield ""
-    yield "| targets | constant | by position | by image | loss of a constant | by position |"
-    yield "| --- " * 6 + "|"
-    for record in found.values():
-        if "targets" in record:
-            shares = [f"{share:.3f}" for share in record["targets"].values()]
-            yield f"| {record['name']} | {' | '.join(shares)} |"
 
 
 if __name__ == "__main__":
