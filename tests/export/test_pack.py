@@ -243,7 +243,7 @@ def test_a_place_below_a_file_is_refused_before_the_work(tmp_path: Path) -> None
 
 def test_a_place_that_cannot_be_written_to(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(pack.PackError, match=r"cannot write next to .*out"):
+    with pytest.raises(PcaeError, match=r"cannot write .*out: .*file is not a writable folder"):
         pack.write_bundle(one(tiny(**QUICK), full=1.0), tmp_path / "file" / "out")
 
 

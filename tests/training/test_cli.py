@@ -58,7 +58,11 @@ def test_the_installed_command(class_folders: Any, tmp_path: Path) -> None:
         (["--keep", "0.5"], 2, "--keep trains for one keep ratio, --budgets for several; omit one"),
         (["--batch-size", "100"], 1, "14 images are fewer than one step of --batch-size 100"),
         (["--init", "/nowhere.pth"], 2, "--init determines the model's sizes; omit"),
-        (["--out", "/dev/null/x"], 1, "cannot write to /dev/null/x"),
+        (
+            ["--out", "/dev/null/x"],
+            1,
+            "cannot write /dev/null/x/checkpoint: /dev/null is not a writable folder",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(
